@@ -1,0 +1,140 @@
+"""The one way from Lightning's hooks into the pipeline, shared by every callback."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback
+
+from lightning_bigopt.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from torch.optim import Optimizer
+
+    from lightning_bigopt.controllers.base import Controller
+
+__all__ = ["OptimizationCallback"]
+
+
+class OptimizationCallback(Callback):
+    """Hands every hook to the Trainer's pipeline, which runs each once whatever the list's order.
+
+    Args:
+        controller: What the callback does.
+    """
+
+    version = 1
+
+    def __init__(self, controller: Controller) -> None:
+        self.controller = controller
+        self._pipeline: Pipeline | None = None
+        self._last_pipeline: int | None = None
+
+    # -------------------------------------------------------------------------------- lifetime
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Registers with the pipeline of a Trainer that is about to fit."""
+        if stage != "fit":
+            return
+        self._pipeline = Pipeline.of(trainer)
+        if self._last_pipeline not in (None, id(self._pipeline)):
+            self.controller.reset()  # a callback object used again with another Trainer
+        self._last_pipeline = id(self._pipeline)
+        self._pipeline.register(self.controller)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Conflicts raise here."""
+        pipeline = self._bound()
+        pipeline.once("fit_start", self, pipeline.fit_start)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """All state is restored; the horizon is fixed."""
+        pipeline = self._bound()
+        pipeline.once("train_start", self, pipeline.train_start)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Undoes every patch: ``teardown`` is not called on errors."""
+        self._end()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Undoes every patch."""
+        self._end()
+
+    def _end(self) -> None:
+        if self._pipeline is not None:
+            self._pipeline.end()
+
+    def _bound(self) -> Pipeline:
+        if self._pipeline is None:
+            raise RuntimeError(
+                f"setup must run before the other hooks of {type(self).__name__}, got a hook "
+                "without it; call super().setup(...) in the subclass"
+            )
+        return self._pipeline
+
+    # ----------------------------------------------------------------------------------- loop
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """An epoch begins."""
+        pipeline = self._bound()
+        pipeline.once("epoch_start", self, pipeline.epoch_start)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """A window may open."""
+        pipeline = self._bound()
+        pipeline.once("batch_start", self, lambda: pipeline.batch_start(batch, batch_idx))
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Rescale, measure, decide, clip, observe."""
+        pipeline = self._bound()
+        pipeline.once("before_step", self, lambda: pipeline.before_step(optimizer))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """The batch counts as consumed."""
+        pipeline = self._bound()
+        pipeline.once("batch_end", self, lambda: pipeline.batch_end(outputs, batch))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """An epoch has ended."""
+        pipeline = self._bound()
+        pipeline.once("epoch_end", self, pipeline.epoch_end)
+
+    # ---------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The clock and what the controller keeps, as plain numbers, strings and tensors."""
+        clock = None if self._pipeline is None else self._pipeline.clock.state_dict()
+        return {"version": self.version, "clock": clock, **self.controller.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over a checkpoint's state; it acts from ``on_train_start`` on."""
+        state = dict(state_dict)
+        version = state.pop("version", None)
+        if version != self.version:
+            raise ValueError(
+                f"the checkpoint's {type(self).__name__} state must have version {self.version}, "
+                f"got {version!r}; resume with the release that wrote it"
+            )
+        clock = state.pop("clock")
+        if clock is not None and self._pipeline is not None:
+            self._pipeline.clock.load_state_dict(clock)
+        self.controller.load_state_dict(state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles must not take the Trainer along: neither our pipeline nor the bound
+        # methods of the module that Lightning puts on every callback.
+        left_out = ("_pipeline", "_last_pipeline", "log", "log_dict")
+        return {
+            **{k: v for k, v in self.__dict__.items() if k not in left_out},
+            "_pipeline": None,
+            "_last_pipeline": None,
+        }

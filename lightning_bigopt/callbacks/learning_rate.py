@@ -1,0 +1,77 @@
+"""LearningRateScheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from lightning_bigopt.callbacks.base import OptimizationCallback
+from lightning_bigopt.clock import BatchCount, ClockSettings, OnResume
+from lightning_bigopt.controllers.learning_rate import LearningRateController, ModuleScheduler
+from lightning_bigopt.schedules import Schedule
+
+__all__ = ["LearningRateScheduler"]
+
+
+class LearningRateScheduler(OptimizationCallback):
+    """Schedules the learning rate of every parameter group over the whole budget.
+
+    The base is each parameter group's own ``lr``, so ratios between groups are kept; the schedule
+    is a factor of the fraction of the budget spent. Under ``max_steps`` update t of T sees t/T,
+    under ``max_epochs`` the share of loader batches consumed before it. Lightning saves, restores
+    and steps the scheduler; LearningRateMonitor sees it.
+
+    Args:
+        schedule: The factor over the budget.
+        groups: Other schedules for named parameter groups.
+        module_scheduler: ``"raise"`` where ``configure_optimizers`` returns a scheduler of its
+            own, or ``"replace"`` it.
+        budget: An explicit budget such as ``"2e9 tokens"`` that ends the training; None for the
+            Trainer's ``max_steps`` or ``max_epochs``.
+        samples: Counts the samples in a batch (a function or a field's name); None for the
+            loader's batch size.
+        tokens: Counts the tokens in a batch (a function, or the name of an ids or mask field).
+        on_resume: ``"continue"`` on the checkpoint's horizon, or ``"extend"`` to this Trainer's.
+        base_lr: Who owns the base learning rate after a resume: ``"checkpoint"`` or ``"config"``.
+
+    Raises:
+        ValueError: At fit start for a second owner of the learning rate; at train start where the
+            length of the training cannot be known, or a duration does not fit into it.
+
+    State:
+        ``clock``: batches, samples and tokens consumed, and the horizon. The base learning rates
+        are in the checkpoint's ``lr_schedulers``.
+
+    Example:
+        >>> from lightning_bigopt import LearningRateScheduler, WarmupStableDecay
+        >>> LearningRateScheduler(WarmupStableDecay(warmup="2%", decay="20%"))
+        LearningRateScheduler(WarmupStableDecay(...))
+    """
+
+    controller: LearningRateController
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        *,
+        groups: Mapping[str, Schedule] | None = None,
+        module_scheduler: ModuleScheduler = "raise",
+        budget: str | None = None,
+        samples: BatchCount = None,
+        tokens: BatchCount = None,
+        on_resume: OnResume | None = None,
+        base_lr: Literal["checkpoint", "config"] = "checkpoint",
+    ) -> None:
+        settings = ClockSettings(budget=budget, samples=samples, tokens=tokens, on_resume=on_resume)
+        super().__init__(
+            LearningRateController(
+                schedule,
+                groups=groups,
+                module_scheduler=module_scheduler,
+                base_lr=base_lr,
+                settings=settings,
+            )
+        )
+
+    def __repr__(self) -> str:
+        return f"LearningRateScheduler({type(self.controller.schedule).__name__}(...))"

@@ -1,0 +1,145 @@
+"""Finished runs side by side, read back from their TensorBoard logs: a table and a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+__all__ = ["Run", "draw_comparison", "markdown_table", "read_scalars"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One finished training, as its log tells it.
+
+    Args:
+        title: What it is called in table and picture.
+        lr: Peak learning rate.
+        seconds: Wall-clock of the training alone.
+        scalars: What it logged every update: tag → step → value.
+
+    Example:
+        >>> norms = {0: 0.5, 1: float("inf")}
+        >>> Run(title="a", lr=0.1, seconds=1, scalars={"grad_norm/total": norms}).non_finite_steps
+        1
+    """
+
+    title: str
+    lr: float
+    seconds: float
+    scalars: dict[str, dict[int, float]]
+
+    @property
+    def validation_loss(self) -> float:
+        """The loss after the last update, in nats a byte."""
+        return list(self.scalars["val_loss"].values())[-1]
+
+    @property
+    def updates(self) -> int:
+        """Optimiser updates."""
+        return len(self.scalars["grad_norm/total"])
+
+    @property
+    def samples(self) -> int:
+        """Samples trained on, over all processes."""
+        return round(max(self.scalars["progress/samples"].values()))
+
+    @property
+    def non_finite_steps(self) -> int:
+        """Updates whose gradient held a NaN or an infinity."""
+        return sum(not math.isfinite(norm) for norm in self.scalars["grad_norm/total"].values())
+
+
+def read_scalars(folder: Path) -> dict[str, dict[int, float]]:
+    """Every scalar in a folder's TensorBoard log: tag → step → value."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {
+        tag: {event.step: event.value for event in events.Scalars(tag)}
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def markdown_table(runs: Sequence[Run]) -> str:
+    """The runs as columns of a table that reads well in a terminal and in a README."""
+    rows = [
+        ["", *(run.title for run in runs)],
+        ["peak learning rate", *(f"{run.lr:g}" for run in runs)],
+        ["validation loss (nats/byte)", *(f"{run.validation_loss:.3f}" for run in runs)],
+        ["optimiser updates", *(str(run.updates) for run in runs)],
+        ["samples", *(str(run.samples) for run in runs)],
+        ["wall-clock (s)", *(f"{run.seconds:.1f}" for run in runs)],
+        ["non-finite steps", *(str(run.non_finite_steps) for run in runs)],
+    ]
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    rule = ["-" * first, *("-" * (width - 1) + ":" for width in others)]
+    rows.insert(1, rule)
+    return "\n".join(
+        f"| {name.ljust(first)} | "
+        + " | ".join(cell.rjust(width) for cell, width in zip(cells, others, strict=True))
+        + " |"
+        for name, *cells in rows
+    )
+
+
+def draw_comparison(runs: Sequence[Run], path: Path) -> None:
+    """Draws learning rate, gradient norm, batch size and loss over the samples seen, as a PNG.
+
+    Args:
+        runs: The first one is drawn in colour, on top of the others.
+        path: Where the picture goes.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    panels = figure.subplots(2, 2, sharex=True)
+    (rate, norm), (batch, loss) = panels
+    for index, run in reversed(list(enumerate(runs))):
+        colour = "tab:orange" if index == 0 else str(min(0.1 + 0.25 * index, 0.9))
+        label = f"{run.title}, learning rate {run.lr:g}"
+        rate.plot(*_curve(run, "optim/lr/decay"), color=colour, label=label)
+        norm.plot(*_curve(run, "grad_norm/total"), color=colour, linewidth=0.6)
+        batch.step(*_curve(run, "batch/global_size"), color=colour, where="post")
+        samples, losses = _curve(run, "loss")
+        loss.plot(samples, _smooth(losses), color=colour)
+        loss.plot(run.samples, run.validation_loss, "o", color=colour)
+    norm.set_yscale("log")
+    batch.set_ylim(bottom=0)
+    loss.set_ylim(top=4)
+    for panel, title in zip(
+        panels.flat,
+        (
+            "Learning rate",
+            "Gradient norm, before clipping",
+            "Global batch (samples)",
+            "Loss (nats/byte), smoothed; dots: validation",
+        ),
+        strict=True,
+    ):
+        panel.set_title(title, fontsize="medium")
+        panel.grid(alpha=0.3)
+    for panel in panels[1]:
+        panel.set_xlabel("samples seen")
+    handles, labels = rate.get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def _curve(run: Run, tag: str) -> tuple[list[float], list[float]]:
+    """Samples seen before each update, and what the update logged."""
+    seen, values = run.scalars["progress/samples"], run.scalars[tag]
+    sizes = run.scalars["batch/global_size"]
+    steps = [step for step in values if step in seen]
+    return [seen[step] - sizes[step] for step in steps], [values[step] for step in steps]
+
+
+def _smooth(values: Iterable[float], *, keep: float = 0.95) -> list[float]:
+    """A moving average that does not lean towards its start."""
+    sums = accumulate(values, lambda total, value: keep * total + (1 - keep) * value, initial=0.0)
+    return [total / (1 - keep**count) for count, total in enumerate(sums) if count]

@@ -1,0 +1,70 @@
+"""Gradients: one look at them a step, rules that limit them, a guard that refuses bad steps.
+
+Everything here works without Lightning:
+
+>>> from torch import nn, optim
+>>> import torch
+>>> model = nn.Linear(3, 1)
+>>> optimizer = optim.AdamW(model.parameters(), fused=True)
+>>> model(torch.ones(1, 3)).sum().backward()
+>>> decision = clip_gradients_(model, NormClip(max_norm=1.0), optimizer=optimizer)
+>>> decision.norms.value, round(decision.coefficient.item(), 3)
+(2.0, 0.5)
+>>> optimizer.step()
+"""
+
+from lightning_bigopt.gradients.apply import (
+    after_step_once,
+    apply_,
+    clear_,
+    scale_,
+    takes_grad_scale,
+)
+from lightning_bigopt.gradients.clip import clip_gradients_
+from lightning_bigopt.gradients.norms import GradientNorms, measure, norms_of
+from lightning_bigopt.gradients.rules import (
+    AGC,
+    AdaGC,
+    AutoClip,
+    ClipContext,
+    ClipDecision,
+    ClippingRule,
+    Groups,
+    MaxUpdateRatio,
+    NormClip,
+    PerParameterNormClip,
+    RuleState,
+    UpdateClip,
+    UpdateRule,
+    ValueClip,
+    ZClip,
+)
+from lightning_bigopt.gradients.skip import skip_update_
+
+__all__ = [
+    "AGC",
+    "AdaGC",
+    "AutoClip",
+    "ClipContext",
+    "ClipDecision",
+    "ClippingRule",
+    "GradientNorms",
+    "Groups",
+    "MaxUpdateRatio",
+    "NormClip",
+    "PerParameterNormClip",
+    "RuleState",
+    "UpdateClip",
+    "UpdateRule",
+    "ValueClip",
+    "ZClip",
+    "after_step_once",
+    "apply_",
+    "clear_",
+    "clip_gradients_",
+    "measure",
+    "norms_of",
+    "scale_",
+    "skip_update_",
+    "takes_grad_scale",
+]

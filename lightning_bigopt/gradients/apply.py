@@ -1,0 +1,187 @@
+"""Carries a decision out: inside a fused optimiser's own kernel, or in one pass over gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_bigopt.gradients.sharding import local_part
+
+if TYPE_CHECKING:
+    from lightning_bigopt.gradients.rules.base import ClipDecision
+
+__all__ = ["after_step_once", "apply_", "clear_", "scale_", "takes_grad_scale"]
+
+_pending: WeakKeyDictionary[Optimizer, list[RemovableHandle]] = WeakKeyDictionary()
+
+
+def takes_grad_scale(optimizer: Optimizer) -> bool:
+    """Whether every parameter group is updated by a fused kernel that scales gradients itself.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> takes_grad_scale(torch.optim.AdamW([weight], fused=True))
+        True
+        >>> takes_grad_scale(torch.optim.AdamW([weight]))
+        False
+    """
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False)) and all(
+        group.get("fused") for group in optimizer.param_groups
+    )
+
+
+@torch.no_grad()
+def apply_(
+    decision: ClipDecision,
+    *,
+    optimizer: Optimizer | None = None,
+    route: Literal["auto", "gradients"] = "auto",
+) -> None:
+    """Carries out what a rule decided. Does not synchronise with the host.
+
+    A single coefficient reaches a fused optimiser as ``grad_scale``, with ``found_inf`` beside
+    it, so that an update from non-finite gradients is skipped: gradients keep their values until
+    the step, whose kernel writes the clipped ones back. Everything else is one multi-tensor pass
+    over the gradients. Where the coefficient lies on the CPU and is 1, nothing is written.
+
+    Args:
+        decision: What the rule decided.
+        optimizer: The optimiser about to step.
+        route: ``"auto"`` uses a fused optimiser's kernel, for which the optimiser must own exactly
+            the parameters decided on; ``"gradients"`` always writes the gradients.
+
+    Raises:
+        ValueError: If the rule limits the update and there is no optimiser.
+
+    Example:
+        >>> from lightning_bigopt.gradients import ClipContext, NormClip
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> context = ClipContext(parameters=[("weight", weight)])
+        >>> apply_(NormClip(max_norm=1.0).decide(context, {}))
+        >>> weight.grad
+        tensor([0.6000, 0.8000])
+    """
+    if optimizer is not None:
+        clear_(optimizer)
+    _carry_out(decision, optimizer, optimizer if route == "auto" else None)
+
+
+def _carry_out(
+    decision: ClipDecision, optimizer: Optimizer | None, scaler: Optimizer | None
+) -> None:
+    norms, coefficient = decision.norms, decision.coefficient
+    if norms is not None and coefficient is not None:
+        if scaler is not None and takes_grad_scale(scaler):
+            _scale_in_kernel(scaler, coefficient, norms.finite)
+        else:
+            scale_([parameter.grad for parameter in norms.parameters], coefficient)
+    if norms is not None and decision.coefficients is not None:
+        scale_([parameter.grad for parameter in norms.parameters], decision.coefficients)
+    if decision.write is not None:
+        decision.write()
+    if decision.after_step is not None:
+        if optimizer is None:
+            raise ValueError(
+                "optimizer must be given to a rule that limits the update, got None; pass the "
+                "optimizer that is about to step"
+            )
+        after_step_once(optimizer, decision.after_step)
+    for part in decision.parts.values():
+        _carry_out(part, optimizer, None)  # a kernel takes one scale for all parameters
+
+
+@torch.no_grad()
+def scale_(gradients: Sequence[Tensor | None], coefficient: Tensor) -> None:
+    """Multiplies gradients in place with multi-tensor kernels. Does not synchronise.
+
+    Args:
+        gradients: Dense tensors, DTensors included; None is passed over.
+        coefficient: 0-d for all, or shape (n,) with one for each; on any device.
+
+    Example:
+        >>> gradients = [torch.ones(2), torch.ones(1)]
+        >>> scale_(gradients, torch.tensor([0.5, 0.25]))
+        >>> gradients
+        [tensor([0.5000, 0.5000]), tensor([0.2500])]
+    """
+    single = coefficient.ndim == 0
+    # A CPU reads its own numbers for nothing, and a pass over the gradients is not nothing.
+    idle = coefficient.device.type == "cpu"
+    if idle and bool((coefficient == 1).all()):
+        return
+    each = None if single else coefficient.unbind()
+    keep = [1.0] * len(gradients) if single or not idle else coefficient.tolist()
+    kinds: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+    for index, gradient in enumerate(gradients):
+        if gradient is None or (not single and idle and keep[index] == 1.0):
+            continue
+        local = local_part(gradient)
+        tensors, factors = kinds.setdefault((local.device, local.dtype), ([], []))
+        tensors.append(local)
+        if each is not None:
+            factors.append(each[index])
+    for (device, _), (tensors, factors) in kinds.items():
+        if single:
+            torch._foreach_mul_(tensors, coefficient.to(device, non_blocking=True))
+        else:
+            moved = [factor.to(device, non_blocking=True) for factor in factors]
+            torch._foreach_mul_(tensors, moved)
+
+
+def _scale_in_kernel(optimizer: Any, coefficient: Tensor, finite: Tensor) -> None:
+    if coefficient.device.type == "cpu" and bool(finite) and coefficient.item() == 1.0:
+        return  # without a scale the kernel need not write the gradients back
+    optimizer.grad_scale = coefficient.reciprocal()
+    optimizer.found_inf = finite.logical_not().float()
+    ours = optimizer.found_inf
+
+    def clear() -> None:
+        # A GradScaler puts its own found_inf in place of ours, and deletes both itself.
+        if getattr(optimizer, "found_inf", None) is ours:
+            del optimizer.found_inf, optimizer.grad_scale
+
+    after_step_once(optimizer, clear)
+
+
+def after_step_once(optimizer: Optimizer, run: Callable[[], None]) -> None:
+    """Runs a function after the coming step, and only then.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+        >>> after_step_once(optimizer, lambda: print("stepped"))
+        >>> for _ in range(2):
+        ...     optimizer.step()
+        stepped
+    """
+
+    def once(*_: Any) -> None:
+        handle.remove()
+        waiting.remove(handle)
+        run()
+
+    handle = optimizer.register_step_post_hook(once)
+    waiting = _pending.setdefault(optimizer, [])
+    waiting.append(handle)
+
+
+def clear_(optimizer: Optimizer) -> None:
+    """Takes back what waits for a step that never came.
+
+    Needed where a step may be left out after :func:`apply_`, as a GradScaler does on overflow;
+    :func:`apply_` and ``skip_update_`` begin with it.
+
+    Example:
+        >>> clear_(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]))
+    """
+    for handle in _pending.pop(optimizer, ()):
+        handle.remove()
+    for name in ("grad_scale", "found_inf"):
+        if name in vars(optimizer):
+            delattr(optimizer, name)

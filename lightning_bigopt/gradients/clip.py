@@ -1,0 +1,102 @@
+"""Clipping in a plain training loop: measure, decide and write in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_bigopt.gradients.apply import apply_
+from lightning_bigopt.gradients.rules.base import (
+    ClipContext,
+    ClipDecision,
+    ClippingRule,
+    RuleState,
+)
+
+__all__ = ["clip_gradients_"]
+
+
+def clip_gradients_(
+    parameters: nn.Module | Iterable[nn.Parameter] | Iterable[tuple[str, nn.Parameter]],
+    rule: ClippingRule,
+    *,
+    state: RuleState | None = None,
+    optimizer: Optimizer | None = None,
+    fraction: float = 0.0,
+) -> ClipDecision:
+    """Clips gradients by a rule, between ``backward`` and ``step``.
+
+    Synchronises with the host only where the rule does.
+
+    Args:
+        parameters: A module, parameters, or names and parameters.
+        rule: The rule.
+        state: What the rule remembers, from ``rule.initial_state()``; changed in place. Needed by
+            adaptive rules.
+        optimizer: The optimiser about to step. A fused one scales the gradients in its own
+            kernel, where it owns exactly these parameters, and leaves out an update from
+            gradients that are not finite. Needed by rules that limit the update.
+        fraction: The share of the budget spent, for scheduled thresholds.
+
+    Returns:
+        What was decided: coefficient, threshold and norms.
+
+    Raises:
+        ValueError: If the rule needs a state or an optimiser that is not given.
+
+    Example:
+        >>> import torch
+        >>> from lightning_bigopt.gradients import NormClip, ZClip
+        >>> model = nn.Linear(2, 1)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> model(torch.tensor([[30.0, 40.0]])).sum().backward()
+        >>> decision = clip_gradients_(model, NormClip(max_norm=1.0))
+        >>> round(decision.norms.value, 3), round(decision.coefficient.item(), 3)
+        (50.01, 0.02)
+
+        An adaptive rule remembers; save its state beside the optimiser's:
+
+        >>> rule = ZClip()
+        >>> state = rule.initial_state()
+        >>> for _ in range(3):
+        ...     _ = clip_gradients_(model, rule, state=state, optimizer=optimizer)
+        ...     optimizer.step()
+        >>> len(state["seed"])
+        3
+    """
+    named = _named(parameters)
+    if state is None:
+        state = rule.initial_state()
+        if _remembers(state):
+            raise ValueError(
+                f"state must be given to {type(rule).__name__}, which remembers, got None; make it "
+                "once with rule.initial_state()"
+            )
+    context = ClipContext(parameters=named, optimizer=optimizer, fraction=fraction)
+    decision = rule.decide(context, state)
+    owned = optimizer is not None and _owns_exactly(optimizer, [p for _, p in named])
+    apply_(decision, optimizer=optimizer, route="auto" if owned else "gradients")
+    return decision
+
+
+def _remembers(state: RuleState) -> bool:
+    """Whether there is anything in a state, groups of empty states aside."""
+    return any(not isinstance(value, dict) or _remembers(value) for value in state.values())
+
+
+def _owns_exactly(optimizer: Optimizer, parameters: list[nn.Parameter]) -> bool:
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return owned == {id(parameter) for parameter in parameters}
+
+
+def _named(
+    parameters: nn.Module | Iterable[nn.Parameter] | Iterable[tuple[str, nn.Parameter]],
+) -> list[tuple[str, nn.Parameter]]:
+    if isinstance(parameters, nn.Module):
+        return list(parameters.named_parameters())
+    return [
+        item if isinstance(item, tuple) else (f"parameter{index}", item)
+        for index, item in enumerate(parameters)
+    ]

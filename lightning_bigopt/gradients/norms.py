@@ -1,0 +1,208 @@
+"""The one look at the gradients: every norm that anybody needs, in one pass and in float32."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from lightning_bigopt.gradients.kernels import local_norms, wide_dtype
+from lightning_bigopt.gradients.sharding import (
+    ShardGroups,
+    local_part,
+    reduce_norms,
+    shard_groups,
+    without_partial,
+)
+
+__all__ = ["GradientNorms", "check_norm_type", "measure", "norms_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class GradientNorms:
+    """Norms of the gradients of some parameters, all on the device.
+
+    Args:
+        names: The parameters' names.
+        per_tensor: Shape (n,), float32: the norm of each whole gradient, not of a shard.
+        total: 0-d, float32: the norm of all of them as one vector.
+        finite: 0-d, bool: whether every gradient is finite.
+        norm_type: 1, 2 or ``inf``.
+        parameters: The parameters themselves, in the order of ``names``.
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> model.weight.grad = torch.tensor([[3.0, 4.0]])
+        >>> norms = measure(list(model.named_parameters()))
+        >>> norms.names, norms.per_tensor, norms.value
+        (('weight',), tensor([5.]), 5.0)
+    """
+
+    names: tuple[str, ...]
+    per_tensor: Tensor
+    total: Tensor
+    finite: Tensor
+    norm_type: float = 2.0
+    parameters: tuple[nn.Parameter, ...] = field(default=(), repr=False)
+
+    @cached_property
+    def value(self) -> float:
+        """The total as a number. Synchronises, once however many ask."""
+        return self.total.item()
+
+    def select(self, indices: Sequence[int]) -> GradientNorms:
+        """The norms of some of the parameters, with a total of their own. Does not synchronise.
+
+        Example:
+            >>> model = nn.Linear(2, 1)
+            >>> model.weight.grad, model.bias.grad = torch.ones(1, 2), torch.tensor([7.0])
+            >>> measure(list(model.named_parameters())).select([1]).value
+            7.0
+        """
+        parts = self.per_tensor.unbind()
+        chosen = (
+            torch.stack([parts[index] for index in indices]) if indices else self.per_tensor[:0]
+        )
+        wide = chosen.to(wide_dtype(chosen.device))
+        return GradientNorms(
+            names=tuple(self.names[index] for index in indices),
+            per_tensor=chosen,
+            total=_norm(wide, self.norm_type).float(),
+            finite=chosen.isfinite().all(),
+            norm_type=self.norm_type,
+            parameters=tuple(self.parameters[index] for index in indices),
+        )
+
+
+@torch.no_grad()
+def measure(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    norm_type: float = 2.0,
+    process_group: ProcessGroup | None = None,
+    is_sharded: Callable[[nn.Parameter], bool] | None = None,
+) -> GradientNorms:
+    """Takes the norm of every gradient and of all of them. Does not synchronise with the host.
+
+    Sums are carried in float64 where the device has it (over rows in float32 on a CPU), so that
+    squares of finite numbers do not overflow. DTensors of any mesh and placement count as whole
+    tensors: one all-reduce of n numbers for each sharded mesh dimension.
+
+    Args:
+        parameters: Names and parameters. Those without a gradient are left out, tied ones count
+            once. The same on every process where DTensors are among them.
+        norm_type: 1, 2 or ``inf``.
+        process_group: Where plain parameters are flat shards (FSDP1): the group over which they
+            are sharded. Every trainable parameter is listed then, with norm 0 where no process
+            holds a gradient, so that the processes agree.
+        is_sharded: With ``process_group``: which plain parameters are shards; all by default.
+
+    Returns:
+        The norms, of the whole gradients, the same on every process.
+
+    Raises:
+        ValueError: If a gradient is sparse or ``norm_type`` is not supported.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> measure(list(model.named_parameters()), norm_type=1.0).total
+        tensor(6.)
+    """
+    order = check_norm_type(norm_type)
+    named: dict[int, tuple[str, nn.Parameter]] = {}
+    tensors: list[Tensor] = []
+    for name, parameter in parameters:
+        gradient = parameter.grad
+        if id(parameter) in named:
+            continue
+        if gradient is None:
+            if process_group is None or not parameter.requires_grad:
+                continue
+            gradient = parameter.new_empty(0)
+        elif gradient.layout is not torch.strided:
+            raise ValueError(
+                f"the gradient of {name} must be dense, got layout {gradient.layout}; pass "
+                "sparse=False to the embedding"
+            )
+        named[id(parameter)] = (name, parameter)
+        tensors.append(gradient)
+    names = tuple(name for name, _ in named.values())
+    owners = tuple(parameter for _, parameter in named.values())
+    groups: list[ShardGroups] | None = None
+    if process_group is not None:
+        groups = [
+            shard_groups(tensor)
+            or ((process_group,) if is_sharded is None or is_sharded(parameter) else ())
+            for tensor, parameter in zip(tensors, owners, strict=True)
+        ]
+    wide = norms_of(tensors, order, groups=groups)
+    total = _norm(wide, order)
+    return GradientNorms(
+        names=names,
+        per_tensor=wide.float(),
+        total=total.float(),
+        finite=total.isfinite(),
+        norm_type=order,
+        parameters=owners,
+    )
+
+
+@torch.no_grad()
+def norms_of(
+    tensors: Sequence[Tensor],
+    norm_type: float = 2.0,
+    *,
+    groups: Sequence[ShardGroups] | None = None,
+) -> Tensor:
+    """The norms of whole tensors, plain and DTensors alike. Does not synchronise.
+
+    Args:
+        tensors: The tensors; the same on every process where DTensors are among them.
+        norm_type: 1, 2 or ``inf``.
+        groups: The groups over which each is sharded; asked of DTensors by default.
+
+    Returns:
+        Shape (n,), float64 where the device has it.
+
+    Example:
+        >>> norms_of([torch.ones(4), torch.tensor(-3.0)]).tolist()
+        [2.0, 3.0]
+    """
+    if all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors):
+        found = local_norms(tensors, norm_type)
+        return found if groups is None else _whole(found, groups, norm_type)
+    settled = [without_partial(tensor) for tensor in tensors]
+    if groups is None:
+        groups = [shard_groups(tensor) for tensor in settled]
+    found = local_norms([local_part(tensor) for tensor in settled], norm_type)
+    return _whole(found, groups, norm_type)
+
+
+def check_norm_type(norm_type: float) -> float:
+    """The order of a norm as a float.
+
+    Raises:
+        ValueError: If it is not 1, 2 or ``inf``.
+    """
+    if norm_type not in (1, 2, math.inf):
+        raise ValueError(f"norm_type must be 1, 2 or inf, got {norm_type!r}")
+    return float(norm_type)
+
+
+def _whole(norms: Tensor, groups: Sequence[ShardGroups], order: float) -> Tensor:
+    if not any(groups):
+        return norms
+    return torch.cat(reduce_norms(torch.split(norms, 1), groups, order))
+
+
+def _norm(norms: Tensor, order: float) -> Tensor:
+    if not len(norms):
+        return norms.new_zeros(())  # the maximum of nothing would raise
+    total: Tensor = torch.linalg.vector_norm(norms, order)
+    return total

@@ -1,0 +1,63 @@
+"""A fixed limit on every single number of a gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_bigopt.gradients.rules.base import (
+    ClipContext,
+    ClipDecision,
+    ClippingRule,
+    RuleState,
+    check_positive,
+)
+from lightning_bigopt.gradients.sharding import local_part, settle_
+
+__all__ = ["ValueClip"]
+
+
+@dataclass(frozen=True)
+class ValueClip(ClippingRule):
+    r"""Limits every element of every gradient to :math:`[-m, m]`.
+
+    NaN stays NaN and an infinity becomes :math:`\pm m`, as with torch's ``clip_grad_value_``.
+    Needs no host synchronisation. Keeps no state.
+
+    Args:
+        max_abs: The limit :math:`m`, positive.
+
+    Raises:
+        ValueError: If ``max_abs`` is not positive and finite.
+
+    Example:
+        >>> ValueClip(max_abs=0.5)
+        ValueClip(max_abs=0.5)
+    """
+
+    max_abs: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive("max_abs", self.max_abs)
+
+    @property
+    def measures(self) -> None:
+        """It reads no norms."""
+        return
+
+    def decide(self, context: ClipContext, state: RuleState) -> ClipDecision:
+        """Writes element by element; does not synchronise."""
+        parameters = [parameter for _, parameter in context.with_gradients()]
+        return ClipDecision(write=lambda: _clamp_(parameters, self.max_abs), threshold=self.max_abs)
+
+
+def _clamp_(parameters: list[nn.Parameter], limit: float) -> None:
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for parameter in parameters:
+        local = local_part(settle_(parameter))
+        kinds.setdefault((local.device, local.dtype), []).append(local)
+    for tensors in kinds.values():
+        torch._foreach_clamp_min_(tensors, -limit)
+        torch._foreach_clamp_max_(tensors, limit)

@@ -1,0 +1,7 @@
+"""The same capabilities for a LightningModule that wants to own them."""
+
+from lightning_bigopt.mixins.batch_size import BatchSizePolicyMixin
+from lightning_bigopt.mixins.gradient_clipping import GradientClippingMixin
+from lightning_bigopt.mixins.learning_rate import LearningRateScheduleMixin
+
+__all__ = ["BatchSizePolicyMixin", "GradientClippingMixin", "LearningRateScheduleMixin"]

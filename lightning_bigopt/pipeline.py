@@ -1,0 +1,262 @@
+"""One pipeline per Trainer: the first of our hooks to fire does the work of all, in fixed order."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_bigopt import trainer_access
+from lightning_bigopt.clock import ClockSettings, TrainingClock
+from lightning_bigopt.controllers.base import Controller
+from lightning_bigopt.controllers.batch_size import BatchSizeController, constant_plan
+from lightning_bigopt.controllers.clipping import GradientClippingController
+from lightning_bigopt.durations import Progress
+from lightning_bigopt.gradients import ClipDecision, GradientNorms, measure
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+    from lightning_bigopt.clock import Simulate
+
+__all__ = ["OptimizerStep", "Pipeline"]
+
+ControllerT = TypeVar("ControllerT", bound=Controller)
+
+
+class OptimizerStep:
+    """One coming update of one optimiser: the gradients and what was found and decided of them.
+
+    Attributes:
+        pipeline: The pipeline that runs it.
+        optimizer: The optimiser about to step.
+        progress: What had been consumed when the update's first batch began.
+        overflow_is_handled: Whether a GradScaler skips non-finite gradients by itself.
+        skipped: Why the update is refused, or None.
+        decision: What clipping did, or None.
+    """
+
+    def __init__(self, pipeline: Pipeline, optimizer: Optimizer) -> None:
+        self.pipeline = pipeline
+        self.optimizer = optimizer
+        self.progress: Progress = pipeline.progress
+        self.overflow_is_handled = trainer_access.unscale_gradients_(pipeline.trainer, optimizer)
+        self.skipped: str | None = None
+        self.decision: ClipDecision | None = None
+
+    @cached_property
+    def parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Names and parameters of the optimiser."""
+        return self.pipeline.parameters_of(self.optimizer)
+
+    @cached_property
+    def norms(self) -> GradientNorms:
+        """The one look at the gradients; every process must ask for it, or none."""
+        clipping = self.pipeline.find(GradientClippingController)
+        return measure(
+            self.parameters,
+            norm_type=2.0 if clipping is None else clipping.norm_type,
+            process_group=trainer_access.shard_group(self.pipeline.trainer),
+        )
+
+
+class Pipeline:
+    """Runs the controllers of one Trainer.
+
+    Every callback of ours hands every hook over. The first to do so for an event runs all
+    controllers, the others find it done. A new round of an event begins when a callback that has
+    already called comes again, which needs no counter of Lightning's and holds for manual
+    optimisation, several optimisers and closures that run more than once.
+    """
+
+    _of: ClassVar[weakref.WeakKeyDictionary[Trainer, Pipeline]] = weakref.WeakKeyDictionary()
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = weakref.ref(trainer)
+        self._callers: dict[str, set[int]] = {}
+        self._parameters: weakref.WeakKeyDictionary[Any, list[tuple[str, nn.Parameter]]] = (
+            weakref.WeakKeyDictionary()
+        )
+        self.controllers: list[Controller] = []
+        self.clock = TrainingClock()
+        self.clock.bind(trainer)
+        self.progress = Progress(fraction=0.0)
+        self.fitting = False
+        self._window_is_open = False
+        self._first_update_pending = True
+        self._steps_at_start = 0
+        self.batch_samples = 0
+        self._samples_before_window = 0
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> Pipeline:
+        """The pipeline of ``trainer``, made at the first call."""
+        pipeline = cls._of.get(trainer)
+        if pipeline is None:
+            pipeline = cls._of[trainer] = cls(trainer)
+        return pipeline
+
+    # -------------------------------------------------------------------------------- access
+
+    @property
+    def trainer(self) -> Trainer:
+        """The Trainer, which the pipeline does not keep alive."""
+        trainer = self._trainer()
+        assert trainer is not None  # hooks are called by the Trainer itself
+        return trainer
+
+    @property
+    def module(self) -> LightningModule:
+        """The module being trained."""
+        return self.trainer.lightning_module
+
+    @property
+    def samples(self) -> int:
+        """Samples consumed over all processes, the batch under way included."""
+        return self.clock.progress().samples
+
+    @property
+    def window_samples(self) -> int:
+        """Samples over all processes in the window under way, the batch under way included."""
+        return self.samples - self._samples_before_window
+
+    @property
+    def coming_progress(self) -> Progress:
+        """What the update under way started from; between updates, what the next starts from."""
+        return self.progress if self._window_is_open else self.clock.progress()
+
+    def find(self, kind: type[ControllerT]) -> ControllerT | None:
+        """The controller of a class, where this fit has one."""
+        return next((c for c in self.controllers if isinstance(c, kind)), None)
+
+    def parameters_of(self, optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
+        """Names and parameters of an optimiser, looked up again when its groups change."""
+        found = self._parameters.get(optimizer)
+        size = sum(len(group["params"]) for group in optimizer.param_groups)
+        if found is None or len(found) != size:
+            found = trainer_access.named_parameters(self.module, optimizer)
+            self._parameters[optimizer] = found
+        return found
+
+    # ------------------------------------------------------------------------------ lifetime
+
+    def register(self, controller: Controller) -> None:
+        """Adds a controller to the coming fit; called in ``setup``.
+
+        Raises:
+            ValueError: If there is one of its role already.
+        """
+        if not self.fitting:
+            self.fitting = True
+            self.controllers = []
+            self.clock.settings = ClockSettings()
+            self._callers = {}
+        twin = next((c for c in self.controllers if c.role == controller.role), None)
+        if twin is not None and twin is not controller:
+            raise ValueError(
+                f"callbacks must hold at most one owner of the {controller.role}, got two; remove "
+                "one of them (a mixin of the module counts as one)"
+            )
+        self.clock.settings = self.clock.settings.merge(controller.settings)
+        self.controllers.append(controller)
+        self.controllers.sort(key=lambda c: c.rank)
+
+    def end(self) -> None:
+        """Undoes what the controllers patched; the counters stay for a second fit."""
+        if self.fitting:
+            self.fitting = False
+            for controller in self.controllers:
+                controller.on_fit_end(self)
+
+    # --------------------------------------------------------------------------------- events
+
+    def once(self, event: str, caller: object, run: Callable[[], None]) -> None:
+        """Runs ``run`` for the first caller of a round of ``event``."""
+        callers = self._callers.setdefault(event, set())
+        if id(caller) in callers:
+            callers.clear()
+        first = not callers
+        callers.add(id(caller))
+        if first:
+            run()
+
+    def fit_start(self) -> None:
+        """``on_fit_start``: conflicts are refused."""
+        for controller in self.controllers:
+            controller.on_fit_start(self)
+
+    def train_start(self) -> None:
+        """``on_train_start``: all state is restored, the horizon is fixed."""
+        needed = any(controller.needs_horizon for controller in self.controllers)
+        self.clock.start(
+            self.trainer, self._simulator(), horizon="required" if needed else "optional"
+        )
+        self.progress = self.clock.progress()
+        self._window_is_open = False
+        self._steps_at_start = self.trainer.global_step
+        self._first_update_pending = True
+        for controller in self.controllers:
+            controller.on_train_start(self)
+
+    def _simulator(self) -> Simulate | None:
+        planner = self.find(BatchSizeController)
+        if planner is None:
+            return constant_plan(self.trainer)
+        return planner.simulator(self.trainer)
+
+    def epoch_start(self) -> None:
+        """``on_train_epoch_start``."""
+        for controller in self.controllers:
+            controller.on_epoch_start(self)
+
+    def batch_start(self, batch: Any, index: int) -> None:
+        """``on_train_batch_start``: a window may open."""
+        if not self._window_is_open:
+            self.progress = self.clock.progress()
+            self._window_is_open = True
+            self._samples_before_window = self.clock.samples
+        self.batch_samples = self.clock.begin_batch(self.trainer, batch)
+        for controller in self.controllers:
+            controller.on_batch_start(self, batch, index)
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """``on_before_optimizer_step``: rescale, measure, decide, clip, observe."""
+        self._first_update_pending = False
+        step = OptimizerStep(self, optimizer)
+        for controller in self.controllers:
+            controller.rescale(step)
+        if any(controller.wants_norms(step) for controller in self.controllers):
+            _ = step.norms
+        for controller in self.controllers:
+            controller.decide(step)
+        if step.skipped is None:
+            for controller in self.controllers:
+                controller.clip(step)
+        for controller in self.controllers:
+            controller.observe(step)
+
+    def batch_end(self, outputs: Any, batch: Any) -> None:
+        """``on_train_batch_end``: the batch counts as consumed."""
+        trainer = self.trainer
+        self.clock.end_batch()
+        self._window_is_open = not trainer_access.closes_window(trainer)
+        if self._first_update_pending and trainer.global_step > self._steps_at_start:
+            raise RuntimeError(
+                "on_before_optimizer_step must reach the callbacks, got an update without it: the "
+                f"{type(trainer.strategy).__name__} or an overridden hook swallowed it; call "
+                "super() in the hook, or remove the callbacks of lightning_bigopt"
+            )
+        for controller in self.controllers:
+            controller.on_batch_end(self, outputs, batch)
+        if not self._window_is_open and self.clock.exhausted:
+            trainer.should_stop = True
+
+    def epoch_end(self) -> None:
+        """``on_train_epoch_end``."""
+        self._window_is_open = False
+        for controller in self.controllers:
+            controller.on_epoch_end(self)

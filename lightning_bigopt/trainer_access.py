@@ -1,0 +1,258 @@
+"""The only reader of Trainer internals: Lightning's private names stay behind these functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.types import LRSchedulerConfig
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, Trainer
+
+__all__ = [
+    "add_scheduler",
+    "batches_that_stepped",
+    "callbacks_of",
+    "closes_window",
+    "count_rows",
+    "data_parallel_size",
+    "epoch_batches",
+    "gradient_scaler",
+    "is_deepspeed",
+    "is_fast_dev_run",
+    "is_last_batch",
+    "micro_batch_size",
+    "named_parameters",
+    "optimizer_label",
+    "ready_batches",
+    "remove_schedulers",
+    "shard_group",
+    "should_log",
+    "show_on_progress_bar",
+    "train_loaders",
+    "unscale_gradients_",
+]
+
+
+def data_parallel_size(trainer: Trainer) -> int:
+    """The number of processes that see different data."""
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        mesh = trainer.strategy.device_mesh
+        return mesh["data_parallel"].size()
+    return int(trainer.world_size)
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """The Trainer's callbacks, those that a module brought included."""
+    return list(trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
+
+
+def is_fast_dev_run(trainer: Trainer) -> bool:
+    """Whether the Trainer only tries a batch or a few."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def is_deepspeed(trainer: Trainer) -> bool:
+    """Whether DeepSpeed owns gradients, clipping and accumulation."""
+    return "DeepSpeed" in type(trainer.strategy).__name__
+
+
+def synchronizes_by_ddp(trainer: Trainer) -> bool:
+    """Whether torch's DistributedDataParallel reduces the gradients."""
+    return isinstance(trainer.strategy, DDPStrategy)
+
+
+def shard_group(trainer: Trainer) -> ProcessGroup | None:
+    """The group over which FSDP1 shards flat parameters; None where tensors know their shards."""
+    if isinstance(trainer.strategy, FSDPStrategy):
+        return getattr(trainer.strategy.model, "process_group", None)
+    return None
+
+
+# ---------------------------------------------------------------------- the loaders and the loop
+
+
+def train_loaders(trainer: Trainer) -> list[Any]:
+    """The training loaders as the fit loop runs them; known from ``on_train_start`` on."""
+    combined = trainer.fit_loop._combined_loader
+    return [] if combined is None else list(combined.flattened)
+
+
+def micro_batch_size(trainer: Trainer) -> int | None:
+    """Samples in a full batch of one process; None where the loader does not say."""
+    loaders = train_loaders(trainer)
+    size = getattr(loaders[0], "batch_size", None) if len(loaders) == 1 else None
+    return size if isinstance(size, int) else None
+
+
+def epoch_batches(trainer: Trainer) -> int | None:
+    """Batches of one process in an epoch, limits included; None for a loader without length."""
+    batches = trainer.num_training_batches
+    return None if math.isinf(batches) else int(batches)
+
+
+def last_batch_samples(trainer: Trainer) -> int | None:
+    """Samples in an epoch's last batch of one process; None where the loader does not say."""
+    size, batches = micro_batch_size(trainer), epoch_batches(trainer)
+    if size is None or batches is None:
+        return None
+    loader = train_loaders(trainer)[0]
+    sampler = getattr(loader, "sampler", None)
+    if getattr(loader, "drop_last", False) or batches < len(loader):
+        return size
+    try:
+        samples = len(sampler)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+    return samples - size * (batches - 1)
+
+
+def epoch_samples(trainer: Trainer) -> int | None:
+    """Samples of all processes in an epoch; None where the loader does not say."""
+    size, last, batches = (
+        micro_batch_size(trainer),
+        last_batch_samples(trainer),
+        epoch_batches(trainer),
+    )
+    if size is None or last is None or batches is None:
+        return None
+    return (size * (batches - 1) + last) * data_parallel_size(trainer)
+
+
+def ready_batches(trainer: Trainer) -> int:
+    """Batches of this epoch that were fetched, the one being trained included."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+
+def is_last_batch(trainer: Trainer) -> bool:
+    """Whether the batch being trained is the last of its epoch (known before it is trained)."""
+    return bool(trainer.fit_loop.epoch_loop._num_ready_batches_reached())
+
+
+def closes_window(trainer: Trainer) -> bool:
+    """Whether the batch being trained ends an accumulation window."""
+    return not trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def count_rows(batch: Any) -> int:
+    """The first dimension of the first tensor in a batch.
+
+    Raises:
+        ValueError: If the batch holds no tensor with a dimension.
+    """
+    for leaf in _leaves(batch):
+        if leaf.ndim:
+            return int(leaf.shape[0])
+    raise ValueError(
+        f"samples must be given for batches without a tensor, got a {type(batch).__name__}; pass "
+        "samples=a function of the batch"
+    )
+
+
+def _leaves(batch: Any) -> Iterable[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _leaves(value)
+    elif isinstance(batch, Sequence) and not isinstance(batch, str):
+        for value in batch:
+            yield from _leaves(value)
+
+
+# ------------------------------------------------------------------- optimisers and their gradients
+
+
+def named_parameters(module: nn.Module, optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
+    """The optimiser's parameters with the module's names, each tensor once, in group order."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        for position, parameter in enumerate(group["params"]):
+            name = names.get(id(parameter), f"group{index}.{position}")
+            found.setdefault(id(parameter), (name, parameter))
+    return list(found.values())
+
+
+def optimizer_label(trainer: Trainer, optimizer: Optimizer) -> str:
+    """``""`` for the only optimiser, its class's name for one of several (numbered if equal)."""
+    if len(trainer.optimizers) <= 1:
+        return ""
+    raw = [getattr(o, "optimizer", o) for o in trainer.optimizers]
+    name = type(optimizer).__name__
+    twins = [o for o in raw if type(o).__name__ == name]
+    return name if len(twins) == 1 else f"{name}-{[id(o) for o in twins].index(id(optimizer))}"
+
+
+def gradient_scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
+    """The GradScaler of 16-mixed; None for other precisions."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler if scaler is not None and scaler.is_enabled() else None
+
+
+def unscale_gradients_(trainer: Trainer, optimizer: Optimizer) -> bool:
+    """Undoes the loss scale where Lightning left it to a fused optimiser.
+
+    Returns:
+        Whether a GradScaler is at work, whose own check will skip non-finite gradients.
+    """
+    scaler = gradient_scaler(trainer)
+    if scaler is None:
+        return False
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        scaler.unscale_(optimizer)
+    return True
+
+
+def scaler_found_inf(trainer: Trainer, optimizer: Optimizer) -> Tensor | None:
+    """What the GradScaler's unscaling found: 0-d, positive for an overflow; None without one."""
+    scaler = gradient_scaler(trainer)
+    if scaler is None:
+        return None
+    found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+    return next(iter(found.values())) if found else None
+
+
+# ------------------------------------------------------------------------------- schedulers
+
+
+def add_scheduler(trainer: Trainer, scheduler: LRScheduler, *, name: str | None) -> None:
+    """Registers a scheduler that Lightning steps after every update."""
+    trainer.strategy.lr_scheduler_configs.append(
+        LRSchedulerConfig(scheduler=scheduler, interval="step", frequency=1, name=name)
+    )
+
+
+def remove_schedulers(trainer: Trainer) -> None:
+    """Drops the schedulers that the module configured, for this fit."""
+    trainer.strategy.lr_scheduler_configs = []
+
+
+# --------------------------------------------------------------------------------- logging
+
+
+def batches_that_stepped(trainer: Trainer) -> int:
+    """The x coordinate that Lightning gives to training metrics."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def should_log(trainer: Trainer) -> bool:
+    """Whether Lightning logs the update under way."""
+    return bool(trainer._logger_connector.should_update_logs or is_fast_dev_run(trainer))
+
+
+def show_on_progress_bar(trainer: Trainer, values: Mapping[str, float]) -> None:
+    """Shows values on the progress bar until they are shown again.
+
+    ``LightningModule.log(prog_bar=True)`` costs about 0.4 ms a key on every step; this is a
+    dictionary update.
+    """
+    trainer._logger_connector._progress_bar_metrics.update(values)

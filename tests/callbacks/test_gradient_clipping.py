@@ -1,0 +1,159 @@
+"""GradientClipping in real fits: the global norm, limited, in every precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+
+from lightning_bigopt import GradientClipping, NormClip, ValueClip
+from tests.kit import QUIET, Probe, cpu_precision, loader
+
+
+def fit(module: L.LightningModule, data: Any, *callbacks: Any, **options: Any) -> L.Trainer:
+    trainer = L.Trainer(**{**QUIET, "callbacks": list(callbacks), **options})
+    trainer.fit(module, data)
+    return trainer
+
+
+class Clipped(Probe):
+    """Compares the parameters after each update with torch's own clip on the true gradient."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.true_norms: list[float] = []
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        x, y, _ = self.open[-1]
+        truth = self._true_gradient(x, y)
+        self.true_norms.append(float(torch.stack([t.norm() for t in truth]).norm()))
+        super().on_before_optimizer_step(optimizer)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_the_gradient_is_limited_to_the_global_norm(precision: str) -> None:
+    module = Clipped(lr=0.01)
+    fit(
+        module,
+        loader(32, 2),
+        GradientClipping(NormClip(max_norm=0.7)),
+        max_epochs=1,
+        **cpu_precision(precision),
+    )
+    tolerance = {"32-true": 1e-5, "bf16-mixed": 2e-2, "16-mixed": 5e-3}[precision]
+    assert max(module.true_norms) > 1.4
+    assert len(module.norms) == 16
+    for norm, true in zip(module.norms, module.true_norms, strict=True):
+        assert norm == pytest.approx(min(true, 0.7), rel=tolerance)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("kind", ["for-loop", "foreach", "fused"])
+def test_training_equals_torchs_own_clip(precision: str, kind: str) -> None:
+    """The reference clips in the module's hook, and unscales by itself where fused needs it."""
+    options = {
+        "for-loop": {"foreach": False},
+        "foreach": {"foreach": True},
+        "fused": {"fused": True},
+    }
+
+    class Reference(Probe):
+        def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            if scaler is not None and kind == "fused":
+                scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(self.parameters(), 0.5)
+
+    arguments = {"lr": 0.05, "optimizer": torch.optim.AdamW, **options[kind]}
+    ours, theirs = Probe(**arguments), Reference(**arguments)
+    fit(
+        ours,
+        loader(24, 2),
+        GradientClipping(NormClip(max_norm=0.5)),
+        max_epochs=2,
+        **cpu_precision(precision),
+    )
+    fit(theirs, loader(24, 2), max_epochs=2, **cpu_precision(precision))
+    for mine, reference in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, reference, rtol=0, atol=1e-6)
+
+
+def test_value_clip_limits_every_entry() -> None:
+    class Entries(Probe):
+        def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+            self.norms.append(max(float(p.grad.abs().max()) for p in self.parameters()))
+
+    module = Entries(lr=0.0)
+    fit(module, loader(16, 2), GradientClipping(ValueClip(max_abs=0.03)), max_epochs=1)
+    assert module.norms == pytest.approx([0.03] * 8, rel=1e-6)
+
+
+def test_a_fused_optimizer_is_left_without_scale() -> None:
+    module = Probe(optimizer=torch.optim.AdamW, fused=True)
+    trainer = fit(module, loader(8, 2), GradientClipping(NormClip(max_norm=0.1)), max_epochs=1)
+    optimizer = trainer.optimizers[0]
+    assert getattr(optimizer, "grad_scale", None) is None
+    assert getattr(optimizer, "found_inf", None) is None
+
+
+def test_manual_optimisation_clips_each_optimiser_by_itself() -> None:
+    class Manual(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.nets = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])
+            self.norms: list[float] = []
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(net.parameters(), lr=0.0) for net in self.nets]
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            for net, optimizer in zip(self.nets, self.optimizers(), strict=True):
+                optimizer.zero_grad()
+                self.manual_backward(nn.functional.mse_loss(net(batch[0]), batch[1]))
+                optimizer.step()
+                self.norms.append(
+                    float(nn.utils.get_total_norm([p.grad for p in net.parameters()]))
+                )
+
+    module = Manual()
+    fit(module, loader(8, 2), GradientClipping(NormClip(max_norm=0.2)), max_epochs=1)
+    assert module.norms == pytest.approx([0.2] * 8, rel=1e-4)
+
+
+def test_two_owners_of_clipping_raise_at_fit_start() -> None:
+    with pytest.raises(ValueError, match=r"gradient_clip_val must be None.*got 1.0"):
+        fit(
+            Probe(), loader(8, 2), GradientClipping(NormClip()), max_epochs=1, gradient_clip_val=1.0
+        )
+
+    class Own(Probe):
+        def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+            """Clips by itself."""
+
+    with pytest.raises(ValueError, match="configure_gradient_clipping"):
+        fit(Own(), loader(8, 2), GradientClipping(NormClip()), max_epochs=1)
+
+
+def test_the_same_callback_twice_raises() -> None:
+    with pytest.raises((ValueError, RuntimeError), match=r"GradientClipping|gradient clipping"):
+        fit(
+            Probe(),
+            loader(8, 2),
+            GradientClipping(NormClip()),
+            GradientClipping(NormClip()),
+            max_epochs=1,
+        )
+
+
+@pytest.mark.parametrize("bad", [-1.0, 0.0, float("nan")])
+def test_bad_limits_name_themselves(bad: float) -> None:
+    with pytest.raises(ValueError, match=rf"max_norm must be .*got {bad}"):
+        NormClip(max_norm=bad)
+    with pytest.raises(ValueError, match=rf"max_abs must be .*got {bad}"):
+        ValueClip(max_abs=bad)
+    with pytest.raises(ValueError, match=r"rule must be a ClippingRule, got 1.0"):
+        GradientClipping(1.0)  # type: ignore[arg-type]

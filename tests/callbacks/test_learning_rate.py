@@ -1,0 +1,310 @@
+"""LearningRateScheduler in real fits: one clock, exact on the budget, exact on resume."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_bigopt import Constant, Cosine, LearningRateScheduler, Linear, WarmupStableDecay
+from tests.kit import QUIET, Probe, Regression, ResumableLoader, loader
+
+DOWN = Linear(start=1.0, end=0.0)
+
+
+def fit(
+    module: L.LightningModule, data: Any, *callbacks: Any, ckpt_path: Any = None, **options: Any
+) -> L.Trainer:
+    trainer = L.Trainer(**{**QUIET, "callbacks": list(callbacks), **options})
+    trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
+    return trainer
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_update_t_sees_t_over_max_steps(accumulate: int) -> None:
+    module = Probe(lr=2.0)
+    fit(
+        module,
+        loader(20, 2),
+        LearningRateScheduler(DOWN),
+        max_steps=7,
+        accumulate_grad_batches=accumulate,
+    )
+    assert module.lrs == [2.0 * (1 - t / 7) for t in range(7)]
+
+
+def test_updates_see_the_share_of_batches_consumed_under_max_epochs() -> None:
+    module = Probe(lr=1.0)
+    # 5 batches an epoch in windows of 2: the last window of an epoch holds one batch.
+    fit(module, loader(10, 2), LearningRateScheduler(DOWN), max_epochs=2, accumulate_grad_batches=2)
+    assert module.lrs == [1 - consumed / 10 for consumed in (0, 2, 4, 5, 7, 9)]
+
+
+def test_limit_train_batches_shortens_the_budget() -> None:
+    module = Probe(lr=1.0)
+    fit(module, loader(20, 2), LearningRateScheduler(DOWN), max_epochs=2, limit_train_batches=4)
+    assert module.lrs == [1 - t / 8 for t in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("limits", "updates"),
+    [({"max_steps": 4, "max_epochs": 3}, 4), ({"max_steps": 40, "max_epochs": 1}, 5)],
+)
+def test_of_two_limits_the_first_to_end_counts(limits: dict[str, int], updates: int) -> None:
+    module = Probe(lr=1.0)
+    fit(module, loader(10, 2), LearningRateScheduler(DOWN), **limits)
+    assert module.lrs == [1 - t / updates for t in range(updates)]
+
+
+class Endless(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        data = Regression(8)
+        while True:
+            for index in range(8):
+                yield data[index]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_budget_in_samples_ends_an_endless_run(accumulate: int) -> None:
+    module = Probe(lr=1.0)
+    trainer = fit(
+        module,
+        DataLoader(Endless(), batch_size=3),
+        LearningRateScheduler(DOWN, budget="20 samples"),
+        max_epochs=-1,
+        accumulate_grad_batches=accumulate,
+    )
+    each = 3 * accumulate
+    starts = [s for s in range(0, 100, each) if s < 20]
+    assert module.lrs == [1 - s / 20 for s in starts]
+    assert trainer.global_step == len(starts)
+
+
+def test_a_budget_in_tokens_counts_them_with_the_users_function() -> None:
+    module = Probe(lr=1.0)
+    fit(
+        module,
+        loader(10, 2),
+        LearningRateScheduler(DOWN, budget="50 tokens", tokens=lambda batch: 7 * len(batch[0])),
+        max_epochs=-1,
+    )
+    assert module.lrs == [1 - 14 * t / 50 for t in range(4)]
+
+
+def test_an_unknown_length_raises_with_the_way_out() -> None:
+    with pytest.raises(ValueError, match=r"length of the training must be known.*budget="):
+        fit(Probe(), DataLoader(Endless(), batch_size=3), LearningRateScheduler(DOWN), max_epochs=3)
+
+
+def test_learning_rate_monitor_sees_the_same_values(tmp_path: Path) -> None:
+    module, logger = Probe(lr=1.0), CSVLogger(tmp_path)
+    fit(
+        module,
+        loader(12, 2),
+        LearningRateScheduler(DOWN),
+        LearningRateMonitor(),
+        max_steps=6,
+        logger=logger,
+        log_every_n_steps=1,
+    )
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        seen = [float(row["lr-SGD"]) for row in csv.DictReader(file)]
+    assert seen == module.lrs
+
+
+def test_ratios_between_groups_are_kept_and_named_groups_have_their_own_schedule() -> None:
+    class Grouped(Probe):
+        def configure_optimizers(self) -> Any:
+            first, _, last = self.net
+            return torch.optim.SGD(
+                [
+                    {"params": first.parameters(), "lr": 0.4, "name": "body"},
+                    {"params": last.parameters(), "lr": 0.1, "name": "head"},
+                ]
+            )
+
+        def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+            self.seen.append(tuple(float(g["lr"]) for g in optimizer.param_groups))
+
+    module = Grouped()
+    module.seen = []
+    fit(module, loader(8, 2), LearningRateScheduler(DOWN, groups={"head": Constant()}), max_steps=4)
+    assert module.seen == [(0.4 * (1 - t / 4), 0.1) for t in range(4)]
+    with pytest.raises(ValueError, match=r"groups must name parameter groups.*'tail'.*body"):
+        fit(
+            Grouped(), loader(8, 2), LearningRateScheduler(DOWN, groups={"tail": DOWN}), max_steps=4
+        )
+
+
+def test_a_tensor_learning_rate_is_filled_in_place() -> None:
+    class TensorRate(Probe):
+        def configure_optimizers(self) -> Any:
+            self.rate = torch.tensor(0.5)
+            return torch.optim.Adam(self.parameters(), lr=self.rate)
+
+        def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+            assert optimizer.param_groups[0]["lr"] is self.rate
+            super().on_before_optimizer_step(optimizer)
+
+    module = TensorRate()
+    fit(module, loader(8, 2), LearningRateScheduler(DOWN), max_steps=4)
+    assert module.lrs == [0.5, 0.375, 0.25, 0.125]
+
+
+def test_a_modules_own_scheduler_raises_or_is_replaced() -> None:
+    class Scheduled(Probe):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+    with pytest.raises(ValueError, match=r"StepLR.*module_scheduler='replace'"):
+        fit(Scheduled(), loader(8, 2), LearningRateScheduler(DOWN), max_steps=4)
+    module = Scheduled(lr=1.0)
+    fit(module, loader(8, 2), LearningRateScheduler(DOWN, module_scheduler="replace"), max_steps=4)
+    assert module.lrs == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_manual_optimisation_with_two_optimisers_is_scheduled() -> None:
+    class Manual(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+            self.seen: list[tuple[float, float]] = []
+
+        def configure_optimizers(self) -> Any:
+            return [
+                torch.optim.SGD(self.a.parameters(), lr=1.0),
+                torch.optim.Adam(self.b.parameters(), lr=0.1),
+            ]
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizers = self.optimizers()
+            self.seen.append(tuple(o.param_groups[0]["lr"] for o in optimizers))
+            for net, optimizer in zip((self.a, self.b), optimizers, strict=True):
+                optimizer.zero_grad()
+                self.manual_backward(nn.functional.mse_loss(net(batch[0]), batch[1]))
+                optimizer.step()
+
+    module = Manual()
+    fit(module, loader(8, 2), LearningRateScheduler(DOWN), max_epochs=1)
+    assert module.seen == [(1 - t / 4, 0.1 * (1 - t / 4)) for t in range(4)]
+
+
+@pytest.mark.parametrize("limits", [{"max_steps": 11}, {"max_epochs": 3}])
+@pytest.mark.parametrize("stop", [2, 4, 5, 7])
+def test_resume_gives_the_same_rates_and_weights_to_the_bit(
+    tmp_path: Path, limits: dict[str, int], stop: int
+) -> None:
+    def build() -> tuple[Probe, LearningRateScheduler, ResumableLoader]:
+        schedule = WarmupStableDecay(warmup="20%", decay="50%")
+        return (
+            Probe(optimizer=torch.optim.AdamW),
+            LearningRateScheduler(schedule),
+            ResumableLoader(8, 2),
+        )
+
+    straight, scheduler, data = build()
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    fit(straight, data, scheduler, checkpoint, enable_checkpointing=True, **limits)
+
+    resumed, scheduler, data = build()
+    fit(resumed, data, scheduler, ckpt_path=tmp_path / f"step={stop}.ckpt", **limits)
+    assert resumed.lrs == straight.lrs[stop:]
+    for mine, theirs in zip(resumed.parameters(), straight.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_longer_resume_keeps_the_checkpoints_horizon_unless_extended(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    fit(
+        Probe(lr=1.0),
+        loader(8, 2),
+        LearningRateScheduler(DOWN),
+        checkpoint,
+        max_steps=4,
+        enable_checkpointing=True,
+    )
+    path = tmp_path / "step=2.ckpt"
+    kept = Probe(lr=1.0)
+    with pytest.warns(UserWarning, match=r"trained for 4 steps.*8 steps.*on_resume='extend'"):
+        fit(kept, ResumableLoader(8, 2), LearningRateScheduler(DOWN), max_steps=8, ckpt_path=path)
+    assert kept.lrs == [0.5, 0.25, 0.0, 0.0, 0.0, 0.0]
+    extended = Probe(lr=1.0)
+    fit(
+        extended,
+        ResumableLoader(8, 2),
+        LearningRateScheduler(DOWN, on_resume="extend"),
+        max_steps=8,
+        ckpt_path=path,
+    )
+    assert extended.lrs == [1 - t / 8 for t in range(2, 8)]
+
+
+def test_a_checkpoint_of_another_scheduler_is_named_and_the_configured_rate_used(
+    tmp_path: Path,
+) -> None:
+    class Scheduled(Probe):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2)
+    fit(Scheduled(lr=9.0), loader(8, 2), checkpoint, max_steps=2, enable_checkpointing=True)
+    module = Probe(lr=1.0)
+    with pytest.warns(UserWarning, match="another learning-rate scheduler"):
+        fit(
+            module,
+            ResumableLoader(8, 2),
+            LearningRateScheduler(DOWN),
+            max_steps=4,
+            ckpt_path=tmp_path / "step=2.ckpt",
+        )
+    assert module.lrs == [0.5, 0.25]
+
+
+def test_fast_dev_run_compresses_durations() -> None:
+    module = Probe(lr=1.0)
+    schedule = WarmupStableDecay(warmup=500, decay=1000)
+    fit(module, loader(8, 2), LearningRateScheduler(schedule), fast_dev_run=True)
+    assert len(module.lrs) == 1
+
+
+def test_a_warmup_longer_than_the_run_raises() -> None:
+    with pytest.raises(ValueError, match=r"warmup.*500"):
+        fit(
+            Probe(), loader(8, 2), LearningRateScheduler(WarmupStableDecay(warmup=500)), max_steps=4
+        )
+
+
+def test_a_second_fit_goes_on_and_a_new_trainer_starts_again() -> None:
+    callback, module = LearningRateScheduler(Cosine(end=0.0)), Probe(lr=1.0)
+    trainer = fit(module, loader(8, 2), callback, max_epochs=1)
+    first = list(module.lrs)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, loader(8, 2))
+    curve = Cosine(end=0.0)
+    assert first == [curve(t / 4) for t in range(4)]
+    assert module.lrs[4:] == [curve(t / 8) for t in range(4, 8)]
+    again = Probe(lr=1.0)
+    fit(again, loader(8, 2), callback, max_epochs=1)
+    assert again.lrs == first
+
+
+def test_bad_arguments_name_themselves() -> None:
+    with pytest.raises(ValueError, match=r"schedule must be a Schedule, got 'cosine'"):
+        LearningRateScheduler("cosine")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"module_scheduler must be .*got 'keep'"):
+        LearningRateScheduler(DOWN, module_scheduler="keep")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"budget must be .*got '10%'"):
+        LearningRateScheduler(DOWN, budget="10%")
+    with pytest.raises(ValueError, match=r"tokens must be given.*'2e9 tokens'"):
+        LearningRateScheduler(DOWN, budget="2e9 tokens")

@@ -1,0 +1,55 @@
+"""The same conditions for every test; and on CI nothing is skipped for a missing dependency."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Generator
+from typing import TypeVar
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+ReportT = TypeVar("ReportT", pytest.TestReport, pytest.CollectReport)
+
+NO_CUDA = "needs a CUDA device"
+ALLOWED_SKIPS = frozenset({NO_CUDA})
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=NO_CUDA))
+
+
+def refuse_unlisted_skip(report: ReportT) -> ReportT:
+    """On CI a skip is a failure, unless its reason is one that no installation can cure."""
+    if report.outcome != "skipped" or hasattr(report, "wasxfail") or not os.environ.get("CI"):
+        return report
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    if reason.removeprefix("Skipped: ") not in ALLOWED_SKIPS:
+        report.outcome = "failed"
+        report.longrepr = f"skipped on CI, which must run everything: {reason}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    return refuse_unlisted_skip((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    return refuse_unlisted_skip((yield))
+
+
+@pytest.fixture(autouse=True)
+def _same_conditions() -> None:
+    """Every test starts from the same seeds and computes on one thread."""
+    random.seed(0)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)

@@ -1,0 +1,179 @@
+"""What runs on two processes; each function returns plain data that the tests compare."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DistributedSampler
+
+from lightning_bigopt import (
+    BatchSizeScheduler,
+    BatchSizeSteps,
+    GradientClipping,
+    LearningRateScheduler,
+    Linear,
+    NormClip,
+    OptimizationMonitor,
+)
+from tests.kit import QUIET, Probe, Regression, ResumableLoader, cpu_precision, full, loader
+
+POLICY = BatchSizeSteps(
+    {
+        "0%": 4,
+        "1 steps": 8,
+        "2 steps": 12,
+        "3 steps": 20,
+        "4 steps": 16,
+        "5 steps": 4,
+        "6 steps": 16,
+        "7 steps": 8,
+        "9 steps": 20,
+    }
+)
+
+
+class Sharded(Probe):
+    """The same network under FSDP2."""
+
+    def configure_model(self) -> None:
+        for layer in (self.net[0], self.net[2]):
+            if not hasattr(layer, "set_requires_gradient_sync"):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+
+def strategy(name: str) -> Any:
+    if name == "ddp":
+        return DDPStrategy()
+    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+
+
+def module(name: str, **options: Any) -> Probe:
+    return (Probe if name == "ddp" else Sharded)(**options)
+
+
+def fit(
+    name: str, model: Probe, data: Any, *callbacks: Any, ckpt: Any = None, **options: Any
+) -> Any:
+    trainer = L.Trainer(
+        **{
+            **QUIET,
+            "devices": 2,
+            "strategy": strategy(name),
+            "callbacks": list(callbacks),
+            **options,
+        }
+    )
+    trainer.fit(model, data, ckpt_path=ckpt)
+    return trainer
+
+
+def in_order(size: int) -> DistributedSampler[Any]:
+    """This process's samples, not shuffled as Lightning would."""
+    rank = int(os.environ["RANK"])
+    return DistributedSampler(Regression(size), num_replicas=2, rank=rank, shuffle=False)
+
+
+def weights(model: Probe) -> list[float]:
+    return [v for p in model.net.parameters() for v in full(p.detach()).flatten().tolist()]
+
+
+def gradient_means(out: Path) -> Any:
+    """Every gradient against the truth, with windows of any length, tails and both samplers."""
+    found = {}
+    for name, precision in itertools.product(("ddp", "fsdp2"), ("32-true", "16-mixed")):
+        if (name, precision) == ("fsdp2", "16-mixed"):
+            continue  # Lightning refuses a CPU GradScaler there
+        model = module(name, lr=0.01)
+        trainer = fit(
+            name,
+            model,
+            loader(50, 2),
+            BatchSizeScheduler(POLICY),
+            max_epochs=3,
+            **cpu_precision(precision),
+        )
+        found[f"{name} {precision}"] = {
+            "errors": model.errors,
+            "windows": [len(w) for w in model.windows],
+            "steps": trainer.global_step,
+        }
+    return found
+
+
+def global_norms(out: Path) -> Any:
+    """The clipped norm of the whole gradient, and the weights after training on it."""
+    found = {}
+    for name, precision in itertools.product(
+        ("ddp", "fsdp2"), ("32-true", "bf16-mixed", "16-mixed")
+    ):
+        if (name, precision) == ("fsdp2", "16-mixed"):
+            continue
+        for fused in (False, True):
+            model = module(name, lr=0.01, optimizer=torch.optim.AdamW, fused=fused)
+            fit(
+                name,
+                model,
+                loader(32, 4, sampler=in_order(32)),
+                GradientClipping(NormClip(max_norm=0.5)),
+                max_epochs=2,
+                use_distributed_sampler=False,
+                **cpu_precision(precision),
+            )
+            found[f"{name} {precision} fused={fused}"] = {
+                "norms": model.norms,
+                "weights": weights(model),
+            }
+    return found
+
+
+def resume(out: Path) -> Any:
+    """Straight through against killed and resumed, the four callbacks at work."""
+    found = {}
+    for name in ("ddp", "fsdp2"):
+
+        def callbacks() -> list[Any]:
+            return [
+                LearningRateScheduler(Linear(start=1.0, end=0.1)),
+                OptimizationMonitor(),
+                GradientClipping(NormClip(max_norm=0.5)),
+                BatchSizeScheduler(BatchSizeSteps({"0%": 4, "30%": 8, "60%": 12})),
+            ]
+
+        build = functools.partial(module, name, lr=0.01, optimizer=torch.optim.AdamW)
+        straight, save = build(), SaveAt(out / name, {2, 5})
+        fit(name, straight, ResumableLoader(24, 2), *callbacks(), save, max_epochs=2)
+        found[name] = {"straight": [straight.lrs, straight.windows, weights(straight)]}
+        for step in (2, 5):
+            model = build()
+            fit(
+                name,
+                model,
+                ResumableLoader(24, 2),
+                *callbacks(),
+                max_epochs=2,
+                ckpt=out / name / f"{step}.ckpt",
+            )
+            found[name][str(step)] = [model.lrs, model.windows, weights(model)]
+    return found
+
+
+class SaveAt(L.Callback):
+    """Saves after given updates."""
+
+    def __init__(self, folder: Path, steps: set[int]) -> None:
+        self.folder, self.steps = folder, steps
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step in self.steps and not trainer.fit_loop._should_accumulate():
+            trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+
+
+NAMES = ["gradient_means", "global_norms", "resume"]

@@ -1,0 +1,25 @@
+"""Runs every scenario on this process of a job and writes what each returned."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from tests.distributed import scenarios
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    out, names = Path(sys.argv[1]), sys.argv[2:]
+    results = {name: getattr(scenarios, name)(out) for name in names}
+    (out / f"rank{os.environ['RANK']}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

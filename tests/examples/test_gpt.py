@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_bigopt.examples.gpt import BytesGPT
+
+
+@pytest.fixture
+def model() -> BytesGPT:
+    return BytesGPT(width=16, layers=2, heads=2, length=12)
+
+
+def test_no_position_sees_what_comes_after_it(model: BytesGPT):
+    text = torch.randint(0, 256, (2, 12))
+    changed = text.clone()
+    changed[:, 7] = (changed[:, 7] + 1) % 256
+    before, after = model(text), model(changed)
+    torch.testing.assert_close(before[:, :7], after[:, :7], rtol=0, atol=1e-6)
+    assert not torch.allclose(before[:, 7:], after[:, 7:], atol=1e-6)
+
+
+def test_an_untrained_model_is_as_good_as_guessing():
+    model = BytesGPT()
+    loss = model.loss(torch.randint(0, 256, (8, 65)))
+    assert loss.item() == pytest.approx(torch.tensor(256.0).log().item(), abs=0.1)
+
+
+def test_it_has_the_size_that_the_demo_states():
+    assert sum(parameter.numel() for parameter in BytesGPT().parameters()) == pytest.approx(
+        0.4e6, rel=0.05
+    )
+
+
+def test_groups_hold_every_parameter_once_and_only_matrices_decay(model: BytesGPT):
+    decay, no_decay = model.configure_optimizers().param_groups
+    assert (decay["name"], no_decay["name"]) == ("decay", "no_decay")
+    held = [*decay["params"], *no_decay["params"]]
+    assert len(held) == len(set(held)) == len(list(model.parameters()))
+    assert all(parameter.ndim >= 2 for parameter in decay["params"])
+    assert all(parameter.ndim < 2 for parameter in no_decay["params"])
+    assert (decay["weight_decay"], no_decay["weight_decay"]) == (0.1, 0.0)
+
+
+def test_it_learns_a_sentence_by_heart(model: BytesGPT):
+    optimizer = model.configure_optimizers()
+    batch = torch.tensor(list(b"hello, world!")).expand(4, -1)
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = model.loss(batch)
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="width must be a multiple of heads=4, got 10"):
+        BytesGPT(width=10)

@@ -1,0 +1,105 @@
+"""Everything in a config file: LightningCLI trains, and trains again from the config it saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.cli import LightningCLI
+from torch import nn
+from torch.utils.data import DataLoader
+
+from tests.kit import Regression
+
+CONFIG = """
+seed_everything: 3
+model:
+  lr: 0.1
+trainer:
+  accelerator: cpu
+  max_steps: 6
+  logger: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  enable_checkpointing: false
+  default_root_dir: {root}
+  callbacks:
+    - class_path: lightning_bigopt.LearningRateScheduler
+      init_args:
+        schedule:
+          class_path: lightning_bigopt.WarmupStableDecay
+          init_args:
+            warmup: 2
+            decay: 50%
+            cooldown: linear
+    - class_path: lightning_bigopt.GradientClipping
+      init_args:
+        rule:
+          class_path: lightning_bigopt.NormClip
+          init_args:
+            max_norm: 0.5
+    - class_path: lightning_bigopt.BatchSizeScheduler
+      init_args:
+        policy:
+          class_path: lightning_bigopt.BatchSizeSteps
+          init_args:
+            sizes:
+              0%: 2
+              2 steps: 4
+    - class_path: lightning_bigopt.OptimizationMonitor
+      init_args:
+        every: 2
+"""
+
+
+class Model(L.LightningModule):
+    def __init__(self, lr: float = 0.1) -> None:
+        super().__init__()
+        self.lr = lr
+        self.net = nn.Linear(4, 3)
+        self.seen: list[tuple[float, int]] = []
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.seen.append(
+            (float(optimizer.param_groups[0]["lr"]), int(self.trainer.accumulate_grad_batches))
+        )
+
+
+class Data(L.LightningDataModule):
+    def train_dataloader(self) -> Any:
+        return DataLoader(Regression(40), batch_size=2)
+
+
+def train(config: Path) -> Model:
+    cli = LightningCLI(
+        Model, Data, args=["fit", "--config", str(config)], save_config_kwargs={"overwrite": True}
+    )
+    model: Model = cli.model
+    return model
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI's own use of jsonargparse
+def test_the_saved_config_trains_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    config = tmp_path / "written.yaml"
+    config.write_text(CONFIG.format(root=tmp_path))
+    first = train(config)
+    assert first.seen == [(0.0, 1), (0.05, 1)] + [
+        (pytest.approx(lr), 2) for lr in (0.1, 0.1, 0.1 * 2 / 3, 0.1 / 3)
+    ]
+    saved = tmp_path / "config.yaml"
+    assert "BatchSizeSteps" in saved.read_text()
+    again = train(saved)
+    assert again.seen == first.seen
+    assert torch.equal(again.net.weight, first.net.weight)
