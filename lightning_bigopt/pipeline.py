@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable
 from functools import cached_property
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["OptimizerStep", "Pipeline"]
 
 ControllerT = TypeVar("ControllerT", bound=Controller)
+_numbers = itertools.count()
 
 
 class OptimizerStep:
@@ -77,6 +79,7 @@ class Pipeline:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = weakref.ref(trainer)
+        self.number = next(_numbers)
         self._callers: dict[str, set[int]] = {}
         self._parameters: weakref.WeakKeyDictionary[Any, list[tuple[str, nn.Parameter]]] = (
             weakref.WeakKeyDictionary()

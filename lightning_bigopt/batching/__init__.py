@@ -1,7 +1,8 @@
 """The global batch: policies that name it, plans that carry it out, the exact loader, its noise."""
 
 from lightning_bigopt.batching.adaptive import NoiseScaleBatchSize
-from lightning_bigopt.batching.loader import GlobalBatchLoader, GlobalWindow, MicroBatch
+from lightning_bigopt.batching.global_window import GlobalWindow, MicroBatch
+from lightning_bigopt.batching.loader import GlobalBatchLoader
 from lightning_bigopt.batching.memory import MicroBatchSearch, search_micro_batch_size
 from lightning_bigopt.batching.noise_scale import (
     NoiseScaleEstimator,
@@ -12,12 +13,11 @@ from lightning_bigopt.batching.plan import BatchPlan, check_written_sizes, plan_
 from lightning_bigopt.batching.policies import (
     BatchContext,
     BatchSizePolicy,
-    BatchSizeRamp,
-    BatchSizeSteps,
     ConstantBatchSize,
     FullBatch,
     SingleSample,
 )
+from lightning_bigopt.batching.ramps import BatchSizeRamp, BatchSizeSteps
 from lightning_bigopt.batching.scaling import (
     ScalingRule,
     adascale_gain,

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import repeat
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from lightning_bigopt.batching.global_window import GlobalWindow, MicroBatch
 from lightning_bigopt.batching.policies import check_size
 from lightning_bigopt.batching.randomness import SampleStreams, mixed_seed
 
-__all__ = ["GlobalBatchLoader", "GlobalWindow", "MicroBatch"]
+__all__ = ["GlobalBatchLoader"]
 
 Sizes: TypeAlias = Callable[[], Iterable[int]]
 _OWNED = (
@@ -26,67 +26,6 @@ _OWNED = (
     "shuffle",
 )
 _REMEMBERED = 4096  # far more than workers fetch ahead
-
-
-@dataclass(frozen=True, kw_only=True)
-class GlobalWindow:
-    """One update's samples.
-
-    Args:
-        position: Samples of the epoch before it.
-        samples: Its samples over all processes.
-        accumulate: Its micro-batches on each process.
-
-    Example:
-        >>> GlobalWindow(position=32, samples=16, accumulate=2).end
-        48
-    """
-
-    position: int
-    samples: int
-    accumulate: int
-
-    @property
-    def end(self) -> int:
-        """Samples of the epoch after it."""
-        return self.position + self.samples
-
-
-@dataclass(frozen=True, kw_only=True)
-class MicroBatch:
-    """What one emitted batch is worth.
-
-    Args:
-        window: The update that it belongs to.
-        index: Its place in the update, from 0.
-        samples: Samples of this process that count; 0 for a repeated sample that fills a place.
-        world_size: Processes that share the update.
-
-    Example:
-        >>> window = GlobalWindow(position=0, samples=5, accumulate=1)
-        >>> MicroBatch(window=window, index=0, samples=3, world_size=2).weight
-        1.2
-    """
-
-    window: GlobalWindow
-    index: int
-    samples: int
-    world_size: int
-
-    @property
-    def weight(self) -> float:
-        """The factor on its mean loss that makes a mean of means exact; 1.0 where all are equal.
-
-        With it, the mean over the window's micro-batches and over the processes is the mean over
-        the window's samples.
-        """
-        share = self.window.accumulate * self.world_size
-        return self.samples * share / self.window.samples
-
-    @property
-    def closes_window(self) -> bool:
-        """Whether it is the last micro-batch of its update."""
-        return self.index == self.window.accumulate - 1
 
 
 class GlobalBatchLoader:

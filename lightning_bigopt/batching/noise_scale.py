@@ -176,7 +176,10 @@ class NoiseScaleEstimator:
             return _without(
                 known, f"too few updates measured ({self.updates} of {self.minimum_updates})"
             )
-        spread = self._spread()
+        effective = self._weight**2 / self._weight_squares
+        if effective <= 1:
+            return _without(known, "decay forgets all updates but one, which has no scatter")
+        spread = 1 / (effective - 1)  # of a weighted mean, Bessel's correction included
         least = self.confidence * math.sqrt(spread * self._signal_signal)
         if self._signal <= least:
             return _without(
@@ -197,11 +200,6 @@ class NoiseScaleEstimator:
             signal=self._signal,
             updates=self.updates,
         )
-
-    def _spread(self) -> float:
-        """Variance of a weighted mean per weighted variance, Bessel's correction included."""
-        effective = self._weight**2 / self._weight_squares
-        return 1 / (effective - 1) if effective > 1 else math.inf
 
     def state_dict(self) -> dict[str, float]:
         """Sums of weights and moments."""

@@ -29,7 +29,7 @@ class OptimizationCallback(Callback):
     def __init__(self, controller: Controller) -> None:
         self.controller = controller
         self._pipeline: Pipeline | None = None
-        self._last_pipeline: int | None = None
+        self._last_run: int | None = None
 
     # -------------------------------------------------------------------------------- lifetime
 
@@ -38,9 +38,9 @@ class OptimizationCallback(Callback):
         if stage != "fit":
             return
         self._pipeline = Pipeline.of(trainer)
-        if self._last_pipeline not in (None, id(self._pipeline)):
+        if self._last_run not in (None, self._pipeline.number):
             self.controller.reset()  # a callback object used again with another Trainer
-        self._last_pipeline = id(self._pipeline)
+        self._last_run = self._pipeline.number
         self._pipeline.register(self.controller)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -125,16 +125,19 @@ class OptimizationCallback(Callback):
                 f"got {version!r}; resume with the release that wrote it"
             )
         clock = state.pop("clock")
-        if clock is not None and self._pipeline is not None:
-            self._pipeline.clock.load_state_dict(clock)
+        if self._pipeline is not None:
+            if not self._pipeline.fitting:  # Trainer.test(ckpt_path=) restores callbacks too
+                return
+            if clock is not None:
+                self._pipeline.clock.load_state_dict(clock)
         self.controller.load_state_dict(state)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles must not take the Trainer along: neither our pipeline nor the bound
         # methods of the module that Lightning puts on every callback.
-        left_out = ("_pipeline", "_last_pipeline", "log", "log_dict")
+        left_out = ("_pipeline", "_last_run", "log", "log_dict")
         return {
             **{k: v for k, v in self.__dict__.items() if k not in left_out},
             "_pipeline": None,
-            "_last_pipeline": None,
+            "_last_run": None,
         }

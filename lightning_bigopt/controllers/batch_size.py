@@ -178,8 +178,9 @@ class BatchSizeController(Controller):
 
     def on_fit_end(self, pipeline: Pipeline) -> None:
         """Gives the Trainer its own accumulation back, and the module its backward."""
-        pipeline.trainer.accumulate_grad_batches = 1
-        pipeline.module.__dict__.pop("backward", None)
+        if isinstance(pipeline.trainer.accumulate_grad_batches, WindowLength):
+            pipeline.trainer.accumulate_grad_batches = 1
+            pipeline.module.__dict__.pop("backward", None)
 
     def reset(self) -> None:
         """Forgets the window of a former Trainer."""

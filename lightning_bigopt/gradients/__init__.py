@@ -13,6 +13,7 @@ Everything here works without Lightning:
 >>> optimizer.step()
 """
 
+from lightning_bigopt.gradients.actions import Abort, Action, Backoff, ClipToMedian, Skip
 from lightning_bigopt.gradients.apply import (
     after_step_once,
     apply_,
@@ -21,6 +22,15 @@ from lightning_bigopt.gradients.apply import (
     takes_grad_scale,
 )
 from lightning_bigopt.gradients.clip import clip_gradients_
+from lightning_bigopt.gradients.guard import (
+    Detector,
+    LossSpike,
+    NonFinite,
+    NormSpike,
+    Verdict,
+    inspect,
+    record,
+)
 from lightning_bigopt.gradients.norms import GradientNorms, measure, norms_of
 from lightning_bigopt.gradients.rules import (
     AGC,
@@ -43,27 +53,39 @@ from lightning_bigopt.gradients.skip import skip_update_
 
 __all__ = [
     "AGC",
+    "Abort",
+    "Action",
     "AdaGC",
     "AutoClip",
+    "Backoff",
     "ClipContext",
     "ClipDecision",
+    "ClipToMedian",
     "ClippingRule",
+    "Detector",
     "GradientNorms",
     "Groups",
+    "LossSpike",
     "MaxUpdateRatio",
+    "NonFinite",
     "NormClip",
+    "NormSpike",
     "PerParameterNormClip",
     "RuleState",
+    "Skip",
     "UpdateClip",
     "UpdateRule",
     "ValueClip",
+    "Verdict",
     "ZClip",
     "after_step_once",
     "apply_",
     "clear_",
     "clip_gradients_",
+    "inspect",
     "measure",
     "norms_of",
+    "record",
     "scale_",
     "skip_update_",
     "takes_grad_scale",

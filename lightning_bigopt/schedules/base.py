@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from types import MappingProxyType
-from typing import Any, ClassVar, Literal, TypeAlias, get_args
+from typing import Any, ClassVar
 
-from lightning_bigopt.durations import Duration, DurationLike, Horizon
-
-__all__ = ["CooledDown", "CooldownShape", "Schedule"]
-
-CooldownShape: TypeAlias = Literal["linear", "cosine", "1-sqrt", "exponential"]
-"""How a cooldown falls from 1 to 0 while its own position r runs from 0 to 1."""
-
-COOLDOWNS: Mapping[str, Callable[[float], float]] = MappingProxyType(
-    {
-        "linear": lambda r: 1.0 - r,
-        "cosine": lambda r: 0.5 * (1.0 + math.cos(math.pi * r)),
-        "1-sqrt": lambda r: 1.0 - math.sqrt(r),
-        "exponential": lambda r: 2.0 * 0.5**r - 1.0,
-    }
+from lightning_bigopt.durations import Duration, Horizon
+from lightning_bigopt.schedules.checks import (
+    COOLDOWNS,
+    SNAP,
+    CooldownShape,
+    check_choice,
+    check_fit,
+    check_non_negative,
+    position,
+    resolved_share,
 )
 
-SNAP = 1e-9
-"""Positions that differ by less are the same: far above rounding, far below one update."""
+__all__ = ["CooledDown", "Schedule"]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -70,7 +62,7 @@ class Schedule(ABC):
         """
         if not fraction >= 0.0:
             raise ValueError(f"fraction must be non-negative, got {fraction!r}")
-        return self.factor(fraction if fraction < 1.0 else 1.0)
+        return self.factor(min(fraction, 1.0))
 
     @abstractmethod
     def factor(self, fraction: float) -> float:
@@ -93,7 +85,7 @@ class Schedule(ABC):
         """
         if not fraction >= 0.0:
             raise ValueError(f"fraction must be non-negative, got {fraction!r}")
-        return self.scaled(fraction if fraction < 1.0 else 1.0, base)
+        return self.scaled(min(fraction, 1.0), base)
 
     def scaled(self, fraction: float, base: float) -> float:
         """:meth:`value` at a ``fraction`` in [0, 1]; compositions hand it on to their parts."""
@@ -252,6 +244,7 @@ class CooledDown(Schedule):
         return self._cool(fraction, self._level, self.end)
 
     def factor(self, fraction: float) -> float:
+        """Follows the formula above; ``fraction`` in [0, 1]."""
         return self(fraction)
 
     def value(self, fraction: float, base: float) -> float:
@@ -261,6 +254,7 @@ class CooledDown(Schedule):
         return self._cool(fraction, self.schedule.value(self.at, base), self.end * base)
 
     def scaled(self, fraction: float, base: float) -> float:
+        """Follows the formula above, times ``base``; ``fraction`` in [0, 1]."""
         return self.value(fraction, base)
 
     def _cool(self, fraction: float, level: float, end: float) -> float:
@@ -275,68 +269,15 @@ class CooledDown(Schedule):
         return self.schedule(self.at)
 
     def resolve(self, horizon: Horizon) -> Schedule:
+        """The same on a resolved schedule; ``at`` and ``over`` are shares already."""
         return self._changed(schedule=self.schedule.resolve(horizon))
 
     def boundaries(self) -> dict[str, float]:
+        """The seams before the cooldown, and its own."""
         before = {n: at for n, at in self.schedule.boundaries().items() if at < self.at}
         seams = {**before, "cooldown starts": self.at}
         end = self.at + self.over
         return {**seams, "cooldown ends": end} if end < 1.0 - SNAP else seams
-
-
-def position(fraction: float, begin: float, length: float) -> float:
-    """Where ``fraction`` lies in a part: 0 to 1, exactly 0 and 1 at its ends despite rounding."""
-    inside = (fraction - begin) / length if length > SNAP else 0.0
-    if inside < SNAP:
-        return 0.0
-    return inside if inside < 1.0 - SNAP else 1.0
-
-
-def resolved_share(length: DurationLike, name: str) -> float:
-    """A duration's fraction of the budget.
-
-    Raises:
-        ValueError: If it is in another unit.
-    """
-    duration = Duration.parse(length, name=name)
-    if duration.unit != "fraction":
-        raise ValueError(
-            f"{name} must be resolved before the schedule is called, got {str(duration)!r}; call "
-            "schedule.resolve(horizon) first, for instance with Horizon.of_steps(1000)"
-        )
-    return duration.value
-
-
-def check_fit(lengths: Mapping[str, Duration]) -> None:
-    """Refuses parts that cannot fit into any budget together."""
-    known = {name: length for name, length in lengths.items() if length.unit == "fraction"}
-    if math.fsum(length.value for length in known.values()) > 1.0 + SNAP:
-        written = " + ".join(f"{name}={str(length)!r}" for name, length in known.items())
-        raise ValueError(
-            f"{' + '.join(known)} must be at most 100%, got {written}; shorten "
-            f"{'one of them' if len(known) > 1 else 'it'}"
-        )
-
-
-def check_non_negative(**factors: float) -> None:
-    """Refuses what is not a finite number from 0 on."""
-    given: Mapping[str, Any] = factors
-    for name, value in given.items():
-        if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} must be a finite number from 0 on, got {value!r}")
-
-
-def check_end(end: float) -> None:
-    """Refuses the end of a decay that is not a factor from 0 to 1."""
-    check_non_negative(end=end)
-    if end > 1:
-        raise ValueError(f"end must be at most 1, the peak, got {end!r}")
-
-
-def check_choice(name: str, value: str, choices: Any) -> None:
-    """Refuses what is not one of a Literal's words."""
-    if value not in get_args(choices):
-        raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
 
 
 def check_schedule(name: str, value: Any) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal, TypeAlias
 
 from lightning_bigopt.durations import DurationLike
-from lightning_bigopt.schedules.base import (
+from lightning_bigopt.schedules.base import Schedule
+from lightning_bigopt.schedules.checks import (
     COOLDOWNS,
     SNAP,
-    Schedule,
     check_choice,
     check_non_negative,
     position,
@@ -203,39 +204,33 @@ class CosineWithRestarts(Periodic):
 
     @cached_property
     def _begins(self) -> list[float]:
-        """Where growing cycles begin, in first cycles."""
+        """Where growing cycles begin, in first cycles, to one beyond the end of the budget."""
         begins, length = [0.0], 1.0
-        while begins[-1] * self._first < 1.0:
+        while begins[-1] <= 1.0 / self._first + 1.0:
             begins.append(begins[-1] + length)
             length *= self.cycle_multiplier
         return begins
 
-    def _cycle(self, passed: float) -> tuple[int, float, float]:
-        """Index, beginning and length of the cycle after ``passed`` first cycles."""
-        if self.cycle_multiplier == 1.0:
-            index = math.floor(passed + SNAP)
-            return index, float(index), 1.0
-        index = bisect_right(self._begins, passed + SNAP) - 1
-        begin = self._begins[index]
-        if index + 1 < len(self._begins):
-            return index, begin, self._begins[index + 1] - begin
-        return index, begin, math.pow(self.cycle_multiplier, index)
-
     def factor(self, fraction: float) -> float:
         """Follows the formula above; ``fraction`` in [0, 1]."""
         passed = fraction / self._first
-        index, begin, length = self._cycle(passed)
-        inside = position(passed, begin, length)
-        if fraction >= 1.0 and index and not inside:
+        if self.cycle_multiplier == 1.0:
+            index = math.floor(passed + SNAP)
+            inside = passed - index
+        else:
+            begins = self._begins
+            index = bisect_right(begins, passed + SNAP) - 1
+            inside = (passed - begins[index]) / (begins[index + 1] - begins[index])
+        if fraction >= 1.0 and index and inside < SNAP:
             index, inside = index - 1, 1.0
         peak = max(math.pow(self.cycle_decay, index), self.end)
         return self.end + 0.5 * (peak - self.end) * (1.0 + math.cos(math.pi * inside))
 
     def boundaries(self) -> dict[str, float]:
         """Where the restarts lie."""
-        seams: dict[str, float] = {}
-        index, begin, length = self._cycle(0.0)
-        while (begin + length) * self._first < 1.0 - SNAP:
-            index, begin, length = self._cycle(begin + length)
-            seams[f"restart {index}"] = begin * self._first
-        return seams
+        if self.cycle_multiplier == 1.0:
+            begins: Iterable[float] = range(1, math.ceil(1.0 / self._first - SNAP))
+        else:
+            begins = self._begins[1:]
+        moments = [begin * self._first for begin in begins]
+        return {f"restart {i}": at for i, at in enumerate(moments, start=1) if at < 1.0 - SNAP}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from lightning_bigopt.schedules.base import (
+from lightning_bigopt.schedules.base import Schedule
+from lightning_bigopt.schedules.checks import (
     COOLDOWNS,
     CooldownShape,
-    Schedule,
     check_choice,
     check_non_negative,
 )
@@ -186,7 +186,8 @@ class Cooldown(Schedule):
 
     .. math::
         s(\tau) = e + c(\tau)(b - e), \qquad
-        c(\tau) \in \{1 - \tau,\ \tfrac12 (1 + \cos \pi\tau),\ 1 - \sqrt\tau,\ 2 \cdot 0.5^\tau - 1\}
+        c(\tau) \in \{1 - \tau,\ \tfrac12 (1 + \cos \pi\tau),\ 1 - \sqrt\tau,\
+            2 \cdot 0.5^\tau - 1\}
 
     Args:
         shape: The curve :math:`c`: ``"linear"``, ``"cosine"``, ``"1-sqrt"`` or ``"exponential"``.

@@ -7,11 +7,171 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from lightning_bigopt.durations import Duration, DurationLike, Horizon
-from lightning_bigopt.schedules.base import SNAP, Schedule, check_non_negative, resolved_share
+from lightning_bigopt.schedules.base import Schedule
+from lightning_bigopt.schedules.checks import (
+    SNAP,
+    check_non_negative,
+    resolved_share,
+)
 
-__all__ = ["MultiStep", "PiecewiseLinear"]
+__all__ = ["MultiStep", "PiecewiseLinear", "Table"]
 
 Table: TypeAlias = Mapping[DurationLike, float] | Sequence[tuple[DurationLike, float]]
+"""Moments and what holds there; a dict becomes a tuple of pairs, which has equality and hash."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Tabled(Schedule):
+    """A schedule written as a table; ``_table`` names the field that holds it."""
+
+    _table: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name = self._table
+        table: Any = getattr(self, name)
+        pairs = table.items() if isinstance(table, Mapping) else table
+        if not isinstance(table, Mapping | list | tuple) or not pairs:
+            raise ValueError(f"{name} must map durations to factors, got {table!r}")
+        read: list[tuple[Duration, float]] = []
+        for pair in pairs:
+            if not isinstance(pair, list | tuple) or len(pair) != 2:
+                raise ValueError(f"{name} must hold pairs (duration, factor), got {pair!r}")
+            moment, factor = Duration.parse(pair[0], name=f"a moment of {name}"), pair[1]
+            check_non_negative(**{f"{name}[{str(moment)!r}]": factor})
+            read.append((moment, factor))
+        self._set(**{name: tuple(sorted(read, key=lambda pair: (pair[0].unit, pair[0].value)))})
+        if all(moment.unit == "fraction" for moment, _ in read):
+            self._check_order()
+
+    @property
+    def _pairs(self) -> tuple[tuple[Duration, float], ...]:
+        pairs: tuple[tuple[Duration, float], ...] = getattr(self, self._table)
+        return pairs
+
+    def _check_order(self) -> None:
+        moments = self._columns[0]
+        for (earlier, later), (written, _) in zip(pairwise(moments), self._pairs[1:], strict=True):
+            if later - earlier <= SNAP:
+                raise ValueError(
+                    f"{self._table} must hold every moment once, got {str(written)!r} twice"
+                )
+        if moments[-1] > 1.0 + SNAP:
+            raise ValueError(
+                f"{self._table} must be at most 100%, got {str(self._pairs[-1][0])!r}; shorten it"
+            )
+
+    @cached_property
+    def _columns(self) -> tuple[list[float], list[float]]:
+        """Moments and factors, in order of time."""
+        name = f"{type(self).__name__}.{self._table}"
+        return (
+            [resolved_share(moment, name) for moment, _ in self._pairs],
+            [factor for _, factor in self._pairs],
+        )
+
+    def resolve(self, horizon: Horizon) -> Schedule:
+        """The same table with its moments as fractions.
+
+        Raises:
+            ValueError: If a moment cannot be converted, lies beyond the budget (compressed instead
+                where ``overlong="compress"``), or two fall together.
+        """
+        name, pairs = self._table, self._pairs
+        shares = [horizon.fraction(moment, name=name) for moment, _ in pairs]
+        latest = max(shares)
+        if latest > 1.0 + SNAP and horizon.overlong == "raise":
+            raise ValueError(
+                f"{name} must be at most the whole budget ({horizon.budget:g} {horizon.clock}), "
+                f"got {str(pairs[shares.index(latest)][0])!r}; shorten it, or train longer"
+            )
+        shrink = max(latest, 1.0)
+        resolved = [
+            (Duration(share / shrink, "fraction"), factor)
+            for share, (_, factor) in zip(shares, pairs, strict=True)
+        ]
+        return self._changed(**{name: tuple(sorted(resolved, key=lambda pair: pair[0].value))})
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class MultiStep(Tabled):
+    r"""Stages, each with a factor of its own; 1 before the first.
+
+    .. math:: s(\tau) = c_i \quad \text{for } m_i \le \tau < m_{i+1}
+
+    The update at which a milestone is reached sees the new factor.
+
+    Args:
+        milestones: Moments :math:`m_i` and factors :math:`c_i`, each relative to the base and not
+            to the stage before (torch's ``gamma=0.1`` is 0.1, 0.01, …). An int is optimiser steps.
+
+    Raises:
+        ValueError: If a factor is negative, or a moment is given twice or lies beyond the budget.
+
+    Example:
+        >>> MultiStep({"40%": 0.1, "80%": 0.01}).values(5)
+        [1.0, 1.0, 0.1, 0.1, 0.01]
+
+    References:
+        torch, ``MultiStepLR``; He et al., "Deep Residual Learning for Image Recognition", CVPR
+        2016, Sec. 3.4.
+    """
+
+    _table: ClassVar[str] = "milestones"
+
+    milestones: Table = field(default=(("30%", 0.1), ("60%", 0.01)), kw_only=False)
+
+    def factor(self, fraction: float) -> float:
+        """Follows the formula above; ``fraction`` in [0, 1]."""
+        moments, factors = self._columns
+        stage = bisect_right(moments, fraction + SNAP)
+        return factors[stage - 1] if stage else 1.0
+
+    def boundaries(self) -> dict[str, float]:
+        """Where the stages start."""
+        return {f"stage {i} starts": at for i, at in enumerate(self._columns[0], start=2)}
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class PiecewiseLinear(Tabled):
+    r"""Straight lines between points, flat before the first and after the last.
+
+    .. math::
+        s(\tau) = c_i + (c_{i+1} - c_i) \frac{\tau - m_i}{m_{i+1} - m_i}
+        \quad \text{for } m_i \le \tau < m_{i+1}
+
+    Args:
+        points: Moments :math:`m_i` and factors :math:`c_i`. An int is optimiser steps.
+
+    Raises:
+        ValueError: If a factor is negative, or a moment is given twice or lies beyond the budget.
+
+    Example:
+        >>> knee = PiecewiseLinear({"0%": 0.0, "50%": 1.0, "100%": 0.2})
+        >>> [knee(tau) for tau in (0.0, 0.25, 0.5, 0.75, 1.0)]
+        [0.0, 0.5, 1.0, 0.6, 0.2]
+    """
+
+    _table: ClassVar[str] = "points"
+
+    points: Table = field(default=(("0%", 1.0), ("100%", 0.0)), kw_only=False)
+
+    def factor(self, fraction: float) -> float:
+        """Follows the formula above; ``fraction`` in [0, 1]."""
+        moments, factors = self._columns
+        right = bisect_right(moments, fraction)
+        if right == 0:
+            return factors[0]
+        if right == len(moments):
+            return factors[-1]
+        left = right - 1
+        inside = (fraction - moments[left]) / (moments[right] - moments[left])
+        return factors[left] * (1.0 - inside) + factors[right] * inside
+
+    def boundaries(self) -> dict[str, float]:
+        """Where the corners lie."""
+        inner = [at for at in self._columns[0] if 0.0 < at < 1.0]
+        return {f"corner {number}": at for number, at in enumerate(inner, start=1)}

@@ -9,7 +9,11 @@ from functools import cached_property
 from typing import ClassVar
 
 from lightning_bigopt.durations import Duration, DurationLike, Horizon
-from lightning_bigopt.schedules.base import SNAP, Schedule, check_non_negative
+from lightning_bigopt.schedules.base import Schedule
+from lightning_bigopt.schedules.checks import (
+    SNAP,
+    check_non_negative,
+)
 
 __all__ = ["Exponential", "InverseSquareRoot", "OnAxis", "Periodic", "Power", "StepDecay"]
 
@@ -51,7 +55,9 @@ class Periodic(Schedule):
         """
         lengths = self._durations(*self._periods)
         axes = {d.unit: horizon.axis(d.unit, name=n) for n, d in lengths.items()}
-        shares = {n: Duration(d.value / axes[d.unit][-1][1], "fraction") for n, d in lengths.items()}
+        shares = {
+            n: Duration(d.value / axes[d.unit][-1][1], "fraction") for n, d in lengths.items()
+        }
         resolved = self._changed(**shares)
         uneven = [axis for axis in axes.values() if len(axis) > 2]
         if not uneven:
@@ -59,7 +65,8 @@ class Periodic(Schedule):
         if len(axes) > 1:
             written = ", ".join(f"{name}={str(length)!r}" for name, length in lengths.items())
             raise ValueError(
-                f"{' and '.join(lengths)} must be in the same unit where updates grow, got {written}"
+                f"{' and '.join(lengths)} must be in the same unit where updates grow, got "
+                f"{written}; write them in one unit"
             )
         return OnAxis(schedule=resolved, axis=uneven[0])
 
@@ -112,7 +119,7 @@ class Exponential(Periodic):
 
     Args:
         decay: Factor :math:`\gamma` in (0, 1].
-        every: Duration :math:`p`; by default the whole budget, at whose end the factor is ``decay``.
+        every: Duration :math:`p`; by default the whole budget, which then ends at ``decay``.
 
     Raises:
         ValueError: If ``decay`` is not in (0, 1], or ``every`` is zero.

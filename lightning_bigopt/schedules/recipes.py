@@ -1,24 +1,33 @@
-"""Whole schedules under the field's names: every duration is a share of the whole budget."""
+"""Warm-ups with a decay, under the field's names; a percentage is of the whole budget."""
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
-from lightning_bigopt.durations import DurationLike
-from lightning_bigopt.schedules.base import (
-    CooldownShape,
-    Schedule,
+from lightning_bigopt.durations import Duration, DurationLike, Horizon
+from lightning_bigopt.schedules.base import Schedule
+from lightning_bigopt.schedules.checks import (
+    WarmupShape,
     check_choice,
     check_end,
     check_non_negative,
 )
-from lightning_bigopt.schedules.composition import Warmup, WarmupShape
+from lightning_bigopt.schedules.composition import Warmup
 from lightning_bigopt.schedules.decays import Constant, Cosine, Linear
+from lightning_bigopt.schedules.periodic import InverseSquareRoot
 
-__all__ = ["Recipe", "WarmupConstant", "WarmupCosine", "WarmupLinear", "WarmupStableDecay"]
+__all__ = [
+    "Noam",
+    "Recipe",
+    "WarmupConstant",
+    "WarmupCosine",
+    "WarmupInverseSquareRoot",
+    "WarmupLinear",
+]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -62,9 +71,11 @@ class Recipe(Schedule):
         return Warmup(length, schedule, shape=self.warmup_shape, start=self.start)
 
     def factor(self, fraction: float) -> float:
+        """The factor of the expanded curve; ``fraction`` in [0, 1]."""
         return self._curve.factor(fraction)
 
     def boundaries(self) -> dict[str, float]:
+        """The seams of the expanded curve."""
         return self._curve.boundaries()
 
 
@@ -91,6 +102,7 @@ class WarmupConstant(Recipe):
     """
 
     def expand(self) -> Schedule:
+        """The same curve, written in shapes and compositions; durations must be resolved."""
         return self._warmed_up(Constant())
 
 
@@ -125,6 +137,7 @@ class WarmupLinear(Recipe):
         check_end(self.end)
 
     def expand(self) -> Schedule:
+        """The same curve, written in shapes and compositions; durations must be resolved."""
         return self._warmed_up(Linear(end=self.end))
 
 
@@ -162,58 +175,110 @@ class WarmupCosine(Recipe):
         check_end(self.end)
 
     def expand(self) -> Schedule:
+        """The same curve, written in shapes and compositions; durations must be resolved."""
         return self._warmed_up(Cosine(end=self.end))
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class WarmupStableDecay(Recipe):
-    r"""A warm-up, the peak, and a cooldown that ends with the budget (WSD, trapezoidal).
+class WarmupInverseSquareRoot(Recipe):
+    r"""A warm-up, then one over the square root of the time since its end.
 
-    .. math::
-        s(\tau) = \begin{cases}
-            \tau / w & \tau < w \\
-            1 & w \le \tau < 1 - d \\
-            e + c\bigl((\tau - 1 + d) / d\bigr)(1 - e) & \text{else}
-        \end{cases}
-
-    where :math:`c(r)` is :math:`1 - r` (``"linear"``), :math:`\tfrac12 (1 + \cos \pi r)`
-    (``"cosine"``), :math:`1 - \sqrt r` (``"1-sqrt"``) or :math:`2 \cdot 0.5^r - 1`
-    (``"exponential"``).
+    .. math:: s(\tau) = \frac{1}{\sqrt{1 + (\tau - w) / p}} \quad (\tau \ge w)
 
     Args:
         warmup: Length :math:`w` of the warm-up.
         warmup_shape: How it rises: ``"linear"``, ``"cosine"`` or ``"1-sqrt"``.
         start: Factor at update 0, dimensionless.
-        decay: Length :math:`d` of the cooldown.
-        cooldown: The curve :math:`c` of the cooldown.
-        end: Factor :math:`e` at the end of the budget, from 0 to 1.
+        timescale: Duration :math:`p`; None for the length of the warm-up, which makes the curve
+            :math:`\sqrt{w / \tau}`.
 
     Raises:
-        ValueError: If warm-up and cooldown are longer than the budget together, a shape is
-            unknown, or a factor is out of range.
+        ValueError: If the warm-up is longer than the budget, or no timescale is left to take.
 
     Example:
-        >>> WarmupStableDecay(warmup=2, decay=4).values(10)
-        [0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5, ...]
+        >>> WarmupInverseSquareRoot(warmup="25%")(1.0)
+        0.5
 
     References:
-        Hu et al., "MiniCPM", 2024, Sec. 4; Hägele et al., "Scaling Laws and Compute-Optimal
-        Training Beyond Fixed Training Durations", NeurIPS 2024, Sec. 3.
+        Zhai et al., "Scaling Vision Transformers", CVPR 2022, Sec. 3.5; transformers,
+        ``get_inverse_sqrt_schedule``.
     """
 
-    _last: ClassVar[tuple[str, ...]] = ("decay",)
-
-    decay: DurationLike = "20%"
-    cooldown: CooldownShape = "1-sqrt"
-    end: float = 0.0
+    timescale: DurationLike | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("cooldown", self.cooldown, CooldownShape)
-        check_end(self.end)
+        lengths = self._durations("warmup", "timescale")
+        self._set(**lengths)
+        if not list(lengths.values())[-1].value:
+            raise ValueError(
+                f"timescale must be longer than zero, got {self.timescale!r} with "
+                f"warmup={str(self.warmup)!r}; give a timescale, or a warm-up to take it from"
+            )
 
     def expand(self) -> Schedule:
-        stable, decay = self._warmed_up(Constant()), self._share("decay")
-        if not decay:
-            return stable
-        return stable.with_cooldown(1.0 - decay, over=decay, shape=self.cooldown, end=self.end)
+        """The same curve, written in shapes and compositions; durations must be resolved."""
+        timescale = self._share("warmup" if self.timescale is None else "timescale")
+        rest = 1.0 - self._share("warmup")
+        # The inner schedule measures its timescale in what the warm-up leaves.
+        own = Duration(timescale / rest if rest > 0 else 1.0, "fraction")
+        return self._warmed_up(InverseSquareRoot(timescale=own))
+
+    def resolve(self, horizon: Horizon) -> Schedule:
+        """An equivalent schedule whose durations are fractions, on its own axis where it must be.
+
+        Raises:
+            ValueError: If a duration cannot be converted, or the warm-up does not fit.
+        """
+        timescale = self.warmup if self.timescale is None else self.timescale
+        if Duration.parse(timescale).unit == "fraction":
+            return super().resolve(horizon)
+        after = InverseSquareRoot(timescale=timescale)
+        composed = Warmup(self.warmup, after, shape=self.warmup_shape, start=self.start)
+        return composed.resolve(horizon)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Noam(Schedule):
+    r"""The Transformer's schedule, scaled so that its peak is 1.
+
+    .. math:: s(\tau) = \min\left(\frac{\tau}{w},\ \sqrt{\frac{w}{\tau}}\right)
+
+    The paper's learning rate is this times :math:`d_{model}^{-0.5} W^{-0.5}` with W warm-up
+    updates, and counts updates from 1 where we count from 0.
+
+    Args:
+        warmup: Length :math:`w` of the warm-up.
+
+    Raises:
+        ValueError: If the warm-up is zero or longer than the budget.
+
+    Example:
+        >>> [Noam(warmup="25%")(tau) for tau in (0.0, 0.125, 0.25, 1.0)]
+        [0.0, 0.5, 1.0, 0.5]
+
+    References:
+        Vaswani et al., "Attention Is All You Need", NeurIPS 2017, Sec. 5.3, Eq. 3.
+    """
+
+    _parts: ClassVar[tuple[str, ...]] = ("warmup",)
+
+    warmup: DurationLike = "2%"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self._durations("warmup")["warmup"].value:
+            raise ValueError(f"warmup must be longer than zero, got {str(self.warmup)!r}")
+
+    @cached_property
+    def _length(self) -> float:
+        return self._share("warmup")
+
+    def factor(self, fraction: float) -> float:
+        """Follows the formula above; ``fraction`` in [0, 1]."""
+        length = self._length
+        return fraction / length if fraction < length else math.sqrt(length / fraction)
+
+    def boundaries(self) -> dict[str, float]:
+        """Where the warm-up ends."""
+        return {"warmup ends": self._length}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 
-import numpy
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from lightning_bigopt.batching import NoiseScaleEstimator, noise_scale_terms
 
 def test_terms_are_unbiased_over_all_draws():
     """Every way to draw two of four gradients: the means are the truth exactly."""
-    gradients = numpy.random.default_rng(0).normal(size=(4, 3)) + 1.0
+    gradients = np.random.default_rng(0).normal(size=(4, 3)) + 1.0
     mean = gradients.mean(0)
     noise_truth = ((gradients - mean) ** 2).sum(1).mean()
     noises, signals = [], []
@@ -27,13 +27,13 @@ def test_terms_are_unbiased_over_all_draws():
             noise, signal = noise_scale_terms(small, big_square=big, small=1, big=2)
             noises.append(noise)
             signals.append(signal)
-    assert numpy.mean(noises) == pytest.approx(noise_truth, rel=1e-12)
-    assert numpy.mean(signals) == pytest.approx((mean**2).sum(), rel=1e-12)
+    assert np.mean(noises) == pytest.approx(noise_truth, rel=1e-12)
+    assert np.mean(signals) == pytest.approx((mean**2).sum(), rel=1e-12)
 
 
 @pytest.mark.parametrize(("k", "b"), [(2, 1), (4, 8), (7, 3)])
 def test_terms_are_the_form_for_k_micro_batches(k, b):
-    micro = numpy.random.default_rng(k).normal(size=(k, 5)) + 0.3
+    micro = np.random.default_rng(k).normal(size=(k, 5)) + 0.3
     mean_square, big_square = (micro**2).sum(1).mean(), (micro.mean(0) ** 2).sum()
     noise, signal = noise_scale_terms(mean_square, big_square=big_square, small=b, big=b * k)
     expected = (mean_square - big_square) * b * k / (k - 1)
@@ -58,7 +58,7 @@ class Toy:
         x = torch.randn(512, 8, generator=generator)
         y = torch.randn(512, 4, generator=generator) + 0.5 * x[:, :4]
         torch.manual_seed(3)
-        model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+        model = nn.Sequential(nn.Linear(8, 4), nn.Tanh()).double()
         x, y = x.double(), y.double()
         rows = []
         for sample in range(len(x)):
@@ -85,15 +85,16 @@ def toy():
     return Toy()
 
 
-@pytest.mark.parametrize(("decay", "updates"), [(0.99, 60), (0.98, 400)])
-@pytest.mark.parametrize("first_only", [False, True], ids=["all micro-batches", "the first"])
+@pytest.mark.parametrize(
+    ("decay", "updates", "first_only"), [(0.99, 60, False), (0.98, 150, False), (0.99, 100, True)]
+)
 def test_the_truth_is_within_the_stated_error_as_often_as_it_should(
     toy, decay, updates, first_only
 ):
     """Coverage over 200 runs: 68 % within one standard error, 95 % within two."""
     within, ratios = [], []
     for seed in range(200):
-        generator = numpy.random.default_rng(seed)
+        generator = np.random.default_rng(seed)
         estimator = NoiseScaleEstimator(decay=decay)
         for _ in range(updates):
             noise, signal = toy.terms(generator, micro=8, k=4, first_only=first_only)
@@ -102,30 +103,30 @@ def test_the_truth_is_within_the_stated_error_as_often_as_it_should(
         assert report.reason is None
         ratios.append(report.noise_scale)
         within.append(abs(report.noise_scale - toy.truth) / report.standard_error)
-    assert numpy.mean(ratios) == pytest.approx(toy.truth, rel=0.1)
-    assert 0.60 < numpy.mean(numpy.array(within) < 1) < 0.78
-    assert 0.89 < numpy.mean(numpy.array(within) < 2) < 0.99
+    assert np.mean(ratios) == pytest.approx(toy.truth, rel=0.1)
+    assert 0.60 < np.mean(np.array(within) < 1) < 0.78
+    assert 0.89 < np.mean(np.array(within) < 2) < 0.99
 
 
 def test_the_mean_of_ratios_would_be_wrong_where_ours_is_right(toy):
-    generator = numpy.random.default_rng(0)
+    generator = np.random.default_rng(0)
     terms = [toy.terms(generator, micro=1, k=2, first_only=False) for _ in range(4000)]
     estimator = NoiseScaleEstimator(decay=0.9999)
     for noise, signal in terms:
         estimator.update(noise, signal=signal)
     report = estimator.report()
     assert abs(report.noise_scale - toy.truth) < 3 * report.standard_error
-    of_ratios = numpy.mean([noise / signal for noise, signal in terms])
+    of_ratios = np.mean([noise / signal for noise, signal in terms])
     assert abs(of_ratios - toy.truth) > 10 * report.standard_error
 
 
 def weighted(values, decay):
-    weights = decay ** numpy.arange(len(values))[::-1]
+    weights = decay ** np.arange(len(values))[::-1]
     return weights / weights.sum()
 
 
 def test_the_report_is_the_literal_weighted_formula():
-    generator = numpy.random.default_rng(4)
+    generator = np.random.default_rng(4)
     noises, signals = generator.normal(50, 9, size=70), generator.normal(2, 0.5, size=70)
     estimator = NoiseScaleEstimator(decay=0.95)
     for noise, signal in zip(noises, signals, strict=True):
@@ -159,11 +160,12 @@ def test_where_it_is_hopeless_it_says_why():
     assert "the noise S = -1 is not above zero" in estimator.report().reason
 
 
-def test_a_loose_decay_is_hopeless_for_ever():
-    estimator = NoiseScaleEstimator(decay=0.0)
+@pytest.mark.parametrize("decay", [0.0, 1e-30])
+def test_a_decay_that_forgets_everything_is_hopeless_for_ever(decay):
+    estimator = NoiseScaleEstimator(decay=decay)
     for _ in range(50):
         estimator.update(1.0, signal=1.0)
-    assert estimator.report().reason is not None
+    assert estimator.report().reason == "decay forgets all updates but one, which has no scatter"
 
 
 def test_non_finite_terms_never_enter():
@@ -179,7 +181,7 @@ def test_non_finite_terms_never_enter():
 
 
 def test_interrupted_is_uninterrupted():
-    generator = numpy.random.default_rng(1)
+    generator = np.random.default_rng(1)
     terms = [(float(a), float(b)) for a, b in generator.normal((50, 3), 1, size=(60, 2))]
     straight = NoiseScaleEstimator()
     for at in (0, 1, 17, 59):

@@ -62,13 +62,11 @@ def test_free_micro_batch_is_the_largest_divisor_that_fits(size, most, world):
     [
         (
             {"global_batch_size": 250},
-            r"global_batch_size must be a multiple of micro_batch_size × processes = 8 × 2 = 16, "
-            r"got 250; write 240 or 256, or change micro_batch_size",
+            r"of micro_batch_size × processes = 8 × 2 = 16, got 250; write 240 or 256, or change",
         ),
         (
             {"global_batch_size": 8},
-            r"at least micro_batch_size × processes = 8 × 2 = 16, got 8; write 16, or set "
-            r"micro_batch_size to 4",
+            r"at least .* = 8 × 2 = 16, got 8; write 16, or set micro_batch_size to 4",
         ),
         ({"global_batch_size": 1}, r"got 1; write 16, or use 1 process"),
         ({"global_batch_size": 0}, r"global_batch_size must be a positive number of samples"),

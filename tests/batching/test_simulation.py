@@ -146,7 +146,7 @@ def run_settings(draw):
 
 
 @given(run_settings())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_simulation_is_the_naive_loop(setting):
     horizon = setting.simulate()
     assert unrolled(horizon) == loop_over_batches(setting)
@@ -199,7 +199,7 @@ def loop_over_samples(setting):
 
 
 @given(run_settings(), st.integers(1, 12))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_exact_simulation_is_the_naive_loop(setting, odd):
     assume(setting.clock != "batches" and setting.batches_per_epoch)
     if isinstance(setting.policy, ConstantBatchSize):
@@ -217,7 +217,7 @@ def test_exact_simulation_is_the_naive_loop(setting, odd):
 
 
 @given(run_settings(), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_planned_sizes_are_the_sizes_of_the_simulated_run_from_any_update(setting, data):
     assume(setting.clock != "batches" and setting.batches_per_epoch)
     length = setting.samples_per_epoch

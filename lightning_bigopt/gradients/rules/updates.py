@@ -205,8 +205,9 @@ def _whole(norms: Tensor, parameters: Sequence[nn.Parameter], *, times: int = 1)
 
 @dataclass(frozen=True)
 class MaxUpdateRatio(UpdateRule):
-    r"""Limits each tensor's update relative to its weights:
-    :math:`\lVert \Delta w \rVert \le r \max(\lVert w \rVert, \epsilon)`.
+    r"""Limits each tensor's update relative to its weights.
+
+    .. math:: \lVert \Delta w \rVert \le r \max(\lVert w \rVert, \epsilon)
 
     Some texts call it learning-rate clipping. Works with every optimiser that keeps its iterate
     in the parameters. Costs a copy of the weights and one pass over both; needs no host

@@ -1,0 +1,103 @@
+"""What a fit leaves behind: nothing, whether it ended, raised or was refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
+
+from lightning_bigopt import (
+    BatchSizeScheduler,
+    ConstantBatchSize,
+    GradientClipping,
+    LearningRateScheduler,
+    Linear,
+    NormClip,
+    OptimizationMonitor,
+)
+from tests.kit import QUIET, Probe, ResumableLoader, loader
+
+
+def four() -> list[Any]:
+    return [
+        LearningRateScheduler(Linear(start=1.0, end=0.0)),
+        GradientClipping(NormClip(max_norm=0.5)),
+        BatchSizeScheduler(ConstantBatchSize(4)),
+        OptimizationMonitor(),
+    ]
+
+
+class Failing(Probe):
+    """Raises at a batch, while fitting."""
+
+    fails = True
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        if self.fails and batch_idx == 3:
+            raise ArithmeticError("on purpose")
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_refused_fit_changes_nothing() -> None:
+    module = Probe()
+    trainer = L.Trainer(**QUIET, max_epochs=1, accumulate_grad_batches=2, callbacks=four())
+    with pytest.raises(ValueError, match="accumulate_grad_batches must be 1"):
+        trainer.fit(module, loader(12, 2))
+    assert trainer.accumulate_grad_batches == 2
+    assert "backward" not in vars(module)
+
+
+def test_a_fit_that_raised_can_be_followed_by_one_that_does_not() -> None:
+    """Callbacks and module go on with a fresh Trainer as if nothing had happened."""
+    callbacks, module = four(), Failing()
+    with pytest.raises(ArithmeticError):
+        L.Trainer(**QUIET, max_epochs=1, callbacks=callbacks).fit(module, loader(12, 2))
+    module.fails = False
+    fresh = Failing()
+    fresh.fails = False
+    module.load_state_dict(fresh.state_dict())
+    module.lrs, module.windows = [], []
+    L.Trainer(**QUIET, max_epochs=1, callbacks=callbacks).fit(module, loader(12, 2))
+    L.Trainer(**QUIET, max_epochs=1, callbacks=four()).fit(fresh, loader(12, 2))
+    assert module.lrs == fresh.lrs == [1 * 0.05, 0.05 * (1 - 2 / 6), 0.05 * (1 - 4 / 6)]
+    for mine, theirs in zip(module.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_testing_a_checkpoint_between_two_fits_does_not_turn_the_clock_back(tmp_path: Path) -> None:
+    module = Probe(lr=1.0)
+    module.test_step = lambda batch, batch_idx: None  # type: ignore[method-assign]
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    options = QUIET | {"enable_checkpointing": True}
+    trainer = L.Trainer(**options, max_epochs=1, callbacks=[*four(), checkpoint])
+    trainer.fit(module, ResumableLoader(16, 2))
+    trainer.test(module, loader(4, 2), ckpt_path=tmp_path / "step=1.ckpt", weights_only=True)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, ResumableLoader(16, 2))
+    assert module.lrs == [1 - t / 4 for t in range(4)] + [1 - t / 8 for t in range(4, 8)]
+
+
+def test_lightnings_own_learning_rate_finder_runs_before_us(tmp_path: Path) -> None:
+    class Tunable(Probe):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lr = 0.05
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+    module = Tunable()
+    finder = LearningRateFinder(num_training_steps=60, early_stop_threshold=None)
+    trainer = L.Trainer(
+        **QUIET, max_epochs=2, callbacks=[*four(), finder], default_root_dir=tmp_path
+    )
+    trainer.fit(module, loader(160, 2))
+    found = module.lr
+    assert found != 0.05
+    assert module.lrs[-80:] == pytest.approx([found * (1 - t / 80) for t in range(80)])
+    assert trainer.global_step == 80
