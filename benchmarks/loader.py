@@ -48,10 +48,10 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
 def datasets() -> dict[str, Dataset[Any]]:
     """By name, from the cheapest to the dearest sample."""
     generator = torch.Generator().manual_seed(0)
-    vectors = torch.randn(24_576, 64, generator=generator)
+    vectors = torch.randn(12_288, 64, generator=generator)
     return {
         "vectors of 64 (`TensorDataset`)": TensorDataset(vectors, vectors[:, 0]),
-        "pieces of 256 tokens": Windows(24_576),
+        "pieces of 256 tokens": Windows(12_288),
     }
 
 
@@ -141,7 +141,7 @@ def page(body: str, trials: int) -> str:
     return f"""# The exact loader beside torch's
 
 What does it cost that `GlobalBatchLoader` may change the batch at any update and resumes at any
-sample? One epoch of 24,576 samples in micro-batches of {MICRO}, the start of workers included; the
+sample? One epoch of 12,288 samples in micro-batches of {MICRO}, the start of workers included; the
 ratios are medians over {trials} trials of (samples a second) / (those of
 `DataLoader(batch_size={MICRO}, shuffle=True)` in the same trial). The loaders take turns.
 
@@ -160,7 +160,7 @@ cores ({platform.machine()}). Renew this page with `python benchmarks/loader.py 
 def main() -> None:
     """Prints the table, and writes the page on request."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trials", type=int, default=11, help="odd; medians are taken")
+    parser.add_argument("--trials", type=int, default=21, help="odd; medians are taken")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
     arguments = parser.parse_args()
     body = table(measure(arguments.trials))

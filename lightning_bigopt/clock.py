@@ -6,23 +6,23 @@ import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 
 from lightning_bigopt import trainer_access
-from lightning_bigopt.durations import Clock, Duration, Horizon, Progress, Span
+from lightning_bigopt.counting import BatchCount, count, named_function
+from lightning_bigopt.durations import Clock, Duration, DurationLike, Horizon, Progress, Span
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 __all__ = ["BatchCount", "ClockSettings", "OnResume", "TrainingClock"]
 
-BatchCount: TypeAlias = str | Callable[[Any], int | Tensor] | None
-OnResume: TypeAlias = Literal["continue", "extend"]
+OnResume: TypeAlias = Literal["continue", "extend", "cooldown"]
 Simulate: TypeAlias = Callable[[Clock, float], Horizon]
+
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +31,13 @@ class ClockSettings:
 
     Args:
         budget: An explicit budget such as ``"2e9 tokens"``; None for the Trainer's own limits.
-        samples: Counts the samples in a batch: a function, or the name of a field whose first
-            dimension is counted; None for the loader's batch size.
-        tokens: Counts the tokens in a batch: a function, or the name of a field: a mask is summed,
-            ids are counted; None where nobody counts tokens.
-        on_resume: ``"continue"`` on the checkpoint's horizon, or ``"extend"`` to the Trainer's.
+        samples: Counts the samples in a batch: a function or its dotted name, or the name of a
+            field whose first dimension is counted; None for the loader's batch size.
+        tokens: Counts the tokens in a batch: a function or its dotted name, or the name of a
+            field: a mask is summed, ids are counted; None where nobody counts tokens.
+        on_resume: ``"continue"`` on the checkpoint's horizon, ``"extend"`` to the Trainer's, or
+            start the ``"cooldown"`` where the checkpoint stopped.
+        cooldown: Length of that cooldown, after which the training ends.
 
     Example:
         >>> ClockSettings(budget="1e6 samples").merge(ClockSettings()).budget
@@ -46,6 +48,7 @@ class ClockSettings:
     samples: BatchCount = None
     tokens: BatchCount = None
     on_resume: OnResume | None = None
+    cooldown: DurationLike | None = None
 
     def __post_init__(self) -> None:
         if self.budget is not None:
@@ -59,8 +62,20 @@ class ClockSettings:
                     f"tokens must be given with a budget in tokens, got None for {self.budget!r}; "
                     "pass tokens=a function of the batch, or the name of its ids or mask"
                 )
-        if self.on_resume not in (None, "continue", "extend"):
-            raise ValueError(f"on_resume must be 'continue' or 'extend', got {self.on_resume!r}")
+        for name in ("samples", "tokens"):
+            object.__setattr__(self, name, named_function(getattr(self, name), name=name))
+        if self.on_resume not in (None, *get_args(OnResume)):
+            raise ValueError(
+                f"on_resume must be 'continue', 'extend' or 'cooldown', got {self.on_resume!r}"
+            )
+        if (self.on_resume == "cooldown") != (self.cooldown is not None):
+            raise ValueError(
+                f"cooldown must be given with on_resume='cooldown' and only then, got "
+                f"{self.cooldown!r} with on_resume={self.on_resume!r}; write "
+                "LearningRateScheduler(schedule, on_resume='cooldown', cooldown='20%')"
+            )
+        if self.cooldown is not None and not Duration.parse(self.cooldown, name="cooldown").value:
+            raise ValueError(f"cooldown must be positive, got {self.cooldown!r}")
 
     def merge(self, other: ClockSettings) -> ClockSettings:
         """One set of settings out of two.
@@ -86,6 +101,12 @@ class TrainingClock:
     Optimiser updates are Lightning's own ``global_step``. Batches, samples and tokens are counted
     when a batch has been trained; the batch under way is ``pending`` until then, so that a
     checkpoint written inside a batch does not hold it.
+
+    Attributes:
+        settings: What the callbacks ask of it.
+        horizon: The budget of this fit; None where it is unknown and nobody needs it.
+        checkpoint_horizon: That of the checkpoint which this fit goes on from.
+        cooldown: Where a cooldown on resume starts and how long it is, as shares of the budget.
     """
 
     version = 1
@@ -93,10 +114,13 @@ class TrainingClock:
     def __init__(self) -> None:
         self.settings = ClockSettings()
         self.horizon: Horizon | None = None
+        self.checkpoint_horizon: Horizon | None = None
+        self.cooldown: tuple[float, float] | None = None
         self.batches = 0
         self.samples = 0
         self.tokens = 0
         self._pending = (0, 0, 0)
+        self._closed = (0, 0, 0)
         self._restored: dict[str, Any] | None = None
         self._global_step: Callable[[], int] = int
         self._world = 1
@@ -118,30 +142,62 @@ class TrainingClock:
         """
         self._world = trainer_access.data_parallel_size(trainer)
         self._pin_samples(trainer)
-        restored, self._restored = self._restored, None
-        if restored is not None:
-            self.batches, self.samples, self.tokens = (
-                int(restored[key]) for key in ("batches", "samples", "tokens")
-            )
-        elif trainer.global_step and not self.batches:
-            self._count_from_loop(trainer)
+        kept = self._take_over(trainer)
         try:
             own = resolve_horizon(trainer, self.settings.budget, simulate)
         except ValueError:
+            if kept is not None and self.settings.on_resume == "cooldown":
+                self._branch(kept, None)  # the end of the cooldown is limit enough
+                return
             if horizon == "required" or self.settings.budget is not None:
                 raise
             self.horizon = None
             return
-        kept = _horizon_from_state(restored.get("horizon")) if restored is not None else None
+        if self.settings.on_resume == "cooldown":
+            self._branch(kept or own, own)
+            return
         if kept is None or self.settings.on_resume == "extend":
-            self.horizon = own
+            self.horizon, self.cooldown = own, None
             return
         self.horizon = kept
-        if (kept.clock, kept.budget) != (own.clock, own.budget):
+        if self.cooldown is None and (kept.clock, kept.budget) != (own.clock, own.budget):
             rank_zero_warn(
                 f"The checkpoint was trained for {kept.budget:g} {kept.clock}, this Trainer is set "
                 f"to {own.budget:g} {own.clock}. on_resume='continue' keeps the checkpoint's "
                 "horizon; pass on_resume='extend' to stretch the schedule to the new one."
+            )
+
+    def _take_over(self, trainer: Trainer) -> Horizon | None:
+        """Goes on from a checkpoint's counts; gives its horizon."""
+        restored, self._restored = self._restored, None
+        if restored is not None:
+            counts = [restored[key] for key in ("batches", "samples", "tokens")]
+            if trainer_access.exact_loader(trainer) is not None:
+                counts = restored["closed"]  # it serves an open window again, from its start
+            self.batches, self.samples, self.tokens = map(int, counts)
+            self.checkpoint_horizon = _horizon_from_state(restored["horizon"])
+            cooldown = restored.get("cooldown")
+            self.cooldown = None if cooldown is None else (cooldown[0], cooldown[1])
+        elif trainer.global_step and not self.batches:
+            self._count_from_loop(trainer)
+        self.close_window()
+        return None if restored is None else self.checkpoint_horizon
+
+    def _branch(self, horizon: Horizon, own: Horizon | None) -> None:
+        """Starts the cooldown here, unless the checkpoint is in one already."""
+        self.horizon = horizon
+        at = self.progress().fraction
+        if self.cooldown is None and at > 0:
+            length = self.settings.cooldown
+            assert length is not None  # ClockSettings
+            self.cooldown = at, horizon.fraction(length, start=at, name="cooldown")
+        if self.cooldown is None or own is None or own.clock != horizon.clock:
+            return
+        end = sum(self.cooldown) * horizon.budget
+        if self.settings.budget is None and own.budget < end - _ROUNDING * end:
+            rank_zero_warn(
+                f"The Trainer stops at {own.budget:g} {own.clock}, before the cooldown ends at "
+                f"{end:g}; raise its limit, or shorten the cooldown of {self.settings.cooldown!r}."
             )
 
     def _pin_samples(self, trainer: Trainer) -> None:
@@ -169,24 +225,33 @@ class TrainingClock:
 
     # ------------------------------------------------------------------------------ counting
 
-    def begin_batch(self, trainer: Trainer, batch: Any) -> int:
+    def begin_batch(
+        self, trainer: Trainer, batch: Any, *, served: tuple[int, int] | None = None
+    ) -> int:
         """Notes the batch that is about to be trained.
+
+        Args:
+            trainer: The Trainer.
+            batch: What the loader gave.
+            served: Its samples on this process and on all of them, where the loader knows.
 
         Returns:
             Its samples on this process.
         """
-        if self._pinned_samples is not None:
+        if served is not None:
+            mine, everywhere = served
+        elif self._pinned_samples is not None:
             mine = self._pinned_samples[int(trainer_access.is_last_batch(trainer))]
+            everywhere = mine * self._world
         else:
-            mine = _count(batch, self.settings.samples, "samples")
-        tokens = (
-            0 if self.settings.tokens is None else _count(batch, self.settings.tokens, "tokens")
-        )
-        if tokens and self._world > 1:
-            tokens = _sum_over_processes(tokens, trainer)
-        else:
-            tokens *= self._world
-        self._pending = (1, mine * self._world, tokens)
+            # Processes that counted differently would open different windows, and wait for ever.
+            mine = count(batch, self.settings.samples, name="samples")
+            everywhere = round(trainer_access.sum_over_data(trainer, mine))
+        tokens = 0
+        if self.settings.tokens is not None:
+            own = count(batch, self.settings.tokens, name="tokens") if mine else 0
+            tokens = round(trainer_access.sum_over_data(trainer, own))
+        self._pending = (1, everywhere, tokens)
         return mine
 
     def end_batch(self) -> None:
@@ -196,6 +261,10 @@ class TrainingClock:
         self.samples += samples
         self.tokens += tokens
         self._pending = (0, 0, 0)
+
+    def close_window(self) -> None:
+        """An update has been trained: an exact loader goes on from here after a resume."""
+        self._closed = (self.batches, self.samples, self.tokens)
 
     def progress(self) -> Progress:
         """What the next update starts from, the batch under way counted as consumed.
@@ -211,19 +280,25 @@ class TrainingClock:
         steps = self._global_step()
         consumed = {"steps": steps, "batches": batches, "samples": samples, "tokens": tokens}
         horizon = self.horizon
-        each = None if horizon is None else horizon.batches_per_epoch
+        epochs = 0.0
+        if horizon is not None and horizon.samples_per_epoch:
+            epochs = samples / horizon.samples_per_epoch
+        elif horizon is not None and horizon.batches_per_epoch:
+            epochs = batches / horizon.batches_per_epoch
         return Progress(
             fraction=math.nan if horizon is None else consumed[horizon.clock] / horizon.budget,
             steps=steps,
             batches=batches,
-            epochs=batches / each if each else 0.0,
+            epochs=epochs,
             samples=samples,
             tokens=tokens,
         )
 
     @property
     def exhausted(self) -> bool:
-        """Whether an explicit budget has been consumed."""
+        """Whether an explicit budget has been consumed, or a cooldown on resume has ended."""
+        if self.cooldown is not None:
+            return self.progress().fraction >= sum(self.cooldown) - _ROUNDING
         return self.settings.budget is not None and self.progress().fraction >= 1.0
 
     # --------------------------------------------------------------------------------- state
@@ -235,7 +310,9 @@ class TrainingClock:
             "batches": self.batches,
             "samples": self.samples,
             "tokens": self.tokens,
+            "closed": list(self._closed),
             "horizon": None if self.horizon is None else _horizon_to_state(self.horizon),
+            "cooldown": None if self.cooldown is None else list(self.cooldown),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -258,22 +335,24 @@ def resolve_horizon(trainer: Trainer, budget: str | None, simulate: Simulate | N
     Raises:
         ValueError: If nothing limits the run, or the limit cannot be counted.
     """
-    each = trainer_access.epoch_batches(trainer)
+    exact = trainer_access.exact_loader(trainer)
+    whole = None if exact is None else exact.samples
+    each = trainer_access.epoch_batches(trainer) if exact is None else None
     limits: list[tuple[Clock, float]] = []
     if trainer.max_steps >= 0:
         limits.append(("steps", trainer.max_steps))
     max_epochs = trainer.max_epochs
-    if max_epochs is not None and max_epochs >= 0 and each is not None:
-        limits.append(("batches", max_epochs * each))
+    if max_epochs is not None and max_epochs >= 0:
+        limits += _epochs(max_epochs, each, whole)
     if budget is not None:
         length = Duration.parse(budget, name="budget")
         if length.unit == "epochs":
-            if each is None:
+            if each is None and whole is None:
                 raise ValueError(
                     f"budget must not be in epochs for a loader without length, got {budget!r}; "
                     "write it in steps or samples"
                 )
-            limits.append(("batches", length.value * each))
+            limits += _epochs(length.value, each, whole)
         elif length.unit != "fraction":
             limits.append((length.unit, length.value))
     limits = [(clock, amount) for clock, amount in limits if amount > 0]
@@ -295,15 +374,31 @@ def resolve_horizon(trainer: Trainer, budget: str | None, simulate: Simulate | N
                 f"{names}; keep one of them"
             )
         clock, amount = limits[0]
-        return Horizon(clock=clock, budget=amount, batches_per_epoch=each, overlong=overlong)
+        return Horizon(
+            clock=clock,
+            budget=amount,
+            batches_per_epoch=each,
+            samples_per_epoch=whole,
+            overlong=overlong,
+        )
     chosen = min((simulate(clock, amount) for clock, amount in limits), key=_updates)
     return Horizon(
         clock=chosen.clock,
         budget=chosen.budget,
         spans=chosen.spans,
         batches_per_epoch=each,
+        samples_per_epoch=whole,
         overlong=overlong,
     )
+
+
+def _epochs(
+    epochs: float, batches: int | None, samples: int | None
+) -> list[tuple[Clock, float]]:
+    """A number of epochs as a limit in what the loader counts; none where it counts nothing."""
+    if samples is not None:
+        return [("samples", epochs * samples)]
+    return [] if batches is None else [("batches", epochs * batches)]
 
 
 def _updates(run: Horizon) -> float:
@@ -311,34 +406,12 @@ def _updates(run: Horizon) -> float:
     return run.total("steps") or 0.0
 
 
-def _count(batch: Any, how: BatchCount, name: str) -> int:
-    if how is None:
-        return trainer_access.count_rows(batch)
-    if callable(how):
-        return int(how(batch))
-    try:
-        field = batch[how]
-    except (TypeError, KeyError, IndexError) as error:
-        raise ValueError(
-            f"{name} must be a function of the batch or the name of one of its fields, got {how!r} "
-            f"for a batch of {type(batch).__name__}"
-        ) from error
-    if name == "samples":
-        return trainer_access.count_rows(field)
-    is_mask = field.dtype == torch.bool or "mask" in how
-    return int(field.sum()) if is_mask else int(field.numel())
-
-
-def _sum_over_processes(value: int, trainer: Trainer) -> int:
-    tensor = torch.tensor(float(value), dtype=torch.float64, device=trainer.strategy.root_device)
-    return int(trainer.strategy.reduce(tensor, reduce_op="sum"))
-
-
 def _horizon_to_state(horizon: Horizon) -> dict[str, Any]:
     return {
         "clock": horizon.clock,
         "budget": horizon.budget,
         "batches_per_epoch": horizon.batches_per_epoch,
+        "samples_per_epoch": horizon.samples_per_epoch,
         "spans": [[s.updates, s.batches, s.samples, s.tokens] for s in horizon.spans],
     }
 

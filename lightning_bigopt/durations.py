@@ -28,9 +28,8 @@ _UNITS: dict[str, Unit] = {
     "token": "tokens",
     "tokens": "tokens",
 }
-_PATTERN = re.compile(
-    r"\s*([+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([KMBT]?)\s*([a-z]+|%)?\s*"
-)
+_NUMBER = r"[+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?"
+_PATTERN = re.compile(rf"\s*({_NUMBER})\s*([KMBT]?)\s*([a-z]+|%)?\s*")
 _POWERS = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
 _FORMS = "'10%', '500 steps', '3 epochs', '1e6 samples', '2e9 tokens' or '2B tokens'"
 _SLACK = 1e-9
@@ -113,11 +112,10 @@ class Duration:
         match = _PATTERN.fullmatch(text)
         if match is None:
             raise ValueError(f"{name} must be a duration such as {_FORMS}, got {text!r}")
-        number, suffix, word = match.groups()
+        number, suffix, word = match[1].replace("_", ""), match[2], match[3]
         if word is None and not suffix:
-            return cls.parse(
-                int(number) if number.lstrip("+-").isdigit() else float(number), name=name
-            )
+            whole = number.lstrip("+-").isdigit()
+            return cls.parse(int(number) if whole else float(number), name=name)
         if word not in _UNITS:
             raise ValueError(
                 f"{name} must have one of the units %, steps, epochs, samples, tokens, got {text!r}"
@@ -130,8 +128,8 @@ class Duration:
             raise ValueError(f"{name} must be non-negative and finite, got {text!r}")
         if unit == "fraction" and amount > 1:
             raise ValueError(f"{name} must be at most 100%, got {text!r}")
-        whole = unit != "fraction" and exact == exact.to_integral_value()
-        return cls(int(exact) if whole else amount, unit)
+        countable = unit != "fraction" and exact == exact.to_integral_value()
+        return cls(int(exact) if countable else amount, unit)
 
     def __str__(self) -> str:
         if self.unit == "fraction":
@@ -243,6 +241,8 @@ class Horizon:
         budget: The budget in that unit; positive.
         spans: The run, as runs of equal updates; empty where it is not known in advance.
         batches_per_epoch: Loader batches of one process in an epoch; None where unknown.
+        samples_per_epoch: Samples of all processes in an epoch, where epochs are counted so
+            because their batches differ.
         overlong: ``"raise"``, or ``"compress"`` durations that do not fit (``fast_dev_run``).
         offset: Where this horizon begins in the run, in the unit of ``clock``: 0, unless it is a
             part of the run (:meth:`span`).
@@ -260,6 +260,7 @@ class Horizon:
     budget: float
     spans: tuple[Span, ...] = ()
     batches_per_epoch: int | None = None
+    samples_per_epoch: int | None = None
     overlong: Literal["raise", "compress"] = "raise"
     offset: float = 0
 
@@ -387,28 +388,32 @@ class Horizon:
             f"({self.budget:g} {self.clock}), got {written}; shorten it, or train longer"
         )
 
-    def axis(self, unit: Unit, *, name: str = "unit") -> tuple[tuple[float, float], ...]:
-        """How the amount in ``unit`` grows with the share of the budget, as corners of a line.
+    def axis(
+        self, duration: DurationLike, *, name: str = "duration"
+    ) -> tuple[tuple[float, float], ...]:
+        """How the amount in a duration's unit grows with the share of the budget.
 
         Args:
-            unit: The unit of the amount.
+            duration: Any duration in the unit of interest.
             name: The argument's name, for the error.
 
         Returns:
-            Pairs (share of the budget, amount since the beginning), from share 0 to share 1; two
-            of them where the amount grows evenly.
+            The corners of a line through (share of the budget, amount since the beginning), from
+            share 0 to share 1; only these two where the amount grows evenly.
 
         Raises:
             ValueError: If the unit cannot be converted.
 
         Example:
             >>> ramp = (Span(updates=50, samples=10), Span(updates=50, samples=30))
-            >>> Horizon(clock="steps", budget=100, spans=ramp).axis("samples")
+            >>> Horizon(clock="steps", budget=100, spans=ramp).axis("1 sample")
             ((0.0, 0.0), (0.5, 500.0), (1.0, 2000.0))
         """
-        if unit == "fraction":
+        length = Duration.parse(duration, name=name)
+        if length.unit == "fraction":
             return (0.0, 0.0), (1.0, 1.0)
-        clock, one = self._count(Duration(1, unit), name)
+        clock, _ = self._count(length, name)
+        one = self.batches_per_epoch or 1 if length.unit == "epochs" else 1
         if clock == self.clock:
             return (0.0, 0.0), (1.0, self.budget / one)
         end = self.offset + self.budget
@@ -461,7 +466,9 @@ class Horizon:
             return self.clock, length.value * self.budget
         clock: Clock = "batches" if length.unit == "epochs" else length.unit
         value = length.value
-        if length.unit == "epochs":
+        if length.unit == "epochs" and self.samples_per_epoch is not None:
+            clock, value = "samples", value * self.samples_per_epoch
+        elif length.unit == "epochs":
             if self.batches_per_epoch is None:
                 raise ValueError(
                     f"{name} must not be in epochs where the length of an epoch is unknown, got "

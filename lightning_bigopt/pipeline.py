@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_bigopt import trainer_access
@@ -17,7 +17,7 @@ from lightning_bigopt.controllers.base import Controller
 from lightning_bigopt.controllers.batch_size import BatchSizeController, constant_plan
 from lightning_bigopt.controllers.clipping import GradientClippingController
 from lightning_bigopt.durations import Progress
-from lightning_bigopt.gradients import ClipDecision, GradientNorms, measure
+from lightning_bigopt.gradients import ClipDecision, GradientNorms, measure, scale_
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -40,6 +40,7 @@ class OptimizerStep:
         overflow_is_handled: Whether a GradScaler skips non-finite gradients by itself.
         skipped: Why the update is refused, or None.
         decision: What clipping did, or None.
+        coming_norms: The norms as they are when clipping looks at them.
     """
 
     def __init__(self, pipeline: Pipeline, optimizer: Optimizer) -> None:
@@ -65,6 +66,17 @@ class OptimizerStep:
             process_group=trainer_access.shard_group(self.pipeline.trainer),
         )
 
+    @cached_property
+    def coming_norms(self) -> GradientNorms:
+        """The norms after the guard, which may have shrunk the gradients."""
+        return self.norms
+
+    def shrink_(self, factor: float) -> None:
+        """Multiplies the gradients; :attr:`norms` stays what was found."""
+        gradients = [parameter.grad for _, parameter in self.parameters]
+        scale_(gradients, self.norms.total.new_full((), factor))
+        self.coming_norms = self.coming_norms.scaled(factor)
+
 
 class Pipeline:
     """Runs the controllers of one Trainer.
@@ -84,11 +96,13 @@ class Pipeline:
         self._parameters: weakref.WeakKeyDictionary[Any, list[tuple[str, nn.Parameter]]] = (
             weakref.WeakKeyDictionary()
         )
+        self._names: tuple[str, ...] | None = None
         self.controllers: list[Controller] = []
         self.clock = TrainingClock()
         self.clock.bind(trainer)
         self.progress = Progress(fraction=0.0)
         self.fitting = False
+        self._clock_runs = False
         self._window_is_open = False
         self._first_update_pending = True
         self._steps_at_start = 0
@@ -123,6 +137,11 @@ class Pipeline:
         return self.clock.progress().samples
 
     @property
+    def window_is_open(self) -> bool:
+        """Whether the batch trained last, or under way, left micro-batches of its update to come."""
+        return self._window_is_open
+
+    @property
     def window_samples(self) -> int:
         """Samples over all processes in the window under way, the batch under way included."""
         return self.samples - self._samples_before_window
@@ -145,6 +164,13 @@ class Pipeline:
             self._parameters[optimizer] = found
         return found
 
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """The names of all the module's parameters, looked up once a fit."""
+        if self._names is None:
+            self._names = trainer_access.parameter_names(self.module)
+        return self._names
+
     # ------------------------------------------------------------------------------ lifetime
 
     def register(self, controller: Controller) -> None:
@@ -155,7 +181,9 @@ class Pipeline:
         """
         if not self.fitting:
             self.fitting = True
+            self._clock_runs = False
             self.controllers = []
+            self._names = None
             self.clock.settings = ClockSettings()
             self._callers = {}
         twin = next((c for c in self.controllers if c.role == controller.role), None)
@@ -165,6 +193,10 @@ class Pipeline:
                 "one of them (a mixin of the module counts as one)"
             )
         self.clock.settings = self.clock.settings.merge(controller.settings)
+        self.add(controller)
+
+    def add(self, controller: Controller) -> None:
+        """Adds a controller that another one brings, for this fit."""
         self.controllers.append(controller)
         self.controllers.sort(key=lambda c: c.rank)
 
@@ -194,10 +226,8 @@ class Pipeline:
 
     def train_start(self) -> None:
         """``on_train_start``: all state is restored, the horizon is fixed."""
-        needed = any(controller.needs_horizon for controller in self.controllers)
-        self.clock.start(
-            self.trainer, self._simulator(), horizon="required" if needed else "optional"
-        )
+        self.start_clock()
+        self._clock_runs = False
         self.progress = self.clock.progress()
         self._window_is_open = False
         self._steps_at_start = self.trainer.global_step
@@ -205,9 +235,25 @@ class Pipeline:
         for controller in self.controllers:
             controller.on_train_start(self)
 
+    def start_clock(self) -> None:
+        """Fixes the horizon, once a fit; an exact loader is asked for batches before it begins."""
+        if self._clock_runs:
+            return
+        needed = any(controller.needs_horizon for controller in self.controllers)
+        self.clock.start(
+            self.trainer, self._simulator(), horizon="required" if needed else "optional"
+        )
+        self._clock_runs = True
+
     def _simulator(self) -> Simulate | None:
         planner = self.find(BatchSizeController)
         if planner is None:
+            if trainer_access.exact_loader(self.trainer) is not None:
+                raise ValueError(
+                    "callbacks must hold BatchSizeScheduler with GlobalBatchLoader, got none, and "
+                    "the loader would serve every process all samples; add "
+                    "BatchSizeScheduler(ConstantBatchSize(256))"
+                )
             return constant_plan(self.trainer)
         return planner.simulator(self.trainer)
 
@@ -222,9 +268,19 @@ class Pipeline:
             self.progress = self.clock.progress()
             self._window_is_open = True
             self._samples_before_window = self.clock.samples
-        self.batch_samples = self.clock.begin_batch(self.trainer, batch)
+        planner = self.find(BatchSizeController)
+        served = None if planner is None else planner.served(self.trainer, index)
+        self.batch_samples = self.clock.begin_batch(self.trainer, batch, served=served)
         for controller in self.controllers:
             controller.on_batch_start(self, batch, index)
+
+    def before_backward(self, loss: Tensor) -> None:
+        """``on_before_backward``: a micro-batch's loss is known."""
+        listeners = [controller for controller in self.controllers if controller.wants_losses]
+        if listeners:
+            plain = trainer_access.unscaled_loss(self.trainer, loss)
+            for controller in listeners:
+                controller.on_loss(self, plain)
 
     def before_step(self, optimizer: Optimizer) -> None:
         """``on_before_optimizer_step``: rescale, measure, decide, clip, observe."""
@@ -247,6 +303,8 @@ class Pipeline:
         trainer = self.trainer
         self.clock.end_batch()
         self._window_is_open = not trainer_access.closes_window(trainer)
+        if not self._window_is_open:
+            self.clock.close_window()
         if self._first_update_pending and trainer.global_step > self._steps_at_start:
             raise RuntimeError(
                 "on_before_optimizer_step must reach the callbacks, got an update without it: the "

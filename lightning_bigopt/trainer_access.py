@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightning_bigopt.batching import GlobalBatchLoader
+
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
+    from torch.utils.tensorboard import SummaryWriter
 
 __all__ = [
     "add_scheduler",
@@ -24,21 +30,32 @@ __all__ = [
     "closes_window",
     "count_rows",
     "data_parallel_size",
+    "data_rank",
     "epoch_batches",
+    "exact_loader",
     "gradient_scaler",
+    "greet_loaders",
     "is_deepspeed",
     "is_fast_dev_run",
     "is_last_batch",
+    "is_private",
     "micro_batch_size",
     "named_parameters",
+    "newest_checkpoint",
     "optimizer_label",
+    "parameter_names",
+    "plain_name",
     "ready_batches",
     "remove_schedulers",
     "shard_group",
     "should_log",
     "show_on_progress_bar",
+    "sum_over_data",
+    "sum_over_data_",
+    "tensorboard_writers",
     "train_loaders",
     "unscale_gradients_",
+    "unscaled_loss",
 ]
 
 
@@ -48,6 +65,33 @@ def data_parallel_size(trainer: Trainer) -> int:
         mesh = trainer.strategy.device_mesh
         return mesh["data_parallel"].size()
     return int(trainer.world_size)
+
+
+def data_rank(trainer: Trainer) -> int:
+    """This process's place among those that see different data."""
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        mesh = trainer.strategy.device_mesh
+        return int(mesh["data_parallel"].get_local_rank())
+    return int(trainer.global_rank)
+
+
+def sum_over_data(trainer: Trainer, value: float) -> float:
+    """The sum of a number over the processes that see different data; a collective."""
+    if data_parallel_size(trainer) == 1:
+        return value
+    total = torch.tensor([value], device=trainer.strategy.root_device)
+    return float(sum_over_data_(trainer, total.double() if total.is_cpu else total))
+
+
+def sum_over_data_(trainer: Trainer, values: Tensor) -> Tensor:
+    """Sums a tensor in place over the processes that see different data; a collective."""
+    if data_parallel_size(trainer) > 1:
+        group = None
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            mesh = trainer.strategy.device_mesh
+            group = mesh["data_parallel"].get_group()
+        torch.distributed.all_reduce(values, group=group)
+    return values
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
@@ -86,6 +130,30 @@ def train_loaders(trainer: Trainer) -> list[Any]:
     return [] if combined is None else list(combined.flattened)
 
 
+def exact_loader(trainer: Trainer) -> GlobalBatchLoader | None:
+    """The training loader where it is a :class:`GlobalBatchLoader`; known when it is iterated."""
+    loaders = train_loaders(trainer)
+    return next((loader for loader in loaders if isinstance(loader, GlobalBatchLoader)), None)
+
+
+def greet_loaders(trainer: Trainer, greet: Callable[[list[Any]], None] | None) -> None:
+    """Has every training loader shown to ``greet`` before it is iterated for the first time.
+
+    Lightning fetches a batch before ``on_train_start``. None takes it back.
+    """
+    source = trainer.fit_loop._data_source
+    source.__dict__.pop("dataloader", None)
+    if greet is None:
+        return
+
+    def dataloader() -> Any:
+        loaders = type(source).dataloader(source)
+        greet(CombinedLoader(loaders).flattened)
+        return loaders
+
+    source.__dict__["dataloader"] = dataloader
+
+
 def micro_batch_size(trainer: Trainer) -> int | None:
     """Samples in a full batch of one process; None where the loader does not say."""
     loaders = train_loaders(trainer)
@@ -106,9 +174,11 @@ def last_batch_samples(trainer: Trainer) -> int | None:
         return None
     loader = train_loaders(trainer)[0]
     sampler = getattr(loader, "sampler", None)
-    if getattr(loader, "drop_last", False) or batches < len(loader):
+    if getattr(loader, "drop_last", False):
         return size
     try:
+        if batches < len(loader):
+            return size
         samples = len(sampler)  # type: ignore[arg-type]
     except TypeError:
         return None
@@ -171,9 +241,25 @@ def _leaves(batch: Any) -> Iterable[Tensor]:
 # ------------------------------------------------------------------- optimisers and their gradients
 
 
+# What FSDP1, torch.compile and activation checkpointing put into names.
+_WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name as the user's module has it."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def parameter_names(module: nn.Module) -> tuple[str, ...]:
+    """The names of all parameters, frozen ones included."""
+    return tuple(plain_name(name) for name, _ in module.named_parameters())
+
+
 def named_parameters(module: nn.Module, optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
     """The optimiser's parameters with the module's names, each tensor once, in group order."""
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    names = {id(parameter): plain_name(name) for name, parameter in module.named_parameters()}
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for index, group in enumerate(optimizer.param_groups):
         for position, parameter in enumerate(group["params"]):
@@ -190,6 +276,11 @@ def optimizer_label(trainer: Trainer, optimizer: Optimizer) -> str:
     name = type(optimizer).__name__
     twins = [o for o in raw if type(o).__name__ == name]
     return name if len(twins) == 1 else f"{name}-{[id(o) for o in twins].index(id(optimizer))}"
+
+
+def is_private(optimizer: Optimizer) -> bool:
+    """Whether Opacus clips each sample's gradient and adds noise, for differential privacy."""
+    return any(base.__module__.split(".")[0] == "opacus" for base in type(optimizer).__mro__)
 
 
 def gradient_scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
@@ -221,6 +312,21 @@ def scaler_found_inf(trainer: Trainer, optimizer: Optimizer) -> Tensor | None:
     return next(iter(found.values())) if found else None
 
 
+def unscaled_loss(trainer: Trainer, loss: Tensor) -> Tensor:
+    """A micro-batch's loss as the training step returned it, out of what is differentiated.
+
+    Lightning divides it by the accumulation, a GradScaler multiplies it by its scale. Does not
+    synchronise.
+    """
+    plain = loss.detach().float()
+    scaler = gradient_scaler(trainer)
+    if scaler is not None and scaler._scale is not None:
+        plain = plain / scaler._scale
+    if trainer.lightning_module.automatic_optimization:
+        plain = plain * int(trainer.accumulate_grad_batches)
+    return plain
+
+
 # ------------------------------------------------------------------------------- schedulers
 
 
@@ -236,6 +342,21 @@ def remove_schedulers(trainer: Trainer) -> None:
     trainer.strategy.lr_scheduler_configs = []
 
 
+# -------------------------------------------------------------------------------- checkpoints
+
+
+def newest_checkpoint(trainer: Trainer) -> str | None:
+    """The checkpoint written last in this fit, or else the one that it resumed from."""
+    saved = [
+        (callback._last_global_step_saved, callback._last_checkpoint_saved)
+        for callback in trainer.checkpoint_callbacks
+        if isinstance(callback, ModelCheckpoint) and callback._last_checkpoint_saved
+    ]
+    if saved:
+        return str(max(saved)[1])
+    return None if trainer.ckpt_path is None else str(trainer.ckpt_path)
+
+
 # --------------------------------------------------------------------------------- logging
 
 
@@ -247,6 +368,23 @@ def batches_that_stepped(trainer: Trainer) -> int:
 def should_log(trainer: Trainer) -> bool:
     """Whether Lightning logs the update under way."""
     return bool(trainer._logger_connector.should_update_logs or is_fast_dev_run(trainer))
+
+
+def tensorboard_writers(trainer: Trainer) -> dict[Logger, tuple[SummaryWriter, str]]:
+    """The Trainer's TensorBoard loggers with their writer and the prefix of their tags.
+
+    Empty on all processes but the first, which alone has files.
+    """
+    if not trainer.is_global_zero:
+        return {}
+    return {
+        logger: (
+            logger.experiment,
+            logger._prefix + logger.LOGGER_JOIN_CHAR if logger._prefix else "",
+        )
+        for logger in trainer.loggers
+        if isinstance(logger, TensorBoardLogger)
+    }
 
 
 def show_on_progress_bar(trainer: Trainer, values: Mapping[str, float]) -> None:

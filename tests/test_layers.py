@@ -34,8 +34,10 @@ FLOORS = (
     Floor(
         (
             "trainer_access",
+            "counting",
             "clock",
             "reporting.tags",
+            "reporting.tensorboard",
             "controllers",
             "pipeline",
             "callbacks",

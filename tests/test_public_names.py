@@ -6,10 +6,16 @@ import lightning_bigopt
 from lightning_bigopt import schedules
 
 NAMES = """
-    BatchSizePolicy BatchSizePolicyMixin BatchSizeScheduler BatchSizeSteps ClippingRule Constant
-    ConstantBatchSize Cosine Duration GradientClipping GradientClippingMixin Horizon
-    LearningRateScheduleMixin LearningRateScheduler Linear NormClip OptimizationMonitor Progress
-    Schedule ValueClip WarmupCosine WarmupStableDecay __version__
+    AGC Abort Action AdaGC AutoClip Backoff BatchSizePolicy BatchSizePolicyMixin BatchSizeRamp
+    BatchSizeScheduler BatchSizeSteps Chain Clamp ClipToMedian ClippingRule Constant
+    ConstantBatchSize Cooldown Cosine CosineWithRestarts Cyclic Detector Duration Exponential
+    FullBatch GlobalBatchLoader GradientClipping GradientClippingMixin Groups Horizon
+    HyperparameterScheduler InfiniteSchedule InverseSquareRoot LearningRateScheduleMixin LearningRateScheduler Linear
+    LossSpike MaxUpdateRatio MultiStep Noam NoiseScaleBatchSize NonFinite NormClip NormSpike
+    OneCycle OptimizationMonitor PerParameterNormClip PiecewiseLinear Polynomial Power Product
+    Progress REX ReduceOnPlateau Schedule SchedulePolicy Seesaw SeesawBatchSize SingleSample Skip StepDecay StepGuard
+    TriStage UpdateClip ValueClip Warmup WarmupConstant WarmupCosine WarmupInverseSquareRoot
+    WarmupLinear WarmupStableDecay ZClip __version__ replay
 """
 
 

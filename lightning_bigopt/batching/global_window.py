@@ -63,6 +63,17 @@ class MicroBatch:
         return self.samples * share / self.window.samples
 
     @property
+    def global_samples(self) -> int:
+        """Samples that count on all processes together."""
+        share, longer = divmod(self.window.samples, self.world_size)
+        return longer * self._part(share + 1) + (self.world_size - longer) * self._part(share)
+
+    def _part(self, samples: int) -> int:
+        """What a process with that many samples in the update has in this micro-batch."""
+        share, longer = divmod(samples, self.window.accumulate)
+        return share + (self.index < longer)
+
+    @property
     def closes_window(self) -> bool:
         """Whether it is the last micro-batch of its update."""
         return self.index == self.window.accumulate - 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
 from typing import Any, Literal, TypeAlias
 
@@ -16,11 +17,15 @@ from lightning_bigopt.batching.randomness import SampleStreams, mixed_seed
 __all__ = ["GlobalBatchLoader"]
 
 Sizes: TypeAlias = Callable[[], Iterable[int]]
+_Emitted: TypeAlias = tuple[tuple[int, int, int], int, int]
 _OWNED = (
     "batch_sampler",
     "batch_size",
+    "collate_fn",
+    "dataset",
     "drop_last",
     "generator",
+    "num_workers",
     "persistent_workers",
     "sampler",
     "shuffle",
@@ -121,7 +126,7 @@ class GlobalBatchLoader:
         self.rank = 0
         self.world_size = 1
         self._sizes: Sizes | None = None
-        self._emitted: dict[int, MicroBatch] = {}
+        self._emitted: dict[int, _Emitted] = {}
 
     # ------------------------------------------------------------------------ set from outside
 
@@ -219,7 +224,13 @@ class GlobalBatchLoader:
             )
         for old in [key for key in self._emitted if key < index]:
             del self._emitted[old]
-        return self._emitted[index]
+        (position, samples, accumulate), place, mine = self._emitted[index]
+        return MicroBatch(
+            window=GlobalWindow(position=position, samples=samples, accumulate=accumulate),
+            index=place,
+            samples=mine,
+            world_size=self.world_size,
+        )
 
     def windows(self) -> Iterator[GlobalWindow]:
         """The updates of the rest of the epoch.
@@ -230,6 +241,11 @@ class GlobalBatchLoader:
             >>> [(window.samples, window.accumulate) for window in loader.windows()]
             [(4, 2), (6, 3)]
         """
+        for position, samples, accumulate in self._cuts():
+            yield GlobalWindow(position=position, samples=samples, accumulate=accumulate)
+
+    def _cuts(self) -> Iterator[tuple[int, int, int]]:
+        """The same as plain numbers: this runs once an update, ahead of the training."""
         position = self.position
         share = self.micro_batch_size * self.world_size
         sizes = iter(repeat(share) if self._sizes is None else self._sizes())
@@ -242,7 +258,7 @@ class GlobalBatchLoader:
                 )
             check_size("sizes", size)
             samples = min(size, self.samples - position)
-            yield GlobalWindow(position=position, samples=samples, accumulate=-(-samples // share))
+            yield position, samples, -(-samples // share)
             position += samples
 
     def __iter__(self) -> Iterator[Any]:
@@ -266,30 +282,30 @@ class GlobalBatchLoader:
             )
         )
 
-    def _batches(self, emitted: dict[int, MicroBatch]) -> Iterator[list[int]]:
+    def _batches(self, emitted: dict[int, _Emitted]) -> Iterator[list[int]]:
         order, number = self._order(), 0
-        for window in self.windows():
-            whole = order[window.position : window.end]
-            mine = whole[self.rank :: self.world_size].tolist()
-            k, start = window.accumulate, 0
-            for index in range(k):
-                stop = start + len(mine) // k + (index < len(mine) % k)
-                emitted[number] = MicroBatch(
-                    window=window,
-                    index=index,
-                    samples=stop - start,
-                    world_size=self.world_size,
-                )
+        for cut in self._cuts():
+            position, samples, accumulate = cut
+            mine = list(order[position + self.rank : position + samples : self.world_size])
+            least, longer = divmod(len(mine), accumulate)
+            start = 0
+            for place in range(accumulate):
+                stop = start + least + (place < longer)
+                emitted[number] = (cut, place, stop - start)
                 emitted.pop(number - _REMEMBERED, None)
-                yield mine[start:stop] or [int(whole[0])]
+                yield mine[start:stop] or [order[position]]
                 start, number = stop, number + 1
 
-    def _order(self) -> torch.Tensor:
+    def _order(self) -> Sequence[int]:
         if self.shuffle == "sequential":
-            return torch.arange(self.samples)
+            return range(self.samples)
         generator = torch.Generator()
         generator.manual_seed(mixed_seed(self.seed, self.epoch))
-        return torch.randperm(self.samples, generator=generator)
+        order = array("q")  # 8 bytes a sample, where a list takes 40
+        permutation = torch.randperm(self.samples, generator=generator)
+        for start in range(0, self.samples, 65_536):
+            order.extend(permutation[start : start + 65_536].tolist())
+        return order
 
 
 def _one_of(name: str, value: str, values: tuple[str, ...]) -> None:

@@ -2,12 +2,18 @@
 
 from lightning_bigopt.callbacks.batch_size import BatchSizeScheduler
 from lightning_bigopt.callbacks.gradient_clipping import GradientClipping
+from lightning_bigopt.callbacks.hyperparameter import HyperparameterScheduler
 from lightning_bigopt.callbacks.learning_rate import LearningRateScheduler
 from lightning_bigopt.callbacks.monitor import OptimizationMonitor
+from lightning_bigopt.callbacks.plateau import ReduceOnPlateau
+from lightning_bigopt.callbacks.step_guard import StepGuard
 
 __all__ = [
     "BatchSizeScheduler",
     "GradientClipping",
+    "HyperparameterScheduler",
     "LearningRateScheduler",
     "OptimizationMonitor",
+    "ReduceOnPlateau",
+    "StepGuard",
 ]

@@ -10,6 +10,7 @@ from lightning_bigopt.pipeline import Pipeline
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor
     from torch.optim import Optimizer
 
     from lightning_bigopt.controllers.base import Controller
@@ -88,6 +89,13 @@ class OptimizationCallback(Callback):
         """A window may open."""
         pipeline = self._bound()
         pipeline.once("batch_start", self, lambda: pipeline.batch_start(batch, batch_idx))
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        """A micro-batch's loss is known."""
+        pipeline = self._bound()
+        pipeline.once("before_backward", self, lambda: pipeline.before_backward(loss))
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer

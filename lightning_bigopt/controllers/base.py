@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
 
 from lightning_bigopt.clock import ClockSettings
 from lightning_bigopt.durations import Progress
@@ -25,12 +28,14 @@ class Controller:
         rank: Its place among the controllers, lower first.
         settings: What it asks of the Trainer's one clock.
         needs_horizon: Whether it cannot work where the length of the run is unknown.
+        wants_losses: Whether it is told the losses.
     """
 
     role: ClassVar[str]
     rank: ClassVar[int]
     settings: ClockSettings = ClockSettings()
     needs_horizon: bool = False
+    wants_losses: ClassVar[bool] = False
 
     def on_fit_start(self, pipeline: Pipeline) -> None:
         """Refuses conflicts; the horizon and restored state are not known yet."""
@@ -43,6 +48,9 @@ class Controller:
 
     def on_batch_start(self, pipeline: Pipeline, batch: Any, index: int) -> None:
         """A batch is about to be trained; ``pipeline.progress`` is that of its update."""
+
+    def on_loss(self, pipeline: Pipeline, loss: Tensor) -> None:
+        """A micro-batch's loss, 0-d, as the training step returned it; before its backward."""
 
     def learning_rate_factor(self, progress: Progress) -> float:
         """What it multiplies every learning rate by for the update that starts at ``progress``."""
@@ -66,6 +74,10 @@ class Controller:
 
     def on_batch_end(self, pipeline: Pipeline, outputs: Any, batch: Any) -> None:
         """A batch has been trained."""
+
+    def metrics(self, pipeline: Pipeline) -> Mapping[str, float | Tensor]:
+        """What it adds to a logged update, by tag (``reporting.tags.TAGS``); no host sync."""
+        return {}
 
     def on_epoch_end(self, pipeline: Pipeline) -> None:
         """An epoch has ended."""

@@ -1,30 +1,41 @@
-"""The global batch of every update, carried out by accumulation on the user's own loader."""
+"""The global batch of every update: windows of any length, each gradient a true mean."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
 from lightning_bigopt import trainer_access
 from lightning_bigopt.batching import (
-    BatchContext,
     BatchPlan,
     BatchSizePolicy,
     ConstantBatchSize,
+    FullBatch,
+    MicroBatch,
+    SingleSample,
     WindowLength,
-    check_written_sizes,
-    plan_at,
-    simulate,
 )
 from lightning_bigopt.clock import ClockSettings
 from lightning_bigopt.controllers.base import Controller
-from lightning_bigopt.durations import Clock, Horizon
+from lightning_bigopt.controllers.batch_conflicts import refuse_conflicts
+from lightning_bigopt.controllers.batch_coupling import BatchCoupling
+from lightning_bigopt.controllers.batch_report import plan_in_words, stages
+from lightning_bigopt.controllers.batch_supply import (
+    Supply,
+    constant_plan,
+    hand_over,
+    look_at,
+    simulator,
+)
+from lightning_bigopt.controllers.batch_weights import LossWeights
+from lightning_bigopt.controllers.noise_scale import NoiseScaleController
+from lightning_bigopt.counting import BatchWeight
+from lightning_bigopt.durations import Progress
+from lightning_bigopt.gradients import scale_
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -34,6 +45,8 @@ if TYPE_CHECKING:
 
 __all__ = ["BatchSizeController", "constant_plan"]
 
+_NEVER_CHANGING = (ConstantBatchSize, FullBatch, SingleSample)
+
 
 class BatchSizeController(Controller):
     """Opens a window of the planned length at any batch, and makes its gradient a true mean."""
@@ -41,74 +54,80 @@ class BatchSizeController(Controller):
     role = "batch size"
     rank = 10
 
-    def __init__(self, policy: BatchSizePolicy, *, settings: ClockSettings | None = None) -> None:
+    def __init__(
+        self,
+        policy: BatchSizePolicy,
+        *,
+        coupling: BatchCoupling | None = None,
+        weight: BatchWeight = None,
+        micro_batch_size: int | None = None,
+        settings: ClockSettings | None = None,
+    ) -> None:
         if not isinstance(policy, BatchSizePolicy):
             raise ValueError(
                 f"policy must be a BatchSizePolicy, got {policy!r}; try ConstantBatchSize(256)"
             )
         self.policy = policy
+        self.coupling = coupling or BatchCoupling()
+        if self.coupling.is_active and isinstance(policy, _NEVER_CHANGING):
+            raise ValueError(
+                "policy must change the batch where something is to follow it, got "
+                f"{policy!r}, which never does; leave lr_scaling and the like out"
+            )
+        self.weights = LossWeights(weight)
+        self.micro_batch_size = micro_batch_size
         self.settings = settings or ClockSettings()
+        self.size: int | None = None
         self.plan: BatchPlan | None = None
+        self._supply: Supply | None = None
+        self._noise: NoiseScaleController | None = None
         self._window: WindowLength | None = None
+        self._served: MicroBatch | None = None
+        self._first_index: int | None = None
+        self._decided: tuple[Progress, tuple[int, BatchPlan]] | None = None
         self._restored: tuple[int, int] | None = None
-        self._micro = 0
-        self._samples = 0
 
-    # ------------------------------------------------------------------------------- hooks
+    @property
+    def needs_horizon(self) -> bool:  # type: ignore[override]
+        """Shares of the budget need to know where it ends; other thresholds do not."""
+        units = self.policy.units
+        if self.policy.adaptive or isinstance(self.policy, _NEVER_CHANGING):
+            return False
+        return not units or "fraction" in units
+
+    # ---------------------------------------------------------------------------- start, end
 
     def on_fit_start(self, pipeline: Pipeline) -> None:
-        """Refuses what cannot be exact together with a planned window."""
-        trainer, module = pipeline.trainer, pipeline.module
-        if trainer.accumulate_grad_batches != 1:
+        """Refuses conflicts, and waits for the loaders."""
+        refuse_conflicts(pipeline, self.policy)
+        self._noise = pipeline.find(NoiseScaleController)
+        if self.policy.adaptive and self._noise is None:
             raise ValueError(
-                "accumulate_grad_batches must be 1 with BatchSizeScheduler, got "
-                f"{trainer.accumulate_grad_batches}; name the global batch in the policy instead"
+                f"callbacks must hold GradientNoiseScale with {type(self.policy).__name__}, got "
+                "none to measure; add GradientNoiseScale()"
             )
-        for kind in (GradientAccumulationScheduler, StochasticWeightAveraging):
-            if any(isinstance(callback, kind) for callback in trainer_access.callbacks_of(trainer)):
-                raise ValueError(
-                    f"callbacks must not hold {kind.__name__} with BatchSizeScheduler, got both; "
-                    f"remove {kind.__name__}"
-                )
-        if not module.automatic_optimization:
-            raise ValueError(
-                "automatic_optimization must be True with BatchSizeScheduler, got False; let "
-                "Lightning optimise, or accumulate in your own training_step"
-            )
-        if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
-            raise ValueError(
-                "training_step must take a batch with BatchSizeScheduler, got one that takes "
-                "dataloader_iter; take batch and batch_idx"
-            )
-        if trainer_access.is_deepspeed(trainer):
-            raise ValueError(
-                "strategy must not be DeepSpeed with BatchSizeScheduler, got "
-                f"{type(trainer.strategy).__name__}: DeepSpeed accumulates by itself; set "
-                "gradient_accumulation_steps in its config"
-            )
+        self.coupling.on_fit_start(pipeline)
+        policy = self.policy
+        trainer_access.greet_loaders(
+            pipeline.trainer, lambda loaders: hand_over(pipeline, policy, loaders)
+        )
 
     def simulator(self, trainer: Trainer) -> Simulate | None:
         """Lays the run out in advance; None for a policy that measures as it goes."""
-        return None if self.policy.adaptive else _simulator(trainer, self.policy)
+        if self.policy.adaptive:
+            return None
+        return simulator(trainer, self.policy, self.micro_batch_size)
 
     def on_train_start(self, pipeline: Pipeline) -> None:
         """Works the first plan out, says it, and refuses a batch that no window can hold."""
         trainer = pipeline.trainer
-        micro = trainer_access.micro_batch_size(trainer)
-        if micro is None:
-            raise ValueError(
-                "the training loader must have a batch_size with BatchSizeScheduler, got "
-                f"{[type(loader).__name__ for loader in trainer_access.train_loaders(trainer)]}; "
-                "use one DataLoader with batch_size="
-            )
-        self._micro = micro
-        check_written_sizes(
-            self.policy,
-            micro_batch_size=micro,
-            world_size=trainer_access.data_parallel_size(trainer),
-        )
-        self.plan = self._plan(pipeline)
-        rank_zero_info(f"Global batch {self.plan}.")
+        supply = self._supply = look_at(trainer, self.policy, self.micro_batch_size)
+        self._decided = self._first_index = None
+        size, plan = self._plan_at(pipeline.progress)
+        self.coupling.on_train_start(size)
+        self.weights.start(full=supply.micro_batch_size, varies=supply.varies)
+        self.weights.patch(pipeline.module)
+        self._announce(pipeline, supply.describe(size, plan))
         ready, open_window = trainer_access.ready_batches(trainer), self._restored
         self._window = self._restored = None
         trainer.accumulate_grad_batches = WindowLength(1, 0)
@@ -117,123 +136,152 @@ class BatchSizeController(Controller):
             trainer.accumulate_grad_batches = WindowLength(*open_window)
             rank_zero_info(
                 f"The checkpoint was written inside a window ({ready - open_window[1]} of "
-                f"{open_window[0]} micro-batches); their gradients were not saved, and a new "
-                "window opens at the next batch."
+                f"{open_window[0]} micro-batches); their gradients were not saved, and "
+                + (
+                    "the loader serves the window again."
+                    if supply.is_exact
+                    else "a new window opens at the next batch."
+                )
             )
-        self._patch_backward(pipeline)
 
-    def _plan(self, pipeline: Pipeline) -> BatchPlan:
-        before = None if self.plan is None else self.plan.global_batch_size
-        return plan_at(
-            self.policy,
-            progress=pipeline.progress,
-            micro_batch_size=self._micro,
-            world_size=trainer_access.data_parallel_size(pipeline.trainer),
-            context=BatchContext(
-                samples_per_epoch=trainer_access.epoch_samples(pipeline.trainer),
-                global_batch_size=before,
-            ),
+    def _announce(self, pipeline: Pipeline, first: str) -> None:
+        horizon = pipeline.clock.horizon
+        changes = []
+        if horizon is not None and not self.policy.adaptive:
+            changes = list(stages(horizon, lambda progress: self._fresh_plan(progress)[0]))
+        text = plan_in_words(
+            first, changes, updates=None if horizon is None else horizon.total("steps")
         )
+        if len(changes) > 1 or self.policy.adaptive:
+            text += self.coupling.advice(pipeline.trainer.optimizers)
+        rank_zero_info(text)
+
+    def on_fit_end(self, pipeline: Pipeline) -> None:
+        """Gives the Trainer its own accumulation back, and the module its backward."""
+        trainer_access.greet_loaders(pipeline.trainer, None)
+        self._noise = None
+        if isinstance(pipeline.trainer.accumulate_grad_batches, WindowLength):
+            pipeline.trainer.accumulate_grad_batches = 1
+        if self._supply is not None:
+            pipeline.module.__dict__.pop("backward", None)
+            self._supply = None
+
+    # -------------------------------------------------------------------------------- windows
+
+    def served(self, trainer: Trainer, index: int) -> tuple[int, int] | None:
+        """Samples of the coming batch here and on all processes, where the loader knows."""
+        exact = trainer_access.exact_loader(trainer)
+        if exact is None:
+            self._served = None
+            return None
+        if self._first_index is None:  # after a resume the loop goes on counting, the loader not
+            self._first_index = index
+        self._served = exact.micro_batch(index - self._first_index)
+        return self._served.samples, self._served.global_samples
 
     def on_epoch_start(self, pipeline: Pipeline) -> None:
         """No window crosses an epoch."""
-        self._window = None
+        self._window = self._first_index = None
 
     def on_batch_start(self, pipeline: Pipeline, batch: Any, index: int) -> None:
         """Opens a window, its tail known in advance, or shortens one that the data ended."""
         trainer, window = pipeline.trainer, self._window
-        last = trainer_access.is_last_batch(trainer)
         if window is None or index >= window.start + window:
-            self.plan = self._plan(pipeline)
-            batches = trainer_access.epoch_batches(trainer)
-            length = self.plan.accumulate
-            if last:
-                length = 1
-            elif batches is not None:
-                length = min(length, batches - index)
-            window = WindowLength(length, index)
-            self._samples = 0
-        elif last and index + 1 < window.start + window:  # a loader without length ended early
+            window = self._open(pipeline, index)
+        elif (
+            self._served is None
+            and trainer_access.is_last_batch(trainer)
+            and index + 1 < window.start + window
+        ):  # a loader without length ended early
             length = index + 1 - window.start
-            gradients = [p.grad for p in pipeline.module.parameters() if p.grad is not None]
-            torch._foreach_mul_(gradients, window / length)
+            gradients = [p.grad for p in pipeline.module.parameters()]
+            scale_(gradients, torch.tensor(window / length, device=trainer.strategy.root_device))
             window = WindowLength(length, window.start)
-        self._samples += pipeline.batch_samples
+        self.weights.weigh(pipeline, batch, self._served)
         self._window = trainer.accumulate_grad_batches = window
 
-    def rescale(self, step: OptimizerStep) -> None:
-        """From the mean over micro-batches to the mean over samples."""
-        assert self._window is not None  # a batch has begun
-        trainer = step.pipeline.trainer
-        world = trainer_access.data_parallel_size(trainer)
-        samples = self._samples * world
-        if world > 1 and trainer_access.is_last_batch(trainer):
-            # Only a loader's last batch can be short, and not on every process alike.
-            total = torch.tensor(float(self._samples), device=trainer.strategy.root_device)
-            samples = int(trainer.strategy.reduce(total, reduce_op="sum"))
-        expected = int(self._window) * self._micro * world
-        if samples != expected:
-            gradients = [p.grad for _, p in step.parameters if p.grad is not None]
-            torch._foreach_mul_(gradients, expected / samples)
+    def _open(self, pipeline: Pipeline, index: int) -> WindowLength:
+        trainer = pipeline.trainer
+        self.size, self.plan = self._plan_at(pipeline.progress)
+        self.coupling.open_window(pipeline, self.size)
+        self.weights.open_window()
+        if self._served is not None:
+            return WindowLength(self._served.window.accumulate, index - self._served.index)
+        length, batches = self.plan.accumulate, trainer_access.epoch_batches(trainer)
+        if trainer_access.is_last_batch(trainer):
+            length = 1
+        elif batches is not None:
+            length = min(length, batches - index)
+        return WindowLength(length, index)
 
-    def on_fit_end(self, pipeline: Pipeline) -> None:
-        """Gives the Trainer its own accumulation back, and the module its backward."""
-        if isinstance(pipeline.trainer.accumulate_grad_batches, WindowLength):
-            pipeline.trainer.accumulate_grad_batches = 1
-            pipeline.module.__dict__.pop("backward", None)
+    def learning_rate_factor(self, progress: Progress) -> float:
+        """The rule's factor for the batch of the update that starts at ``progress``."""
+        if self.coupling.lr_scaling is None or self._supply is None:
+            return 1.0
+        return self.coupling.learning_rate_factor(self._plan_at(progress)[0], progress)
+
+    def rescale(self, step: OptimizerStep) -> None:
+        """From the mean over micro-batches to the mean over samples, or what is weighed."""
+        assert self._window is not None  # a batch has begun
+        self.weights.rescale(step, length=int(self._window), is_exact=self._served is not None)
+
+    def on_batch_end(self, pipeline: Pipeline, outputs: Any, batch: Any) -> None:
+        """An exact loader hears of every update that was trained."""
+        served, exact = self._served, trainer_access.exact_loader(pipeline.trainer)
+        if served is not None and exact is not None and not pipeline.window_is_open:
+            exact.advance(served.window.samples)
+
+    def on_epoch_end(self, pipeline: Pipeline) -> None:
+        """An exact loader goes to its next epoch, but only from the end of one."""
+        exact = trainer_access.exact_loader(pipeline.trainer)
+        if exact is not None and exact.position >= exact.samples:
+            exact.end_epoch()
+
+    def metrics(self, pipeline: Pipeline) -> Mapping[str, float | Tensor]:
+        """The planned batch, and what follows it."""
+        if self.size is None or self._window is None:
+            return {}
+        values = {"batch/planned_size": float(self.size), "batch/accumulation": int(self._window)}
+        if self.coupling.lr_scaling is not None:
+            factor = self.coupling.learning_rate_factor(self.size, pipeline.progress)
+            values["batch/lr_factor"] = factor
+        return values
+
+    # ---------------------------------------------------------------------------------- state
 
     def reset(self) -> None:
-        """Forgets the window of a former Trainer."""
-        self._window = self._restored = None
+        """Forgets a former Trainer's run."""
+        self._window = self._restored = self.size = self.plan = None
+        self.coupling.reset()
+        self.weights.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        """The window under way."""
+        """The window under way, the batch in force, and what follows it."""
         window = self._window
-        return {"window": None if window is None else [int(window), window.start]}
+        return {
+            "window": None if window is None else [int(window), window.start],
+            "size": self.size,
+            "coupling": self.coupling.state_dict(),
+            "weights": self.weights.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keeps the checkpoint's window until training starts."""
         window = state["window"]
         self._restored = None if window is None else (int(window[0]), int(window[1]))
+        self.size = state["size"]
+        self.coupling.load_state_dict(state["coupling"])
+        self.weights.load_state_dict(state["weights"])
 
-    # ----------------------------------------------------------------------------- weighting
+    # ----------------------------------------------------------------------------------- plan
 
-    def _patch_backward(self, pipeline: Pipeline) -> None:
-        """Weighs a short micro-batch by its samples; the others are left alone to the bit."""
-        module, full = pipeline.module, self._micro
+    def _plan_at(self, progress: Progress) -> tuple[int, BatchPlan]:
+        """The plan of the update that starts at ``progress``, decided once."""
+        if self._decided is None or self._decided[0] != progress:
+            self._decided = progress, self._fresh_plan(progress)
+        return self._decided[1]
 
-        def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-            weight = pipeline.batch_samples / full
-            type(module).backward(module, loss if weight == 1 else loss * weight, *args, **kwargs)
-
-        module.__dict__["backward"] = backward
-
-
-def constant_plan(trainer: Trainer) -> Simulate:
-    """The run under the Trainer's own accumulation."""
-    micro = trainer_access.micro_batch_size(trainer) or 1
-    world = trainer_access.data_parallel_size(trainer)
-    size = micro * world * int(trainer.accumulate_grad_batches)
-    return _simulator(trainer, ConstantBatchSize(size))
-
-
-def _simulator(trainer: Trainer, policy: BatchSizePolicy) -> Simulate:
-    micro = trainer_access.micro_batch_size(trainer)
-
-    def run(clock: Clock, budget: float) -> Horizon:
-        if clock == "tokens" or (clock == "samples" and micro is None):
-            return Horizon(clock=clock, budget=budget)  # only counting will tell
-        horizon = simulate(
-            policy,
-            clock=clock,
-            budget=budget,
-            micro_batch_size=micro or 1,
-            world_size=trainer_access.data_parallel_size(trainer),
-            batches_per_epoch=trainer_access.epoch_batches(trainer),
-            last_batch_samples=trainer_access.last_batch_samples(trainer),
-        )
-        if micro is not None:
-            return horizon
-        return replace(horizon, spans=tuple(replace(s, samples=None) for s in horizon.spans))
-
-    return run
+    def _fresh_plan(self, progress: Progress) -> tuple[int, BatchPlan]:
+        assert self._supply is not None  # training has started
+        scale = None if self._noise is None else self._noise.noise_scale
+        return self._supply.plan(self.policy, progress, before=self.size, noise_scale=scale)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_bigopt import trainer_access
+from lightning_bigopt.controllers.audit import ClipAudit, ClipReport, advice, decisions_of
 from lightning_bigopt.controllers.base import Controller
-from lightning_bigopt.gradients import ClipContext, ClippingRule, apply_, clear_
+from lightning_bigopt.gradients import ClipContext, ClippingRule, Groups, apply_, clear_
 from lightning_bigopt.gradients.rules.base import RuleState
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ class GradientClippingController(Controller):
         self.rule = rule
         self._resolved = rule
         self._states: dict[str, RuleState] = {}
+        self._audits: dict[str, dict[str, ClipAudit]] = {}
 
     @property
     def needs_horizon(self) -> bool:  # type: ignore[override]
@@ -61,6 +65,13 @@ class GradientClippingController(Controller):
                 f"{type(trainer.strategy).__name__}: DeepSpeed clips by itself; set "
                 "gradient_clipping in its config"
             )
+        for optimizer in trainer.optimizers:
+            if trainer_access.is_private(optimizer):
+                raise ValueError(
+                    f"optimizer must not be Opacus' with GradientClipping, got "
+                    f"{type(optimizer).__name__}: it clips every sample's gradient already, and "
+                    "its noise is measured against that limit; set max_grad_norm there"
+                )
 
     def on_train_start(self, pipeline: Pipeline) -> None:
         """Converts the durations of a scheduled threshold."""
@@ -76,30 +87,61 @@ class GradientClippingController(Controller):
         label = trainer_access.optimizer_label(step.pipeline.trainer, step.optimizer)
         state = self._states.get(label)
         if state is None:
-            state = self._states[label] = self.rule.initial_state()
+            state = self._states[label] = self._resolved.initial_state()
         context = ClipContext(
             parameters=step.parameters,
-            norms=step.norms if self.wants_norms(step) else None,
+            norms=step.coming_norms if self.wants_norms(step) else None,
             optimizer=step.optimizer,
             fraction=step.progress.fraction,
             process_group=trainer_access.shard_group(step.pipeline.trainer),
+            all_names=step.pipeline.parameter_names,
         )
         step.decision = self._resolved.decide(context, state)
         apply_(step.decision, optimizer=step.optimizer)
+        for group, decision, _ in decisions_of(step.decision, self.rule):
+            self._audits.setdefault(label, {}).setdefault(group, ClipAudit()).add(decision)
+
+    def reports(self) -> dict[tuple[str, str], ClipReport]:
+        """What clipping has done so far, by optimiser and group. Synchronises."""
+        found = {
+            (label, group): audit.report()
+            for label, audits in self._audits.items()
+            for group, audit in audits.items()
+        }
+        return {key: report for key, report in found.items() if report is not None}
 
     def on_fit_end(self, pipeline: Pipeline) -> None:
-        """Takes back what waits for a step that never came."""
+        """Takes back what waits for a step that never came, and says how often clipping acted."""
         for optimizer in pipeline.trainer.optimizers:
-            clear_(getattr(optimizer, "optimizer", optimizer))
+            clear_(optimizer)
+        rules = dict(self.rule.pairs) if isinstance(self.rule, Groups) else {"": self.rule}
+        for (label, group), report in self.reports().items():
+            whose = "".join(f", {name}" for name in (label, group) if name)
+            rule = rules[group]
+            assert rule is not None  # it has decided
+            hint = advice(report, rule)
+            rank_zero_info(
+                f"{type(rule).__name__}{whose}: {report}." + (f" {hint}" if hint else "")
+            )
 
     def reset(self) -> None:
         """Forgets every history."""
         self._states = {}
+        self._audits = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The rule's history, an optimiser each."""
-        return {"rule": self._states}
+        """The rule's history and the audit's counts, an optimiser each."""
+        audits = {
+            label: {group: audit.state_dict() for group, audit in audits.items()}
+            for label, audits in self._audits.items()
+        }
+        return {"rule": copy.deepcopy(self._states), "audit": audits}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over the histories of a checkpoint."""
-        self._states = dict(state["rule"])
+        self._states = copy.deepcopy(state["rule"])
+        self._audits = {}
+        for label, audits in state.get("audit", {}).items():
+            for group, saved in audits.items():
+                audit = self._audits.setdefault(label, {})[group] = ClipAudit()
+                audit.load_state_dict(saved)

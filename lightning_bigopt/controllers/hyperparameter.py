@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 
 from lightning_bigopt.controllers.base import Controller
+from lightning_bigopt.controllers.learning_rate import refuse_unknown
 from lightning_bigopt.optimizers import GroupField
 from lightning_bigopt.schedules import Schedule
 
@@ -60,6 +61,17 @@ class HyperparameterController(Controller):
         assert horizon is not None  # needs_horizon
         if self._restored is not None:
             self._bases, self._restored = self._restored, None
+        refuse_unknown(
+            "groups",
+            "parameter groups of the optimizer",
+            self.groups,
+            {
+                group["name"]
+                for optimizer in pipeline.trainer.optimizers
+                for group in optimizer.param_groups
+                if "name" in group
+            },
+        )
         self._resolved = {n: s.resolve(horizon) for n, s in self.groups.items()}
         self._resolved[None] = self.schedule.resolve(horizon)
 

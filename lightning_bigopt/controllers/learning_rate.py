@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from lightning.pytorch.callbacks import StochasticWeightAveraging
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -15,17 +15,26 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightning_bigopt import trainer_access
 from lightning_bigopt.clock import ClockSettings
 from lightning_bigopt.controllers.base import Controller
+from lightning_bigopt.controllers.resume import report_changes
 from lightning_bigopt.durations import Progress
 from lightning_bigopt.optimizers import GroupField
 from lightning_bigopt.schedules import Schedule
+from lightning_bigopt.schedules.checks import CooldownShape
 
 if TYPE_CHECKING:
+    from lightning_bigopt.clock import TrainingClock
     from lightning_bigopt.pipeline import Pipeline
 
-__all__ = ["LearningRateController", "ModuleScheduler", "ScheduledLearningRate"]
+__all__ = [
+    "BaseOwner",
+    "LearningRateController",
+    "ModuleScheduler",
+    "ScheduledLearningRate",
+    "refuse_unknown",
+]
 
 ModuleScheduler: TypeAlias = Literal["raise", "replace"]
-
+BaseOwner: TypeAlias = Literal["checkpoint", "config"]
 
 _RATE = GroupField("lr")
 
@@ -38,10 +47,18 @@ class ScheduledLearningRate(LRScheduler):
     """
 
     def __init__(
-        self, optimizer: Optimizer, controller: LearningRateController, pipeline: Pipeline
+        self,
+        optimizer: Optimizer,
+        controller: LearningRateController,
+        pipeline: Pipeline,
+        *,
+        label: str,
     ) -> None:
         self.optimizer = optimizer
+        self.label = label
         self.last_epoch = 0
+        self.restored_bases: list[float] | None = None
+        self.is_foreign = False
         self.bases = [float(group["lr"]) for group in optimizer.param_groups]
         self._controller = controller
         self._pipeline = pipeline
@@ -58,9 +75,10 @@ class ScheduledLearningRate(LRScheduler):
         if len(groups) > len(bases):  # a group that arrives in mid-run brings its own base
             bases.extend(float(group["lr"]) for group in groups[len(bases) :])
         factor = math.prod(c.learning_rate_factor(progress) for c in self._pipeline.controllers)
+        value = self._controller.value
         for group, base in zip(groups, bases, strict=True):
-            value = self._controller.value(group.get("name"), progress.fraction, base)
-            _RATE.write(group, value * factor)
+            rate = value(group.get("name"), progress.fraction, base, optimizer=self.label)
+            _RATE.write(group, rate * factor)
         self._last_lr = [group["lr"] for group in groups]
 
     def get_last_lr(self) -> list[float | Tensor]:
@@ -74,6 +92,7 @@ class ScheduledLearningRate(LRScheduler):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the base learning rates of a checkpoint; a foreign scheduler's are left alone."""
         if state_dict.get("version") != 1 or "base_lrs" not in state_dict:
+            self.is_foreign = True
             rank_zero_warn(
                 "The checkpoint holds the state of another learning-rate scheduler "
                 f"(fields {sorted(map(str, state_dict))}). The base learning rates of the "
@@ -81,14 +100,10 @@ class ScheduledLearningRate(LRScheduler):
             )
             return
         self.last_epoch = int(state_dict["last_epoch"])
-        kept = [float(value) for value in state_dict["base_lrs"]]
-        if self._controller.base_lr == "checkpoint":
-            if kept != self.bases:
-                rank_zero_info(
-                    f"Base learning rates {self.bases} of the configuration give way to "
-                    f"{kept} of the checkpoint; base_lr='config' keeps the configured ones."
-                )
-            self.bases = kept
+        kept = self.restored_bases = [float(value) for value in state_dict["base_lrs"]]
+        # Groups that arrived in mid-run are in no config.
+        configured = len(self.bases) if self._controller.base_lr == "config" else 0
+        self.bases = self.bases[:configured] + kept[configured:]
 
 
 class LearningRateController(Controller):
@@ -103,25 +118,38 @@ class LearningRateController(Controller):
         schedule: Schedule,
         *,
         groups: Mapping[str, Schedule] | None = None,
+        optimizers: Mapping[str, Schedule] | None = None,
         module_scheduler: ModuleScheduler = "raise",
-        base_lr: Literal["checkpoint", "config"] = "checkpoint",
+        base_lr: BaseOwner = "checkpoint",
+        cooldown_shape: CooldownShape = "1-sqrt",
+        cooldown_end: float = 0.0,
         settings: ClockSettings | None = None,
     ) -> None:
         if not isinstance(schedule, Schedule):
             raise ValueError(f"schedule must be a Schedule, got {schedule!r}; try WarmupCosine()")
-        if module_scheduler not in ("raise", "replace"):
-            raise ValueError(
-                f"module_scheduler must be 'raise' or 'replace', got {module_scheduler!r}"
-            )
-        if base_lr not in ("checkpoint", "config"):
-            raise ValueError(f"base_lr must be 'checkpoint' or 'config', got {base_lr!r}")
+        for name, value, choices in (
+            ("module_scheduler", module_scheduler, ModuleScheduler),
+            ("base_lr", base_lr, BaseOwner),
+            ("cooldown_shape", cooldown_shape, CooldownShape),
+        ):
+            if value not in get_args(choices):
+                options = ", ".join(map(repr, get_args(choices)))
+                raise ValueError(f"{name} must be one of {options}, got {value!r}")
+        if not 0.0 <= cooldown_end <= 1.0:
+            raise ValueError(f"cooldown_end must be from 0 to 1, got {cooldown_end!r}")
         self.schedule = schedule
         self.groups = dict(groups or {})
+        self.optimizers = dict(optimizers or {})
         self.module_scheduler = module_scheduler
         self.base_lr = base_lr
+        self.cooldown_shape = cooldown_shape
+        self.cooldown_end = cooldown_end
         self.settings = settings or ClockSettings()
         self._resolved: Schedule = schedule
         self._resolved_groups: dict[str | None, Schedule] = {}
+        self._resolved_optimizers: dict[str, Schedule] = {}
+        self._restored: dict[str, Any] | None = None
+        self._epoch_is_new = False
 
     # ------------------------------------------------------------------------------- hooks
 
@@ -131,9 +159,9 @@ class LearningRateController(Controller):
         self._refuse_conflicts(pipeline)
         for optimizer in trainer.optimizers:
             raw = getattr(optimizer, "optimizer", optimizer)
-            scheduler = ScheduledLearningRate(raw, self, pipeline)
-            name = trainer_access.optimizer_label(trainer, raw)
-            trainer_access.add_scheduler(trainer, scheduler, name=name or None)
+            label = trainer_access.optimizer_label(trainer, raw)
+            scheduler = ScheduledLearningRate(raw, self, pipeline, label=label)
+            trainer_access.add_scheduler(trainer, scheduler, name=label or None)
 
     def _refuse_conflicts(self, pipeline: Pipeline) -> None:
         trainer = pipeline.trainer
@@ -162,35 +190,73 @@ class LearningRateController(Controller):
             trainer_access.remove_schedulers(trainer)
 
     def on_train_start(self, pipeline: Pipeline) -> None:
-        """Resolves the schedule on the horizon and writes the first learning rates."""
-        horizon = pipeline.clock.horizon
-        assert horizon is not None  # needs_horizon
-        known = {
-            group.get("name")
-            for scheduler in _schedulers(pipeline)
-            for group in scheduler.optimizer.param_groups
+        """Resolves the schedules on the horizon and writes the first learning rates."""
+        schedulers = _schedulers(pipeline)
+        groups = [group for scheduler in schedulers for group in scheduler.optimizer.param_groups]
+        refuse_unknown(
+            "groups",
+            "parameter groups of the optimizer",
+            self.groups,
+            {group["name"] for group in groups if "name" in group},
+        )
+        refuse_unknown(
+            "optimizers",
+            "one of several optimizers",
+            self.optimizers,
+            {scheduler.label for scheduler in schedulers if scheduler.label},
+        )
+        self._resolved = self._on_horizon(self.schedule, pipeline.clock)
+        self._resolved_groups = {
+            name: self._on_horizon(schedule, pipeline.clock)
+            for name, schedule in self.groups.items()
         }
-        missing = sorted(set(self.groups) - known)
-        if missing:
-            raise ValueError(
-                f"groups must name parameter groups of the optimizer, got {missing!r}; the groups "
-                f"are named {sorted(str(name) for name in known if name is not None)!r}"
-            )
-        self._resolved = self.schedule.resolve(horizon)
-        self._resolved_groups = {n: s.resolve(horizon) for n, s in self.groups.items()}
-        for scheduler in _schedulers(pipeline):
+        self._resolved_optimizers = {
+            name: self._on_horizon(schedule, pipeline.clock)
+            for name, schedule in self.optimizers.items()
+        }
+        before = [float(group["lr"]) for group in groups]
+        for scheduler in schedulers:
             scheduler.write(pipeline.progress)
+        restored, self._restored = self._restored, None
+        if pipeline.trainer.ckpt_path is None:
+            return
+        kept = [s.restored_bases for s in schedulers if s.restored_bases is not None]
+        report_changes(
+            None if restored is None or not kept else {**restored, "base_lrs": kept},
+            {**self.state_dict(), "base_lrs": [s.bases for s in schedulers]},
+            clock=pipeline.clock,
+            rates=[(old, float(group["lr"])) for old, group in zip(before, groups, strict=True)],
+            is_foreign=any(scheduler.is_foreign for scheduler in schedulers),
+        )
+
+    def _on_horizon(self, schedule: Schedule, clock: TrainingClock) -> Schedule:
+        assert clock.horizon is not None  # needs_horizon
+        resolved = schedule.resolve(clock.horizon)
+        if clock.cooldown is None:
+            return resolved
+        at, over = clock.cooldown
+        return resolved.with_cooldown(
+            at, over=over, shape=self.cooldown_shape, end=self.cooldown_end
+        )
+
+    def on_epoch_start(self, pipeline: Pipeline) -> None:
+        """Another callback may write learning rates when an epoch begins."""
+        self._epoch_is_new = True
 
     def on_batch_start(self, pipeline: Pipeline, batch: Any, index: int) -> None:
         """Writes what no scheduler step wrote.
 
-        Lightning steps no scheduler in manual optimisation, and a parameter group may just have
-        been added by a callback.
+        Lightning steps no scheduler in manual optimisation, and BackboneFinetuning adds a group
+        and sets its learning rate when an epoch begins.
         """
-        manual = not pipeline.module.automatic_optimization
-        for scheduler in _schedulers(pipeline):
-            if manual or len(scheduler.optimizer.param_groups) > len(scheduler.bases):
+        if self._epoch_is_new or not pipeline.module.automatic_optimization:
+            for scheduler in _schedulers(pipeline):
                 scheduler.write(pipeline.progress)
+        else:
+            for scheduler in _schedulers(pipeline):
+                if len(scheduler.optimizer.param_groups) > len(scheduler.bases):
+                    scheduler.write(pipeline.progress)
+        self._epoch_is_new = False
 
     @staticmethod
     def rewrite(pipeline: Pipeline) -> None:
@@ -198,9 +264,38 @@ class LearningRateController(Controller):
         for scheduler in _schedulers(pipeline):
             scheduler.write(pipeline.coming_progress)
 
-    def value(self, group: str | None, fraction: float, base: float) -> float:
-        """The learning rate of a named group at a share of the budget."""
-        return self._resolved_groups.get(group, self._resolved).value(fraction, base)
+    def value(
+        self, group: str | None, fraction: float, base: float, *, optimizer: str = ""
+    ) -> float:
+        """The learning rate of a group at a share of the budget.
+
+        A schedule of the group's name goes before one of its optimiser's.
+        """
+        schedule = self._resolved_groups.get(group)
+        if schedule is None:
+            schedule = self._resolved_optimizers.get(optimizer, self._resolved)
+        return schedule.value(fraction, base)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The schedules as written, so that a resumed run can say what was changed."""
+        return {
+            "schedule": repr(self.schedule),
+            "groups": {name: repr(schedule) for name, schedule in self.groups.items()},
+            "optimizers": {name: repr(schedule) for name, schedule in self.optimizers.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keeps a checkpoint's description of itself until training starts."""
+        self._restored = dict(state)
+
+
+def refuse_unknown(name: str, what: str, asked: Iterable[str], known: set[str]) -> None:
+    """Raises a ValueError for names that nothing has."""
+    missing = sorted(set(asked) - known)
+    if missing:
+        raise ValueError(
+            f"{name} must name {what}, got {missing!r}; the {name} are named {sorted(known)!r}"
+        )
 
 
 def _schedulers(pipeline: Pipeline) -> list[ScheduledLearningRate]:

@@ -2,95 +2,270 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-import torch
 from torch import Tensor
 
 from lightning_bigopt import trainer_access
+from lightning_bigopt.clock import ClockSettings
+from lightning_bigopt.controllers import written
 from lightning_bigopt.controllers.base import Controller
+from lightning_bigopt.controllers.collected import Collected
+from lightning_bigopt.controllers.layers import LayerMonitor, Layers, LayerValue
+from lightning_bigopt.controllers.throughput import StepTimer
+from lightning_bigopt.reporting.tags import tag_name
 
 if TYPE_CHECKING:
+    from lightning_bigopt.gradients import ClipDecision
     from lightning_bigopt.pipeline import OptimizerStep, Pipeline
 
-__all__ = ["MonitorController"]
+__all__ = ["MonitorController", "XAxis"]
+
+XAxis: TypeAlias = Literal["updates", "samples", "tokens"]
 
 
 class MonitorController(Controller):
-    """Logs learning rates, the gradient norm, clipping and batch size of every n-th update."""
+    """Logs what every n-th update used, and watches every update for clips and refusals."""
 
     role = "monitor"
     rank = 90
 
-    def __init__(self, *, every: int | None = None) -> None:
-        if every is not None and (type(every) is not int or every < 1):
-            raise ValueError(
-                f"every must be a positive number of updates or None, got {every!r}; None follows "
-                "Trainer(log_every_n_steps=)"
-            )
-        self.every = every
-        self._values: dict[str, float | Tensor] = {}
+    def __init__(
+        self,
+        *,
+        every: int | None = None,
+        layers: Layers = None,
+        per_layer: Sequence[LayerValue] = (),
+        histograms_every: int | None = None,
+        x_axis: XAxis = "updates",
+        settings: ClockSettings | None = None,
+    ) -> None:
+        for name, number in (("every", every), ("histograms_every", histograms_every)):
+            if number is not None and (type(number) is not int or number < 1):
+                raise ValueError(
+                    f"{name} must be a positive number of updates or None, got {number!r}"
+                    + ("; None follows Trainer(log_every_n_steps=)" if name == "every" else "")
+                )
+        if x_axis not in get_args(XAxis):
+            raise ValueError(f"x_axis must be 'updates', 'samples' or 'tokens', got {x_axis!r}")
+        LayerMonitor(layers, per_layer)  # refuses what it does not know
+        self.every, self.histograms_every, self.x_axis = every, histograms_every, x_axis
+        self.layers, self.per_layer = layers, tuple(per_layer)
+        self.settings = settings or ClockSettings()
+        self.skipped = 0
+        self._clips: dict[str, _ClipCount] = {}
+        self._start()
+
+    def _start(self) -> None:
+        self._values = Collected()
+        self._layers: dict[str, LayerMonitor] = {}
+        self._timer = StepTimer()
         self._bar_is_empty = True
+        self._due = self._stepped = False
+
+    # ------------------------------------------------------------------------------- hooks
 
     def on_train_start(self, pipeline: Pipeline) -> None:
-        """The progress bar of a new fit is empty."""
-        self._values = {}
-        self._bar_is_empty = True
+        """Shows the plan; the progress bar of a new fit is empty."""
+        if self.x_axis == "tokens" and pipeline.clock.settings.tokens is None:
+            raise ValueError(
+                "tokens must be counted for x_axis='tokens', got nobody who does; pass tokens=a "
+                "function of the batch, or the name of its ids or mask"
+            )
+        self._start()
+        clock = pipeline.clock
+        self._timer.start(
+            pipeline.trainer.strategy.root_device, samples=clock.samples, tokens=clock.tokens
+        )
+        written.write_start(pipeline, self.x_axis)
 
-    def _is_due(self, pipeline: Pipeline) -> bool:
+    def rescale(self, step: OptimizerStep) -> None:
+        """Asks once an update whether it is logged."""
+        trainer = step.pipeline.trainer
         if self.every is None:
-            return trainer_access.should_log(pipeline.trainer)
-        return (trainer_access.batches_that_stepped(pipeline.trainer) + 1) % self.every == 0
+            self._due = trainer_access.should_log(trainer)
+        else:
+            self._due = (trainer_access.batches_that_stepped(trainer) + 1) % self.every == 0
+        self._stepped = True
 
     def wants_norms(self, step: OptimizerStep) -> bool:
         """The norm is taken where it will be shown."""
-        return self._bar_is_empty or self._is_due(step.pipeline)
+        return self._due or self._bar_is_empty
+
+    def decide(self, step: OptimizerStep) -> None:
+        """Takes histograms of what was not clipped yet."""
+        every = self.histograms_every
+        if every is None or step.skipped is not None:
+            return
+        if (trainer_access.batches_that_stepped(step.pipeline.trainer) + 1) % every == 0:
+            written.write_histograms(step, self.x_axis)
 
     def observe(self, step: OptimizerStep) -> None:
         """Keeps the update's values on the device."""
+        trainer = step.pipeline.trainer
+        label = trainer_access.optimizer_label(trainer, step.optimizer)
+        if step.skipped is not None:
+            self.skipped += 1
+        elif step.decision is not None:
+            self._watch(step.decision, label)
         if not self.wants_norms(step):
             return
-        trainer, optimizer = step.pipeline.trainer, step.optimizer
-        label = trainer_access.optimizer_label(trainer, optimizer)
-        suffix = f"/{label}" if label else ""
-        for index, group in enumerate(optimizer.param_groups):
-            name = group.get("name") or (f"group{index}" if len(optimizer.param_groups) > 1 else "")
-            self._values[f"optim/lr{suffix}" + (f"/{name}" if name else "")] = group["lr"]
-        self._values[f"grad_norm/total{suffix}"] = step.norms.total
-        if step.decision is not None and step.decision.coefficient is not None:
-            self._values[f"clip/coefficient{suffix}"] = step.decision.coefficient
-        self._values["batch/global_size"] = float(step.pipeline.window_samples)
-        self._values["progress/samples"] = float(step.pipeline.samples)
+        values = self._values
+        values.add(tag_name("grad_norm/total", label), step.norms.total)
+        groups = step.optimizer.param_groups
+        for name, group in zip(written.group_names(groups), groups, strict=True):
+            for tag, value in _hyperparameters(group).items():
+                values.add(tag_name(tag, label, name), value)
+        if not self._due:
+            return
+        if self.layers is not None:
+            monitor = self._layers.get(label)
+            if monitor is None:
+                monitor = LayerMonitor(self.layers, self.per_layer, label=label)
+                self._layers[label] = monitor
+            shards = trainer_access.shard_group(trainer)
+            monitor.before_step(step.norms, group=shards, into=values)
+
+    def _watch(self, decision: ClipDecision, label: str) -> None:
+        """Counts clips without looking at them."""
+        parts: Mapping[str, ClipDecision] = decision.parts or {"": decision}
+        for pattern, part in parts.items():
+            coefficients = part.coefficient if part.coefficients is None else part.coefficients
+            if coefficients is None and part.threshold is None:
+                continue
+            key = tag_name("", label, pattern)
+            count = self._clips.get(key)
+            if count is None:
+                count = self._clips[key] = _ClipCount()
+            count.see(coefficients)
+            if self._due:
+                count.log(part, key, self._values)
 
     def on_batch_end(self, pipeline: Pipeline, outputs: Any, batch: Any) -> None:
         """Fetches everything in one transfer and logs it at Lightning's own step."""
-        if not self._values:
+        if not self._stepped:
             return
-        collected, self._values = self._values, {}
-        trainer = pipeline.trainer
-        due, self._bar_is_empty = self._is_due(pipeline), False
+        self._stepped = False
+        self._timer.step()
+        values = self._values
+        if not values:
+            return
+        self._values = Collected()
+        trainer, due = pipeline.trainer, self._due
+        self._bar_is_empty = False
+        if due:
+            group = trainer_access.shard_group(trainer)
+            for monitor in self._layers.values():
+                monitor.after_step(group=group, into=values)
+            for controller in pipeline.controllers:
+                for tag, value in controller.metrics(pipeline).items():
+                    values.add(tag, value)
         if not trainer.is_global_zero:
             return
-        values = fetch(collected)
-        trainer_access.show_on_progress_bar(
-            trainer,
-            {
-                "lr": next(v for k, v in values.items() if k.startswith("optim/lr")),
-                "grad_norm": next(v for k, v in values.items() if k.startswith("grad_norm/total")),
-            },
-        )
+        clock = pipeline.clock
+        values.add("batch/global_size", float(pipeline.window_samples))
+        found = values.fetch()
+        trainer_access.show_on_progress_bar(trainer, self._shown(found))
         if due:
-            at = trainer_access.batches_that_stepped(trainer)
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step=at)
+            rest = Collected()
+            self._timer.report(samples=clock.samples, tokens=clock.tokens, into=rest)
+            found.update(rest.fetch())
+            written.log_values(pipeline, found, self.x_axis)
+
+    def _shown(self, found: Mapping[str, float]) -> dict[str, float]:
+        shown = {
+            "lr": next(v for k, v in found.items() if k.startswith("optim/lr")),
+            "grad_norm": next(v for k, v in found.items() if k.startswith("grad_norm/total")),
+            "global_batch": found["batch/global_size"],
+        }
+        if self.skipped:
+            shown["skipped"] = float(self.skipped)
+        return shown
+
+    def metrics(self, pipeline: Pipeline) -> Mapping[str, float | Tensor]:
+        """What it knows of the whole run."""
+        clock = pipeline.clock
+        known = {
+            "batch/micro_size": float(pipeline.batch_samples),
+            "batch/accumulate": float(int(pipeline.trainer.accumulate_grad_batches)),
+            "guard/skipped": float(self.skipped),
+            "progress/samples": float(clock.samples),
+        }
+        if clock.settings.tokens is not None:
+            known["progress/tokens"] = float(clock.tokens)
+        return known
+
+    def pause(self) -> None:
+        """Validation begins, which is no part of a step."""
+        self._timer.pause()
+
+    def resume(self) -> None:
+        """Validation is over."""
+        self._timer.resume()
+
+    def on_fit_end(self, pipeline: Pipeline) -> None:
+        """Writes the final metrics beside the hyperparameters."""
+        self._values = Collected()
+        self._layers = {}
+        written.write_end(pipeline)
+
+    # ------------------------------------------------------------------------------- state
+
+    def reset(self) -> None:
+        """Forgets a former Trainer's run."""
+        self.skipped = 0
+        self._clips = {}
+        self._start()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Refused updates, and clips since the last logged update."""
+        clips = {key: [float(c.clipped), c.updates] for key, c in self._clips.items()}
+        return {"skipped": self.skipped, "clips": clips}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what :meth:`state_dict` gave."""
+        self.skipped = int(state["skipped"])
+        self._clips = {k: _ClipCount(clipped, n) for k, (clipped, n) in state["clips"].items()}
 
 
-def fetch(values: dict[str, float | Tensor]) -> dict[str, float]:
-    """All values as floats, with one transfer from the device."""
-    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-    if not tensors:
-        return {name: float(value) for name, value in values.items()}
-    device = next((t.device for t in tensors.values() if t.device.type != "cpu"), None)
-    stacked = torch.stack([t.detach().to(device, torch.float32) for t in tensors.values()])
-    fetched = dict(zip(tensors, stacked.tolist(), strict=True))
-    return {name: float(fetched.get(name, value)) for name, value in values.items()}
+class _ClipCount:
+    """Updates, and the share of them that were clipped, since the last logged update."""
+
+    def __init__(self, clipped: float | Tensor = 0.0, updates: int = 0) -> None:
+        self.clipped, self.updates = clipped, updates
+
+    def see(self, coefficients: Tensor | None) -> None:
+        """One more update. Does not synchronise."""
+        self.updates += 1
+        if coefficients is None:
+            return
+        if coefficients.ndim == 0 and coefficients.device.type == "cpu":
+            self.clipped = self.clipped + (coefficients.item() < 1.0)
+        else:
+            self.clipped = self.clipped + (coefficients < 1.0).float().mean()
+
+    def log(self, part: ClipDecision, key: str, values: Collected) -> None:
+        """Hands the share over and begins anew."""
+        if part.coefficient is not None:
+            values.add(f"clip/coefficient{key}", part.coefficient)
+        elif part.coefficients is not None:
+            values.add(f"clip/coefficient{key}", part.coefficients.mean())
+        threshold = part.threshold
+        if threshold is not None and (not isinstance(threshold, Tensor) or threshold.ndim == 0):
+            values.add(f"clip/threshold{key}", threshold)
+        if part.coefficient is not None or part.coefficients is not None:
+            values.add(f"clip/fraction{key}", self.clipped / self.updates)
+        self.clipped, self.updates = 0.0, 0
+
+
+def _hyperparameters(group: Mapping[str, Any]) -> dict[str, float | Tensor]:
+    """What of a parameter group is worth a curve."""
+    found = {"optim/lr": group["lr"]}
+    if "weight_decay" in group:
+        found["optim/weight_decay"] = group["weight_decay"]
+    if "momentum" in group:
+        found["optim/momentum"] = group["momentum"]
+    elif group.get("betas"):
+        found["optim/momentum"] = group["betas"][0]
+    return found

@@ -98,7 +98,10 @@ class PlateauController(Controller):
                 f"monitor must be a logged metric, got {self.monitor!r}; logged are "
                 f"{', '.join(sorted(metrics)) or 'none'}"
             )
-        value, before = float(metrics[self.monitor]), self.factor
+        # One verdict: a metric that was not reduced differs from process to process.
+        found = metrics[self.monitor].detach().float()
+        value = float(pipeline.trainer.strategy.reduce(found, reduce_op="mean"))
+        before = self.factor
         if not math.isfinite(value):  # enters no state
             return
         self._plateau.step(value)

@@ -12,34 +12,51 @@ __all__ = ["BytesGPT", "CausalSelfAttention", "TransformerBlock"]
 
 
 class CausalSelfAttention(nn.Module):
-    """Attention of every position to itself and those before it.
+    """Attention of every position to itself and those before it, with rotary positions.
 
     Args:
-        width: Features of a position; a multiple of ``heads``.
+        width: Features of a position; a multiple of ``2 * heads``.
         heads: Attention heads.
+        length: Longest input.
 
     Example:
-        >>> CausalSelfAttention(width=8, heads=2)(torch.zeros(3, 5, 8)).shape
+        >>> CausalSelfAttention(width=8, heads=2, length=5)(torch.zeros(3, 5, 8)).shape
         torch.Size([3, 5, 8])
+
+    References:
+        Su et al., "RoFormer", 2021, Sec. 3.4.2.
     """
 
-    def __init__(self, *, width: int, heads: int) -> None:
+    cosine: Tensor
+    sine: Tensor
+
+    def __init__(self, *, width: int, heads: int, length: int) -> None:
         super().__init__()
         self.heads = heads
         self.expand = nn.Linear(width, 3 * width, bias=False)
         self.project = nn.Linear(width, width, bias=False)
+        pairs = width // heads // 2
+        frequencies = 10_000.0 ** (-torch.arange(pairs) / pairs)
+        angles = torch.outer(torch.arange(length), frequencies)
+        self.register_buffer("cosine", angles.cos(), persistent=False)
+        self.register_buffer("sine", angles.sin(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mixes positions: ``(batch, time, width)`` to the same shape."""
         batch, time, width = x.shape
-        query, key, value = (
-            self.expand(x).view(batch, time, 3, self.heads, width // self.heads).unbind(dim=2)
-        )
+        split = self.expand(x).view(batch, time, 3, self.heads, width // self.heads)
+        query, key, value = split.permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), is_causal=True
+            self._rotate(query), self._rotate(key), value, is_causal=True
         )
         projected: Tensor = self.project(mixed.transpose(1, 2).reshape(batch, time, width))
         return projected
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        """Turns each pair of features by an angle that grows with the position."""
+        cosine, sine = self.cosine[: x.shape[-2]], self.sine[: x.shape[-2]]
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cosine - second * sine, first * sine + second * cosine), dim=-1)
 
 
 class TransformerBlock(nn.Module):
@@ -48,25 +65,25 @@ class TransformerBlock(nn.Module):
     Args:
         width: Features of a position.
         heads: Attention heads.
+        length: Longest input.
 
     Example:
-        >>> TransformerBlock(width=8, heads=2)(torch.zeros(3, 5, 8)).shape
+        >>> TransformerBlock(width=8, heads=2, length=5)(torch.zeros(3, 5, 8)).shape
         torch.Size([3, 5, 8])
     """
 
-    def __init__(self, *, width: int, heads: int) -> None:
+    def __init__(self, *, width: int, heads: int, length: int) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
-        self.attention = CausalSelfAttention(width=width, heads=heads)
+        self.attention = CausalSelfAttention(width=width, heads=heads, length=length)
         self.perceptron_norm = nn.LayerNorm(width)
-        self.perceptron = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
+        self.widen = nn.Linear(width, 4 * width)
+        self.narrow = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Refines positions: ``(batch, time, width)`` to the same shape."""
         x = x + self.attention(self.attention_norm(x))
-        refined: Tensor = x + self.perceptron(self.perceptron_norm(x))
+        refined: Tensor = x + self.narrow(functional.gelu(self.widen(self.perceptron_norm(x))))
         return refined
 
 
@@ -86,7 +103,7 @@ class BytesGPT(LightningModule):
         >>> model(torch.zeros(2, 64, dtype=torch.long)).shape
         torch.Size([2, 64, 256])
         >>> sum(parameter.numel() for parameter in model.parameters())
-        389856
+        383712
     """
 
     def __init__(
@@ -100,20 +117,19 @@ class BytesGPT(LightningModule):
         length: int = 64,
     ) -> None:
         super().__init__()
-        if width % heads:
-            raise ValueError(f"width must be a multiple of heads={heads}, got {width!r}")
+        if width % (2 * heads):
+            raise ValueError(f"width must be a multiple of 2 * heads={2 * heads}, got {width!r}")
         self.save_hyperparameters()
         self.lr = lr
         self.weight_decay = weight_decay
         self.bytes = nn.Embedding(256, width)
-        self.positions = nn.Embedding(length, width)
         self.blocks = nn.Sequential(
-            *(TransformerBlock(width=width, heads=heads) for _ in range(layers))
+            *(TransformerBlock(width=width, heads=heads, length=length) for _ in range(layers))
         )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 256, bias=False)
         self.validation_loss = MeanMetric()
-        self.apply(_initialize)
+        self._initialize()
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Scores the next byte at every position.
@@ -124,9 +140,7 @@ class BytesGPT(LightningModule):
         Returns:
             Logits of shape ``(batch, time, 256)``.
         """
-        positions = torch.arange(inputs.shape[1], device=inputs.device)
-        x = self.bytes(inputs) + self.positions(positions)
-        logits: Tensor = self.head(self.norm(self.blocks(x)))
+        logits: Tensor = self.head(self.norm(self.blocks(self.bytes(inputs))))
         return logits
 
     def loss(self, batch: Tensor) -> Tensor:
@@ -162,9 +176,14 @@ class BytesGPT(LightningModule):
         ]
         return torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95), fused=True)
 
-
-def _initialize(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
+    def _initialize(self) -> None:
+        """Keeps activations near one at any depth, and the first guess near uniform."""
+        for name, layer in self.blocks.named_modules():
+            if isinstance(layer, nn.Linear):
+                ends_branch = name.endswith(("project", "narrow"))
+                branches = 2 * len(self.blocks) if ends_branch else 1
+                nn.init.normal_(layer.weight, std=(layer.in_features * branches) ** -0.5)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.bytes.weight, std=0.1)
+        nn.init.normal_(self.head.weight, std=0.02)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -21,6 +21,9 @@ from lightning_bigopt.gradients.sharding import (
 )
 
 __all__ = ["GradientNorms", "check_norm_type", "measure", "norms_of"]
+
+
+_PLAIN = {Tensor, nn.Parameter}
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +57,28 @@ class GradientNorms:
     def value(self) -> float:
         """The total as a number. Synchronises, once however many ask."""
         return self.total.item()
+
+    def take_value(self, value: float) -> None:
+        """Takes the total as somebody has read it already, so that :attr:`value` need not.
+
+        Example:
+            >>> norms = measure([])
+            >>> norms.take_value(0.0)
+            >>> norms.value
+            0.0
+        """
+        vars(self)["value"] = value
+
+    def scaled(self, factor: float) -> GradientNorms:
+        """The norms of the gradients times a factor. Does not synchronise.
+
+        Example:
+            >>> model = nn.Linear(2, 1, bias=False)
+            >>> model.weight.grad = torch.tensor([[3.0, 4.0]])
+            >>> measure(list(model.named_parameters())).scaled(0.5).value
+            2.5
+        """
+        return replace(self, per_tensor=self.per_tensor * factor, total=self.total * factor)
 
     def select(self, indices: Sequence[int]) -> GradientNorms:
         """The norms of some of the parameters, with a total of their own. Does not synchronise.
@@ -115,41 +140,37 @@ def measure(
         tensor(6.)
     """
     order = check_norm_type(norm_type)
-    named: dict[int, tuple[str, nn.Parameter]] = {}
-    tensors: list[Tensor] = []
-    for name, parameter in parameters:
-        gradient = parameter.grad
-        if id(parameter) in named:
-            continue
-        if gradient is None:
-            if process_group is None or not parameter.requires_grad:
-                continue
-            gradient = parameter.new_empty(0)
-        elif gradient.layout is not torch.strided:
-            raise ValueError(
-                f"the gradient of {name} must be dense, got layout {gradient.layout}; pass "
-                "sparse=False to the embedding"
-            )
-        named[id(parameter)] = (name, parameter)
-        tensors.append(gradient)
-    names = tuple(name for name, _ in named.values())
-    owners = tuple(parameter for _, parameter in named.values())
+    pairs = list(parameters)
+    if len({id(parameter) for _, parameter in pairs}) < len(pairs):
+        pairs = list({id(pair[1]): pair for pair in reversed(pairs)}.values())[::-1]
+    gradients = [parameter.grad for _, parameter in pairs]
+    if type(None) in {type(gradient) for gradient in gradients}:
+        if process_group is None:
+            pairs = [pair for pair in pairs if pair[1].grad is not None]
+        else:
+            pairs = [pair for pair in pairs if pair[1].requires_grad]
+        gradients = [parameter.grad for _, parameter in pairs]
+    tensors = [
+        parameter.new_empty(0) if gradient is None else gradient
+        for (_, parameter), gradient in zip(pairs, gradients, strict=True)
+    ]
+    _check_dense(pairs, tensors)
     groups: list[ShardGroups] | None = None
     if process_group is not None:
         groups = [
             shard_groups(tensor)
             or ((process_group,) if is_sharded is None or is_sharded(parameter) else ())
-            for tensor, parameter in zip(tensors, owners, strict=True)
+            for tensor, (_, parameter) in zip(tensors, pairs, strict=True)
         ]
     wide = norms_of(tensors, order, groups=groups)
     total = _norm(wide, order)
     return GradientNorms(
-        names=names,
+        names=tuple([name for name, _ in pairs]),
         per_tensor=wide.float(),
         total=total.float(),
         finite=total.isfinite(),
         norm_type=order,
-        parameters=owners,
+        parameters=tuple([parameter for _, parameter in pairs]),
     )
 
 
@@ -174,7 +195,7 @@ def norms_of(
         >>> norms_of([torch.ones(4), torch.tensor(-3.0)]).tolist()
         [2.0, 3.0]
     """
-    if all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors):
+    if {type(tensor) for tensor in tensors} <= _PLAIN:
         found = local_norms(tensors, norm_type)
         return found if groups is None else _whole(found, groups, norm_type)
     settled = [without_partial(tensor) for tensor in tensors]
@@ -182,6 +203,20 @@ def norms_of(
         groups = [shard_groups(tensor) for tensor in settled]
     found = local_norms([local_part(tensor) for tensor in settled], norm_type)
     return _whole(found, groups, norm_type)
+
+
+def _check_dense(pairs: Sequence[tuple[str, nn.Parameter]], tensors: Sequence[Tensor]) -> None:
+    if {tensor.layout for tensor in tensors} <= {torch.strided}:
+        return
+    name, layout = next(
+        (name, tensor.layout)
+        for (name, _), tensor in zip(pairs, tensors, strict=True)
+        if tensor.layout is not torch.strided
+    )
+    raise ValueError(
+        f"the gradient of {name} must be dense, got layout {layout}; pass sparse=False to the "
+        "embedding"
+    )
 
 
 def check_norm_type(norm_type: float) -> float:

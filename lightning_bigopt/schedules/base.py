@@ -178,9 +178,14 @@ class Schedule(ABC):
         return f"{type(self).__name__}({written})"
 
     def _durations(self, *names: str) -> dict[str, Duration]:
-        """The durations that these fields hold; None is left out."""
+        """The durations that these fields hold; None is left out where it is the default."""
+        optional = {field.name for field in fields(self) if field.default is None}
         held = {name: getattr(self, name) for name in names}
-        return {n: Duration.parse(v, name=n) for n, v in held.items() if v is not None}
+        return {
+            name: Duration.parse(value, name=name)
+            for name, value in held.items()
+            if value is not None or name not in optional
+        }
 
     def _share(self, name: str) -> float:
         """A resolved duration as a fraction of the budget."""

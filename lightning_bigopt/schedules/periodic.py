@@ -54,7 +54,7 @@ class Periodic(Schedule):
                 and updates grow.
         """
         lengths = self._durations(*self._periods)
-        axes = {d.unit: horizon.axis(d.unit, name=n) for n, d in lengths.items()}
+        axes = {d.unit: horizon.axis(d, name=n) for n, d in lengths.items()}
         shares = {
             n: Duration(d.value / axes[d.unit][-1][1], "fraction") for n, d in lengths.items()
         }

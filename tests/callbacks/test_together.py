@@ -54,6 +54,7 @@ def rows(trainer: L.Trainer) -> dict[str, list[tuple[int, float]]]:
     return {
         tag: [(e.step, e.value) for e in accumulator.Scalars(tag)]
         for tag in accumulator.Tags()["scalars"]
+        if not tag.startswith(("throughput/", "time/"))  # the clock on the wall never repeats
     }
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_bigopt.examples.gpt import BytesGPT
+from lightning_bigopt.examples.gpt import BytesGPT, CausalSelfAttention
 
 
 @pytest.fixture
@@ -18,6 +18,25 @@ def test_no_position_sees_what_comes_after_it(model: BytesGPT):
     before, after = model(text), model(changed)
     torch.testing.assert_close(before[:, :7], after[:, :7], rtol=0, atol=1e-6)
     assert not torch.allclose(before[:, 7:], after[:, 7:], atol=1e-6)
+
+
+def test_attention_depends_on_the_distance_alone():
+    attention = CausalSelfAttention(width=8, heads=1, length=20)
+    query, key = torch.randn(2, 1, 1, 1, 8)
+    scores = [
+        [
+            float((rotated(attention, query, i) * rotated(attention, key, j)).sum())
+            for j in range(20)
+        ]
+        for i in range(20)
+    ]
+    for shift in range(1, 10):
+        assert scores[10 + shift][5 + shift] == pytest.approx(scores[10][5], abs=1e-4)
+    assert scores[10][5] != pytest.approx(scores[10][6], abs=1e-4)
+
+
+def rotated(attention: CausalSelfAttention, x: torch.Tensor, position: int) -> torch.Tensor:
+    return attention._rotate(x.expand(1, 1, 20, 8))[..., position, :]
 
 
 def test_an_untrained_model_is_as_good_as_guessing():
@@ -54,5 +73,5 @@ def test_it_learns_a_sentence_by_heart(model: BytesGPT):
 
 
 def test_heads_must_divide_the_width():
-    with pytest.raises(ValueError, match="width must be a multiple of heads=4, got 10"):
-        BytesGPT(width=10)
+    with pytest.raises(ValueError, match=r"width must be a multiple of 2 \* heads=8, got 12"):
+        BytesGPT(width=12)

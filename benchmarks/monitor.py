@@ -1,0 +1,236 @@
+"""The price of seeing: our callbacks beside Lightning's own logging, over a bare Trainer.
+
+Every contender trains the same model in turn (so that a busy machine slows all of them alike);
+the differences to the bare Trainer of the same round are put together by their median.
+``python benchmarks/monitor.py --write`` renews docs/benchmarks/monitor.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import disable_possible_user_warnings, grad_norm
+from torch import Tensor, nn
+
+from lightning_bigopt import (
+    GradientClipping,
+    LearningRateScheduler,
+    OptimizationMonitor,
+    WarmupCosine,
+    ZClip,
+)
+from lightning_bigopt.examples.gpt import TransformerBlock
+
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks" / "monitor.md"
+WARM_UP = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A model, and how long it is trained."""
+
+    title: str
+    blocks: int
+    steps: int
+    slow_steps: int
+    rounds: int
+
+
+WORKLOADS = (
+    Workload(title="tiny perceptron, 4 tensors", blocks=0, steps=1000, slow_steps=1000, rounds=9),
+    Workload(title="GPT of 300 tensors", blocks=30, steps=100, slow_steps=40, rounds=5),
+    Workload(title="GPT of 3,000 tensors", blocks=300, steps=50, slow_steps=10, rounds=3),
+)
+CONTENDERS = {
+    "bare": "bare Trainer, `gradient_clip_val`",
+    "empty": "the same with three empty callbacks",
+    "a": "a. ours: schedule, ZClip, norms of every parameter, every step",
+    "a-csv": "a. with a CSVLogger instead of TensorBoard",
+    "b": "b. ours, every 50 steps",
+    "b-full": "b. ours with everything that the monitor knows, by block, every 50 steps",
+    "c": "c. Lightning's: LearningRateMonitor and `log_dict(grad_norm(self, 2))`",
+}
+
+
+class Endless:
+    """The same batch again and again, without the cost of a loader."""
+
+    def __init__(self, batch: Tensor) -> None:
+        self.batch, self.batch_size = batch, len(batch)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while True:
+            yield self.batch
+
+
+class Model(L.LightningModule):
+    """A stack of transformer blocks, or a tiny perceptron; notes when its steps begin."""
+
+    def __init__(self, blocks: int, *, log_norms: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net: nn.Module = (
+            nn.Sequential(
+                *(TransformerBlock(width=32, heads=2, length=8) for _ in range(blocks))
+            )
+            if blocks
+            else nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1))
+        )
+        self.log_norms = log_norms
+        self.began: list[float] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.began.append(time.perf_counter())
+        return self.net(batch).square().mean()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.log_norms:
+            self.log_dict(grad_norm(self, norm_type=2))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-4)
+
+
+def ours(**options: Any) -> list[L.Callback]:
+    return [
+        LearningRateScheduler(WarmupCosine(warmup="10%")),
+        GradientClipping(ZClip()),
+        OptimizationMonitor(**options),
+    ]
+
+
+def seconds_per_step(contender: str, work: Workload, folder: str) -> float:
+    """The mean time of a step, loggings included, after some steps to warm up."""
+    steps = work.slow_steps if contender == "c" else work.steps
+    every = 1 if contender in {"a", "a-csv", "c"} else 50
+    norms: dict[str, Any] = {"layers": "parameters", "per_layer": ["grad_norm"]}
+    callbacks: Mapping[str, list[L.Callback]] = {
+        "bare": [],
+        "empty": [L.Callback(), L.Callback(), L.Callback()],
+        "a": ours(**norms),
+        "a-csv": ours(**norms),
+        "b": ours(**norms),
+        "b-full": ours(),
+        "c": [LearningRateMonitor()],
+    }
+    logger = CSVLogger(folder) if contender == "a-csv" else TensorBoardLogger(folder)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=WARM_UP + steps + 1,
+        logger=logger,
+        log_every_n_steps=every,
+        callbacks=callbacks[contender],
+        gradient_clip_val=1.0 if contender in {"bare", "empty", "c"} else None,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    model = Model(work.blocks, log_norms=contender == "c")
+    batch = torch.randn(8, 8, 32) if work.blocks else torch.randn(8, 32)
+    trainer.fit(model, Endless(batch))
+    return (model.began[-1] - model.began[WARM_UP]) / (len(model.began) - 1 - WARM_UP)
+
+
+def measure(work: Workload, rounds: int) -> dict[str, float]:
+    """For each contender the median over rounds of its time over the bare Trainer's, in ms.
+
+    The bare Trainer's own time comes under its name.
+    """
+    times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    for trial in range(rounds + 1):
+        order = list(CONTENDERS) if trial % 2 else list(CONTENDERS)[::-1]
+        for name in order:
+            with tempfile.TemporaryDirectory() as folder:
+                found = seconds_per_step(name, work, folder)
+            if trial:  # the first round warms up
+                times[name].append(found * 1e3)
+    bare = times["bare"]
+    return {
+        name: median(bare)
+        if name == "bare"
+        else median([mine - theirs for mine, theirs in zip(found, bare, strict=True)])
+        for name, found in times.items()
+    }
+
+
+def table(work: Workload, found: Mapping[str, float]) -> str:
+    """The rows in Markdown."""
+    lines = [
+        f"### {work.title}",
+        "",
+        "| | over the bare Trainer | share of c |",
+        "|---|---|---|",
+        f"| {CONTENDERS['bare']} | {found['bare']:.3f} ms a step | |",
+    ]
+    for name in list(CONTENDERS)[1:]:
+        share = f"{found[name] / found['c']:.3f}" if name != "c" else "1"
+        percent = 100 * found[name] / found["bare"]
+        lines.append(
+            f"| {CONTENDERS[name]} | {found[name]:+.3f} ms ({percent:+.1f} %) | {share} |"
+        )
+    return "\n".join(lines)
+
+
+def page(body: str) -> str:
+    """The page that holds the tables."""
+    return f"""# The price of seeing
+
+What do schedule, adaptive clipping and monitor cost over a bare Trainer with `gradient_clip_val`,
+beside what Lightning itself offers for the same curves? The contenders take turns; a number is the
+median over rounds of the difference to the bare Trainer in the same round.
+
+{body}
+
+Lightning's `log_dict` costs its time on every step, logged or not: `self.log` keeps each of the
+values, and TensorBoard gets one call for each of them. The monitor keeps what it measures on the
+device, fetches it with one transfer on logged steps, and hands TensorBoard one event. Three empty
+callbacks show what Lightning's own dispatch of hooks costs.
+
+Measured with Python {platform.python_version()}, torch {torch.__version__} and Lightning
+{L.__version__} on {os.cpu_count()} cores ({platform.machine()}), one thread. Renew this page with
+`python benchmarks/monitor.py --write`.
+"""
+
+
+def main() -> None:
+    """Prints the tables, and writes the page on request."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one round, no 3,000 tensors")
+    parser.add_argument("--only", type=int, help="the index of one workload")
+    parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    disable_possible_user_warnings()
+    import logging
+
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    works = WORKLOADS[:2] if arguments.quick else WORKLOADS
+    if arguments.only is not None:
+        works = WORKLOADS[arguments.only : arguments.only + 1]
+    tables = []
+    for work in works:
+        tables.append(table(work, measure(work, 1 if arguments.quick else work.rounds)))
+        print(tables[-1], flush=True)
+    if arguments.write:
+        PAGE.parent.mkdir(parents=True, exist_ok=True)
+        PAGE.write_text(page("\n\n".join(tables)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Counts how often clipping acts, without looking at the device while it trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_bigopt.gradients import AutoClip, ClipDecision, ClippingRule, Groups
+
+__all__ = ["ClipAudit", "ClipReport", "advice", "decisions_of"]
+
+_FOLD_EVERY = 64
+_KEPT = 512
+_ENOUGH = 32
+# Marks a norm that is not finite: norms are not negative, and NaN enters no state.
+_NOT_FINITE = -1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipReport:
+    """What clipping did in the updates so far.
+
+    Args:
+        updates: Updates whose gradient was finite.
+        clipped: Updates in which it acted; with a coefficient for each tensor, the sum of the
+            shares of tensors.
+        threshold: The last threshold; None where it is not one number.
+        median: Median norm before clipping, of at most 512 norms spread evenly over the run.
+        high: 95th percentile of the same.
+
+    Example:
+        >>> print(ClipReport(updates=1000, clipped=50, threshold=1.0, median=0.25, high=0.5))
+        5.0 % of 1000 updates clipped; threshold 1 is 4.0 × the median norm 0.25 (95th percentile \
+0.5)
+    """
+
+    updates: int
+    clipped: float
+    threshold: float | None
+    median: float
+    high: float
+
+    @property
+    def fraction(self) -> float:
+        """Share of the updates that were clipped."""
+        return self.clipped / self.updates if self.updates else 0.0
+
+    def __str__(self) -> str:
+        typical = f"median norm {self.median:.3g} (95th percentile {self.high:.3g})"
+        where = typical
+        if self.threshold is not None and math.isfinite(self.threshold) and self.median > 0:
+            ratio = self.threshold / self.median
+            where = f"threshold {self.threshold:.3g} is {ratio:.1f} × the {typical}"
+        return f"{self.fraction:.1%} of {self.updates} updates clipped; {where}".replace("%", " %")
+
+
+def advice(report: ClipReport, rule: ClippingRule) -> str | None:
+    """What the counts say about the threshold; None where nothing, or too early.
+
+    Example:
+        >>> from lightning_bigopt.gradients import NormClip
+        >>> report = ClipReport(updates=100, clipped=80, threshold=1.0, median=3.0, high=7.0)
+        >>> advice(report, NormClip(1.0)).split(":")[0]
+        'More than half of the updates are clipped'
+    """
+    if report.updates < _ENOUGH or isinstance(rule, AutoClip):  # which clips most by design
+        return None
+    if report.fraction > 0.5:
+        return (
+            "More than half of the updates are clipped: the threshold sets the length of most "
+            f"gradients. To catch outliers only, raise it above {report.high:.2g}; under Adam the "
+            "two differ little, under SGD it is the learning rate that this lowers."
+        )
+    if report.clipped == 0:
+        return (
+            "No update was clipped: the threshold guards against spikes that did not come. To "
+            f"limit the largest gradients of this run, lower it below {report.high:.2g}."
+        )
+    return None
+
+
+def decisions_of(
+    decision: ClipDecision, rule: ClippingRule
+) -> Iterator[tuple[str, ClipDecision, ClippingRule]]:
+    """Name, decision and rule of each group; one without a name where there are no groups."""
+    if isinstance(rule, Groups):
+        rules = dict(rule.pairs)
+        for pattern, part in decision.parts.items():
+            member = rules[pattern]
+            if member is not None:
+                yield pattern, part, member
+    else:
+        yield "", decision, rule
+
+
+class ClipAudit:
+    """Running counts of one rule on one optimiser; memory and state are bounded.
+
+    Of the norms every ``stride``-th is kept, and when there are 512 of them the stride doubles.
+    """
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._threshold: Tensor | float | None = None
+        self._updates: Tensor | int = 0
+        self._clipped: Tensor | float = 0.0
+        self._norms: Tensor | None = None
+        self._stride = 1
+        self._seen = 0
+
+    def add(self, decision: ClipDecision) -> None:
+        """Takes an update in; rules that write entries leave no trace. Does not synchronise."""
+        coefficient = decision.coefficient
+        if coefficient is None and decision.coefficients is not None:
+            coefficient = decision.coefficients
+        if decision.norms is None or coefficient is None or not coefficient.numel():
+            return
+        self._pending.append((decision.norms.total, coefficient))
+        self._threshold = decision.threshold
+        if len(self._pending) >= _FOLD_EVERY:
+            self._fold()
+
+    def _fold(self) -> None:
+        if not self._pending:
+            return
+        pending, self._pending = self._pending, []
+        norms = torch.stack([norm for norm, _ in pending])
+        finite = norms.isfinite()
+        # A coefficient of 1 in float32 may stand for a norm a millionth above the threshold.
+        shares = torch.stack([(c < 1).float().mean() for _, c in pending])
+        self._updates = self._updates + finite.sum()
+        self._clipped = self._clipped + (shares * finite).sum()
+        marked = torch.where(finite, norms, _NOT_FINITE)
+        first = -self._seen % self._stride
+        self._seen += len(marked)
+        chosen = marked[first :: self._stride]
+        kept = chosen if self._norms is None else torch.cat([self._norms.to(chosen), chosen])
+        while len(kept) > _KEPT:
+            kept, self._stride = kept[::2], self._stride * 2
+        self._norms = kept
+
+    def report(self) -> ClipReport | None:
+        """The counts so far; None where no update was seen. Synchronises."""
+        self._fold()
+        updates = int(self._updates)
+        if not updates or self._norms is None:
+            return None
+        norms = sorted(norm for norm in self._norms.tolist() if norm >= 0)
+        threshold = self._threshold
+        if isinstance(threshold, Tensor):
+            threshold = threshold.item() if threshold.numel() == 1 else None
+        return ClipReport(
+            updates=updates,
+            clipped=float(self._clipped),
+            threshold=threshold,
+            median=median(norms) if norms else 0.0,
+            high=norms[min(len(norms) - 1, int(0.95 * len(norms)))] if norms else 0.0,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts and kept norms as plain numbers."""
+        self._fold()
+        return {
+            "updates": int(self._updates),
+            "clipped": float(self._clipped),
+            "norms": [] if self._norms is None else self._norms.tolist(),
+            "stride": self._stride,
+            "seen": self._seen,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint's counts."""
+        self._pending = []
+        self._updates, self._clipped = state["updates"], state["clipped"]
+        self._norms = torch.tensor(state["norms"]) if state["norms"] else None
+        self._stride, self._seen = state["stride"], state["seen"]

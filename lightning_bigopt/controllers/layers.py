@@ -1,0 +1,192 @@
+"""What is seen of each layer: norms of gradient, weights and update, and the share of zeros."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_bigopt.controllers.collected import Collected
+from lightning_bigopt.gradients import GradientNorms, norms_of
+from lightning_bigopt.gradients.patterns import check_all_match, first_match
+from lightning_bigopt.gradients.sharding import local_part, reduce_norms, shard_groups
+from lightning_bigopt.reporting.tags import tag_name
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["LayerMonitor", "LayerValue", "Layers", "block_of", "layer_names"]
+
+Layers: TypeAlias = Literal["blocks", "parameters"] | Mapping[str, str] | None
+LayerValue: TypeAlias = Literal["grad_norm", "weight_norm", "update_ratio", "zeros"]
+
+
+def block_of(parameter: str) -> str:
+    """The block that a parameter belongs to, by its name.
+
+    That is the name up to its first number, which in most models counts the blocks, or the module
+    that owns the parameter where there is no number.
+
+    Example:
+        >>> block_of("gpt.h.3.attn.weight"), block_of("gpt.wte.weight"), block_of("scale")
+        ('gpt.h.3', 'gpt.wte', 'scale')
+    """
+    parts = [part for part in parameter.split(".") if part != "_orig_mod"]  # torch.compile's
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    kept = parts[:-1] if number is None else parts[: number + 1]
+    return ".".join(kept or parts)
+
+
+def layer_names(names: Sequence[str], layers: Layers) -> list[str | None]:
+    """The layer of each parameter; None for one that is not shown.
+
+    Args:
+        names: The parameters' names.
+        layers: ``"blocks"`` by :func:`block_of`, ``"parameters"`` each alone, or a mapping from
+            names of layers to patterns, of which the first that matches counts.
+
+    Raises:
+        ValueError: If a pattern matches no parameter.
+
+    Example:
+        >>> layer_names(["a.0.w", "a.0.b", "head.w"], {"head": "head.*"})
+        [None, None, 'head']
+    """
+    if layers is None:
+        return [None] * len(names)
+    if layers == "parameters":
+        return list(names)
+    if isinstance(layers, str):
+        return [block_of(name) for name in names]
+    labels, patterns = list(layers), tuple(layers.values())
+    check_all_match(tuple(names), patterns)
+    matches = first_match(tuple(names), patterns)
+    return [None if match is None else labels[match] for match in matches]
+
+
+@dataclass(frozen=True, eq=False)
+class _Grouping:
+    """Which tensors make up which layer; the indices lie on the device of the norms."""
+
+    names: tuple[str, ...]
+    labels: tuple[str, ...]
+    members: Tensor
+    layers: Tensor
+    sizes: Tensor
+
+    @classmethod
+    def of(cls, norms: GradientNorms, layers: Layers) -> _Grouping:
+        found = layer_names(norms.names, layers)
+        labels = tuple(dict.fromkeys(label for label in found if label is not None))
+        number = {label: index for index, label in enumerate(labels)}
+        members = [index for index, label in enumerate(found) if label is not None]
+        device = norms.per_tensor.device
+        which = torch.tensor([number[found[i] or ""] for i in members], device=device)
+        each = torch.tensor([float(norms.parameters[i].numel()) for i in members], device=device)
+        sizes = torch.zeros(len(labels), device=device).index_add_(0, which, each)
+        return cls(norms.names, labels, torch.tensor(members, device=device), which, sizes)
+
+    def sum(self, values: Tensor) -> Tensor:
+        wide = values.double() if values.device.type != "mps" else values
+        empty = torch.zeros(len(self.labels), dtype=wide.dtype, device=wide.device)
+        return empty.index_add_(0, self.layers, wide[self.members])
+
+    def norm(self, norms: Tensor, order: float) -> Tensor:
+        """The norm of each layer from those of its tensors."""
+        if order == math.inf:
+            chosen = norms[self.members]
+            return chosen.new_zeros(len(self.labels)).index_reduce_(0, self.layers, chosen, "amax")
+        if len(self.labels) == len(self.names):
+            return norms
+        return self.sum(norms.double().pow(order)).pow(1.0 / order)
+
+
+class LayerMonitor:
+    """Measures the layers of one optimiser around a logged update. Does not synchronise.
+
+    The update's own size needs the weights before it: they are copied on logged updates only, and
+    the copy is gone when the update has been measured.
+
+    Args:
+        layers: How parameters are put together.
+        values: What is measured.
+        label: The optimiser's name in tags, where there are several.
+    """
+
+    def __init__(self, layers: Layers, values: Sequence[LayerValue], *, label: str = "") -> None:
+        for value in values:
+            if value not in get_args(LayerValue):
+                raise ValueError(
+                    f"per_layer must hold {', '.join(map(repr, get_args(LayerValue)))}, got "
+                    f"{value!r}"
+                )
+        if isinstance(layers, str) and layers not in ("blocks", "parameters"):
+            raise ValueError(
+                f"layers must be 'blocks', 'parameters', patterns by layer or None, got {layers!r}"
+            )
+        self.layers, self.values, self.label = layers, frozenset(values), label
+        self._grouping: _Grouping | None = None
+        self._norms: GradientNorms | None = None
+        self._before: list[Tensor] = []
+        self._weights = torch.empty(0)
+
+    @torch.no_grad()
+    def before_step(
+        self, norms: GradientNorms, *, group: ProcessGroup | None, into: Collected
+    ) -> None:
+        """Measures gradients and weights, and copies the weights where updates are wanted.
+
+        Args:
+            norms: Of the gradients before clipping.
+            group: Over which plain parameters are flat shards (FSDP1).
+            into: Takes the values.
+        """
+        if self.layers is None or not norms.names:
+            return
+        if self._grouping is None or self._grouping.names != norms.names:
+            self._grouping = _Grouping.of(norms, self.layers)
+        grouping, self._norms = self._grouping, norms
+        shards = [shard_groups(p) or ((group,) if group else ()) for p in norms.parameters]
+        if "grad_norm" in self.values:
+            found = grouping.norm(norms.per_tensor, norms.norm_type)
+            into.add_vector(self._names("grad_norm"), found)
+        if "zeros" in self.values:
+            gradients = [p.grad for p in norms.parameters]
+            counts = [
+                torch.count_nonzero(local_part(g)).reshape(1) for g in gradients if g is not None
+            ]
+            if len(counts) == len(gradients):  # a refused update has no gradients left
+                home = norms.per_tensor.device
+                whole = reduce_norms([c.to(home).double() for c in counts], shards, 1.0)
+                filled = grouping.sum(torch.cat(whole)) / grouping.sizes
+                into.add_vector(self._names("zeros"), 1.0 - filled)
+        if not self.values & {"weight_norm", "update_ratio"}:
+            return
+        locals_ = [local_part(p.detach()) for p in norms.parameters]
+        self._weights = grouping.norm(norms_of(locals_, groups=shards), 2.0)
+        if "weight_norm" in self.values:
+            into.add_vector(self._names("weight_norm"), self._weights)
+        if "update_ratio" in self.values:
+            self._before = [torch.empty_like(part) for part in locals_]
+            torch._foreach_copy_(self._before, locals_)
+
+    @torch.no_grad()
+    def after_step(self, *, group: ProcessGroup | None, into: Collected) -> None:
+        """Measures what the update made of the weights."""
+        before, self._before = self._before, []
+        norms, self._norms = self._norms, None
+        if not before or norms is None or self._grouping is None:
+            return
+        shards = [shard_groups(p) or ((group,) if group else ()) for p in norms.parameters]
+        torch._foreach_sub_(before, [local_part(p.detach()) for p in norms.parameters])
+        changes = self._grouping.norm(norms_of(before, groups=shards), 2.0)
+        tiny = torch.finfo(torch.float32).tiny
+        into.add_vector(self._names("update_ratio"), changes / self._weights.clamp(min=tiny))
+
+    def _names(self, value: LayerValue) -> list[str]:
+        assert self._grouping is not None  # measured before
+        return [tag_name(f"layers/{value}", name, self.label) for name in self._grouping.labels]

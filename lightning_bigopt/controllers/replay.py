@@ -1,0 +1,171 @@
+"""Looks at a rejected update again: the same batches and random numbers through a module."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+
+from lightning_bigopt.gradients import GradientNorms, measure
+
+__all__ = ["Replay", "replay"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """What a rejected window gives when it is run again.
+
+    Args:
+        loss: Mean loss over the window's samples on this process.
+        losses: Loss of each micro-batch.
+        norms: Gradient norms of the mean loss.
+        rejected: What was written of the update: its number, reason, parameters and more.
+
+    Example:
+        >>> sorted(Replay.__dataclass_fields__)
+        ['loss', 'losses', 'norms', 'rejected']
+    """
+
+    loss: float
+    losses: tuple[float, ...]
+    norms: GradientNorms
+    rejected: Mapping[str, Any]
+
+    @property
+    def nonfinite(self) -> tuple[str, ...]:
+        """Names of the parameters whose gradient is not finite."""
+        pairs = zip(self.norms.names, self.norms.per_tensor.tolist(), strict=True)
+        return tuple(name for name, norm in pairs if not math.isfinite(norm))
+
+
+def replay(
+    path: str | PathLike[str],
+    module: LightningModule,
+    *,
+    load: Literal["safe", "pickle"] = "safe",
+) -> Replay:
+    """Runs the batches of a rejected update again, with the same random numbers.
+
+    Give it the module with the weights of then: as a rejected update changes none, those of the
+    last checkpoint before it, or of the module after an error. Gradients are those of this
+    process's batches alone; under several processes each wrote a file of its own. The module's
+    gradients are dropped, its mode and the random state are put back.
+
+    Args:
+        path: A file that :class:`~lightning_bigopt.StepGuard` wrote into its ``forensics`` folder.
+        module: The module whose ``training_step`` is run; it needs no Trainer.
+        load: ``"safe"`` for batches of tensors and plain containers; ``"pickle"`` for anything
+            else, from files that you trust.
+
+    Returns:
+        Losses and gradient norms. Synchronises.
+
+    Raises:
+        ValueError: If ``load`` is neither, or the file is not of this version.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from lightning.pytorch import Trainer
+        >>> from torch import nn, optim
+        >>> from lightning_bigopt import StepGuard
+        >>> class Model(LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = nn.Linear(1, 1)
+        ...
+        ...     def training_step(self, batch):
+        ...         return self.layer(batch).log().mean()
+        ...
+        ...     def configure_optimizers(self):
+        ...         return optim.SGD(self.parameters(), lr=0.1)
+        >>> quiet = (
+        ...     "enable_checkpointing",
+        ...     "enable_progress_bar",
+        ...     "enable_model_summary",
+        ...     "logger",
+        ... )
+        >>> model, folder = Model(), tempfile.mkdtemp()
+        >>> guard = StepGuard(forensics=folder)
+        >>> loader = torch.utils.data.DataLoader(torch.full((1, 1), -1e4))
+        >>> _ = model.layer.weight.data.fill_(1.0)
+        >>> quiet = {**dict.fromkeys(quiet, False), "accelerator": "cpu"}
+        >>> Trainer(**quiet, callbacks=[guard], max_steps=1).fit(model, loader)
+        >>> guard.rejections[0].reason
+        'the gradient norm is nan'
+        >>> replay(Path(folder, "update-00000000-rank0.pt"), model).nonfinite
+        ('layer.weight', 'layer.bias')
+    """
+    if load not in ("safe", "pickle"):
+        raise ValueError(f"load must be 'safe' or 'pickle', got {load!r}")
+    saved = torch.load(path, map_location="cpu", weights_only=load == "safe")
+    if saved.get("version") != 1:
+        raise ValueError(f"the file must have version 1, got {saved.get('version')!r} in {path}")
+    window = saved["window"]
+    samples = sum(micro["samples"] for micro in window)
+    device = module.device
+    cuda = [device] if device.type == "cuda" else []
+    mode = module.training
+    module.train()
+    module.zero_grad()
+    losses = []
+    with torch.random.fork_rng(devices=cuda), _autocast(saved["precision"], device), _unlogged():
+        for micro in window:
+            torch.set_rng_state(micro["random"]["cpu"])
+            if "cuda" in micro["random"] and cuda:
+                torch.cuda.set_rng_state(micro["random"]["cuda"], device)
+            loss = _loss(module, micro["batch"], micro["index"])
+            (loss * (micro["samples"] / samples)).backward()
+            losses.append(loss.item())
+    norms = measure(module.named_parameters())
+    module.zero_grad()
+    module.train(mode)
+    weights = [micro["samples"] / samples for micro in window]
+    return Replay(
+        loss=sum(weight * loss for weight, loss in zip(weights, losses, strict=True)),
+        losses=tuple(losses),
+        norms=norms,
+        rejected=saved["rejected"],
+    )
+
+
+def _loss(module: LightningModule, batch: Any, index: int) -> Tensor:
+    arguments = [module.transfer_batch_to_device(batch, module.device, 0)]
+    if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
+        arguments.append(index)
+    output = module.training_step(*arguments)
+    loss = output["loss"] if isinstance(output, Mapping) else output
+    if not isinstance(loss, Tensor):
+        raise ValueError(
+            f"training_step must return a loss to be replayed, got {output!r}; manual optimisation "
+            "cannot be replayed"
+        )
+    return loss
+
+
+@contextlib.contextmanager
+def _autocast(precision: str, device: torch.device) -> Iterator[None]:
+    """The precision that the run had, as far as it is autocast's."""
+    kinds = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+    if precision not in kinds:
+        yield
+        return
+    with torch.autocast(device.type, dtype=kinds[precision]):
+        yield
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """Without a Trainer ``self.log`` goes nowhere, and would say so at every call."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*self.trainer. reference is not registered")
+        yield

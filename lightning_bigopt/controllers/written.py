@@ -1,0 +1,184 @@
+"""Where the monitor's values go: every logger, and what only TensorBoard can show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch.distributed.tensor import DTensor
+
+from lightning_bigopt import trainer_access
+from lightning_bigopt.controllers.learning_rate import (
+    LearningRateController,
+    ScheduledLearningRate,
+)
+from lightning_bigopt.controllers.outlook import planned_rate, planned_updates
+from lightning_bigopt.reporting import tensorboard
+from lightning_bigopt.reporting.tags import tag_name
+
+if TYPE_CHECKING:
+    from lightning_bigopt.pipeline import OptimizerStep, Pipeline
+
+__all__ = ["group_names", "log_values", "write_end", "write_histograms", "write_start"]
+
+Axis = Literal["updates", "samples", "tokens"]
+
+
+def log_values(pipeline: Pipeline, values: Mapping[str, float], axis: Axis) -> None:
+    """Hands one update's values to every logger: one event to TensorBoard, one call to others."""
+    trainer = pipeline.trainer
+    step = (
+        trainer_access.batches_that_stepped(trainer)
+        if axis == "updates"
+        else int(getattr(pipeline.clock, axis))
+    )
+    writers = trainer_access.tensorboard_writers(trainer)
+    for logger in trainer.loggers:
+        if logger in writers:
+            writer, prefix = writers[logger]
+            named = {prefix + tag: value for tag, value in values.items()} if prefix else values
+            tensorboard.write_scalars(writer, named, step=step)
+        else:
+            logger.log_metrics(dict(values), step=step)
+
+
+def write_start(pipeline: Pipeline, axis: Axis) -> None:
+    """The dashboard, the plan as text and as curves; a resumed run goes on where it stopped."""
+    trainer = pipeline.trainer
+    if not trainer.is_global_zero:
+        return
+    begun = trainer.global_step > 0
+    first = trainer_access.batches_that_stepped(trainer)
+    for writer, _ in trainer_access.tensorboard_writers(trainer).values():
+        if begun:
+            step = first if axis == "updates" else int(getattr(pipeline.clock, axis)) + 1
+            tensorboard.forget_after(writer, step)
+        else:
+            writer.add_text("plan", plan_text(pipeline))
+        tensorboard.write_dashboard(writer)
+        curves = planned_curves(pipeline, axis, first=first if begun else 0)
+        tensorboard.write_curves(writer, curves)
+
+
+def planned_curves(
+    pipeline: Pipeline, axis: Axis, *, first: int
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """The planned learning rates and batches at some updates, by their place on the axis."""
+    horizon, owner = pipeline.clock.horizon, pipeline.find(LearningRateController)
+    if horizon is None:
+        return
+    for update in planned_updates(horizon, first=first):
+        values: dict[str, float] = {}
+        progress = update.progress
+        if owner is not None:
+            for tag, group, base in _scheduled_groups(pipeline):
+                values[tag] = planned_rate(
+                    owner, pipeline.controllers, progress, group=group, base=base
+                )
+        if update.global_batch_size is not None:
+            values["plan/global_size"] = update.global_batch_size
+        if axis == "updates":
+            yield progress.steps, values
+        elif axis == "samples" and update.global_batch_size is not None:
+            yield progress.samples + int(update.global_batch_size), values
+
+
+def _scheduled_groups(pipeline: Pipeline) -> Iterator[tuple[str, str | None, float]]:
+    """For each group on a schedule its tag, name and base learning rate."""
+    trainer = pipeline.trainer
+    for config in trainer.lr_scheduler_configs:
+        scheduler = config.scheduler
+        if isinstance(scheduler, ScheduledLearningRate):
+            label = trainer_access.optimizer_label(trainer, scheduler.optimizer)
+            groups = scheduler.optimizer.param_groups
+            for name, group, base in zip(group_names(groups), groups, scheduler.bases, strict=True):
+                yield tag_name("plan/lr", label, name), group.get("name"), base
+
+
+def group_names(groups: list[dict[str, Any]]) -> list[str]:
+    """How the groups of an optimiser are called in tags; ``""`` for the only one.
+
+    Example:
+        >>> group_names([{"name": "decay"}, {}]), group_names([{}])
+        (['decay', 'group1'], [''])
+    """
+    several = len(groups) > 1
+    return [
+        str(group.get("name") or (f"group{index}" if several else ""))
+        for index, group in enumerate(groups)
+    ]
+
+
+def write_histograms(step: OptimizerStep, axis: Axis) -> None:
+    """Writes the histogram of every gradient to TensorBoard; every process joins."""
+    pipeline = step.pipeline
+    trainer = pipeline.trainer
+    at = (
+        trainer_access.batches_that_stepped(trainer)
+        if axis == "updates"
+        else int(getattr(pipeline.clock.progress(), axis))
+    )
+    for name, parameter in step.parameters:
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+        if trainer.is_global_zero and whole.numel() and bool(whole.isfinite().all()):
+            for writer, _ in trainer_access.tensorboard_writers(trainer).values():
+                writer.add_histogram(tag_name("histograms/grad", name), whole.float().cpu(), at)
+
+
+def specifications(pipeline: Pipeline) -> dict[str, str]:
+    """What the user asked of each controller, as written."""
+    found = {}
+    for controller in pipeline.controllers:
+        for field in ("schedule", "rule", "policy"):
+            if hasattr(controller, field):
+                found[controller.role] = repr(getattr(controller, field))
+    return found
+
+
+def plan_text(pipeline: Pipeline) -> str:
+    """The plan as a Markdown table."""
+    rows = {role: f"`{written}`" for role, written in specifications(pipeline).items()}
+    horizon = pipeline.clock.horizon
+    if horizon is not None:
+        rows["budget"] = f"{horizon.budget:g} {horizon.clock}"
+        for unit in ("steps", "samples", "tokens"):
+            total = horizon.total(unit)
+            if total is not None and unit != horizon.clock:
+                rows["updates" if unit == "steps" else unit] = f"{total:,.0f}"
+    for optimizer in pipeline.trainer.optimizers:
+        raw = getattr(optimizer, "optimizer", optimizer)
+        for name, group in zip(group_names(raw.param_groups), raw.param_groups, strict=True):
+            rows[f"{type(raw).__name__} {name}".strip()] = ", ".join(
+                f"{key} {group[key]}" for key in ("lr", "weight_decay", "betas") if key in group
+            )
+    lines = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
+    return "\n".join(lines)
+
+
+def write_end(pipeline: Pipeline) -> None:
+    """Hyperparameters with final metrics, for TensorBoard's HParams tab."""
+    trainer = pipeline.trainer
+    metrics = {
+        name: float(value)
+        for name, value in trainer.callback_metrics.items()
+        if math.isfinite(float(value))
+    }
+    writers = trainer_access.tensorboard_writers(trainer)
+    if not (trainer.is_global_zero and metrics and writers):
+        return
+    values: dict[str, Any] = dict(specifications(pipeline))
+    for optimizer in trainer.optimizers:
+        raw = getattr(optimizer, "optimizer", optimizer)
+        values["optimizer"] = type(raw).__name__
+        group = raw.param_groups[0]
+        values["base lr"] = float(group.get("initial_lr", raw.defaults.get("lr", group["lr"])))
+    values.update(pipeline.module.hparams)
+    for writer, _ in writers.values():
+        folder = Path(writer.log_dir) / "hyperparameters"
+        tensorboard.write_hyperparameters(folder, values, metrics=metrics)
+        writer.flush()

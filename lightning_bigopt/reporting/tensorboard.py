@@ -1,0 +1,102 @@
+"""What TensorBoard gets beyond scalars: one event a step, a dashboard, a plan, hyperparameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+__all__ = [
+    "DASHBOARD",
+    "forget_after",
+    "write_curves",
+    "write_dashboard",
+    "write_hyperparameters",
+    "write_scalars",
+]
+
+DASHBOARD: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "optimisation": {
+        "learning rate, planned and used": ("plan/lr.*", "optim/lr.*"),
+        "gradient norm and clip threshold": ("grad_norm/total.*", "clip/threshold.*"),
+        "share of updates clipped": ("clip/fraction.*",),
+        "global batch, planned and used": ("plan/global_size", "batch/global_size"),
+        "update-to-weight ratio": ("layers/update_ratio/.*",),
+        "updates refused": ("guard/skipped",),
+    },
+    "speed": {
+        "samples per second": ("throughput/samples_per_second",),
+        "seconds per step": ("time/.*",),
+    },
+}
+"""The custom-scalars dashboard: charts by category, and the tags that each shows."""
+
+
+def write_scalars(writer: SummaryWriter, values: Mapping[str, float], *, step: int) -> None:
+    """Writes all values as one event; ``add_scalar`` writes one event a value.
+
+    The event is handed to the writer's thread, which appends it to the file at once.
+    """
+    summary = Summary(
+        value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+    )
+    _files(writer).add_summary(summary, step)
+
+
+def write_curves(writer: SummaryWriter, points: Iterable[tuple[int, Mapping[str, float]]]) -> None:
+    """Writes curves that are known in advance."""
+    for step, values in points:
+        if values:
+            write_scalars(writer, values, step=step)
+
+
+def forget_after(writer: SummaryWriter, step: int) -> None:
+    """Tells readers of the run to drop what a killed predecessor logged from ``step`` on."""
+    event = Event(step=step, session_log=SessionLog(status=SessionLog.START))
+    _files(writer).add_event(event, step)
+
+
+def write_dashboard(writer: SummaryWriter) -> None:
+    """Lays the charts of :data:`DASHBOARD` out in the custom-scalars tab."""
+    writer.add_custom_scalars(
+        {
+            category: {title: ["Multiline", list(tags)] for title, tags in charts.items()}
+            for category, charts in DASHBOARD.items()
+        }
+    )
+
+
+def write_hyperparameters(
+    folder: Path, values: Mapping[str, Any], *, metrics: Mapping[str, float]
+) -> None:
+    """Writes hyperparameters with final metrics into a run of their own beside the curves.
+
+    A run's hyperparameters cannot be written twice, and Lightning may have written the module's,
+    with a metric of -1, before training.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard.summary import hparams
+
+    plain = {
+        key: value if isinstance(value, (bool, int, float, str)) else str(value)
+        for key, value in values.items()
+    }
+    writer = SummaryWriter(str(folder))
+    try:
+        describe: Any = hparams  # untyped
+        for summary in describe(plain, dict(metrics)):
+            _files(writer).add_summary(summary)
+        write_scalars(writer, metrics, step=0)
+    finally:
+        writer.close()
+
+
+def _files(writer: Any) -> Any:
+    """What appends whole events to the run's file; Lightning's logger takes the same way."""
+    return writer._get_file_writer()  # noqa: SLF001

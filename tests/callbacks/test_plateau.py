@@ -1,0 +1,228 @@
+"""ReduceOnPlateau: torch's own counting as the oracle, on top of any schedule."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from lightning_bigopt import (
+    Constant,
+    LearningRateScheduler,
+    Linear,
+    ReduceOnPlateau,
+    WarmupCosine,
+)
+from tests.kit import QUIET, Probe, ResumableLoader, loader
+
+METRICS = [5.0, 4.0, 4.0, 4.5, 3.9999, 3.0, 3.5, 3.5, 3.5, 3.5, 2.0, 2.0, 2.0, 2.0]
+OPTIONS: dict[str, Any] = {"factor": 0.5, "patience": 1, "threshold": 1e-3, "cooldown": 1}
+
+
+class Validated(Probe):
+    """Logs a given metric at every validation, by the updates done."""
+
+    def __init__(self, metrics: list[float] = METRICS, **options: Any) -> None:
+        super().__init__(**options)
+        self.metrics = metrics
+        self.checks: list[int] = []
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if not self.trainer.sanity_checking:
+            self.checks.append(self.trainer.global_step)
+            self.log("val_loss", self.metrics[len(self.checks) - 1 + self.before()])
+
+    def before(self) -> int:
+        """Validations before this module's, in a run that it resumed."""
+        return getattr(self, "skipped", 0)
+
+
+def fit(module: L.LightningModule, *callbacks: Any, ckpt: Any = None, **options: Any) -> L.Trainer:
+    settings = {**QUIET, "max_epochs": 14, "callbacks": list(callbacks), **options}
+    trainer = L.Trainer(**settings)
+    trainer.fit(
+        module,
+        ResumableLoader(8, 2),
+        loader(2, 2),
+        ckpt_path=ckpt,
+        weights_only=True if ckpt else None,
+    )
+    return trainer
+
+
+def torch_factors(metrics: list[float], **options: Any) -> list[float]:
+    """torch's learning rate, of 1, after each metric."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    scheduler = ReduceLROnPlateau(optimizer, **options)
+    found = []
+    for metric in metrics:
+        scheduler.step(metric)
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+@pytest.mark.parametrize("schedule", [Constant(), Linear(end=0.1), WarmupCosine(warmup="40%")])
+def test_epoch_checks_reduce_as_torch_does_on_top_of_any_schedule(schedule: Any) -> None:
+    module = Validated(lr=1.0)
+    fit(module, LearningRateScheduler(schedule), ReduceOnPlateau("val_loss", **OPTIONS))
+    factors = [1.0, *torch_factors(METRICS, **OPTIONS)]
+    assert len(set(factors)) > 3
+    assert module.lrs == [
+        pytest.approx(schedule(t / 56) * factors[t // 4], rel=1e-15) for t in range(56)
+    ]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_step_checks_act_from_the_next_update_on(accumulate: int) -> None:
+    module = Validated(lr=1.0)
+    fit(
+        module,
+        LearningRateScheduler(Constant()),
+        ReduceOnPlateau("val_loss", **OPTIONS),
+        val_check_interval=2,
+        max_epochs=7,
+        accumulate_grad_batches=accumulate,
+    )
+    factors = [1.0, *torch_factors(METRICS, **OPTIONS)]
+    updates = 28 // accumulate
+    assert module.lrs == [factors[t * accumulate // 2] for t in range(updates)]
+
+
+def test_a_training_metric_is_checked_when_the_epoch_ends() -> None:
+    class Logged(Probe):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("train_loss", METRICS[self.current_epoch], on_step=False, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+    module = Logged(lr=1.0)
+    fit(
+        module,
+        LearningRateScheduler(Constant()),
+        ReduceOnPlateau("train_loss", check="train_epoch", **OPTIONS),
+    )
+    factors = [1.0, *torch_factors(METRICS, **OPTIONS)]
+    assert module.lrs == [factors[t // 4] for t in range(56)]
+
+
+@pytest.mark.parametrize("interval", [None, 2])
+@pytest.mark.parametrize("stop", [5, 8, 14, 22])
+def test_resume_goes_on_with_the_same_rates(
+    tmp_path: Path, interval: int | None, stop: int
+) -> None:
+    def callbacks() -> list[Any]:
+        return [
+            ReduceOnPlateau("val_loss", **OPTIONS),
+            LearningRateScheduler(WarmupCosine(warmup="30%", end=0.1)),
+        ]
+
+    options: dict[str, Any] = {"max_epochs": 14 if interval is None else 7}
+    if interval is not None:
+        options["val_check_interval"] = interval
+    straight = Validated()
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    fit(straight, *callbacks(), checkpoint, enable_checkpointing=True, **options)
+    resumed = Validated()
+    # ModelCheckpoint saves in on_train_batch_end, before a validation after the same batch.
+    resumed.skipped = sum(check < stop for check in straight.checks)
+    fit(resumed, *callbacks(), ckpt=tmp_path / f"step={stop}.ckpt", **options)
+    if straight.checks[resumed.skipped] != (resumed.checks or [None])[0]:
+        resumed.skipped += 1  # Lightning does not validate after a batch that was trained before
+    assert resumed.lrs[4:] == straight.lrs[stop + 4 :] or resumed.lrs == straight.lrs[stop:]
+
+
+def test_what_is_not_finite_is_not_counted() -> None:
+    noisy = [5.0, float("nan"), 5.0, float("inf"), 4.0, 4.0, float("-inf"), 4.0, 3.0, 2.0, 1.0]
+    module = Validated(noisy, lr=1.0)
+    fit(
+        module,
+        LearningRateScheduler(Constant()),
+        ReduceOnPlateau("val_loss", factor=0.5, patience=1),
+        max_epochs=len(noisy),
+    )
+    kept = [value for value in noisy if value - value == 0]
+    factors = torch_factors(kept, factor=0.5, patience=1)
+    seen, at = [1.0], -1
+    for value in noisy:
+        at += value - value == 0
+        seen.append(factors[at])
+    assert module.lrs == [seen[t // 4] for t in range(4 * len(noisy))]
+
+
+def test_more_may_be_better_and_the_product_has_a_floor() -> None:
+    module = Validated([1.0] * 14, lr=1.0)
+    options: dict[str, Any] = {"factor": 0.5, "patience": 0, "mode": "max"}
+    fit(
+        module,
+        LearningRateScheduler(Constant()),
+        ReduceOnPlateau("val_loss", min_factor=0.2, **options),
+    )
+    assert min(module.lrs) == 0.2
+    factors = [1.0, *torch_factors([1.0] * 14, min_lr=0.2, **options)]
+    assert module.lrs == [factors[t // 4] for t in range(56)]
+
+
+def test_validating_alone_and_the_sanity_check_are_not_counted() -> None:
+    module, plateau = Validated(lr=1.0), ReduceOnPlateau("val_loss", patience=0, factor=0.5)
+    trainer = fit(
+        module,
+        LearningRateScheduler(Constant()),
+        plateau,
+        max_epochs=2,
+        num_sanity_val_steps=1,
+    )
+    before = plateau.state_dict()
+    assert before["best"] == 4.0
+    trainer.validate(module, loader(2, 2), verbose=False)
+    assert plateau.state_dict() == before
+
+
+def test_a_metric_that_nobody_logs_raises_at_the_first_check() -> None:
+    module = Validated()
+    with pytest.raises(ValueError, match=r"monitor must be a logged metric, got 'loss'.*val_loss"):
+        fit(module, LearningRateScheduler(Constant()), ReduceOnPlateau("loss"))
+    assert len(module.lrs) == 4
+
+
+def test_it_needs_a_learning_rate_scheduler() -> None:
+    with pytest.raises(ValueError, match=r"LearningRateScheduler\(Constant\(\)\)"):
+        fit(Validated(), ReduceOnPlateau("val_loss"))
+
+
+def test_used_with_another_trainer_it_starts_again() -> None:
+    plateau = ReduceOnPlateau("val_loss", patience=0, factor=0.5)
+    first, second = Validated([1.0] * 3, lr=1.0), Validated([1.0] * 3, lr=1.0)
+    for module in (first, second):
+        fit(module, LearningRateScheduler(Constant()), plateau, max_epochs=3)
+    assert first.lrs == second.lrs
+    assert second.lrs[-1] < 1.0
+
+
+def test_it_copies_and_pickles_with_its_state() -> None:
+    plateau = ReduceOnPlateau("val_loss", patience=0, factor=0.5)
+    fit(Validated([1.0] * 3), LearningRateScheduler(Constant()), plateau, max_epochs=3)
+    for twin in (copy.deepcopy(plateau), pickle.loads(pickle.dumps(plateau))):
+        assert twin.controller.factor == plateau.controller.factor == 0.25
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"factor": 1.0}, "factor must be between 0 and 1, got 1.0"),
+        ({"patience": -1}, "patience must be a non-negative number of checks, got -1"),
+        ({"cooldown": 0.5}, "cooldown must be a non-negative number of checks, got 0.5"),
+        ({"min_factor": 1.0}, "min_factor must be at least 0 and below 1, got 1.0"),
+        ({"mode": "less"}, "mode must be 'min' or 'max', got 'less'"),
+        ({"threshold_mode": "x"}, "threshold_mode must be 'rel' or 'abs', got 'x'"),
+        ({"check": "step"}, "check must be 'validation' or 'train_epoch', got 'step'"),
+    ],
+)
+def test_bad_arguments_name_themselves(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ReduceOnPlateau("val_loss", **options)

@@ -1,0 +1,573 @@
+"""StepGuard in real fits: what it refuses is left out to the bit, and it remembers no NaN."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import math
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import schedulefree
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from lightning_bigopt import (
+    Abort,
+    Backoff,
+    ClipToMedian,
+    Constant,
+    GradientClipping,
+    LearningRateScheduler,
+    LossSpike,
+    NonFinite,
+    NormClip,
+    NormSpike,
+    Skip,
+    StepGuard,
+    ZClip,
+    replay,
+)
+from tests.kit import QUIET, Probe, ResumableLoader, cpu_precision, full
+
+KINDS = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+
+
+class Poisoned(Probe):
+    """Multiplies the loss of chosen updates; compares parameters and state around every update."""
+
+    def __init__(self, poison: dict[int, float], *, rank: int | None = None, **options: Any):
+        super().__init__(**options)
+        self.poison, self.poisoned_rank = poison, rank
+        self.changed: list[bool] = []
+        self.before: Any = None
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        factor = self.poison.get(self.trainer.global_step, 1.0)
+        if self.poisoned_rank is not None and self.global_rank != self.poisoned_rank:
+            factor = 1.0
+        x, y, _ = batch
+        return self.loss(x, y) * factor
+
+    def snapshot(self) -> list[Any]:
+        optimizer = self.trainer.optimizers[0]
+        found: list[Any] = [full(p.detach()).clone() for p in self.parameters()]
+        for state in optimizer.state.values():
+            found += [full(v).clone() if isinstance(v, Tensor) else v for v in state.values()]
+        for group in optimizer.param_groups:
+            found += [v for k, v in group.items() if k not in ("params", "lr")]
+        return found
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.lrs.append(float(optimizer.param_groups[0]["lr"]))
+        self.norms.append(
+            sum(float(full(p.grad).norm()) ** 2 for p in self.parameters() if p.grad is not None)
+            ** 0.5
+        )
+        self.before = self.snapshot()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        if self.before is not None:
+            self.changed.append(not same(self.before, self.snapshot()))
+            self.before = None
+
+
+def same(first: list[Any], second: list[Any]) -> bool:
+    return len(first) == len(second) and all(
+        torch.equal(a, b) if isinstance(a, Tensor) else a == b
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def fit(module: L.LightningModule, *callbacks: Any, size: int = 32, **options: Any) -> L.Trainer:
+    ckpt = options.pop("ckpt_path", None)
+    trainer = L.Trainer(**{**QUIET, "max_epochs": 1, "callbacks": list(callbacks), **options})
+    trainer.fit(module, ResumableLoader(size, 2), ckpt_path=ckpt)
+    return trainer
+
+
+def finite(value: Any) -> bool:
+    """Whether a state of numbers, strings, lists, dicts and tensors holds neither NaN nor inf."""
+    if isinstance(value, dict):
+        return all(finite(v) for v in value.values())
+    if isinstance(value, list | tuple):
+        return all(finite(v) for v in value)
+    if isinstance(value, Tensor):
+        return bool(value.isfinite().all())
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_a_spike_is_left_out_to_the_bit(precision: str, kind: str, accumulate: int) -> None:
+    module = Poisoned(
+        {6: 1e4}, optimizer=torch.optim.AdamW, lr=0.01, weight_decay=0.5, **KINDS[kind]
+    )
+    guard = StepGuard([NonFinite(), NormSpike(armed=4, threshold=30.0)])
+    fit(
+        module,
+        guard,
+        GradientClipping(NormClip(max_norm=0.5)),
+        size=20 * accumulate,
+        accumulate_grad_batches=accumulate,
+        **cpu_precision(precision),
+    )
+    assert module.changed == [update != 6 for update in range(10)]
+    assert [(r.update, r.detector) for r in guard.rejections] == [(6, "NormSpike")]
+    assert guard.rejections[0].batches == tuple(range(6 * accumulate, 7 * accumulate))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_nan_and_infinity_are_left_out_to_the_bit(precision: str, kind: str) -> None:
+    poison = {0: math.nan, 3: math.inf, 4: -math.inf}
+    module = Poisoned(poison, optimizer=torch.optim.AdamW, weight_decay=0.5, **KINDS[kind])
+    guard = StepGuard()
+    fit(module, guard, GradientClipping(ZClip(warmup=2)), size=16, **cpu_precision(precision))
+    assert module.changed == [update not in poison for update in range(8)]
+    assert [r.update for r in guard.rejections] == [0, 3, 4]
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("kind", ["sgd", "schedulefree", "schedulefree-foreach"])
+def test_other_optimisers_are_left_out_to_the_bit(kind: str) -> None:
+    optimizer, options = {
+        "sgd": (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1}),
+        "schedulefree": (schedulefree.AdamWScheduleFree, {"foreach": False, "warmup_steps": 4}),
+        "schedulefree-foreach": (schedulefree.AdamWScheduleFree, {"weight_decay": 0.1}),
+    }[kind]
+    module = Poisoned({2: math.nan, 3: math.nan}, optimizer=optimizer, lr=0.01, **options)
+    fit(module, StepGuard(), size=12)
+    assert module.changed == [True, True, False, False, True, True]
+
+
+def test_a_skipped_update_trains_as_if_its_data_had_not_been_there() -> None:
+    """The oracle: a plain loop that does not call the optimiser for these batches."""
+    ours = Poisoned({3: math.nan, 5: math.inf}, optimizer=torch.optim.AdamW, lr=0.02)
+    fit(ours, StepGuard(), size=20)
+    plain = Probe()
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.02)
+    for index, (x, y, _) in enumerate(ResumableLoader(20, 2)):
+        if index not in (3, 5):
+            optimizer.zero_grad()
+            plain.loss(x, y).backward()
+            optimizer.step()
+    for mine, theirs in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+# ------------------------------------------------------------------------------- GradScaler
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rule", [NormClip(max_norm=0.5), ZClip(warmup=2)])
+def test_overflow_under_a_scaler_is_not_counted_and_the_scale_backs_off(
+    kind: str, rule: Any
+) -> None:
+    from lightning.pytorch.plugins.precision import MixedPrecision
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    module = Poisoned({}, optimizer=torch.optim.AdamW, **KINDS[kind])
+    guard, clipping = StepGuard(max_consecutive=2), GradientClipping(rule)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    fit(module, guard, clipping, size=100, plugins=[plugin])
+    overflows = module.changed.count(False)
+    assert overflows > 2
+    assert scaler.get_scale() == 2.0 ** (40 - overflows)
+    assert guard.rejections == ()
+    state = guard.controller.state_dict()["guarded"][""]
+    assert state["rejected"] == state["consecutive"] == 0
+    assert len(state["detectors"]["NormSpike"]["accepted"]) == 50 - overflows
+    assert finite(state)
+    assert finite(clipping.controller.state_dict()["rule"])
+
+
+def test_a_poisoned_batch_under_a_scaler_is_skipped_by_the_scaler() -> None:
+    module = Poisoned({4: math.nan}, optimizer=torch.optim.AdamW)
+    guard = StepGuard()
+    fit(module, guard, size=16, **cpu_precision("16-mixed"))
+    assert module.changed == [update != 4 for update in range(8)]
+    assert guard.rejections == ()
+
+
+# ------------------------------------------------------------------- without the guard
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clipping_alone_stops_no_nan_except_in_a_fused_kernel(kind: str) -> None:
+    module = Poisoned({2: math.nan}, optimizer=torch.optim.AdamW, **KINDS[kind])
+    fit(module, GradientClipping(NormClip(max_norm=0.5)), size=8)
+    healthy = all(bool(p.isfinite().all()) for p in module.parameters())
+    assert healthy == (kind == "fused")
+
+
+# ------------------------------------------------------------------------------- detectors
+
+
+class Losses(Poisoned):
+    """Adds to the loss what has no gradient."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x, y, _ = batch
+        return self.loss(x, y) * 1e-3 + self.poison.get(batch_idx, 1.0)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_loss_spike_sees_the_windows_mean_loss(accumulate: int, precision: str) -> None:
+    """In a window of three only one micro-batch is odd, by just enough or not quite."""
+    spikes = {6 * accumulate: 1.0 + 0.4 * accumulate, 8 * accumulate: 1.0 + 0.2 * accumulate}
+    module = Losses(spikes, lr=0.0)
+    guard = StepGuard([LossSpike(armed=4, floor=0.05)])
+    fit(
+        module,
+        guard,
+        size=20 * accumulate,
+        accumulate_grad_batches=accumulate,
+        **cpu_precision(precision),
+    )
+    assert [r.update for r in guard.rejections] == [6]
+    assert guard.rejections[0].loss == pytest.approx(1.4, abs=0.1)
+    accepted = guard.controller.state_dict()["guarded"][""]["detectors"]["LossSpike"]["accepted"]
+    assert len(accepted) == 9
+    assert accepted[7] == pytest.approx(1.2, abs=0.1)
+
+
+def test_the_last_partial_window_has_a_mean_of_its_own() -> None:
+    module = Losses({7: 1.9}, lr=0.0)
+    guard = StepGuard([LossSpike(armed=2, floor=0.01)])
+    fit(module, guard, size=16, accumulate_grad_batches=3)  # windows of 3, 3 and 2 micro-batches
+    assert [r.update for r in guard.rejections] == [2]
+    assert guard.rejections[0].loss == pytest.approx(1.45, abs=0.1)
+
+
+def test_a_new_regime_is_accepted_after_five_rejections() -> None:
+    module = Poisoned(dict.fromkeys(range(10, 40), 1e3), lr=0.0)
+    guard = StepGuard([NonFinite(), NormSpike(armed=5, threshold=20.0)])
+    fit(module, guard, size=48)
+    assert [r.update for r in guard.rejections] == [10, 11, 12, 13, 14]
+
+
+# --------------------------------------------------------------------------------- actions
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("clip", [None, NormClip(max_norm=1e3), ZClip(warmup=3, max_norm=None)])
+def test_clip_to_median_makes_the_update_at_the_typical_norm(kind: str, clip: Any) -> None:
+    class Gradients(Poisoned):
+        """What the optimiser is given, scale of the fused kernel included."""
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            super().on_before_optimizer_step(optimizer)
+            self.norms[-1] /= float(getattr(optimizer, "grad_scale", None) or 1.0)
+
+    module = Gradients({6: 1e4}, optimizer=torch.optim.AdamW, lr=0.0, **KINDS[kind])
+    guard = StepGuard(
+        [NonFinite(), NormSpike(armed=4, threshold=30.0)], actions=[ClipToMedian(), Skip()]
+    )
+    fit(module, guard, *([GradientClipping(clip)] if clip else []), size=20)
+    middle = sorted(module.norms[:6])
+    assert [r.update for r in guard.rejections] == [6]
+    assert module.norms[6] == pytest.approx((middle[2] * middle[3]) ** 0.5, rel=0.02)
+    states = guard.controller.state_dict()["guarded"][""]["detectors"]
+    assert len(states["NormSpike"]["accepted"]) == 9
+
+
+def test_clip_to_median_still_skips_what_is_not_finite() -> None:
+    module = Poisoned({3: math.nan}, optimizer=torch.optim.AdamW)
+    fit(module, StepGuard(actions=[ClipToMedian()]), size=12)
+    assert module.changed == [update != 3 for update in range(6)]
+
+
+def test_backoff_lowers_the_learning_rate_and_lets_it_recover() -> None:
+    module = Poisoned({2: math.nan}, lr=0.1)
+    fit(
+        module,
+        StepGuard(actions=[Skip(), Backoff(factor=0.5, recover=4)]),
+        LearningRateScheduler(Constant()),
+        size=20,
+    )
+    # The rejected update had its learning rate already; the next one starts lower.
+    assert module.lrs == pytest.approx([0.1, 0.1, 0.1, 0.05, 0.0625, 0.075, 0.0875, 0.1, 0.1, 0.1])
+
+
+def test_backoff_without_a_scheduler_names_the_way_out() -> None:
+    with pytest.raises(ValueError, match=r"LearningRateScheduler with Backoff.*Constant"):
+        fit(Probe(), StepGuard(actions=[Backoff()]))
+
+
+def test_after_max_consecutive_it_stops_and_names_the_last_healthy_checkpoint(
+    tmp_path: Path,
+) -> None:
+    module = Poisoned(dict.fromkeys(range(7, 99), math.nan))
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    with pytest.raises(RuntimeError) as error:
+        fit(module, StepGuard(max_consecutive=3), saving, enable_checkpointing=True)
+    assert "3 times in a row" in str(error.value)
+    named = re.search(r"healthy checkpoint is (\S+);", str(error.value)).group(1)
+    assert Path(named) == tmp_path / "step=6.ckpt"
+    weights = torch.load(named, weights_only=True)["state_dict"]
+    assert finite(weights)
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+    assert len(module.changed) == 9  # the third rejected update did not come to its end
+
+
+def test_the_checkpoint_resumed_from_is_named_where_none_was_written(tmp_path: Path) -> None:
+    trainer = fit(Poisoned({}), StepGuard(), size=8)
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    with pytest.raises(RuntimeError, match=r"first\.ckpt"):
+        fit(
+            Poisoned(dict.fromkeys(range(4, 99), math.nan)),
+            StepGuard(actions=[Abort(after=2)]),
+            max_epochs=3,
+            size=8,
+            ckpt_path=tmp_path / "first.ckpt",
+        )
+    with pytest.raises(RuntimeError, match="No checkpoint was written"):
+        fit(Poisoned({0: math.nan}), StepGuard(max_consecutive=1))
+
+
+def test_an_accepted_update_breaks_the_row() -> None:
+    module = Poisoned({u: math.nan for u in range(16) if u % 3})
+    guard = StepGuard(max_consecutive=3)
+    fit(module, guard)
+    assert len(guard.rejections) == 10
+
+
+# ------------------------------------------------------------------------------------ state
+
+
+@pytest.mark.parametrize("kill", [5, 7, 8, 12])
+def test_kill_and_resume_decides_the_same(kill: int, tmp_path: Path) -> None:
+    poison = {3: math.nan, 7: 1e4, 8: 1e4, 9: math.inf, 13: 1e4, 14: 3.0}
+
+    def parts() -> tuple[Poisoned, StepGuard, list[Any]]:
+        guard = StepGuard(
+            [NonFinite(), NormSpike(armed=3, threshold=25.0), LossSpike(armed=3, floor=50.0)],
+            actions=[Backoff(factor=0.5, recover=5)],
+        )
+        rest = [
+            LearningRateScheduler(Constant()),
+            GradientClipping(ZClip(warmup=2)),
+            SaveAt(tmp_path / "k.ckpt", kill),
+        ]
+        return Poisoned(poison, optimizer=torch.optim.AdamW, lr=0.01), guard, [guard, *rest]
+
+    straight, first, callbacks = parts()
+    fit(straight, *callbacks)
+    assert {7, 8, 9, 13} <= {r.update for r in first.rejections}
+    resumed, second, callbacks = parts()
+    saved = torch.load(tmp_path / "k.ckpt", weights_only=True)
+    mine = next(v for k, v in saved["callbacks"].items() if k.startswith("StepGuard"))
+    assert finite(mine["guarded"])
+    fit(resumed, *callbacks, ckpt_path=tmp_path / "k.ckpt")
+    assert [r.update for r in second.rejections] == [
+        r.update for r in first.rejections if r.update >= kill
+    ]
+    assert resumed.lrs == straight.lrs[kill:]
+    assert second.controller.state_dict() == first.controller.state_dict()
+    for mine, theirs in zip(resumed.parameters(), straight.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+class SaveAt(L.Callback):
+    def __init__(self, path: Path, step: int) -> None:
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def test_other_detectors_after_a_resume_begin_anew(tmp_path: Path) -> None:
+    trainer = fit(Poisoned({}), StepGuard([NonFinite(), NormSpike(armed=3)]), size=8)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    guard = StepGuard([LossSpike(armed=3), NormSpike(armed=3)])
+    fit(Poisoned({}), guard, size=8, max_epochs=2, ckpt_path=tmp_path / "a.ckpt")
+    states = guard.controller.state_dict()["guarded"][""]["detectors"]
+    assert len(states["NormSpike"]["accepted"]) == 8
+    assert len(states["LossSpike"]["accepted"]) == 4
+
+
+def test_a_second_fit_and_a_second_trainer() -> None:
+    guard = StepGuard()
+    module = Poisoned({2: math.nan}, optimizer=torch.optim.AdamW, fused=True)
+    trainer = fit(module, guard, size=8)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, ResumableLoader(8, 2))
+    state = guard.controller.state_dict()["guarded"][""]
+    assert len(state["detectors"]["NormSpike"]["accepted"]) == 7
+    fit(Poisoned({}), guard, size=8)
+    assert guard.rejections == ()
+    assert (
+        len(guard.controller.state_dict()["guarded"][""]["detectors"]["NormSpike"]["accepted"]) == 4
+    )
+
+
+def test_it_can_be_copied_and_pickled_in_mid_fit() -> None:
+    class Copies(Poisoned):
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.copies = [copy.deepcopy(guard), pickle.loads(pickle.dumps(guard))]
+
+    guard = StepGuard()
+    module = Copies({1: math.nan})
+    fit(module, guard, size=8)
+    for twin in module.copies:
+        assert [r.update for r in twin.rejections] == [1]
+
+
+# -------------------------------------------------------------------------- several optimisers
+
+
+def test_manual_optimisation_judges_each_optimiser_by_itself() -> None:
+    class Manual(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.nets = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])
+            self.weights: list[list[Tensor]] = [[], []]
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.AdamW(net.parameters(), lr=0.01) for net in self.nets]
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            for which, (net, optimizer) in enumerate(
+                zip(self.nets, self.optimizers(), strict=True)
+            ):
+                optimizer.zero_grad()
+                loss = nn.functional.mse_loss(net(batch[0]), batch[1]) * 10.0 ** (3 * which)
+                if (which, batch_idx) in {(0, 4), (1, 6)}:
+                    loss = loss * 1e4
+                self.manual_backward(loss)
+                optimizer.step()
+                self.weights[which].append(net.weight.detach().clone())
+
+    module = Manual()
+    guard = StepGuard(
+        [NonFinite(), NormSpike(armed=3, threshold=30.0), LossSpike(armed=3, floor=1e5)]
+    )
+    fit(module, guard, size=20)
+    stayed = [
+        [i for i, (a, b) in enumerate(itertools.pairwise(weights), 1) if torch.equal(a, b)]
+        for weights in module.weights
+    ]
+    assert stayed == [[4], [6]]
+    assert [r.optimizer for r in guard.rejections] == ["AdamW-0", "AdamW-1"]
+    assert all(r.loss > 1e5 or r.optimizer == "AdamW-0" for r in guard.rejections)
+
+
+# ------------------------------------------------------------------------------- conflicts
+
+
+def test_an_optimiser_of_opacus_is_refused() -> None:
+    private = type("DPOptimizer", (torch.optim.SGD,), {"__module__": "opacus.optimizers.optimizer"})
+    inherited = type("Mine", (private,), {"__module__": "mine"})
+    for kind in (private, inherited):
+        with pytest.raises(ValueError, match=r"Opacus.*StepGuard.*privacy"):
+            fit(Probe(optimizer=kind), StepGuard())
+        with pytest.raises(ValueError, match=r"Opacus.*GradientClipping.*max_grad_norm"):
+            fit(Probe(optimizer=kind), GradientClipping(NormClip()))
+
+
+def test_lbfgs_is_refused() -> None:
+    with pytest.raises(ValueError, match="LBFGS"):
+        fit(Probe(optimizer=torch.optim.LBFGS), StepGuard())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"detectors": []}, "detectors must be"),
+        ({"detectors": [Skip()]}, "detectors must be"),
+        ({"actions": [NonFinite()]}, "actions must be"),
+        ({"max_consecutive": 0}, r"max_consecutive must be .*got 0"),
+        ({"max_consecutive": True}, r"max_consecutive must be .*got True"),
+    ],
+)
+def test_bad_arguments_name_themselves(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        StepGuard(**arguments)
+
+
+# -------------------------------------------------------------------------------- forensics
+
+
+def test_a_rejection_says_which_parameters(caplog: pytest.LogCaptureFixture) -> None:
+    class OneLayer(Poisoned):
+        def on_after_backward(self) -> None:
+            if self.trainer.global_step == 3:
+                self.net[2].bias.grad[1] = math.inf
+            if self.trainer.global_step == 6:
+                self.net[0].weight.grad.mul_(1e5)
+
+    module = OneLayer({})
+    guard = StepGuard([NonFinite(), NormSpike(armed=3, threshold=30.0)])
+    with caplog.at_level(logging.INFO):
+        fit(module, guard, size=16)
+    broken, large = guard.rejections
+    assert (broken.nonfinite, [name for name, _ in broken.parameters]) == (1, ["net.2.bias"])
+    assert (large.nonfinite, large.parameters[0][0]) == (0, "net.0.weight")
+    assert broken.rank is None
+    assert math.isfinite(broken.loss)
+    assert "Update 3 (epoch 0, batch 3) rejected" in caplog.text
+    assert "not finite in 1 parameter: net.2.bias" in caplog.text
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_replay_gives_the_loss_and_the_gradient_of_then(accumulate: int, tmp_path: Path) -> None:
+    class Random(Poisoned):
+        """Dropout and a field of the batch decide; ``self.log`` needs a Trainer."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y, _ = batch
+            loss = self.loss(nn.functional.dropout(x), y)
+            self.log("loss", loss)
+            return loss * (1e4 if batch_idx // accumulate == 6 else 1.0)
+
+    module = Random({}, lr=0.01)
+    guard = StepGuard(
+        [NormSpike(armed=4, threshold=25.0)], forensics=str(tmp_path / "new"), max_consecutive=1
+    )
+    with pytest.raises(RuntimeError, match=r"update-00000006-rank0\.pt"):
+        fit(module, guard, size=20 * accumulate, accumulate_grad_batches=accumulate)
+    (rejected,) = guard.rejections
+    before = torch.get_rng_state()
+    again = replay(tmp_path / "new" / "update-00000006-rank0.pt", module)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(again.losses) == accumulate
+    assert again.loss == pytest.approx(rejected.loss, rel=1e-6)
+    assert again.norms.value == pytest.approx(rejected.norm, rel=1e-5)
+    assert again.rejected["update"] == 6
+    assert again.nonfinite == ()
+    assert all(p.grad is None for p in module.parameters())
+    size = Path(rejected.file).stat().st_size
+    assert size < 30_000 * accumulate  # a view of the data set is not written with its storage
+
+
+def test_no_more_than_twenty_files_are_written(tmp_path: Path) -> None:
+    module = Poisoned(dict.fromkeys(range(30), math.nan))
+    fit(module, StepGuard(forensics=str(tmp_path), max_consecutive=99), size=64)
+    assert len(list(tmp_path.iterdir())) == 20
+
+
+def test_batches_are_kept_only_on_request(tmp_path: Path) -> None:
+    class Looks(Poisoned):
+        kept: Any = None
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            super().on_before_optimizer_step(optimizer)
+            self.kept = guard.controller._window._batch
+
+    for folder, expected in ((None, True), (str(tmp_path), False)):
+        guard = StepGuard(forensics=folder)
+        module = Looks({})
+        fit(module, guard, size=4)
+        assert (module.kept is None) is expected
+        assert guard.controller._window._batch is None

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_bigopt.gradients import (
+    NormClip,
+    UpdateClip,
+    after_step_once,
+    apply_,
+    clear_,
+    clip_gradients_,
+    scale_,
+    takes_grad_scale,
+)
+from tests.gradients.helpers import gradients, twin, with_gradients, with_norms
+
+FUSED = {
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.1, fused=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, fused=True),
+}
+
+
+def snapshot(named, optimizer):
+    return [p.detach().clone() for _, p in named], copy.deepcopy(optimizer.state_dict()["state"])
+
+
+def assert_same_bits(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_inside_the_kernel_equals_clip_then_step(kind):
+    ours = with_gradients(scale=10.0)
+    theirs = twin(ours)
+    mine, other = (FUSED[kind]([p for _, p in named]) for named in (ours, theirs))
+    for _ in range(3):
+        clip_gradients_(ours, NormClip(0.5), optimizer=mine)
+        mine.step()
+        torch.nn.utils.clip_grad_norm_([p for _, p in theirs], 0.5)
+        other.step()
+        for (_, p), (_, q) in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-7)
+            for named in (p, q):
+                named.grad = torch.full_like(named, 3.0)
+
+
+@pytest.mark.parametrize("kind", FUSED)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_inside_the_kernel_bad_gradients_change_nothing(kind, bad):
+    named = with_gradients()
+    optimizer = FUSED[kind]([p for _, p in named])
+    optimizer.step()
+    before = snapshot(named, optimizer)
+    named[1][1].grad[2] = bad
+    clip_gradients_(named, NormClip(0.5), optimizer=optimizer)
+    optimizer.step()
+    assert_same_bits(snapshot(named, optimizer), before)
+
+
+def test_a_clip_leaves_no_trace_on_the_next_step():
+    named = with_norms(100.0)
+    optimizer = FUSED["SGD"]([p for _, p in named])
+    clip_gradients_(named, NormClip(1.0), optimizer=optimizer)
+    assert optimizer.grad_scale.item() == pytest.approx(100.0, rel=1e-5)
+    optimizer.step()
+    assert not {"grad_scale", "found_inf"} & vars(optimizer).keys()
+    assert not optimizer._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize("order", ["unscaled", "scaled"])
+@pytest.mark.parametrize("bad", [False, True])
+def test_together_with_a_grad_scaler(order, bad):
+    """Both put a scale on the optimiser; the GradScaler deletes what it finds there."""
+    ours, theirs = with_norms(8.0), with_norms(8.0)
+    mine, other = (FUSED["AdamW"]([p for _, p in named]) for named in (ours, theirs))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=100)
+    scaler.scale(torch.ones(()))
+    ours[0][1].grad *= 4.0
+    if bad:
+        ours[0][1].grad[0] = math.inf
+    else:
+        torch.nn.utils.clip_grad_norm_([p for _, p in theirs], 1.0)
+        other.step()
+    if order == "unscaled":
+        scaler.unscale_(mine)
+        clip_gradients_(ours, NormClip(1.0), optimizer=mine)
+    else:
+        clip_gradients_(ours, NormClip(4.0), optimizer=mine)
+    scaler.step(mine)
+    scaler.update()
+    torch.testing.assert_close(ours[0][1], theirs[0][1], rtol=1e-6, atol=0)
+    assert scaler.get_scale() == (2.0 if bad else 4.0)
+    assert not {"grad_scale", "found_inf"} & vars(mine).keys()
+
+
+def test_a_coefficient_of_one_costs_nothing_on_the_cpu():
+    named = with_norms(1.0)
+    optimizer = FUSED["AdamW"]([p for _, p in named])
+    clip_gradients_(named, NormClip(5.0), optimizer=optimizer)
+    assert not hasattr(optimizer, "grad_scale")
+
+
+def test_an_optimiser_of_more_parameters_is_not_scaled_as_a_whole():
+    named = with_norms(8.0, 8.0)
+    optimizer = FUSED["SGD"]([p for _, p in named])
+    clip_gradients_(named[:1], NormClip(1.0), optimizer=optimizer)
+    assert not hasattr(optimizer, "grad_scale")
+    assert gradients(named)[0].norm() == pytest.approx(1.0, rel=1e-5)
+    assert gradients(named)[1].norm() == pytest.approx(8.0, rel=1e-5)
+
+
+def test_only_optimisers_that_are_fused_throughout_take_a_scale():
+    a, b = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    assert takes_grad_scale(torch.optim.AdamW([a, b], fused=True))
+    assert not takes_grad_scale(torch.optim.AdamW([a, b]))
+    mixed = torch.optim.AdamW([{"params": [a]}, {"params": [b], "fused": False}], fused=True)
+    assert not takes_grad_scale(mixed)
+
+
+def test_what_waits_for_a_step_that_never_came_is_taken_back():
+    named = with_norms(8.0)
+    optimizer = FUSED["SGD"]([p for _, p in named])
+    clip_gradients_(named, NormClip(1.0), optimizer=optimizer)
+    after_step_once(optimizer, lambda: pytest.fail("must not run"))
+    clear_(optimizer)
+    before = named[0][1].detach().clone()
+    optimizer.step()
+    assert (named[0][1] - before).norm() == pytest.approx(0.8, rel=1e-5)
+
+
+def test_two_clips_before_one_step_are_one():
+    named = with_norms(8.0)
+    optimizer = FUSED["SGD"]([p for _, p in named])
+    for _ in range(2):
+        clip_gradients_(named, NormClip(1.0), optimizer=optimizer)
+    before = named[0][1].detach().clone()
+    optimizer.step()
+    assert (named[0][1] - before).norm() == pytest.approx(0.1, rel=1e-5)
+
+
+def test_an_optimiser_with_something_pending_can_be_copied_pickled_and_forgotten():
+    named = with_norms(8.0)
+    optimizer = torch.optim.AdamW([p for _, p in named])
+    clip_gradients_(named, UpdateClip(), optimizer=optimizer)
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        other.step()
+    reference = weakref.ref(optimizer)
+    del optimizer, other
+    gc.collect()
+    assert reference() is None
+
+
+def test_a_rule_on_updates_needs_an_optimiser():
+    decision = UpdateClip().decide(_context(), {})
+    with pytest.raises(ValueError, match="optimizer must be given to a rule that limits the update"):
+        apply_(decision)
+
+
+def _context():
+    from lightning_bigopt.gradients import ClipContext
+
+    named = with_norms(1.0)
+    return ClipContext(parameters=named, optimizer=torch.optim.AdamW([p for _, p in named]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_scale_multiplies_each_by_its_own(dtype):
+    tensors = [torch.ones(2, dtype=dtype), None, torch.ones(3, dtype=torch.float64), torch.ones((), dtype=dtype)]
+    scale_(tensors, torch.tensor([0.5, 7.0, 1.0, 0.25]))
+    assert [None if t is None else t.tolist() for t in tensors] == [[0.5] * 2, None, [1.0] * 3, 0.25]
+    scale_(tensors, torch.tensor(0.5))
+    assert [None if t is None else t.tolist() for t in tensors] == [[0.25] * 2, None, [0.5] * 3, 0.125]
+    assert tensors[0].dtype == dtype

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_bigopt.durations import Horizon
+from lightning_bigopt.gradients import AGC, Groups, MaxUpdateRatio, NormClip, ValueClip, ZClip, clip_gradients_
+from lightning_bigopt.schedules import WarmupLinear
+from tests.gradients.helpers import gradients, run, twin, with_norms
+
+
+def model():
+    network = nn.ModuleDict({"attn": nn.Linear(4, 4), "mlp": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+    for parameter in network.parameters():
+        parameter.grad = torch.randn_like(parameter) * 5
+    return network
+
+
+def test_each_group_has_its_own_rule_and_its_own_norm():
+    network = model()
+    theirs = dict(twin(list(network.named_parameters())))
+    rules = {"attn.*": NormClip(1.0), "head.*": None, "*.bias": ValueClip(0.1)}
+    decision = run(Groups(rules), list(network.named_parameters()))
+    torch.nn.utils.clip_grad_norm_([theirs["attn.weight"], theirs["attn.bias"]], 1.0)
+    torch.nn.utils.clip_grad_value_([theirs["mlp.bias"]], 0.1)
+    for name, parameter in network.named_parameters():
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-6, atol=0)
+    assert set(decision.parts) == {"attn.*", "*.bias"}
+    assert decision.parts["attn.*"].coefficient < 1
+
+
+def test_a_bad_group_does_not_touch_another():
+    named = with_norms(math.nan, 4.0)
+    run(Groups({"p0": NormClip(1.0), "p1": NormClip(1.0)}), named)
+    assert gradients(named)[1].norm() == pytest.approx(1.0, rel=1e-5)
+
+
+def test_states_are_apart():
+    rule = Groups({"p0": ZClip(warmup=2), "p1": ZClip(warmup=3), "*": None})
+    state = rule.initial_state()
+    run(rule, with_norms(1.0, 5.0, 7.0), state)
+    assert {k: v["seed"] for k, v in state.items()} == {
+        "p0": pytest.approx([1.0]), "p1": pytest.approx([5.0])
+    }
+
+
+def test_a_fused_optimiser_is_not_given_one_scale_for_all():
+    named = with_norms(4.0, 4.0)
+    optimizer = torch.optim.AdamW([p for _, p in named], fused=True)
+    clip_gradients_(named, Groups({"p0": NormClip(1.0), "p1": NormClip(2.0)}), optimizer=optimizer)
+    assert not hasattr(optimizer, "grad_scale")
+    assert [round(g.norm().item(), 4) for g in gradients(named)] == [1.0, 2.0]
+
+
+def test_limits_on_updates_may_be_members():
+    named = with_norms(4.0, 4.0)
+    optimizer = torch.optim.SGD([p for _, p in named], lr=1.0)
+    before = [p.detach().clone() for _, p in named]
+    clip_gradients_(named, Groups({"p0": MaxUpdateRatio(0.1), "p1": AGC(0.01)}), optimizer=optimizer)
+    optimizer.step()
+    moved = [(p.detach() - b).norm().item() for (_, p), b in zip(named, before, strict=True)]
+    assert moved == pytest.approx([0.1 * 3**0.5, 0.01 * 3**0.5], rel=1e-5)
+
+
+def test_schedules_inside_are_resolved():
+    rule = Groups({"*": NormClip(1.0, schedule=WarmupLinear(warmup="10 steps")), "x": None})
+    resolved = rule.resolve(Horizon.of_steps(100))
+    assert resolved.pairs[0][1].schedule != rule.pairs[0][1].schedule
+    assert resolved.pairs[1] == ("x", None)
+
+
+def test_which_norm_is_measured():
+    assert Groups({"a": ValueClip(), "b": AGC()}).measures is None
+    assert Groups({"a": ValueClip(), "b": NormClip(norm_type=1)}).measures == 1.0
+    named = with_norms(4.0, 4.0)
+    run(Groups({"p0": NormClip(1.0, norm_type=1), "p1": NormClip(1.0)}), named)
+    assert gradients(named)[0].abs().sum() == pytest.approx(1.0, rel=1e-5)
+    assert gradients(named)[1].norm() == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"typo.*": NormClip()}, r"got 'typo\.\*', which matches none of p0, p1"),
+        ({"*": NormClip(), "p1": None}, "got 'p1', .*; an earlier pattern matches p1 first"),
+    ],
+)
+def test_a_pattern_without_parameters_is_an_error(rules, message):
+    with pytest.raises(ValueError, match=message):
+        run(Groups(rules), with_norms(1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({}, "rules must hold at least one pattern"),
+        ({"*": 1.0}, r"rules\['\*'\] must be a ClippingRule or None, got 1.0"),
+        ({1: None}, "rules must have patterns as keys, got 1"),
+    ],
+)
+def test_bad_arguments(rules, message):
+    with pytest.raises(ValueError, match=message):
+        Groups(rules)
+
+
+def test_a_dict_and_its_pairs_are_one_value():
+    rules = {"a": NormClip(), "*": None}
+    assert Groups(rules) == Groups(tuple(rules.items()))
+    assert hash(Groups(rules)) == hash(Groups(tuple(rules.items())))

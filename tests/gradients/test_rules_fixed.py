@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_bigopt.gradients import (
+    ClipContext,
+    NormClip,
+    PerParameterNormClip,
+    ValueClip,
+    clip_gradients_,
+    measure,
+)
+from lightning_bigopt.schedules import Linear
+from tests.gradients.helpers import gradients, run, twin, with_gradients, with_norms
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
+@pytest.mark.parametrize("max_norm", [0.1, 1.0, 1e4])
+def test_norm_clip_equals_torch(dtype, norm_type, max_norm):
+    ours = with_gradients(((), (5,), (3, 4, 2, 2), (6, 7)), dtype=dtype)
+    theirs = twin(ours)
+    run(NormClip(max_norm, norm_type=norm_type), ours)
+    # torch takes the norm of bf16 in bf16: it is told the right norm.
+    total = torch.nn.utils.get_total_norm([g.double() for g in gradients(theirs)], norm_type)
+    torch.nn.utils.clip_grads_with_norm_([p for _, p in theirs], max_norm, total.float())
+    for mine, other in zip(gradients(ours), gradients(theirs), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6 if dtype.itemsize > 2 else 1e-2, atol=0)
+
+
+def test_norm_clip_below_the_limit_changes_no_bit():
+    named = with_gradients()
+    before = [g.clone() for g in gradients(named)]
+    decision = run(NormClip(1e6), named)
+    assert decision.coefficient == 1.0
+    assert all(torch.equal(a, b) for a, b in zip(before, gradients(named), strict=True))
+
+
+def test_norm_clip_follows_its_schedule():
+    named = with_norms(8.0)
+    rule = NormClip(2.0, schedule=Linear(start=1.0, end=0.5))
+    for fraction, limit in ((0.0, 2.0), (0.5, 1.5), (1.0, 1.0)):
+        decision = rule.decide(ClipContext(parameters=named, fraction=fraction), {})
+        assert decision.threshold == pytest.approx(limit)
+        assert decision.coefficient.item() == pytest.approx(limit / 8.0, rel=1e-5)
+
+
+def test_a_schedule_down_to_zero_is_refused_where_it_gets_there():
+    rule = NormClip(2.0, schedule=Linear(start=1.0, end=0.0))
+    with pytest.raises(ValueError, match="must be positive and finite, got 0.0 at fraction 1"):
+        rule.decide(ClipContext(parameters=with_norms(1.0), fraction=1.0), {})
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_norm_clip_leaves_other_gradients_alone_where_one_is_not_finite(bad):
+    named = with_norms(3.0, 4.0)
+    named[0][1].grad[1] = bad
+    good = named[1][1].grad.clone()
+    decision = run(NormClip(1.0), named)
+    assert decision.coefficient == 1.0
+    assert not decision.norms.finite
+    assert torch.equal(named[1][1].grad, good)
+
+
+def test_finite_gradients_beyond_float32_are_clipped_to_nothing():
+    named = with_norms(3e38, 3e38, 3e38)
+    run(NormClip(1.0), named)
+    assert all(g.abs().max() < 1e-5 for g in gradients(named))
+
+
+def test_norms_that_were_taken_are_used():
+    named = with_norms(8.0)
+    norms = measure(named)
+    named[0][1].grad.zero_()  # a second look would find zero
+    context = ClipContext(parameters=named, norms=norms)
+    assert NormClip(2.0).decide(context, {}).coefficient.item() == pytest.approx(0.25, rel=1e-5)
+    assert NormClip(2.0, norm_type=1.0).decide(context, {}).coefficient == 1.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
+def test_per_parameter_clip_equals_torch_one_by_one(dtype, norm_type):
+    ours = with_gradients(((), (5,), (3, 4, 2, 2), (6, 7)), dtype=dtype)
+    theirs = twin(ours)
+    run(PerParameterNormClip(0.7, norm_type=norm_type), ours)
+    for (_, mine), (_, other) in zip(ours, theirs, strict=True):
+        total = torch.linalg.vector_norm(other.grad.double(), norm_type).float()
+        torch.nn.utils.clip_grads_with_norm_([other], 0.7, total)
+        torch.testing.assert_close(
+            mine.grad, other.grad, rtol=1e-6 if dtype.itemsize > 2 else 1e-2, atol=0
+        )
+
+
+def test_per_parameter_clip_leaves_a_bad_gradient_and_clips_the_rest():
+    named = with_norms(math.nan, 4.0, 0.5)
+    run(PerParameterNormClip(1.0), named)
+    assert gradients(named)[0].isnan().all()
+    assert gradients(named)[1].norm() == pytest.approx(1.0, rel=1e-5)
+    assert gradients(named)[2].norm() == pytest.approx(0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_value_clip_equals_torch_to_the_bit(dtype):
+    ours = with_gradients(dtype=dtype)
+    ours[1][1].grad[:2] = torch.tensor([math.inf, -math.inf])
+    ours[3][1].grad[0] = math.nan
+    theirs = twin(ours)
+    run(ValueClip(0.3), ours)
+    torch.nn.utils.clip_grad_value_([p for _, p in theirs], 0.3)
+    for mine, other in zip(gradients(ours), gradients(theirs), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=0, equal_nan=True)
+
+
+def test_tied_weights_and_missing_gradients():
+    tied, without = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    tied.grad = torch.tensor([2.0, -1.0, 2.0])
+    named = [("a", tied), ("without", without), ("b", tied)]
+    run(NormClip(1.5), named)
+    torch.testing.assert_close(tied.grad, torch.tensor([1.0, -0.5, 1.0]))
+    assert without.grad is None
+    run(ValueClip(0.75), named)
+    torch.testing.assert_close(tied.grad, torch.tensor([0.75, -0.5, 0.75]))
+
+
+@pytest.mark.parametrize("rule", [NormClip(), PerParameterNormClip(), ValueClip()])
+def test_without_any_gradient_nothing_happens(rule):
+    run(rule, [("p", nn.Parameter(torch.ones(2)))])
+
+
+@pytest.mark.parametrize("rule", [NormClip, PerParameterNormClip, ValueClip])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf, True])
+def test_limits_must_be_positive(rule, value):
+    name = "max_abs" if rule is ValueClip else "max_norm"
+    with pytest.raises(ValueError, match=rf"^{name} must be positive and finite, got {value!r}"):
+        rule(value)
+
+
+def test_norm_type_must_be_one_of_three():
+    with pytest.raises(ValueError, match="norm_type must be 1, 2 or inf, got 3"):
+        NormClip(norm_type=3)
+
+
+def test_only_the_first_argument_is_positional():
+    with pytest.raises(TypeError):
+        NormClip(1.0, 2.0)
+
+
+def test_plain_function_takes_modules_parameters_and_names():
+    for form in (lambda m: m, lambda m: m.parameters(), lambda m: m.named_parameters()):
+        model = nn.Linear(3, 2)
+        model(torch.full((1, 3), 9.0)).sum().backward()
+        decision = clip_gradients_(form(model), NormClip(1.0))
+        total = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        assert total == pytest.approx(1.0, rel=1e-5)
+        assert decision.norms.value > 1.0

@@ -1,0 +1,183 @@
+"""Every schedule can be written in YAML, nested ones too, and comes back from its own dump."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from jsonargparse import ArgumentParser, Namespace
+
+from lightning_bigopt import schedules
+from lightning_bigopt.durations import Duration
+from lightning_bigopt.schedules import (
+    Chain,
+    Clamp,
+    Constant,
+    Cosine,
+    Exponential,
+    Linear,
+    MultiStep,
+    PiecewiseLinear,
+    Product,
+    Schedule,
+    Seesaw,
+    StepDecay,
+    Warmup,
+    WarmupCosine,
+    WarmupStableDecay,
+)
+from tests.schedules import strategies as some
+
+PLAIN = {*schedules.__all__} - {"Chain", "Clamp", "Product", "Schedule", "Seesaw", "Warmup"}
+
+
+class Callback:
+    """Takes schedules as our callbacks do."""
+
+    def __init__(self, schedule: Schedule, groups: dict[str, Schedule] | None = None) -> None:
+        self.schedule = schedule
+        self.groups = groups
+
+
+def parser() -> ArgumentParser:
+    made = ArgumentParser(exit_on_error=False)
+    made.add_class_arguments(Callback, "callback")
+    return made
+
+
+def read(text: str) -> Callback:
+    """Parses, dumps, parses the dump, and finds the same schedules."""
+    made = parser()
+    config = made.parse_string(text)
+    first = instantiate(made, config)
+    again = instantiate(made, made.parse_string(made.dump(config)))
+    assert again.schedule == first.schedule
+    assert again.groups == first.groups
+    return first
+
+
+def instantiate(made: ArgumentParser, config: Namespace) -> Callback:
+    method = getattr(made, "instantiate", None) or made.instantiate_classes
+    callback = method(config).callback
+    assert isinstance(callback, Callback)
+    return callback
+
+
+def written(value: Any) -> Any:
+    """A schedule as the plain data that a user would write."""
+    if isinstance(value, Schedule):
+        arguments = {f.name: written(getattr(value, f.name)) for f in fields(value)}
+        return {"class_path": type(value).__name__, "init_args": arguments}
+    if isinstance(value, Duration):
+        return str(value)
+    if isinstance(value, tuple):
+        return [written(item) for item in value]
+    return value
+
+
+@pytest.mark.parametrize("name", sorted(PLAIN))
+def test_by_name_alone_with_its_defaults(name: str):
+    made = getattr(schedules, name)()
+    assert read(f"callback: {{schedule: {{class_path: {name}}}}}").schedule == made
+    full = f"callback: {{schedule: {{class_path: lightning_bigopt.schedules.{name}}}}}"
+    assert read(full).schedule == made
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(some.simple | some.composed)
+def test_any_schedule_survives_yaml(schedule: Schedule):
+    text = yaml.safe_dump({"callback": {"schedule": written(schedule)}})
+    assert read(text).schedule == schedule
+
+
+@pytest.mark.parametrize(
+    ("every", "expected"),
+    [
+        ("1", "1 steps"),
+        ("1.0", "100%"),
+        ("0.5", "50%"),
+        ("1e-1", "10%"),
+        ("250", "250 steps"),
+        ("'250'", "250 steps"),
+        ("3 epochs", "3 epochs"),
+        ("1e6 samples", "1000000 samples"),
+        ("2B tokens", "2000000000 tokens"),
+        ("12.5%", "12.5%"),
+        ("{value: 10, unit: steps}", "10 steps"),
+    ],
+)
+def test_a_duration_in_yaml_means_what_it_means_in_python(every: str, expected: str):
+    text = f"callback: {{schedule: {{class_path: Exponential, init_args: {{every: {every}}}}}}}"
+    assert read(text).schedule == Exponential(every=expected)
+
+
+def test_a_table_is_a_dict_in_yaml():
+    text = """
+    callback:
+      schedule:
+        class_path: MultiStep
+        init_args: {milestones: {30%: 0.5, 0.6: 0.1}}
+      groups:
+        head:
+          class_path: PiecewiseLinear
+          init_args: {points: {0%: 0.0, 100 steps: 1.0, 500: 1e-1}}
+    """
+    callback = read(text)
+    assert callback.schedule == MultiStep({"30%": 0.5, "60%": 0.1})
+    assert callback.groups == {"head": PiecewiseLinear({"0%": 0.0, 100: 1.0, 500: 0.1})}
+
+
+def test_a_nested_chain():
+    text = """
+    callback:
+      schedule:
+        class_path: lightning_bigopt.schedules.Chain
+        init_args:
+          seams: scale
+          parts:
+          - - 30%
+            - class_path: Warmup
+              init_args:
+                duration: 100
+                schedule: {class_path: Constant}
+          - [200 steps, {class_path: Cosine, init_args: {end: 0.5}}]
+          - class_path: Clamp
+            init_args:
+              low: 0.1
+              schedule:
+                class_path: Product
+                init_args:
+                  schedules:
+                  - class_path: Linear
+                  - {class_path: StepDecay, init_args: {every: 1 epoch}}
+    """
+    last = Clamp(Product([Linear(), StepDecay(every="1 epoch")]), low=0.1)
+    assert read(text).schedule == Chain(
+        [("30%", Warmup(100, Constant())), (200, Cosine(end=0.5)), last], seams="scale"
+    )
+
+
+def test_on_the_command_line():
+    made = parser()
+    arguments = [
+        "--callback.schedule=WarmupStableDecay",
+        "--callback.schedule.warmup=500",
+        "--callback.schedule.decay=2e9 tokens",
+        "--callback.schedule.cooldown=linear",
+    ]
+    callback = instantiate(made, made.parse_args(arguments))
+    assert callback.schedule == WarmupStableDecay(warmup=500, decay="2e9 tokens", cooldown="linear")
+
+
+def test_seesaw_around_a_recipe():
+    text = "callback: {schedule: {class_path: Seesaw, init_args: {schedule: WarmupCosine}}}"
+    assert read(text).schedule == Seesaw(WarmupCosine())
+
+
+def test_bad_values_are_reported_by_name():
+    text = "callback: {schedule: {class_path: WarmupCosine, init_args: {warmup: 10 sheep}}}"
+    with pytest.raises(ValueError, match="warmup must have one of the units"):
+        instantiate(parser(), parser().parse_string(text))

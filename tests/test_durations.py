@@ -1,0 +1,350 @@
+"""Durations as users write them, and their conversion against a run counted update by update."""
+
+from __future__ import annotations
+
+import pickle
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_bigopt.durations import Duration, Horizon, Progress, Span
+
+# ------------------------------------------------------------------------------------- Duration
+
+
+@pytest.mark.parametrize(
+    ("written", "value", "unit"),
+    [
+        ("10%", 0.1, "fraction"),
+        (" 12.5 % ", 0.125, "fraction"),
+        ("100%", 1.0, "fraction"),
+        ("1.1%", 0.011, "fraction"),
+        ("0.1e1%", 0.01, "fraction"),
+        (0.25, 0.25, "fraction"),
+        (0.0, 0.0, "fraction"),
+        (1.0, 1.0, "fraction"),
+        (1, 1, "steps"),
+        (0, 0, "steps"),
+        (500, 500, "steps"),
+        ("500 steps", 500, "steps"),
+        ("1 step", 1, "steps"),
+        ("1_000 steps", 1000, "steps"),
+        ("10.steps", 10, "steps"),
+        ("3 epochs", 3, "epochs"),
+        ("0.5 epochs", 0.5, "epochs"),
+        (".5 epochs", 0.5, "epochs"),
+        ("1e6 samples", 1_000_000, "samples"),
+        ("2e9tokens", 2_000_000_000, "tokens"),
+        ("2B tokens", 2_000_000_000, "tokens"),
+        ("2.3B tokens", 2_300_000_000, "tokens"),
+        ("1.1T tokens", 1_100_000_000_000, "tokens"),
+        ("469B tokens", 469_000_000_000, "tokens"),
+        ("32K samples", 32_000, "samples"),
+        ("3.2 M tokens", 3_200_000, "tokens"),
+        ("+5 steps", 5, "steps"),
+        ("500", 500, "steps"),
+        ("1_000", 1000, "steps"),
+        ("0.3", 0.3, "fraction"),
+        ("1e-1", 0.1, "fraction"),
+        (Duration(7, "epochs"), 7, "epochs"),
+    ],
+)
+def test_reads(written, value, unit: str):
+    length = Duration.parse(written)
+    assert (length.value, length.unit) == (value, unit)
+    assert type(length.value) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        (True, "must be a duration such as .* got True"),
+        (None, "must be a duration such as .* got None"),
+        ([10], r"must be a duration such as .* got \[10\]"),
+        ("", "must be a duration such as"),
+        ("ten steps", "must be a duration such as"),
+        ("10 10 steps", "must be a duration such as"),
+        (
+            "10 sheep",
+            "must have one of the units %, steps, epochs, samples, tokens, got '10 sheep'",
+        ),
+        ("10 Steps", "must be a duration such as"),
+        ("2B", "must have one of the units"),
+        ("_1 steps", "must be a duration such as"),
+        (-1, "must be a non-negative number of steps, got -1"),
+        ("-1", "must be a non-negative number of steps, got -1"),
+        ("-1 steps", "must be non-negative and finite, got '-1 steps'"),
+        (-0.1, r"must be a fraction in \[0, 1\] when it is a float, got -0.1"),
+        (1.5, r"must be a fraction in \[0, 1\] .* got 1.5; write an int for steps, or a unit"),
+        (float("nan"), r"must be a fraction in \[0, 1\]"),
+        ("101%", "must be at most 100%, got '101%'"),
+        ("1e999 steps", "must be non-negative and finite, got '1e999 steps'"),
+        ("1e99999999999 tokens", "must be a duration such as"),
+    ],
+)
+def test_refuses(written, message: str):
+    with pytest.raises(ValueError, match=f"^warmup {message}"):
+        Duration.parse(written, name="warmup")
+
+
+@pytest.mark.parametrize("value", [-1, float("inf"), float("nan")])
+def test_refuses_bad_values(value: float):
+    with pytest.raises(ValueError, match="value must be finite and non-negative, got"):
+        Duration(value, "steps")
+
+
+def test_refuses_an_unknown_unit():
+    with pytest.raises(ValueError, match=r"unit must be one of fraction, steps, .* got 'step'"):
+        Duration(1, "step")
+
+
+durations = st.one_of(
+    st.floats(0.0, 1.0).map(lambda value: Duration(value, "fraction")),
+    st.builds(
+        Duration,
+        st.integers(0, 10**15) | st.floats(0.0, 1e15),
+        st.sampled_from(["steps", "epochs", "samples", "tokens"]),
+    ),
+)
+
+
+@given(durations)
+def test_what_is_written_back_is_read_as_the_same(length: Duration):
+    assert Duration.parse(str(length)) == length
+    assert Duration.parse(length) is length
+    assert pickle.loads(pickle.dumps(length)) == length
+
+
+@given(st.decimals(0, 100, places=3))
+def test_percent_is_the_nearest_float_to_what_was_written(percent):
+    assert Duration.parse(f"{percent}%").value == float(Fraction(percent) / 100)
+
+
+# ------------------------------------------------------------------------------ Progress and Span
+
+
+def test_progress_in_every_unit():
+    progress = Progress(fraction=0.25, steps=10, batches=20, epochs=0.5, samples=320, tokens=4096)
+    assert progress.consumed("fraction") == 0.25
+    assert [progress.consumed(u) for u in ("steps", "epochs", "samples", "tokens")] == [
+        10,
+        0.5,
+        320,
+        4096,
+    ]
+    assert progress.of("50%") == 0.5
+    assert progress.of("5 steps") == 2.0
+    assert progress.of("2K tokens") == 2.048
+    assert progress.of(0) == float("inf")
+
+
+def test_a_span_in_every_clock():
+    span = Span(updates=3, batches=2, samples=64)
+    assert [span.amount(c) for c in ("steps", "batches", "samples", "tokens")] == [1, 2, 64, None]
+
+
+@pytest.mark.parametrize("bad", [{"updates": 0}, {"batches": -1}, {"samples": 0}, {"tokens": 0.0}])
+def test_a_span_of_nothing_is_refused(bad: dict[str, float]):
+    (name,) = bad
+    with pytest.raises(ValueError, match=f"{name} must be positive in a span of updates, got"):
+        Span(**{"updates": 1, **bad})
+
+
+# -------------------------------------------------------------------------------------- Horizon
+
+
+CLOCKS = ("steps", "batches", "samples", "tokens")
+spans = st.lists(
+    st.builds(
+        Span,
+        updates=st.integers(1, 20),
+        batches=st.integers(1, 4),
+        samples=st.integers(1, 64),
+        tokens=st.integers(1, 999),
+    ),
+    min_size=1,
+    max_size=6,
+).map(tuple)
+
+
+def count(run: tuple[Span, ...]) -> list[dict[str, int]]:
+    """The oracle: what has been consumed before every update, and at the end."""
+    rows = [dict.fromkeys(CLOCKS, 0)]
+    for span in run:
+        each = {"steps": 1, **{c: getattr(span, c) for c in CLOCKS[1:]}}
+        for _ in range(span.updates):
+            rows.append({clock: rows[-1][clock] + each[clock] for clock in CLOCKS})
+    return rows
+
+
+@given(spans, st.sampled_from(CLOCKS), st.sampled_from(CLOCKS), st.data())
+def test_conversion_agrees_with_counting(run, clock: str, unit: str, data: st.DataObject):
+    rows = count(run)
+    horizon = Horizon(clock=clock, budget=rows[-1][clock], spans=run, batches_per_epoch=5)
+    begin = data.draw(st.integers(0, len(rows) - 1))
+    end = data.draw(st.integers(begin, len(rows) - 1))
+    amount = rows[end][unit] - rows[begin][unit]
+    share = (rows[end][clock] - rows[begin][clock]) / rows[-1][clock]
+    length = f"{amount / 5!r} epochs" if unit == "batches" else f"{amount} {unit}"
+    start, stop = (rows[row][clock] / rows[-1][clock] for row in (begin, end))
+    assert horizon.fraction(length, start=start) == pytest.approx(share, abs=1e-9)
+    assert horizon.fraction(length, stop=stop) == pytest.approx(share, abs=1e-9)
+    assert horizon.total(unit) == pytest.approx(rows[-1][unit])
+
+
+@given(spans, st.sampled_from(CLOCKS), st.sampled_from(CLOCKS[2:]), st.data())
+def test_a_part_converts_as_the_whole_does(run, clock: str, unit: str, data: st.DataObject):
+    rows = count(run)
+    budget = rows[-1][clock]
+    horizon = Horizon(clock=clock, budget=budget, spans=run)
+    begin = data.draw(st.integers(0, len(rows) - 2))
+    middle = data.draw(st.integers(begin, len(rows) - 1))
+    end = data.draw(st.integers(begin + 1, len(rows) - 1))
+    part = horizon.span(rows[begin][clock] / budget, rows[end][clock] / budget)
+    length = f"{rows[middle][unit] - rows[begin][unit]} {unit}"
+    inside = (rows[middle][clock] - rows[begin][clock]) / (rows[end][clock] - rows[begin][clock])
+    assert part.fraction(length) == pytest.approx(inside, abs=1e-9)
+    assert part.total(unit) == pytest.approx(rows[end][unit] - rows[begin][unit])
+
+
+@given(spans, st.sampled_from(CLOCKS), st.sampled_from(CLOCKS[2:]))
+def test_the_axis_runs_through_every_update(run, clock: str, unit: str):
+    rows = count(run)
+    axis = Horizon(clock=clock, budget=rows[-1][clock], spans=run).axis(f"1 {unit}")
+    assert axis[0] == (0.0, 0.0)
+    assert axis[-1] == (1.0, pytest.approx(rows[-1][unit]))
+    for row in rows:
+        share = row[clock] / rows[-1][clock]
+        right = next(i for i, (at, _) in enumerate(axis) if at >= share - 1e-12 and i)
+        (x0, y0), (x1, y1) = axis[right - 1], axis[right]
+        on_line = y0 + (y1 - y0) * (share - x0) / (x1 - x0)
+        assert on_line == pytest.approx(row[unit], abs=1e-6 * rows[-1][unit])
+
+
+def test_an_even_run_has_a_straight_axis():
+    assert Horizon.of_steps(10, samples_per_step=32).axis("5 samples") == ((0.0, 0.0), (1.0, 320))
+    assert Horizon.of_steps(10, steps_per_epoch=4).axis("1 epoch") == ((0.0, 0.0), (1.0, 2.5))
+    assert Horizon.of_steps(10).axis("5%") == ((0.0, 0.0), (1.0, 1.0))
+    two = (Span(updates=5, samples=8), Span(updates=5, samples=8))
+    assert len(Horizon(clock="steps", budget=10, spans=two).axis("1 sample")) == 2
+
+
+def test_beyond_the_run_the_last_updates_go_on():
+    run = (Span(updates=10, samples=8), Span(updates=10, samples=16))
+    horizon = Horizon(clock="steps", budget=20, spans=run)
+    assert horizon.fraction("400 samples") == 30 / 20
+
+
+def test_an_update_that_straddles_the_end_counts_in_full():
+    horizon = Horizon(clock="samples", budget=1000, spans=(Span(updates=4, samples=300),))
+    assert horizon.total("steps") == 4
+    assert horizon.total("samples") == 1000
+    assert horizon.fraction("2 steps") == 0.6
+
+
+@given(st.integers(1, 10**9), st.integers(0, 10**9))
+def test_steps_of_steps_are_exact(total: int, steps: int):
+    assert Horizon.of_steps(total).fraction(steps) == steps / total
+
+
+def test_an_update_is_always_exact_to_the_bit_in_the_budgets_unit():
+    horizon = Horizon.of_steps(1000)
+    assert all(horizon.fraction(f"{k / 10}%") == k / 1000 for k in range(1001))
+
+
+def test_what_is_unknown_is_refused_with_the_way_out():
+    horizon = Horizon(clock="samples", budget=1e6)
+    assert horizon.fraction("250000 samples") == 0.25
+    assert horizon.fraction("25%") == 0.25
+    assert horizon.total("steps") is None
+    with pytest.raises(
+        ValueError, match=r"^warmup must be in samples or percent here, got '5 steps"
+    ):
+        horizon.fraction(5, name="warmup")
+    with pytest.raises(
+        ValueError, match="known in advance in samples; with an adaptive batch size"
+    ):
+        horizon.axis("5 steps")
+    with pytest.raises(
+        ValueError, match="decay must not be in epochs where the length of an epoch"
+    ):
+        horizon.fraction("2 epochs", name="decay")
+    with pytest.raises(ValueError, match="known in advance in tokens"):
+        Horizon.of_steps(10).fraction("5 tokens")
+
+
+class TestShares:
+    def test_are_laid_end_to_end(self):
+        run = (Span(updates=10, samples=10), Span(updates=10, samples=30))
+        horizon = Horizon(clock="steps", budget=20, spans=run)
+        assert horizon.shares({"a": "50%", "b": "150 samples"}) == pytest.approx((0.5, 0.25))
+        assert horizon.shares({"a": "100 samples", "b": "300 samples"}) == pytest.approx((0.5, 0.5))
+
+    def test_those_that_end_with_the_budget_are_counted_from_it(self):
+        run = (Span(updates=10, samples=10), Span(updates=10, samples=30))
+        horizon = Horizon(clock="steps", budget=20, spans=run)
+        lengths = {"warmup": "50 samples", "hold": "150 samples", "decay": "150 samples"}
+        shares = horizon.shares(lengths, last=["hold", "decay"])
+        assert shares == pytest.approx((0.25, 0.25, 0.25))
+
+    def test_keep_the_order_of_the_names(self):
+        horizon = Horizon.of_steps(10)
+        assert horizon.shares({"a": 1, "b": 2, "c": 3}, last=["a"]) == (0.1, 0.2, 0.3)
+        assert horizon.shares({}) == ()
+
+    def test_may_fill_the_budget_to_the_last_update(self):
+        assert Horizon.of_steps(3).shares({"a": 1, "b": 1, "c": 1}) == (1 / 3, 1 / 3, 1 / 3)
+
+    def test_must_fit(self):
+        with pytest.raises(
+            ValueError,
+            match=r"^warmup \+ decay must be at most the whole budget \(10 steps\), got "
+            r"warmup='6 steps' \+ decay='50%'; shorten it, or train longer$",
+        ):
+            Horizon.of_steps(10).shares({"warmup": 6, "decay": "50%"})
+
+    def test_are_compressed_in_a_fast_dev_run(self):
+        tiny = Horizon(clock="steps", budget=1, overlong="compress")
+        assert tiny.shares({"warmup": 30, "decay": 10}) == (0.75, 0.25)
+        assert tiny.span(0.5, 1.0).overlong == "compress"
+
+
+class TestSpan:
+    def test_of_a_span(self):
+        inner = Horizon.of_steps(1000).span(0.5, 1.0).span(0.2, 0.6)
+        assert (inner.offset, inner.budget) == (600, pytest.approx(200))
+        assert inner.fraction("100 steps") == pytest.approx(0.5)
+        assert inner.fraction("50%") == 0.5
+
+    @pytest.mark.parametrize(("start", "stop"), [(0.5, 0.5), (0.6, 0.5)])
+    def test_must_not_be_empty(self, start: float, stop: float):
+        with pytest.raises(ValueError, match="budget must be positive and finite, got"):
+            Horizon.of_steps(10).span(start, stop)
+
+
+@pytest.mark.parametrize("budget", [0, -5, float("inf"), float("nan")])
+def test_a_budget_is_positive(budget: float):
+    with pytest.raises(ValueError, match="budget must be positive and finite, got"):
+        Horizon(clock="steps", budget=budget)
+
+
+def test_an_offset_is_not_negative():
+    with pytest.raises(ValueError, match="offset must be non-negative and finite, got -1"):
+        Horizon(clock="steps", budget=10, offset=-1)
+
+
+@pytest.mark.parametrize("name", ["total_steps", "samples_per_step", "tokens_per_step"])
+def test_counts_are_positive(name: str):
+    counts = {"total_steps": 10, name: 0}
+    with pytest.raises(ValueError, match="must be positive"):
+        Horizon.of_steps(counts.pop("total_steps"), **counts)
+
+
+def test_equality_ignores_what_was_computed():
+    one, other = Horizon.of_steps(10, samples_per_step=2), Horizon.of_steps(10, samples_per_step=2)
+    one.fraction("4 samples")
+    assert one == other
+    assert hash(one) == hash(other)
+    assert pickle.loads(pickle.dumps(one)) == other
