@@ -15,6 +15,7 @@ from lightning_bigopt.batching import (
 from lightning_bigopt.callbacks import (
     BatchSizeScheduler,
     GradientClipping,
+    GradientNoiseScale,
     HyperparameterScheduler,
     LearningRateScheduler,
     OptimizationMonitor,
@@ -118,6 +119,7 @@ __all__ = [
     "GlobalBatchLoader",
     "GradientClipping",
     "GradientClippingMixin",
+    "GradientNoiseScale",
     "Groups",
     "Horizon",
     "HyperparameterScheduler",

@@ -392,9 +392,7 @@ def resolve_horizon(trainer: Trainer, budget: str | None, simulate: Simulate | N
     )
 
 
-def _epochs(
-    epochs: float, batches: int | None, samples: int | None
-) -> list[tuple[Clock, float]]:
+def _epochs(epochs: float, batches: int | None, samples: int | None) -> list[tuple[Clock, float]]:
     """A number of epochs as a limit in what the loader counts; none where it counts nothing."""
     if samples is not None:
         return [("samples", epochs * samples)]

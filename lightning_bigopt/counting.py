@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -38,10 +38,9 @@ def named_function(how: BatchWeight, *, name: str) -> BatchWeight:
     """
     if not isinstance(how, str) or "." not in how:
         return how
-    module, _, attribute = how.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        found = pkgutil.resolve_name(how)
+    except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{name} must be a function of the batch, its dotted name, or the name of one of the "
             f"batch's fields, got {how!r} ({error}); write 'package.module.function'"

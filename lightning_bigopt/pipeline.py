@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -93,6 +94,7 @@ class Pipeline:
         self._trainer = weakref.ref(trainer)
         self.number = next(_numbers)
         self._callers: dict[str, set[int]] = {}
+        self._listeners: dict[str, list[Controller]] = {}
         self._parameters: weakref.WeakKeyDictionary[Any, list[tuple[str, nn.Parameter]]] = (
             weakref.WeakKeyDictionary()
         )
@@ -117,6 +119,18 @@ class Pipeline:
             pipeline = cls._of[trainer] = cls(trainer)
         return pipeline
 
+    @classmethod
+    @contextmanager
+    def beside(cls, trainer: Trainer) -> Iterator[None]:
+        """A pipeline of its own for a trial; the Trainer's is not touched meanwhile."""
+        kept = cls._of.pop(trainer, None)
+        try:
+            yield
+        finally:
+            cls._of.pop(trainer, None)
+            if kept is not None:
+                cls._of[trainer] = kept
+
     # -------------------------------------------------------------------------------- access
 
     @property
@@ -138,13 +152,19 @@ class Pipeline:
 
     @property
     def window_is_open(self) -> bool:
-        """Whether the batch trained last, or under way, left micro-batches of its update to come."""
+        """Whether micro-batches of an update were begun, and others of it are to come."""
         return self._window_is_open
 
     @property
     def window_samples(self) -> int:
         """Samples over all processes in the window under way, the batch under way included."""
         return self.samples - self._samples_before_window
+
+    @property
+    def loss_factor(self) -> float | Tensor:
+        """What the loss of the batch under way is multiplied by before its backward."""
+        planner = self.find(BatchSizeController)
+        return 1.0 if planner is None else planner.weights.factor
 
     @property
     def coming_progress(self) -> Progress:
@@ -199,6 +219,7 @@ class Pipeline:
         """Adds a controller that another one brings, for this fit."""
         self.controllers.append(controller)
         self.controllers.sort(key=lambda c: c.rank)
+        self._listeners = {}
 
     def end(self) -> None:
         """Undoes what the controllers patched; the counters stay for a second fit."""
@@ -209,15 +230,29 @@ class Pipeline:
 
     # --------------------------------------------------------------------------------- events
 
-    def once(self, event: str, caller: object, run: Callable[[], None]) -> None:
+    def once(self, event: str, caller: object, run: Callable[..., None], *arguments: Any) -> None:
         """Runs ``run`` for the first caller of a round of ``event``."""
-        callers = self._callers.setdefault(event, set())
-        if id(caller) in callers:
+        callers = self._callers.get(event)
+        if callers is None:
+            callers = self._callers[event] = set()
+        caller_id = id(caller)
+        if caller_id in callers:
             callers.clear()
         first = not callers
-        callers.add(id(caller))
+        callers.add(caller_id)
         if first:
-            run()
+            run(*arguments)
+
+    def _who(self, hook: str) -> list[Controller]:
+        """The controllers that do something in a hook; asked many times a step."""
+        listeners = self._listeners.get(hook)
+        if listeners is None:
+            listeners = self._listeners[hook] = [
+                controller
+                for controller in self.controllers
+                if getattr(type(controller), hook) is not getattr(Controller, hook)
+            ]
+        return listeners
 
     def fit_start(self) -> None:
         """``on_fit_start``: conflicts are refused."""
@@ -271,7 +306,7 @@ class Pipeline:
         planner = self.find(BatchSizeController)
         served = None if planner is None else planner.served(self.trainer, index)
         self.batch_samples = self.clock.begin_batch(self.trainer, batch, served=served)
-        for controller in self.controllers:
+        for controller in self._who("on_batch_start"):
             controller.on_batch_start(self, batch, index)
 
     def before_backward(self, loss: Tensor) -> None:
@@ -286,16 +321,16 @@ class Pipeline:
         """``on_before_optimizer_step``: rescale, measure, decide, clip, observe."""
         self._first_update_pending = False
         step = OptimizerStep(self, optimizer)
-        for controller in self.controllers:
+        for controller in self._who("rescale"):
             controller.rescale(step)
-        if any(controller.wants_norms(step) for controller in self.controllers):
+        if any(controller.wants_norms(step) for controller in self._who("wants_norms")):
             _ = step.norms
-        for controller in self.controllers:
+        for controller in self._who("decide"):
             controller.decide(step)
         if step.skipped is None:
-            for controller in self.controllers:
+            for controller in self._who("clip"):
                 controller.clip(step)
-        for controller in self.controllers:
+        for controller in self._who("observe"):
             controller.observe(step)
 
     def batch_end(self, outputs: Any, batch: Any) -> None:
@@ -311,7 +346,7 @@ class Pipeline:
                 f"{type(trainer.strategy).__name__} or an overridden hook swallowed it; call "
                 "super() in the hook, or remove the callbacks of lightning_bigopt"
             )
-        for controller in self.controllers:
+        for controller in self._who("on_batch_end"):
             controller.on_batch_end(self, outputs, batch)
         if not self._window_is_open and self.clock.exhausted:
             trainer.should_stop = True

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -18,9 +19,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_bigopt.batching import GlobalBatchLoader
+from lightning_bigopt.batching.local_squares import LocalSquares, note_local_squares
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Callback, Trainer
+    from lightning.pytorch import Callback, LightningModule, Trainer
     from torch.utils.tensorboard import SummaryWriter
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "callbacks_of",
     "closes_window",
     "count_rows",
+    "data_in_place",
     "data_parallel_size",
     "data_rank",
     "epoch_batches",
@@ -39,6 +42,7 @@ __all__ = [
     "is_fast_dev_run",
     "is_last_batch",
     "is_private",
+    "loss_scale",
     "micro_batch_size",
     "named_parameters",
     "newest_checkpoint",
@@ -48,6 +52,7 @@ __all__ = [
     "ready_batches",
     "remove_schedulers",
     "shard_group",
+    "shards_gradients",
     "should_log",
     "show_on_progress_bar",
     "sum_over_data",
@@ -56,6 +61,7 @@ __all__ = [
     "train_loaders",
     "unscale_gradients_",
     "unscaled_loss",
+    "watch_local_gradients",
 ]
 
 
@@ -122,6 +128,36 @@ def shard_group(trainer: Trainer) -> ProcessGroup | None:
 
 
 # ---------------------------------------------------------------------- the loaders and the loop
+
+
+@contextmanager
+def data_in_place(
+    trainer: Trainer, module: LightningModule, data: Any = None, *, datamodule: Any = None
+) -> Iterator[None]:
+    """Sets the training data up as a fit would, and takes it back: nothing is trained.
+
+    The hooks ``prepare_data``, ``setup`` and ``configure_model`` of module and datamodule run. No
+    process is started: a strategy of several processes is asked for their number only.
+    """
+    loop, connector = trainer.fit_loop, trainer._data_connector
+    before = dict(vars(loop)), trainer.state.fn, trainer.state.stage
+    trainer.state.fn, trainer.state.stage = TrainerFn.FITTING, RunningStage.TRAINING
+    trainer.strategy._lightning_module = module
+    try:
+        connector.attach_data(module, train_dataloaders=data, datamodule=datamodule)
+        module.trainer = trainer
+        for owner in (datamodule, module):
+            if owner is not None:
+                owner.prepare_data()
+                owner.setup("fit")
+        module.configure_model()
+        loop.setup_data()
+        yield
+    finally:
+        vars(loop).clear()
+        vars(loop).update(before[0])
+        trainer.state.fn, trainer.state.stage = before[1:]
+        trainer.strategy._lightning_module = None
 
 
 def train_loaders(trainer: Trainer) -> list[Any]:
@@ -325,6 +361,42 @@ def unscaled_loss(trainer: Trainer, loss: Tensor) -> Tensor:
     if trainer.lightning_module.automatic_optimization:
         plain = plain * int(trainer.accumulate_grad_batches)
     return plain
+
+
+def loss_scale(trainer: Trainer) -> float:
+    """What the GradScaler multiplies losses by; 1.0 without one."""
+    scaler = gradient_scaler(trainer)
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def shards_gradients(trainer: Trainer) -> bool:
+    """Whether every backward averages over the processes, accumulating or not."""
+    return isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
+
+
+def watch_local_gradients(trainer: Trainer) -> LocalSquares | None:
+    """Has DDP note the norm of what this process contributes; None for other strategies.
+
+    Raises:
+        ValueError: If DDP has a communication hook already: it holds one.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, DDPStrategy) or trainer.world_size == 1:
+        return None
+    squares = LocalSquares()
+    refused = "ddp_comm_hook=" if strategy._ddp_comm_hook is not None else ""
+    model: Any = strategy.model
+    try:
+        if not refused:
+            model.register_comm_hook(squares, note_local_squares)
+    except RuntimeError as error:
+        refused = str(error)
+    if refused:
+        raise ValueError(
+            "DDP must have no communication hook with GradientNoiseScale, which needs its own and "
+            f"DDP holds one, got one ({refused}); remove the hook, or GradientNoiseScale"
+        )
+    return squares
 
 
 # ------------------------------------------------------------------------------- schedulers

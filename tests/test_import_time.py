@@ -14,11 +14,11 @@ start = time.process_time()
 import lightning_bigopt
 print(time.process_time() - start)
 """
-OPTIONAL = """
+ADDED = """
 import sys, lightning
 before = set(sys.modules)
 import lightning_bigopt
-print(*set(sys.modules) - before)
+print(*(set(sys.modules) - before))
 """
 
 

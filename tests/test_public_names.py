@@ -9,11 +9,13 @@ NAMES = """
     AGC Abort Action AdaGC AutoClip Backoff BatchSizePolicy BatchSizePolicyMixin BatchSizeRamp
     BatchSizeScheduler BatchSizeSteps Chain Clamp ClipToMedian ClippingRule Constant
     ConstantBatchSize Cooldown Cosine CosineWithRestarts Cyclic Detector Duration Exponential
-    FullBatch GlobalBatchLoader GradientClipping GradientClippingMixin Groups Horizon
-    HyperparameterScheduler InfiniteSchedule InverseSquareRoot LearningRateScheduleMixin LearningRateScheduler Linear
+    FullBatch GlobalBatchLoader GradientClipping GradientClippingMixin GradientNoiseScale Groups Horizon
+    HyperparameterScheduler InfiniteSchedule InverseSquareRoot LearningRateScheduleMixin
+    LearningRateScheduler Linear
     LossSpike MaxUpdateRatio MultiStep Noam NoiseScaleBatchSize NonFinite NormClip NormSpike
     OneCycle OptimizationMonitor PerParameterNormClip PiecewiseLinear Polynomial Power Product
-    Progress REX ReduceOnPlateau Schedule SchedulePolicy Seesaw SeesawBatchSize SingleSample Skip StepDecay StepGuard
+    Progress REX ReduceOnPlateau Schedule SchedulePolicy Seesaw SeesawBatchSize SingleSample Skip
+    StepDecay StepGuard
     TriStage UpdateClip ValueClip Warmup WarmupConstant WarmupCosine WarmupInverseSquareRoot
     WarmupLinear WarmupStableDecay ZClip __version__ replay
 """

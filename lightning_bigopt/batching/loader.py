@@ -271,15 +271,15 @@ class GlobalBatchLoader:
             dataset = SampleStreams(dataset, seed=mixed_seed(self.seed, self.epoch))
         workers = torch.Generator()
         workers.manual_seed(mixed_seed(self.seed, self.epoch, self.position, self.rank))
-        return iter(
-            DataLoader(
-                dataset,
-                batch_sampler=self._batches(self._emitted),
-                num_workers=self.num_workers,
-                collate_fn=self.collate_fn,
-                generator=workers,
-                **self.options,
-            )
+        # Nothing begins before the first batch is asked for: Lightning calls iter() to see whether
+        # it may, when the plan is not known yet.
+        yield from DataLoader(
+            dataset,
+            batch_sampler=self._batches(self._emitted),
+            num_workers=self.num_workers,
+            collate_fn=self.collate_fn,
+            generator=workers,
+            **self.options,
         )
 
     def _batches(self, emitted: dict[int, _Emitted]) -> Iterator[list[int]]:

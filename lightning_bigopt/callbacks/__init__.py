@@ -5,12 +5,14 @@ from lightning_bigopt.callbacks.gradient_clipping import GradientClipping
 from lightning_bigopt.callbacks.hyperparameter import HyperparameterScheduler
 from lightning_bigopt.callbacks.learning_rate import LearningRateScheduler
 from lightning_bigopt.callbacks.monitor import OptimizationMonitor
+from lightning_bigopt.callbacks.noise_scale import GradientNoiseScale
 from lightning_bigopt.callbacks.plateau import ReduceOnPlateau
 from lightning_bigopt.callbacks.step_guard import StepGuard
 
 __all__ = [
     "BatchSizeScheduler",
     "GradientClipping",
+    "GradientNoiseScale",
     "HyperparameterScheduler",
     "LearningRateScheduler",
     "OptimizationMonitor",

@@ -88,28 +88,28 @@ class OptimizationCallback(Callback):
     ) -> None:
         """A window may open."""
         pipeline = self._bound()
-        pipeline.once("batch_start", self, lambda: pipeline.batch_start(batch, batch_idx))
+        pipeline.once("batch_start", self, pipeline.batch_start, batch, batch_idx)
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
         """A micro-batch's loss is known."""
         pipeline = self._bound()
-        pipeline.once("before_backward", self, lambda: pipeline.before_backward(loss))
+        pipeline.once("before_backward", self, pipeline.before_backward, loss)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Rescale, measure, decide, clip, observe."""
         pipeline = self._bound()
-        pipeline.once("before_step", self, lambda: pipeline.before_step(optimizer))
+        pipeline.once("before_step", self, pipeline.before_step, optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """The batch counts as consumed."""
         pipeline = self._bound()
-        pipeline.once("batch_end", self, lambda: pipeline.batch_end(outputs, batch))
+        pipeline.once("batch_end", self, pipeline.batch_end, outputs, batch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """An epoch has ended."""

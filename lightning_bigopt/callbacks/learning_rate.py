@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+
 from lightning_bigopt.callbacks.base import OptimizationCallback
 from lightning_bigopt.clock import BatchCount, ClockSettings, OnResume
 from lightning_bigopt.controllers.learning_rate import (

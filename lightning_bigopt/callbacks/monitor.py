@@ -86,6 +86,28 @@ class OptimizationMonitor(OptimizationCallback):
         )
         self.report = report
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Undoes every patch, and writes the report."""
+        super().teardown(trainer, pl_module, stage)
+        if stage == "fit":
+            self._write_report(trainer)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Undoes every patch, and writes the report of what there was."""
+        super().on_exception(trainer, pl_module, exception)
+        self._write_report(trainer)
+
+    def _write_report(self, trainer: Trainer) -> None:
+        if self.report is None or not trainer.is_global_zero or trainer.log_dir is None:
+            return
+        from lightning_bigopt.reporting.report import write_report
+
+        for logger in trainer.loggers:
+            logger.save()
+        write_report([trainer.log_dir], self.report)
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validation is no part of a step's time."""
         self.controller.pause()

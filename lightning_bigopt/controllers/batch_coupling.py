@@ -73,6 +73,8 @@ class BatchCoupling:
         self.max_kappa = max_kappa
         self.base: int | None = None
         self._trail: list[tuple[float, float]] = []
+        self._writer: LearningRateController | None = None
+        self._restored_writer: dict[str, Any] | None = None
         self._bases: dict[str, list[list[float]]] = {}
         self._restored: dict[str, list[list[float]]] | None = None
 
@@ -93,7 +95,7 @@ class BatchCoupling:
     def on_fit_start(self, pipeline: Pipeline) -> None:
         """Reads the configured values, and finds somebody to write the learning rate."""
         optimizers: Sequence[Optimizer] = pipeline.trainer.optimizers
-        self._bases = {}
+        self._bases, self._writer = {}, None
         for name, field in self._fields():
             if any(c.role == f"schedule of {field.name}" for c in pipeline.controllers):
                 raise ValueError(
@@ -111,12 +113,12 @@ class BatchCoupling:
                     f"{name} must be None for {kinds}, whose groups have no {field.name}, got "
                     f"{getattr(self, name)!r}"
                 ) from error
-        if self.rewarmup is not None and self.rewarmup.unit == "tokens":
-            if pipeline.clock.settings.tokens is None:
-                raise ValueError(
-                    f"tokens must be given with rewarmup={str(self.rewarmup)!r}, got None; pass "
-                    "tokens=a function of the batch, or write rewarmup in samples"
-                )
+        counts_tokens = pipeline.clock.settings.tokens is not None
+        if self.rewarmup is not None and self.rewarmup.unit == "tokens" and not counts_tokens:
+            raise ValueError(
+                f"tokens must be given with rewarmup={str(self.rewarmup)!r}, got None; pass "
+                "tokens=a function of the batch, or write rewarmup in samples"
+            )
         if self.lr_scaling is None or pipeline.find(LearningRateController) is not None:
             return
         if configs := pipeline.trainer.lr_scheduler_configs:
@@ -126,12 +128,16 @@ class BatchCoupling:
                 "which writes the learning rate itself; return the optimizer only and add "
                 "LearningRateScheduler(...) to the callbacks"
             )
-        pipeline.add(LearningRateController(Constant()))
+        self._writer = LearningRateController(Constant())
+        pipeline.add(self._writer)
 
     def on_train_start(self, size: int) -> None:
         """The first batch of the run is known; a checkpoint's wins."""
         if self.base is None:
             self.base = size
+        if self._writer is not None and self._restored_writer is not None:
+            self._writer.load_state_dict(self._restored_writer)
+        self._restored_writer = None
         if self._restored is not None:
             self._bases, self._restored = self._restored, None
 
@@ -197,21 +203,17 @@ class BatchCoupling:
             return ""
         kind = _kind(optimizers[0])
         rule = recommended_rule(kind)
-        wanted = (
-            "'sqrt' suits Adam and its kin, 'linear' SGD" if rule is None else f"{kind}: {rule!r}"
-        )
-        return (
-            " The learning rate does not follow the batch (lr_scaling=None); recommended for "
-            f"{wanted}."
-            if rule is not None
-            else f" The learning rate does not follow the batch (lr_scaling=None); {wanted}."
-        )
+        wanted = "'sqrt' suits Adam and its kin, 'linear' SGD"
+        if rule is not None:
+            wanted = f"lr_scaling={rule!r} is recommended for {kind}"
+        return f" The learning rate does not follow the batch (lr_scaling=None); {wanted}."
 
     # --------------------------------------------------------------------------------- state
 
     def reset(self) -> None:
         """Forgets a former run."""
-        self.base, self._trail, self._restored = None, [], None
+        self.base, self._trail = None, []
+        self._restored = self._restored_writer = None
 
     def state_dict(self) -> dict[str, Any]:
         """First batch, base values, and the factors that the re-warm-up looks back on."""
@@ -219,12 +221,14 @@ class BatchCoupling:
             "base": self.base,
             "bases": {name: [list(b) for b in bases] for name, bases in self._bases.items()},
             "trail": [list(point) for point in self._trail],
+            "writer": None if self._writer is None else self._writer.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what :meth:`state_dict` gave; base values from training start on."""
         self.base = state["base"]
         self._trail = [(float(start), float(factor)) for start, factor in state["trail"]]
+        self._restored_writer = state["writer"]
         restored = {name: [list(b) for b in bases] for name, bases in state["bases"].items()}
         if restored.keys() == {name for name, _ in self._fields()}:
             self._restored = restored

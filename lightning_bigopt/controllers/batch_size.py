@@ -241,7 +241,7 @@ class BatchSizeController(Controller):
         """The planned batch, and what follows it."""
         if self.size is None or self._window is None:
             return {}
-        values = {"batch/planned_size": float(self.size), "batch/accumulation": int(self._window)}
+        values = {"batch/planned_size": float(self.size)}
         if self.coupling.lr_scaling is not None:
             factor = self.coupling.learning_rate_factor(self.size, pipeline.progress)
             values["batch/lr_factor"] = factor

@@ -140,8 +140,8 @@ def hand_over(pipeline: Pipeline, policy: BatchSizePolicy, loaders: list[Any]) -
     """Tells an exact loader its place and its sizes, before it is asked for the first batch.
 
     Raises:
-        ValueError: If it is not the only loader, the policy cannot be known in advance, or Lightning
-            would cut its epochs.
+        ValueError: If it is not the only loader, the policy cannot be known in advance, or
+            Lightning would cut its epochs.
     """
     exact = [loader for loader in loaders if isinstance(loader, GlobalBatchLoader)]
     if not exact:

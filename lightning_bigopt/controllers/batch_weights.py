@@ -87,7 +87,7 @@ class LossWeights:
         if self.weight is None:
             if is_exact:  # its weights are relative to the window already
                 return
-            expected, samples = length * self._full * world, float(self._sum) * world
+            expected, samples = float(length * self._full * world), float(self._sum) * world
             if self._varies or trainer_access.is_last_batch(trainer):
                 samples = trainer_access.sum_over_data(trainer, float(self._sum))
             if samples == expected:

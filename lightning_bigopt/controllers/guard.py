@@ -132,7 +132,8 @@ class StepGuardController(Controller):
         for optimizer in pipeline.trainer.optimizers:
             clear_(optimizer)
         if self.rejected:
-            rank_zero_info(f"StepGuard rejected {self.rejected} updates so far.")
+            plural = "s" if self.rejected > 1 else ""
+            rank_zero_info(f"StepGuard rejected {self.rejected} update{plural} of this run.")
 
     # ------------------------------------------------------------------------------ decision
 

@@ -205,15 +205,7 @@ class LearningRateController(Controller):
             self.optimizers,
             {scheduler.label for scheduler in schedulers if scheduler.label},
         )
-        self._resolved = self._on_horizon(self.schedule, pipeline.clock)
-        self._resolved_groups = {
-            name: self._on_horizon(schedule, pipeline.clock)
-            for name, schedule in self.groups.items()
-        }
-        self._resolved_optimizers = {
-            name: self._on_horizon(schedule, pipeline.clock)
-            for name, schedule in self.optimizers.items()
-        }
+        self.resolve(pipeline.clock)
         before = [float(group["lr"]) for group in groups]
         for scheduler in schedulers:
             scheduler.write(pipeline.progress)
@@ -228,6 +220,16 @@ class LearningRateController(Controller):
             rates=[(old, float(group["lr"])) for old, group in zip(before, groups, strict=True)],
             is_foreign=any(scheduler.is_foreign for scheduler in schedulers),
         )
+
+    def resolve(self, clock: TrainingClock) -> None:
+        """Converts the durations of every schedule on the clock's horizon."""
+        self._resolved = self._on_horizon(self.schedule, clock)
+        self._resolved_groups = {
+            name: self._on_horizon(schedule, clock) for name, schedule in self.groups.items()
+        }
+        self._resolved_optimizers = {
+            name: self._on_horizon(schedule, clock) for name, schedule in self.optimizers.items()
+        }
 
     def _on_horizon(self, schedule: Schedule, clock: TrainingClock) -> Schedule:
         assert clock.horizon is not None  # needs_horizon

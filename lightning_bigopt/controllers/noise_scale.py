@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_bigopt import trainer_access
 from lightning_bigopt.batching import NoiseScaleEstimator, NoiseScaleReport, noise_scale_terms
+from lightning_bigopt.batching.local_squares import LocalSquares
 from lightning_bigopt.controllers.base import Controller
 from lightning_bigopt.gradients import measure
 
@@ -38,7 +39,7 @@ class NoiseScaleController(Controller):
     def __init__(self, *, decay: float = 0.99, minimum_updates: int = 16) -> None:
         self.estimator = NoiseScaleEstimator(decay=decay, minimum_updates=minimum_updates)
         self.report = self.estimator.report()
-        self._squares: trainer_access.LocalSquares | None = None
+        self._squares: LocalSquares | None = None
         self._is_first = True
         self._small: tuple[Tensor, float, float] | None = None
         self._weight: float | Tensor = 1.0
@@ -76,8 +77,7 @@ class NoiseScaleController(Controller):
 
     def on_batch_start(self, pipeline: Pipeline, batch: Any, index: int) -> None:
         """Notes what the batch's loss will be multiplied by."""
-        planner = pipeline.batch_planner
-        self._weight = 1.0 if planner is None else planner.weights.factor
+        self._weight = pipeline.loss_factor
 
     def wants_norms(self, step: OptimizerStep) -> bool:
         """The norm of the whole update, where there is a part to compare it with."""
@@ -104,9 +104,7 @@ class NoiseScaleController(Controller):
         self._small = None
         self._update(pipeline, small, big)
 
-    def _update(
-        self, pipeline: Pipeline, small: tuple[Tensor, float, float], big: Tensor
-    ) -> None:
+    def _update(self, pipeline: Pipeline, small: tuple[Tensor, float, float], big: Tensor) -> None:
         trainer = pipeline.trainer
         world = trainer_access.data_parallel_size(trainer)
         square, samples, weight = small
@@ -118,8 +116,11 @@ class NoiseScaleController(Controller):
         device = trainer.strategy.root_device
         wide = torch.float32 if device.type == "mps" else torch.float64
         sums = torch.cat(
-            [square.reshape(1).to(device, wide), big.reshape(1).to(device, wide) ** 2,
-             rest.to(device, wide)]
+            [
+                square.reshape(1).to(device, wide),
+                big.reshape(1).to(device, wide) ** 2,
+                rest.to(device, wide),
+            ]
         )
         totals = trainer_access.sum_over_data_(trainer, sums).tolist()
         square_sum, big_sum, inverse_sum, sample_sum, weight_sum, parts = totals
@@ -146,7 +147,9 @@ class NoiseScaleController(Controller):
         if self._is_first and pipeline.window_is_open:
             trainer = pipeline.trainer
             parameters = [
-                pair for optimizer in trainer.optimizers for pair in pipeline.parameters_of(optimizer)
+                pair
+                for optimizer in trainer.optimizers
+                for pair in pipeline.parameters_of(optimizer)
             ]
             group = trainer_access.shard_group(trainer)
             norm = measure(parameters, process_group=group).total.double()
@@ -156,6 +159,16 @@ class NoiseScaleController(Controller):
         if self._squares is not None:
             self._squares.clear()
         self._is_first = not pipeline.window_is_open
+        watched = any(controller.role == "monitor" for controller in pipeline.controllers)
+        if self._is_first and not watched and trainer_access.should_log(pipeline.trainer):
+            self._log(pipeline)
+
+    def _log(self, pipeline: Pipeline) -> None:
+        """Logs by itself where no OptimizationMonitor collects."""
+        trainer, values = pipeline.trainer, dict(self.metrics(pipeline))
+        if values and trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=trainer_access.batches_that_stepped(trainer))
 
     def on_fit_end(self, pipeline: Pipeline) -> None:
         """Stops watching."""
@@ -163,7 +176,7 @@ class NoiseScaleController(Controller):
             self._squares.stop()
             self._squares = None
 
-    def metrics(self, pipeline: Pipeline) -> Mapping[str, float | Tensor]:
+    def metrics(self, pipeline: Pipeline) -> Mapping[str, float]:
         """The noise scale with its standard error, or nothing where they cannot be trusted."""
         found: NoiseScaleReport = self.report
         if found.noise_scale is None:

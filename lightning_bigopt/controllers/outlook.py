@@ -77,10 +77,11 @@ def planned_rate(
     *,
     group: str | None,
     base: float,
+    optimizer: str = "",
 ) -> float:
     """The learning rate of a parameter group at a point of the run."""
     factor = math.prod(c.learning_rate_factor(progress) for c in controllers)
-    return owner.value(group, progress.fraction, base) * factor
+    return owner.value(group, progress.fraction, base, optimizer=optimizer) * factor
 
 
 def _ahead(horizon: Horizon, start: Progress, span: Span, updates: int) -> Progress:

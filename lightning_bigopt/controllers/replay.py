@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -84,7 +83,7 @@ def replay(
         ...         self.layer = nn.Linear(1, 1)
         ...
         ...     def training_step(self, batch):
-        ...         return self.layer(batch).log().mean()
+        ...         return self.layer(batch).sqrt().mean()
         ...
         ...     def configure_optimizers(self):
         ...         return optim.SGD(self.parameters(), lr=0.1)
@@ -118,7 +117,11 @@ def replay(
     module.train()
     module.zero_grad()
     losses = []
-    with torch.random.fork_rng(devices=cuda), _autocast(saved["precision"], device), _unlogged():
+    with (
+        torch.random.fork_rng(devices=cuda),
+        _autocast(saved["precision"], device),
+        _unlogged(module),
+    ):
         for micro in window:
             torch.set_rng_state(micro["random"]["cpu"])
             if "cuda" in micro["random"] and cuda:
@@ -164,8 +167,14 @@ def _autocast(precision: str, device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _unlogged() -> Iterator[None]:
-    """Without a Trainer ``self.log`` goes nowhere, and would say so at every call."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*self.trainer. reference is not registered")
+def _unlogged(module: LightningModule) -> Iterator[None]:
+    """Without a running loop ``self.log`` would raise."""
+    names = ("log", "log_dict")
+    kept = {name: vars(module)[name] for name in names if name in vars(module)}
+    vars(module).update(dict.fromkeys(names, lambda *_, **__: None))
+    try:
         yield
+    finally:
+        for name in names:
+            del vars(module)[name]
+        vars(module).update(kept)

@@ -73,9 +73,14 @@ def planned_curves(
         values: dict[str, float] = {}
         progress = update.progress
         if owner is not None:
-            for tag, group, base in _scheduled_groups(pipeline):
+            for tag, label, group, base in _scheduled_groups(pipeline):
                 values[tag] = planned_rate(
-                    owner, pipeline.controllers, progress, group=group, base=base
+                    owner,
+                    pipeline.controllers,
+                    progress,
+                    group=group,
+                    base=base,
+                    optimizer=label,
                 )
         if update.global_batch_size is not None:
             values["plan/global_size"] = update.global_batch_size
@@ -85,8 +90,8 @@ def planned_curves(
             yield progress.samples + int(update.global_batch_size), values
 
 
-def _scheduled_groups(pipeline: Pipeline) -> Iterator[tuple[str, str | None, float]]:
-    """For each group on a schedule its tag, name and base learning rate."""
+def _scheduled_groups(pipeline: Pipeline) -> Iterator[tuple[str, str, str | None, float]]:
+    """For each group on a schedule its tag, optimiser, name and base learning rate."""
     trainer = pipeline.trainer
     for config in trainer.lr_scheduler_configs:
         scheduler = config.scheduler
@@ -94,7 +99,7 @@ def _scheduled_groups(pipeline: Pipeline) -> Iterator[tuple[str, str | None, flo
             label = trainer_access.optimizer_label(trainer, scheduler.optimizer)
             groups = scheduler.optimizer.param_groups
             for name, group, base in zip(group_names(groups), groups, scheduler.bases, strict=True):
-                yield tag_name("plan/lr", label, name), group.get("name"), base
+                yield tag_name("plan/lr", label, name), label, group.get("name"), base
 
 
 def group_names(groups: list[dict[str, Any]]) -> list[str]:

@@ -171,9 +171,9 @@ class _Spike(Detector):
         return self.unscore(median(accepted)) if accepted else None
 
     def limit(self, state: DetectorState) -> float:
-        """The greatest value accepted; ``inf`` until armed and when a regime has changed."""
+        """The greatest value that is typical; ``inf`` until armed."""
         accepted: list[float] = state["accepted"]
-        if len(accepted) < self.armed or len(state["rejected"]) >= self.max_rejections:
+        if len(accepted) < self.armed:
             return math.inf
         middle = median(accepted)
         spread = _MAD_TO_SIGMA * median(abs(score - middle) for score in accepted)
@@ -181,8 +181,10 @@ class _Spike(Detector):
 
     def check(self, value: float, state: DetectorState) -> Verdict | None:
         """Rejects a value beyond the limit; what is not finite is left to :class:`NonFinite`."""
+        if not math.isfinite(value) or len(state["rejected"]) >= self.max_rejections:
+            return None
         limit = self.limit(state)
-        if not math.isfinite(value) or value <= limit:
+        if value <= limit:
             return None
         typical = self.typical(state)
         return Verdict(
@@ -200,7 +202,7 @@ class _Spike(Detector):
         score = self.score(value)
         if not math.isfinite(score):
             return
-        if len(state["rejected"]) >= self.max_rejections:
+        if len(state["rejected"]) >= self.max_rejections and value > self.limit(state):
             # A new regime: the old window would reject all of it, so what was rejected seeds the
             # new one, and the detector is not armed until that is long enough.
             state["accepted"] = list(state["rejected"])

@@ -1,5 +1,6 @@
 """Parameter groups and optimiser recipes."""
 
 from lightning_bigopt.optimizers.fields import GroupField
+from lightning_bigopt.optimizers.scheduler import ScheduleLR
 
-__all__ = ["GroupField"]
+__all__ = ["GroupField", "ScheduleLR"]

@@ -133,11 +133,23 @@ TAGS: tuple[Tag, ...] = (
     _tag("batch/micro_size", "samples", "Samples of one process in the last micro-batch."),
     _tag("batch/accumulate", "micro-batches", "Micro-batches of one process in this update."),
     _tag(
-        "batch/noise_scale",
+        "batch/planned_size",
+        "samples",
+        "Global batch that the policy planned; an epoch's last update may hold fewer.",
+    ),
+    _tag("batch/lr_factor", "1", "Factor on the learning rate because the batch changed."),
+    _tag(
+        "noise_scale/simple",
         "samples",
         "Batch at which noise and signal of the gradient are equal, where it is measured.",
     ),
-    _tag("batch/noise_scale_error", "samples", "Standard error of the noise scale."),
+    _tag("noise_scale/standard_error", "samples", "Standard error of the noise scale."),
+    _tag(
+        "noise_scale/noise",
+        "1",
+        "Trace of the covariance of one sample's gradient, a running mean.",
+    ),
+    _tag("noise_scale/signal", "1", "Squared norm of the true gradient, a running mean."),
     _tag(
         "guard/skipped",
         "updates",

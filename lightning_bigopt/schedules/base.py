@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from importlib import import_module
 from typing import Any, ClassVar
 
 from lightning_bigopt.durations import Duration, Horizon
@@ -172,6 +173,26 @@ class Schedule(ABC):
             [1.0, 1.0, 0.5, 0.0]
         """
         return CooledDown(schedule=self, at=at, over=over, shape=shape, end=end)
+
+    def as_lr_scheduler(self, optimizer: Any, horizon: Horizon | int) -> Any:
+        """This schedule as a ``torch.optim.lr_scheduler.LRScheduler``, for use without Lightning.
+
+        Args:
+            optimizer: Its groups' ``lr`` are the bases.
+            horizon: The budget; an int is updates.
+
+        Example:
+            >>> import torch
+            >>> from lightning_bigopt.schedules import Linear
+            >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.4)
+            >>> Linear().as_lr_scheduler(optimizer, 100).get_last_lr()
+            [0.4]
+        """
+        # A schedule knows nothing of torch; only whoever holds an optimiser calls this, and has
+        # torch already.
+        return import_module("lightning_bigopt.optimizers.scheduler").ScheduleLR(
+            optimizer, self, horizon
+        )
 
     def __repr__(self) -> str:
         written = ", ".join(f"{f.name}={_written(getattr(self, f.name))}" for f in fields(self))

@@ -49,6 +49,9 @@ class Chain(Composition):
         >>> chain = Chain([("50%", Constant()), Linear()])
         >>> [chain(tau) for tau in (0.25, 0.5, 0.75, 1.0)]
         [1.0, 1.0, 0.5, 0.0]
+
+    References:
+        torch, ``SequentialLR``, whose parts jump in silence.
     """
 
     parts: Sequence[tuple[DurationLike, Schedule] | Schedule] = field(kw_only=False)

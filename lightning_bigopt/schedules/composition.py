@@ -140,6 +140,9 @@ class Product(Composition):
         >>> from lightning_bigopt.schedules import Linear, MultiStep
         >>> Product([Linear(), MultiStep({"40%": 0.5})])(0.5)
         0.25
+
+    References:
+        torch, ``ChainedScheduler``.
     """
 
     schedules: Sequence[Schedule] = field(kw_only=False)

@@ -31,6 +31,9 @@ class Constant(Schedule):
     Example:
         >>> Constant(0.5)(0.3)
         0.5
+
+    References:
+        transformers, ``get_constant_schedule``.
     """
 
     level: float = field(default=1.0, kw_only=False)

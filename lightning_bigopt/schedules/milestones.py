@@ -153,6 +153,9 @@ class PiecewiseLinear(Tabled):
         >>> knee = PiecewiseLinear({"0%": 0.0, "50%": 1.0, "100%": 0.2})
         >>> [knee(tau) for tau in (0.0, 0.25, 0.5, 0.75, 1.0)]
         [0.0, 0.5, 1.0, 0.6, 0.2]
+
+    References:
+        torch, ``LinearLR``, for one line; numpy, ``interp``.
     """
 
     _table: ClassVar[str] = "points"

@@ -39,9 +39,7 @@ class Recorder(Probe):
 
 def fit(module: L.LightningModule, *callbacks: Any, ckpt: Any = None, **options: Any) -> L.Trainer:
     trainer = L.Trainer(**{**QUIET, "max_steps": 4, "callbacks": list(callbacks), **options})
-    trainer.fit(
-        module, ResumableLoader(8, 2), ckpt_path=ckpt, weights_only=True if ckpt else None
-    )
+    trainer.fit(module, ResumableLoader(8, 2), ckpt_path=ckpt, weights_only=True if ckpt else None)
     return trainer
 
 
@@ -86,9 +84,13 @@ def test_what_is_written_is_what_the_optimizer_uses() -> None:
 
 @pytest.mark.parametrize("field", ["weight_decay", "betas[1]"])
 def test_a_tensor_is_filled_in_place(field: str) -> None:
+    class Idle(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:  # torch refuses such tensors off the GPU
+            return closure()
+
     class TensorField(Recorder):
         def configure_optimizers(self) -> Any:
-            optimizer = torch.optim.AdamW(self.parameters(), lr=0.1)
+            optimizer = Idle(self.parameters(), lr=0.1)
             self.tensor = torch.tensor(0.5)
             group = optimizer.param_groups[0]
             if field == "weight_decay":
@@ -98,12 +100,10 @@ def test_a_tensor_is_filled_in_place(field: str) -> None:
             return optimizer
 
         def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-            value = optimizer.param_groups[0][field.split("[")[0]]
-            assert (value if field == "weight_decay" else value[1]) is self.tensor
+            group = optimizer.param_groups[0]
+            held = group["weight_decay"] if field == "weight_decay" else group["betas"][1]
+            assert held is self.tensor
             super().on_before_optimizer_step(optimizer)
-
-        def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-            kwargs.get("optimizer_closure", args[-1])()  # torch refuses such tensors off the GPU
 
     module = TensorField(field)
     fit(module, HyperparameterScheduler(field, DOWN))
@@ -230,25 +230,25 @@ def test_a_field_that_the_groups_do_not_have_raises_before_the_first_batch() -> 
     module = Probe()
     with pytest.raises(ValueError, match=r"field must name a number.*'betas\[0\]'.*momentum"):
         fit(module, HyperparameterScheduler("betas[0]", DOWN))
-    with pytest.raises(ValueError, match="field must name a number.*'nesterov'"):
+    with pytest.raises(ValueError, match=r"field must name a number.*'nesterov'"):
         fit(module, HyperparameterScheduler("nesterov", DOWN))
     assert module.lrs == []
 
 
 def test_bad_arguments_name_themselves() -> None:
-    with pytest.raises(ValueError, match="field must not be 'lr'.*LearningRateScheduler"):
+    with pytest.raises(ValueError, match=r"field must not be 'lr'.*LearningRateScheduler"):
         HyperparameterScheduler("lr", DOWN)
-    with pytest.raises(ValueError, match="field must name a number.*'params'"):
+    with pytest.raises(ValueError, match=r"field must name a number.*'params'"):
         HyperparameterScheduler("params", DOWN)
     with pytest.raises(ValueError, match=r"field must name a number.*'betas\[x\]'"):
         HyperparameterScheduler("betas[x]", DOWN)
-    with pytest.raises(ValueError, match="schedule must be a Schedule, got 0.5"):
+    with pytest.raises(ValueError, match=r"schedule must be a Schedule, got 0\.5"):
         HyperparameterScheduler("eps", 0.5)  # type: ignore[arg-type]
 
 
 def test_two_schedulers_of_one_field_raise() -> None:
     twins = [HyperparameterScheduler("eps", DOWN), HyperparameterScheduler("eps", Constant())]
-    with pytest.raises((ValueError, RuntimeError), match=r"eps"):
+    with pytest.raises(RuntimeError, match=r"more than one.*HyperparameterScheduler"):
         fit(Probe(optimizer=torch.optim.Adam), *twins)
 
 

@@ -239,13 +239,16 @@ def test_a_longer_resume_keeps_the_checkpoints_horizon_unless_extended(tmp_path:
         fit(kept, ResumableLoader(8, 2), LearningRateScheduler(DOWN), max_steps=8, ckpt_path=path)
     assert kept.lrs == [0.5, 0.25, 0.0, 0.0, 0.0, 0.0]
     extended = Probe(lr=1.0)
-    fit(
-        extended,
-        ResumableLoader(8, 2),
-        LearningRateScheduler(DOWN, on_resume="extend"),
-        max_steps=8,
-        ckpt_path=path,
-    )
+    with pytest.warns(
+        UserWarning, match=r"jumps where the run is resumed: 0\.5 → 0\.75 \(× 1\.5\)"
+    ):
+        fit(
+            extended,
+            ResumableLoader(8, 2),
+            LearningRateScheduler(DOWN, on_resume="extend"),
+            max_steps=8,
+            ckpt_path=path,
+        )
     assert extended.lrs == [1 - t / 8 for t in range(2, 8)]
 
 

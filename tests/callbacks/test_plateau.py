@@ -27,30 +27,31 @@ OPTIONS: dict[str, Any] = {"factor": 0.5, "patience": 1, "threshold": 1e-3, "coo
 
 
 class Validated(Probe):
-    """Logs a given metric at every validation, by the updates done."""
+    """Logs a given metric at every validation, whichever run it belongs to."""
 
-    def __init__(self, metrics: list[float] = METRICS, **options: Any) -> None:
+    def __init__(self, metrics: list[float] = METRICS, *, every: int = 4, **options: Any) -> None:
         super().__init__(**options)
-        self.metrics = metrics
-        self.checks: list[int] = []
+        self.metrics, self.every = metrics, every
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         if not self.trainer.sanity_checking:
-            self.checks.append(self.trainer.global_step)
-            self.log("val_loss", self.metrics[len(self.checks) - 1 + self.before()])
-
-    def before(self) -> int:
-        """Validations before this module's, in a run that it resumed."""
-        return getattr(self, "skipped", 0)
+            done = self.trainer.fit_loop.total_batch_idx + 1
+            self.log("val_loss", self.metrics[done // self.every - 1])
 
 
-def fit(module: L.LightningModule, *callbacks: Any, ckpt: Any = None, **options: Any) -> L.Trainer:
+def fit(
+    module: L.LightningModule,
+    *callbacks: Any,
+    ckpt: Any = None,
+    validation: Any = True,
+    **options: Any,
+) -> L.Trainer:
     settings = {**QUIET, "max_epochs": 14, "callbacks": list(callbacks), **options}
     trainer = L.Trainer(**settings)
     trainer.fit(
         module,
         ResumableLoader(8, 2),
-        loader(2, 2),
+        loader(2, 2) if validation else None,
         ckpt_path=ckpt,
         weights_only=True if ckpt else None,
     )
@@ -81,7 +82,7 @@ def test_epoch_checks_reduce_as_torch_does_on_top_of_any_schedule(schedule: Any)
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_step_checks_act_from_the_next_update_on(accumulate: int) -> None:
-    module = Validated(lr=1.0)
+    module = Validated(lr=1.0, every=2)
     fit(
         module,
         LearningRateScheduler(Constant()),
@@ -106,35 +107,43 @@ def test_a_training_metric_is_checked_when_the_epoch_ends() -> None:
         module,
         LearningRateScheduler(Constant()),
         ReduceOnPlateau("train_loss", check="train_epoch", **OPTIONS),
+        validation=False,
     )
     factors = [1.0, *torch_factors(METRICS, **OPTIONS)]
     assert module.lrs == [factors[t // 4] for t in range(56)]
 
 
-@pytest.mark.parametrize("interval", [None, 2])
-@pytest.mark.parametrize("stop", [5, 8, 14, 22])
-def test_resume_goes_on_with_the_same_rates(
-    tmp_path: Path, interval: int | None, stop: int
+@pytest.mark.parametrize("when", ["batch", "validation"])
+@pytest.mark.parametrize("stop", [2, 6, 13, 22])
+def test_resume_goes_on_with_the_same_rates_and_weights(
+    tmp_path: Path, when: str, stop: int
 ) -> None:
+    """Saved between two validations, and by a ModelCheckpoint after each."""
+
     def callbacks() -> list[Any]:
         return [
             ReduceOnPlateau("val_loss", **OPTIONS),
             LearningRateScheduler(WarmupCosine(warmup="30%", end=0.1)),
         ]
 
-    options: dict[str, Any] = {"max_epochs": 14 if interval is None else 7}
-    if interval is not None:
-        options["val_check_interval"] = interval
-    straight = Validated()
-    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    every = 4 if when == "batch" else 2
+    options: dict[str, Any] = {"max_epochs": 14 if every == 4 else 7}
+    if every == 2:
+        options["val_check_interval"] = 2
+    trigger: dict[str, Any] = (
+        {"every_n_train_steps": 1}
+        if when == "batch"
+        else {"every_n_epochs": 1, "save_on_train_epoch_end": False}
+    )
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, **trigger)
+    straight = Validated(every=every)
     fit(straight, *callbacks(), checkpoint, enable_checkpointing=True, **options)
-    resumed = Validated()
-    # ModelCheckpoint saves in on_train_batch_end, before a validation after the same batch.
-    resumed.skipped = sum(check < stop for check in straight.checks)
+    stop += stop % 2 if when == "validation" else 0
+    resumed = Validated(every=every)
     fit(resumed, *callbacks(), ckpt=tmp_path / f"step={stop}.ckpt", **options)
-    if straight.checks[resumed.skipped] != (resumed.checks or [None])[0]:
-        resumed.skipped += 1  # Lightning does not validate after a batch that was trained before
-    assert resumed.lrs[4:] == straight.lrs[stop + 4 :] or resumed.lrs == straight.lrs[stop:]
+    assert resumed.lrs == straight.lrs[stop:]
+    for mine, theirs in zip(resumed.parameters(), straight.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_what_is_not_finite_is_not_counted() -> None:

@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from torch.distributed.fsdp import fully_shard
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.data import DistributedSampler
 
 from lightning_bigopt import (
     BatchSizeScheduler,
     BatchSizeSteps,
     GradientClipping,
+    Groups,
     LearningRateScheduler,
     Linear,
+    LossSpike,
+    NonFinite,
     NormClip,
+    NormSpike,
     OptimizationMonitor,
+    StepGuard,
 )
+from lightning_bigopt.controllers.base import Controller
+from lightning_bigopt.pipeline import Pipeline
 from tests.kit import QUIET, Probe, Regression, ResumableLoader, cpu_precision, full, loader
+from tests.poison import KINDS, Poisoned
 
 POLICY = BatchSizeSteps(
     {
@@ -165,6 +174,112 @@ def resume(out: Path) -> Any:
     return found
 
 
+class ShardedPoison(Poisoned, Sharded):
+    """The poisoned module under FSDP2."""
+
+
+POISON = {4: math.nan, 7: 100.0}
+
+
+def guarded(out: Path) -> Any:
+    """A NaN and a spike on the second process only: what each process does about them."""
+    found = {}
+    for name, precision, kind, accumulate in itertools.product(
+        ("ddp", "fsdp2"), ("32-true", "bf16-mixed", "16-mixed"), KINDS, (1, 3)
+    ):
+        if (name, precision) == ("fsdp2", "16-mixed"):
+            continue  # Lightning refuses a CPU GradScaler there
+        build = Poisoned if name == "ddp" else ShardedPoison
+        model = build(POISON, rank=1, optimizer=torch.optim.AdamW, lr=0.01, **KINDS[kind])
+        guard = StepGuard([NonFinite(), NormSpike(armed=3), LossSpike(armed=3, floor=2.0)])
+        fit(
+            name,
+            model,
+            loader(40 * accumulate, 2, sampler=in_order(40 * accumulate)),
+            guard,
+            GradientClipping(NormClip(max_norm=0.5)),
+            max_epochs=1,
+            accumulate_grad_batches=accumulate,
+            use_distributed_sampler=False,
+            **cpu_precision(precision),
+        )
+        found[f"{name} {precision} {kind} {accumulate}"] = {
+            "changed": model.changed,
+            "rejected": [[r.update, r.detector, r.rank, str(r.worst)] for r in guard.rejections],
+            "weights": weights(model),
+            "state": str(guard.controller.state_dict()),
+        }
+    return found
+
+
+class FlatShards(FSDPStrategy):
+    """FSDP1 on the CPU, which Lightning itself refuses."""
+
+    def _setup_model(self, module: Any) -> Any:
+        return FullyShardedDataParallel(
+            module, device_id=torch.device("cpu"), use_orig_params=True, auto_wrap_policy=by_layer
+        )
+
+
+def by_layer(module: Any, recurse: bool, nonwrapped_numel: int) -> bool:
+    """Every linear layer is a unit of its own."""
+    return recurse or isinstance(module, torch.nn.Linear)
+
+
+def flat_shards(out: Path) -> Any:
+    """FSDP1: the global norm, a bad update, and the weights after all."""
+    found = {}
+    for fused in (False, True):
+        model = Poisoned(POISON, rank=1, optimizer=torch.optim.AdamW, lr=0.01, fused=fused)
+        guard = StepGuard([NonFinite(), NormSpike(armed=3)])
+        clipping = GradientClipping(Groups({"net.0.*": None, "*": NormClip(max_norm=0.1)}))
+        totals = Norms()
+        trainer = L.Trainer(
+            **QUIET,
+            devices=2,
+            strategy=FlatShards(),
+            callbacks=[guard, clipping, totals],
+            max_epochs=1,
+            use_distributed_sampler=False,
+        )
+        trainer.fit(model, loader(40, 2, sampler=in_order(40)))
+        found[f"fused={fused}"] = {
+            "norms": totals.norms,
+            "rejected": [[r.update, r.detector, r.rank] for r in guard.rejections],
+            "names": [name for r in guard.rejections for name, _ in r.parameters],
+            "weights": totals.weights,
+        }
+    return found
+
+
+class Norms(L.Callback):
+    """The norms that our pipeline found, and the whole weights at the end."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+        self.weights: list[float] = []
+
+    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
+        Pipeline.of(trainer).controllers.append(Listener(self.norms))
+
+    def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
+        if isinstance(trainer.strategy, FSDPStrategy):
+            with FullyShardedDataParallel.summon_full_params(trainer.strategy.model):
+                self.weights = weights(module)
+
+
+class Listener(Controller):
+    """Sees what all controllers see."""
+
+    role, rank = "test", 99
+
+    def __init__(self, norms: list[float]) -> None:
+        self.norms = norms
+
+    def observe(self, step: Any) -> None:
+        self.norms.append(step.norms.value)
+
+
 class SaveAt(L.Callback):
     """Saves after given updates."""
 
@@ -176,4 +291,4 @@ class SaveAt(L.Callback):
             trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
 
 
-NAMES = ["gradient_means", "global_norms", "resume"]
+NAMES = ["gradient_means", "global_norms", "resume", "guarded", "flat_shards"]

@@ -136,7 +136,7 @@ def test_what_waits_for_a_step_that_never_came_is_taken_back():
     clear_(optimizer)
     before = named[0][1].detach().clone()
     optimizer.step()
-    assert (named[0][1] - before).norm() == pytest.approx(0.8, rel=1e-5)
+    assert (named[0][1] - before).norm().item() == pytest.approx(0.8, rel=1e-5)
 
 
 def test_two_clips_before_one_step_are_one():
@@ -146,7 +146,7 @@ def test_two_clips_before_one_step_are_one():
         clip_gradients_(named, NormClip(1.0), optimizer=optimizer)
     before = named[0][1].detach().clone()
     optimizer.step()
-    assert (named[0][1] - before).norm() == pytest.approx(0.1, rel=1e-5)
+    assert (named[0][1] - before).norm().item() == pytest.approx(0.1, rel=1e-5)
 
 
 def test_an_optimiser_with_something_pending_can_be_copied_pickled_and_forgotten():
@@ -163,7 +163,9 @@ def test_an_optimiser_with_something_pending_can_be_copied_pickled_and_forgotten
 
 def test_a_rule_on_updates_needs_an_optimiser():
     decision = UpdateClip().decide(_context(), {})
-    with pytest.raises(ValueError, match="optimizer must be given to a rule that limits the update"):
+    with pytest.raises(
+        ValueError, match="optimizer must be given to a rule that limits the update"
+    ):
         apply_(decision)
 
 
@@ -176,9 +178,24 @@ def _context():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_scale_multiplies_each_by_its_own(dtype):
-    tensors = [torch.ones(2, dtype=dtype), None, torch.ones(3, dtype=torch.float64), torch.ones((), dtype=dtype)]
+    tensors = [
+        torch.ones(2, dtype=dtype),
+        None,
+        torch.ones(3, dtype=torch.float64),
+        torch.ones((), dtype=dtype),
+    ]
     scale_(tensors, torch.tensor([0.5, 7.0, 1.0, 0.25]))
-    assert [None if t is None else t.tolist() for t in tensors] == [[0.5] * 2, None, [1.0] * 3, 0.25]
+    assert [None if t is None else t.tolist() for t in tensors] == [
+        [0.5] * 2,
+        None,
+        [1.0] * 3,
+        0.25,
+    ]
     scale_(tensors, torch.tensor(0.5))
-    assert [None if t is None else t.tolist() for t in tensors] == [[0.25] * 2, None, [0.5] * 3, 0.125]
+    assert [None if t is None else t.tolist() for t in tensors] == [
+        [0.25] * 2,
+        None,
+        [0.5] * 3,
+        0.125,
+    ]
     assert tensors[0].dtype == dtype

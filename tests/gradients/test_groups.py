@@ -7,13 +7,23 @@ import torch
 from torch import nn
 
 from lightning_bigopt.durations import Horizon
-from lightning_bigopt.gradients import AGC, Groups, MaxUpdateRatio, NormClip, ValueClip, ZClip, clip_gradients_
+from lightning_bigopt.gradients import (
+    AGC,
+    Groups,
+    MaxUpdateRatio,
+    NormClip,
+    ValueClip,
+    ZClip,
+    clip_gradients_,
+)
 from lightning_bigopt.schedules import WarmupLinear
 from tests.gradients.helpers import gradients, run, twin, with_norms
 
 
 def model():
-    network = nn.ModuleDict({"attn": nn.Linear(4, 4), "mlp": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+    network = nn.ModuleDict(
+        {"attn": nn.Linear(4, 4), "mlp": nn.Linear(4, 4), "head": nn.Linear(4, 2)}
+    )
     for parameter in network.parameters():
         parameter.grad = torch.randn_like(parameter) * 5
     return network
@@ -43,7 +53,8 @@ def test_states_are_apart():
     state = rule.initial_state()
     run(rule, with_norms(1.0, 5.0, 7.0), state)
     assert {k: v["seed"] for k, v in state.items()} == {
-        "p0": pytest.approx([1.0]), "p1": pytest.approx([5.0])
+        "p0": pytest.approx([1.0]),
+        "p1": pytest.approx([5.0]),
     }
 
 
@@ -59,7 +70,9 @@ def test_limits_on_updates_may_be_members():
     named = with_norms(4.0, 4.0)
     optimizer = torch.optim.SGD([p for _, p in named], lr=1.0)
     before = [p.detach().clone() for _, p in named]
-    clip_gradients_(named, Groups({"p0": MaxUpdateRatio(0.1), "p1": AGC(0.01)}), optimizer=optimizer)
+    clip_gradients_(
+        named, Groups({"p0": MaxUpdateRatio(0.1), "p1": AGC(0.01)}), optimizer=optimizer
+    )
     optimizer.step()
     moved = [(p.detach() - b).norm().item() for (_, p), b in zip(named, before, strict=True)]
     assert moved == pytest.approx([0.1 * 3**0.5, 0.01 * 3**0.5], rel=1e-5)

@@ -12,13 +12,27 @@ from lightning_bigopt.gradients import measure, norms_of
 from tests.oracles import gradients as oracle
 
 ORDERS = (1.0, 2.0, math.inf)
-SHAPES = ((), (5,), (0,), (3, 4, 2, 2), (2, 0, 3), (300, 300), (70_001,), (8, 8), (8, 8), (8, 8), (8, 8))
+SHAPES = (
+    (),
+    (5,),
+    (0,),
+    (3, 4, 2, 2),
+    (2, 0, 3),
+    (300, 300),
+    (70_001,),
+    (8, 8),
+    (8, 8),
+    (8, 8),
+    (8, 8),
+)
 
 
 def named(*gradients, dtype=torch.float32):
     parameters = []
     for index, gradient in enumerate(gradients):
-        parameter = nn.Parameter(torch.zeros(gradient.shape, dtype=gradient.dtype, device=gradient.device))
+        parameter = nn.Parameter(
+            torch.zeros(gradient.shape, dtype=gradient.dtype, device=gradient.device)
+        )
         parameter.grad = gradient
         parameters.append((f"p{index}", parameter))
     return parameters
@@ -113,7 +127,11 @@ def test_nothing_to_measure(order):
 
 
 def test_complex_and_not_contiguous_gradients():
-    gradients = [torch.randn(4, 5, dtype=torch.complex64), torch.randn(300, 200).t(), torch.randn(9, 8)[::2, 1::3]]
+    gradients = [
+        torch.randn(4, 5, dtype=torch.complex64),
+        torch.randn(300, 200).t(),
+        torch.randn(9, 8)[::2, 1::3],
+    ]
     for order in ORDERS:
         truth = [oracle.norm([g.abs()], order) for g in gradients]
         found = measure(named(*gradients), norm_type=order).per_tensor

@@ -125,8 +125,15 @@ def test_what_is_not_finite_never_enters_the_state(rule, bad, when):
         assert disturbed == clean
 
 
-@pytest.mark.parametrize("rule", [AutoClip(50, window=5), ZClip(warmup=4), AdaGC(warmup=4),
-                                  Groups({"p0": AutoClip(30), "*": ZClip(warmup=3)})])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        AutoClip(50, window=5),
+        ZClip(warmup=4),
+        AdaGC(warmup=4),
+        Groups({"p0": AutoClip(30), "*": ZClip(warmup=3)}),
+    ],
+)
 @pytest.mark.parametrize("stop", [0, 1, 4, 7])
 def test_state_survives_a_safe_checkpoint(rule, stop):
     norms = norms_of_a_run(12)
@@ -165,7 +172,7 @@ def test_reads_the_total_and_nothing_else(rule):
 
 @pytest.mark.parametrize("rule", [AutoClip(), ZClip(), AdaGC(), Groups({"*": ZClip()})])
 def test_a_forgotten_state_is_an_error(rule):
-    with pytest.raises(ValueError, match="state must be given to .* rule.initial_state"):
+    with pytest.raises(ValueError, match=r"state must be given to .* rule.initial_state"):
         clip_gradients_(with_norms(1.0), rule)
 
 

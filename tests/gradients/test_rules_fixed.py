@@ -53,7 +53,7 @@ def test_norm_clip_follows_its_schedule():
 
 def test_a_schedule_down_to_zero_is_refused_where_it_gets_there():
     rule = NormClip(2.0, schedule=Linear(start=1.0, end=0.0))
-    with pytest.raises(ValueError, match="must be positive and finite, got 0.0 at fraction 1"):
+    with pytest.raises(ValueError, match=r"must be positive and finite, got 0.0 at fraction 1"):
         rule.decide(ClipContext(parameters=with_norms(1.0), fraction=1.0), {})
 
 

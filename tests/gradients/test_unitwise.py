@@ -12,11 +12,24 @@ from lightning_bigopt.gradients import AGC, ClipContext
 from tests.gradients.helpers import gradients, run, twin, with_gradients
 from tests.oracles import gradients as oracle
 
-MANY = ((), (5,), (0,), (3, 4, 2, 2), (2, 0, 3), (0, 4), *[(6, 7)] * 5, *[(9,)] * 5, (200, 100), (40, 30, 3, 3))
+MANY = (
+    (),
+    (5,),
+    (0,),
+    (3, 4, 2, 2),
+    (2, 0, 3),
+    (0, 4),
+    *[(6, 7)] * 5,
+    *[(9,)] * 5,
+    (200, 100),
+    (40, 30, 3, 3),
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize(("clip_factor", "eps"), [(0.01, 1e-3), (0.5, 1e-3), (0.9, 10.0), (1e-4, 1e-3)])
+@pytest.mark.parametrize(
+    ("clip_factor", "eps"), [(0.01, 1e-3), (0.5, 1e-3), (0.9, 10.0), (1e-4, 1e-3)]
+)
 def test_equals_its_transcription(dtype, clip_factor, eps):
     named = with_gradients(MANY, dtype=dtype)
     for _, parameter in named:  # units at zero and units whose gradient is small
@@ -38,7 +51,10 @@ def test_equals_the_usual_loop():
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-12)
 
 
-@given(st.lists(st.lists(st.integers(0, 5), max_size=4), min_size=1, max_size=10), st.integers(0, 2**20))
+@given(
+    st.lists(st.lists(st.integers(0, 5), max_size=4), min_size=1, max_size=10),
+    st.integers(0, 2**20),
+)
 def test_random_shapes(shapes, seed):
     torch.manual_seed(seed)
     named = with_gradients(shapes)

@@ -29,13 +29,18 @@ def agc(weight: Tensor, gradient: Tensor, clip_factor: float, eps: float) -> Ten
         g_norm = max(norm([gradient]), 1e-6)
         scale = clip_factor * w_norm / g_norm
         return gradient * scale if g_norm > clip_factor * w_norm else gradient.clone()
-    units = [agc(w.reshape(-1), g.reshape(-1), clip_factor, eps) for w, g in zip(weight, gradient, strict=True)]
+    units = [
+        agc(w.reshape(-1), g.reshape(-1), clip_factor, eps)
+        for w, g in zip(weight, gradient, strict=True)
+    ]
     if not units:
         return gradient.clone()
     return torch.stack(units).reshape(gradient.shape)
 
 
-def agc_loop_(parameters: list[torch.nn.Parameter], clip_factor: float = 0.01, eps: float = 1e-3) -> None:
+def agc_loop_(
+    parameters: list[torch.nn.Parameter], clip_factor: float = 0.01, eps: float = 1e-3
+) -> None:
     """AGC as it is usually written: one parameter at a time, all in tensors."""
 
     def unitwise_norm(x: Tensor) -> Tensor:
@@ -120,14 +125,18 @@ class AdaGC:
             size = norm([g])
             scale = min(1.0, self.relative * self.gamma[name] / size) if size else 1.0
             clipped[name] = g * scale
-            self.gamma[name] = self.beta * self.gamma[name] + (1 - self.beta) * norm([clipped[name]])
+            self.gamma[name] = self.beta * self.gamma[name] + (1 - self.beta) * norm(
+                [clipped[name]]
+            )
         return clipped
 
 
 class StableAdamW:
     """Wortsman et al. 2023, Algorithm 2, one tensor; bias correction on the moments."""
 
-    def __init__(self, weight: Tensor, lr: float, betas: tuple[float, float], eps: float, decay: float) -> None:
+    def __init__(
+        self, weight: Tensor, lr: float, betas: tuple[float, float], eps: float, decay: float
+    ) -> None:
         self.w = weight.detach().double().clone()
         self.m, self.v, self.t = torch.zeros_like(self.w), torch.zeros_like(self.w), 0
         self.lr, self.betas, self.eps, self.decay = lr, betas, eps, decay
@@ -149,7 +158,9 @@ class StableAdamW:
 class SpikeGuard:
     """Median and MAD of the accepted log-norms, written as the rule is told."""
 
-    def __init__(self, window: int, armed: int, threshold: float, floor: float, patience: int) -> None:
+    def __init__(
+        self, window: int, armed: int, threshold: float, floor: float, patience: int
+    ) -> None:
         self.window, self.armed, self.patience = window, armed, patience
         self.threshold, self.floor = threshold, floor
         self.accepted: list[float] = []

@@ -19,14 +19,16 @@ def sgdr(t_cur: float, t_i: float, eta_min: float, eta_max: float) -> float:
     return eta_min + 1 / 2 * (eta_max - eta_min) * (1 + math.cos(t_cur / t_i * math.pi))
 
 
-def sgdr_run(total: int, t_0: int, t_mult: int, eta_min: float) -> list[float]:
-    """The same with restarts, counted update by update."""
-    rates, t_cur, t_i = [], 0, t_0
+def sgdr_run(
+    total: int, t_0: int, t_mult: int, eta_min: float, *, cycle_decay: float = 1.0
+) -> list[float]:
+    """The same with restarts, counted update by update; timm's peaks shrink by ``cycle_decay``."""
+    rates, t_cur, t_i, eta_max = [], 0, t_0, 1.0
     for _ in range(total):
-        rates.append(sgdr(t_cur, t_i, eta_min, 1.0))
+        rates.append(sgdr(t_cur, t_i, eta_min, eta_max))
         t_cur += 1
         if t_cur == t_i:
-            t_cur, t_i = 0, t_i * t_mult
+            t_cur, t_i, eta_max = 0, t_i * t_mult, eta_max * cycle_decay
     return rates
 
 

@@ -126,10 +126,18 @@ class TestPapers:
         assert_same(halved, total, lambda t: paper.triangular2(t, step, 0.3, 1.0))
 
     @pytest.mark.parametrize("multiplier", [1, 2, 3])
-    def test_sgdr(self, total: int, warmup: int, multiplier: int):
-        ours = CosineWithRestarts(first_cycle=warmup, cycle_multiplier=multiplier, end=0.05)
-        expected = paper.sgdr_run(total, warmup, multiplier, 0.05)
+    @pytest.mark.parametrize("decay", [1.0, 0.8])
+    def test_sgdr(self, total: int, warmup: int, multiplier: int, decay: float):
+        ours = CosineWithRestarts(
+            first_cycle=warmup, cycle_multiplier=multiplier, cycle_decay=decay, end=1e-12
+        )
+        expected = paper.sgdr_run(total, warmup, multiplier, 1e-12, cycle_decay=decay)
         assert_same(ours, total, lambda t: expected[t])
+
+    def test_a_peak_does_not_sink_below_the_end(self, total: int, warmup: int):
+        ours = CosineWithRestarts(first_cycle=1, cycle_decay=0.1, end=0.05).values(total)
+        assert ours[:2] == [1.0, pytest.approx(0.1)]
+        assert all(factor == pytest.approx(0.05) for factor in ours[2:])
 
     @pytest.mark.parametrize("inner", [WarmupLinear, WarmupCosine, WarmupStableDecay])
     def test_seesaw(self, total: int, warmup: int, inner: type[Schedule]):

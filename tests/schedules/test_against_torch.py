@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch.optim import lr_scheduler
+from torch.optim.swa_utils import SWALR
 
 from lightning_bigopt.schedules import (
     Chain,
@@ -179,5 +180,16 @@ def test_chained_scheduler_is_a_product():
             lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total),
         ]
         return lr_scheduler.ChainedScheduler(parts, optimizer=optimizer)
+
+    assert_same(ours, make, total)
+
+
+@pytest.mark.parametrize(("strategy", "shape"), [("cos", "cosine"), ("linear", "linear")])
+def test_swalr_is_a_cooldown(strategy: str, shape: str):
+    total, epochs = 100, 30
+    ours = Constant().with_cooldown(0.0, over=epochs / total, shape=shape, end=0.1)
+
+    def make(optimizer):
+        return SWALR(optimizer, 0.1, anneal_epochs=epochs, anneal_strategy=strategy)
 
     assert_same(ours, make, total)

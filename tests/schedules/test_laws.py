@@ -65,6 +65,8 @@ def test_no_jump_into_a_cooldown(
     assert_continuous(cooled)
     assert cooled(at + over) == pytest.approx(min(end, schedule(at)), abs=1e-12)
     assert cooled(at / 2) == schedule(at / 2)
+    for moment in (at / 2, at, at + over / 3, at + over, 5.0):
+        assert cooled.value(moment, 0.5) == pytest.approx(0.5 * cooled(moment), rel=1e-12)
 
 
 @given(some.share, some.warmed_up, some.falling)

@@ -94,10 +94,16 @@ class UpdateRule(ClippingRule):
             if not chosen:
                 continue
             new = [local_part(parameters[i]) for i in chosen]
-            # Not lerp, which wants its weight in the parameters' own low precision.
-            steps = _foreach_sub([before[i] for i in chosen], new)
+            # In float32 at least: two roundings to bfloat16 would be as large as the step.
+            moved = _at_least_float32(new)
+            steps = _foreach_sub(_at_least_float32([before[i] for i in chosen]), moved)
             torch._foreach_mul_(steps, [shares[i].to(new[0].device) for i in chosen])
-            torch._foreach_add_(new, steps)
+            torch._foreach_add_(steps, moved)
+            torch._foreach_copy_(new, steps)
+
+
+def _at_least_float32(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,161 @@
+"""What follows the batch: learning rate, second decay, weight decay, and their way back."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_bigopt import (
+    BatchSizeScheduler,
+    BatchSizeSteps,
+    ConstantBatchSize,
+    HyperparameterScheduler,
+    LearningRateScheduler,
+    Linear,
+)
+from tests.callbacks.test_batch_size import fit
+from tests.kit import Probe, ResumableLoader, loader
+
+POLICY = BatchSizeSteps({"0%": 2, "3 steps": 8, "5 steps": 4})
+KAPPAS = [1, 1, 1, 4, 4, 2, 2, 2]
+
+
+class Groups(Probe):
+    """Records what the optimiser uses besides the learning rate."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"optimizer": torch.optim.AdamW, "lr": 0.01, **options})
+        self.used: list[tuple[float, float]] = []
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        super().on_before_optimizer_step(optimizer)
+        group = optimizer.param_groups[0]
+        self.used.append((float(group["betas"][1]), float(group["weight_decay"])))
+
+
+@pytest.mark.parametrize(("rule", "power"), [("sqrt", 0.5), ("linear", 1.0)])
+@pytest.mark.parametrize("scheduled", [True, False])
+def test_the_learning_rate_follows_the_batch_of_the_coming_update(
+    rule: Any, power: float, scheduled: bool
+) -> None:
+    module = Probe(lr=0.001)
+    others = [LearningRateScheduler(Linear(start=1.0, end=0.0))] if scheduled else []
+    scheduler = BatchSizeScheduler(POLICY, lr_scaling=rule)
+    fit(module, loader(80, 2), *others, scheduler, max_steps=8)
+    assert [len(w) for w in module.windows] == [2 * kappa for kappa in KAPPAS]
+    shape = [1 - t / 8 if scheduled else 1.0 for t in range(8)]
+    expected = [0.001 * s * kappa**power for s, kappa in zip(shape, KAPPAS, strict=True)]
+    assert module.lrs == pytest.approx(expected, rel=1e-12)
+
+
+def test_kappa_is_capped() -> None:
+    module = Probe(lr=0.001)
+    scheduler = BatchSizeScheduler(POLICY, lr_scaling="linear", max_kappa=3.0)
+    fit(module, loader(80, 2), scheduler, max_steps=8)
+    assert module.lrs == pytest.approx([0.001 * min(k, 3.0) for k in KAPPAS])
+
+
+def test_second_decay_and_weight_decay_are_written_from_their_bases() -> None:
+    module = Groups(betas=(0.9, 0.95), weight_decay=0.1)
+    scheduler = BatchSizeScheduler(
+        POLICY, beta2_scaling="half-life", weight_decay_scaling="sqrt", lr_scaling="sqrt"
+    )
+    fit(module, loader(80, 2), scheduler, max_steps=8)
+    expected = [(0.95**kappa, 0.1 * math.sqrt(kappa)) for kappa in KAPPAS]
+    assert [pair[0] for pair in module.used] == pytest.approx([pair[0] for pair in expected])
+    assert [pair[1] for pair in module.used] == pytest.approx([pair[1] for pair in expected])
+
+
+def test_a_rewarmup_is_a_straight_line_from_the_old_factor_to_the_new_one() -> None:
+    module = Probe(lr=0.001)
+    policy = BatchSizeSteps({"0%": 2, "4 steps": 8})
+    scheduler = BatchSizeScheduler(policy, lr_scaling="linear", rewarmup="4 steps")
+    fit(module, loader(80, 2), scheduler, max_steps=11)
+    factors = [lr / 0.001 for lr in module.lrs]
+    # At 1 up to the change, then a quarter of the way (1 → 4) an update.
+    assert factors == pytest.approx([1, 1, 1, 1, 1, 1.75, 2.5, 3.25, 4, 4, 4])
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4, 6])
+def test_all_of_it_resumes_exactly(tmp_path: Path, stop: int) -> None:
+    def build() -> tuple[Groups, list[Any], ResumableLoader]:
+        scheduler = BatchSizeScheduler(
+            POLICY,
+            lr_scaling="sqrt",
+            beta2_scaling="half-life",
+            weight_decay_scaling="sqrt",
+            rewarmup="3 steps",
+        )
+        return Groups(weight_decay=0.1), [scheduler], ResumableLoader(80, 2)
+
+    straight, callbacks, data = build()
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    fit(straight, data, *callbacks, checkpoint, enable_checkpointing=True, max_steps=8)
+    resumed, callbacks, data = build()
+    fit(resumed, data, *callbacks, ckpt_path=tmp_path / f"step={stop}.ckpt", max_steps=8)
+    assert resumed.lrs == straight.lrs[stop:]
+    assert resumed.used == straight.used[stop:]
+    for mine, theirs in zip(resumed.parameters(), straight.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "words"),
+    [(torch.optim.AdamW, "lr_scaling='sqrt'.*AdamW"), (torch.optim.SGD, "lr_scaling='linear'.*SGD")],
+)
+def test_the_plan_is_said_once_with_the_rule_that_fits_the_optimiser(
+    optimizer: Any, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        module = Probe(lr=0.001, optimizer=optimizer)
+        fit(module, loader(80, 2), BatchSizeScheduler(POLICY), max_steps=8)
+    said = [r.getMessage() for r in caplog.records if "Global batch" in r.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith(
+        "Global batch 2 = micro-batch 2 × accumulation 1 × processes 1; 8 from update 3; "
+        "4 from update 5; 8 updates."
+    )
+    import re
+
+    assert re.search(words, said[0])
+
+
+class WithScheduler(Probe):
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+
+def test_conflicts_name_the_way_out() -> None:
+    def run(*callbacks: Any, module: L.LightningModule | None = None, **options: Any) -> None:
+        scheduler = BatchSizeScheduler(POLICY, **options)
+        fit(module or Groups(), loader(80, 2), scheduler, *callbacks, max_steps=8)
+
+    with pytest.raises(ValueError, match="StepLR.*add LearningRateScheduler"):
+        run(module=WithScheduler(), lr_scaling="sqrt")
+    with pytest.raises(ValueError, match="HyperparameterScheduler"):
+        run(
+            HyperparameterScheduler("weight_decay", Linear(start=1.0, end=2.0)),
+            weight_decay_scaling="sqrt",
+        )
+    with pytest.raises(ValueError, match=r"beta2_scaling must be None for SGD.*betas\[1\]"):
+        run(module=Probe(), beta2_scaling="half-life")
+    with pytest.raises(ValueError, match="tokens must be given with rewarmup"):
+        run(lr_scaling="sqrt", rewarmup="1e3 tokens")
+    for bad in (
+        {"lr_scaling": "cubic"},
+        {"beta2_scaling": "sqrt"},
+        {"rewarmup": "5%"},
+        {"lr_scaling": "sqrt", "max_kappa": 0.0},
+        {"lr_scaling": "sqrt", "rewarmup": "0%"},
+    ):
+        with pytest.raises(ValueError, match="got"):
+            BatchSizeScheduler(POLICY, **bad)
+    with pytest.raises(ValueError, match="which never does"):
+        BatchSizeScheduler(ConstantBatchSize(32), lr_scaling="sqrt")

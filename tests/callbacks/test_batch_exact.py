@@ -1,0 +1,219 @@
+"""GlobalBatchLoader in real fits: exact sizes, one order, and resumes at any micro-batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.utilities import CombinedLoader
+
+from lightning_bigopt import (
+    BatchSizePolicyMixin,
+    BatchSizeRamp,
+    BatchSizeScheduler,
+    BatchSizeSteps,
+    ConstantBatchSize,
+    GlobalBatchLoader,
+    LearningRateScheduler,
+    Linear,
+    NoiseScaleBatchSize,
+    OptimizationMonitor,
+)
+from tests.batch_kit import Recorder, SaveEvery
+from tests.callbacks.test_batch_size import fit
+from tests.kit import QUIET, Probe, Regression, cpu_precision
+
+SIZES = BatchSizeSteps({"0%": 5, "2 steps": 11, "50%": 8, "3 epochs": 1})
+
+
+def exact(size: int = 37, micro: int = 3, **options: Any) -> GlobalBatchLoader:
+    return GlobalBatchLoader(Regression(size), micro_batch_size=micro, seed=5, **options)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_update_has_exactly_its_samples(precision: str, workers: int) -> None:
+    module = Probe(lr=0.01)
+    options: dict[str, Any] = {"max_epochs": 4, **cpu_precision(precision)}
+    fit(module, exact(num_workers=workers), BatchSizeScheduler(SIZES), **options)
+    sizes = [len(window) for window in module.windows]
+    # 148 samples in all; half of them are trained in the third epoch's first update.
+    assert sizes == [5, 5, 11, 11, 5, 11, 11, 11, 4, 8, 8, 8, 8, 5, *[1] * 37]
+    assert max(module.errors) <= (1e-6 if precision == "32-true" else 2e-2)
+    seen = [index for window in module.windows for index in window]
+    for epoch in range(4):
+        assert sorted(seen[37 * epoch : 37 * (epoch + 1)]) == list(range(37))
+    assert seen[:37] != seen[37:74]
+
+
+def test_schedules_count_its_epochs_and_samples() -> None:
+    module = Probe(lr=1e-3)
+    fit(
+        module,
+        exact(20),
+        LearningRateScheduler(Linear(start=1.0, end=0.0)),
+        BatchSizeScheduler(BatchSizeSteps({"0%": 5, "1 epochs": 10})),
+        max_epochs=2,
+    )
+    assert [len(w) for w in module.windows] == [5, 5, 5, 5, 10, 10]
+    shares = [0, 5, 10, 15, 20, 30]
+    assert module.lrs == pytest.approx([1e-3 * (1 - share / 40) for share in shares])
+
+
+def test_the_mixin_and_a_coupled_learning_rate_work_with_it() -> None:
+    class Owner(BatchSizePolicyMixin, Probe):
+        def configure_batch_size_policy(self) -> Any:
+            return BatchSizeScheduler(
+                BatchSizeRamp(start=4, end=16, over="50%"), lr_scaling="linear"
+            )
+
+        def train_dataloader(self) -> Any:
+            return exact(40)
+
+    module = Owner(lr=1e-3)
+    L.Trainer(**QUIET, max_epochs=2).fit(module)
+    sizes = [len(w) for w in module.windows]
+    tails = {position for position in range(1, len(sizes)) if sum(sizes[: position + 1]) % 40 == 0}
+    assert sizes[0] == 4
+    assert max(sizes) == 16
+    for position, (size, lr) in enumerate(zip(sizes, module.lrs, strict=True)):
+        if position not in tails:
+            assert lr == pytest.approx(1e-3 * size / 4)
+
+
+def run(folder: Path | None = None, *, ckpt: Any = None, **options: Any) -> Recorder:
+    """A run with a ramp, a schedule and a coupled learning rate."""
+    module = Recorder()
+    callbacks: list[Any] = [
+        LearningRateScheduler(Linear(start=1.0, end=0.1)),
+        BatchSizeScheduler(BatchSizeSteps({"0%": 5, "30%": 11, "70%": 7}), lr_scaling="sqrt"),
+        *([] if folder is None else [SaveEvery(folder)]),
+    ]
+    trainer = L.Trainer(**{**QUIET, "max_epochs": 3, "callbacks": callbacks, **options})
+    trainer.fit(module, ckpt_path=ckpt, weights_only=True if ckpt else None)
+    return module
+
+
+def same(one: L.LightningModule, other: L.LightningModule) -> bool:
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return all(torch.equal(mine, theirs) for mine, theirs in pairs)
+
+
+def test_every_micro_batch_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    straight = run(tmp_path)
+    count = len(list(tmp_path.glob("*.ckpt")))
+    assert count > len(straight.seen)  # inside windows too
+    for number in range(1, count, 3):
+        resumed = run(ckpt=tmp_path / f"{number}.ckpt")
+        assert resumed.seen == straight.seen[len(straight.seen) - len(resumed.seen) :], number
+        assert same(resumed, straight), number
+
+
+def test_a_run_cut_by_max_steps_goes_on_inside_its_epoch(tmp_path: Path) -> None:
+    straight = run(max_epochs=-1, max_steps=12)
+    path = tmp_path / "last.ckpt"
+
+    class Save(L.Callback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            trainer.save_checkpoint(path)
+
+    module = Recorder()
+    policy = ConstantBatchSize(5)
+    fit(module, None, BatchSizeScheduler(policy), Save(), max_steps=6)
+    resumed = Recorder()
+    fit(resumed, None, BatchSizeScheduler(policy), max_steps=12, ckpt_path=path)
+    whole = Recorder()
+    fit(whole, None, BatchSizeScheduler(policy), max_steps=12)
+    assert module.seen + resumed.seen == whole.seen
+    assert same(resumed, whole)
+    assert straight.seen[0] == whole.seen[0]
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning_bigopt import BatchSizeScheduler, BatchSizeSteps
+from tests.batch_kit import KillAt, Recorder
+from tests.kit import QUIET
+
+folder, step, micro = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+checkpoint = ModelCheckpoint(folder, filename="last", every_n_train_steps=2, save_top_k=1,
+                             enable_version_counter=False)
+trainer = L.Trainer(**{**QUIET, "enable_checkpointing": True, "max_epochs": 3, "callbacks": [
+    KillAt(step, micro), checkpoint, BatchSizeScheduler(BatchSizeSteps({"0%": 5, "30%": 11}))]})
+trainer.fit(Recorder(workers=2))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("step", "micro"), [(3, 1), (8, 0), (9, 2)])
+def test_kill_minus_nine_and_resume_gives_the_same_bits(
+    tmp_path: Path, step: int, micro: int
+) -> None:
+    def go(ckpt: Any = None) -> Recorder:
+        module = Recorder(workers=2)
+        policy = BatchSizeSteps({"0%": 5, "30%": 11})
+        trainer = L.Trainer(**QUIET, max_epochs=3, callbacks=[BatchSizeScheduler(policy)])
+        trainer.fit(module, ckpt_path=ckpt, weights_only=True if ckpt else None)
+        return module
+
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tmp_path), str(step), str(micro)]
+    killed = subprocess.run(
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
+    )
+    assert killed.returncode == -9, killed.stderr[-2000:]
+    resumed, straight = go(tmp_path / "last.ckpt"), go()
+    assert len(resumed.seen) == len(straight.seen) - step // 2 * 2
+    assert same(resumed, straight)
+
+
+def test_what_cannot_work_says_why() -> None:
+    policy = ConstantBatchSize(8)
+    with pytest.raises(ValueError, match="callbacks must hold BatchSizeScheduler"):
+        fit(Probe(), exact(), OptimizationMonitor(), max_epochs=1)
+    with pytest.raises(ValueError, match=r"limit_train_batches must be 1\.0.*got 3"):
+        fit(Probe(), exact(), BatchSizeScheduler(policy), max_epochs=1, limit_train_batches=3)
+    several = CombinedLoader({"a": exact(), "b": exact()})
+    with pytest.raises(ValueError, match="one GlobalBatchLoader alone, got 2"):
+        fit(Probe(), several, BatchSizeScheduler(policy), max_epochs=1)
+    from lightning_bigopt import GradientNoiseScale
+
+    with pytest.raises(ValueError, match="train on a DataLoader"):
+        fit(
+            Probe(),
+            exact(),
+            BatchSizeScheduler(NoiseScaleBatchSize(4, high=16)),
+            GradientNoiseScale(),
+            max_epochs=1,
+        )
+
+
+def test_fast_dev_run_trains_one_micro_batch() -> None:
+    module = Probe()
+    fit(module, exact(), BatchSizeScheduler(ConstantBatchSize(12)), fast_dev_run=True)
+    assert [len(w) for w in module.windows] == [3]
+    assert max(module.errors) <= 1e-6
+
+
+def test_loaders_made_anew_every_epoch_go_on_with_the_order() -> None:
+    once, anew = Recorder(), Recorder()
+    for module, every in ((once, 0), (anew, 1)):
+        fit(
+            module,
+            None,
+            BatchSizeScheduler(ConstantBatchSize(6)),
+            max_epochs=2,
+            reload_dataloaders_every_n_epochs=every,
+        )
+    assert anew.seen == once.seen
+    assert json.dumps(once.seen)
+    assert os.environ["OMP_NUM_THREADS"] == "1"

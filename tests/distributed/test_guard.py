@@ -1,0 +1,102 @@
+"""StepGuard on two processes, one of which sees bad batches, against one process."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from lightning_bigopt import (
+    GradientClipping,
+    Groups,
+    LossSpike,
+    NonFinite,
+    NormClip,
+    NormSpike,
+    StepGuard,
+)
+from tests.distributed.scenarios import POISON, Norms
+from tests.distributed.test_two_processes import Interleaved
+from tests.kit import QUIET, cpu_precision, loader
+from tests.poison import KINDS, Poisoned
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]  # it may start the processes
+
+CASES = [
+    (strategy, precision, kind, accumulate)
+    for strategy, precision, kind, accumulate in itertools.product(
+        ("ddp", "fsdp2"), ("32-true", "bf16-mixed", "16-mixed"), KINDS, (1, 3)
+    )
+    if (strategy, precision) != ("fsdp2", "16-mixed")  # which Lightning refuses
+]
+
+
+@functools.cache
+def alone(precision: str, kind: str, accumulate: int) -> tuple[Poisoned, StepGuard]:
+    """One process that sees what both see."""
+    model = Poisoned(POISON, rank=1, optimizer=torch.optim.AdamW, lr=0.01, **KINDS[kind])
+    guard = StepGuard([NonFinite(), NormSpike(armed=3), LossSpike(armed=3, floor=2.0)])
+    trainer = L.Trainer(
+        **QUIET,
+        max_epochs=1,
+        callbacks=[guard, GradientClipping(NormClip(max_norm=0.5))],
+        accumulate_grad_batches=accumulate,
+        **cpu_precision(precision),
+    )
+    size = 40 * accumulate
+    trainer.fit(model, loader(size, 4, sampler=Interleaved(size, 2)))
+    return model, guard
+
+
+@pytest.mark.parametrize(("strategy", "precision", "kind", "accumulate"), CASES)
+def test_both_skip_what_one_process_would(
+    two_processes: Any, strategy: str, precision: str, kind: str, accumulate: int
+) -> None:
+    case = f"{strategy} {precision} {kind} {accumulate}"
+    first, second = (result[case] for result in two_processes("guarded"))
+    assert first["rejected"] == second["rejected"]
+    assert first["state"] == second["state"]
+    assert first["weights"] == second["weights"]
+    for result in (first, second):
+        # FSDP2 shards may not change here while they change there; a skipped update changes none.
+        skipped = [u for u, changed in enumerate(result["changed"]) if not changed]
+        assert skipped == [4, 7]
+    seen = [(update, detector) for update, detector, *_ in first["rejected"]]
+    # A GradScaler has its own way with what is not finite: the guard leaves it alone.
+    broken = [] if precision == "16-mixed" else [(4, "NonFinite")]
+    assert seen == [*broken, (7, "NormSpike")]
+    if broken:
+        assert first["rejected"][0][2] == 1  # the process whose loss was NaN
+    model, guard = alone(precision, kind, accumulate)
+    assert [(r.update, r.detector) for r in guard.rejections] == seen
+    flat = torch.cat([p.detach().flatten() for p in model.net.parameters()]).tolist()
+    tolerance = 1e-5 if precision == "32-true" else 2e-2
+    assert first["weights"] == pytest.approx(flat, rel=tolerance, abs=tolerance)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_fsdp1_clips_and_guards_by_the_global_norm(two_processes: Any, fused: bool) -> None:
+    first, second = (result[f"fused={fused}"] for result in two_processes("flat_shards"))
+    assert first["rejected"] == second["rejected"]
+    assert first["rejected"] == [[4, "NonFinite", 1], [7, "NormSpike", None]]
+    assert first["norms"] == pytest.approx(second["norms"], nan_ok=True, rel=0, abs=0)
+    assert {"net.0.weight", "net.2.bias"} <= set(first["names"])
+    model = Poisoned(POISON, rank=1, optimizer=torch.optim.AdamW, lr=0.01, fused=fused)
+    totals = Norms()
+    trainer = L.Trainer(
+        **QUIET,
+        max_epochs=1,
+        callbacks=[
+            StepGuard([NonFinite(), NormSpike(armed=3)]),
+            GradientClipping(Groups({"net.0.*": None, "*": NormClip(max_norm=0.1)})),
+            totals,
+        ],
+    )
+    trainer.fit(model, loader(40, 4, sampler=Interleaved(40, 2)))
+    assert first["norms"] == pytest.approx(totals.norms, rel=1e-5, nan_ok=True)
+    flat = torch.cat([p.detach().flatten() for p in model.net.parameters()]).tolist()
+    assert first["weights"] == pytest.approx(flat, rel=1e-5, abs=1e-5)

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import schedulefree
+import torch
+from torch import nn
+
+from lightning_bigopt.gradients import (
+    ClipContext,
+    MaxUpdateRatio,
+    UpdateClip,
+    clip_gradients_,
+    skip_update_,
+)
+from tests.oracles import gradients as oracle
+
+SHAPES = ((), (5,), (0,), (3, 4, 2, 2), (6, 7))
+LOOPS = {"fused": {"fused": True}, "foreach": {"foreach": True}, "for-loop": {"foreach": False}}
+
+
+def parameters(dtype=torch.float32, shapes=SHAPES):
+    return [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("max_rms", [1.0, 0.4])
+def test_update_clip_with_adamw_is_stable_adamw(loop, max_rms):
+    ours = parameters()
+    settings = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-6}
+    truths = [oracle.StableAdamW(p, 0.1, (0.8, 0.9), 1e-6, 0.2) for p in ours]
+    optimizer = torch.optim.AdamW(ours, **settings, weight_decay=0.2, **LOOPS[loop])
+    for step in range(12):
+        for parameter, truth in zip(ours, truths, strict=True):
+            # Gradients that jump: the second moment is late, and the update too long.
+            parameter.grad = torch.randn_like(parameter) * (100.0 if step in (4, 8, 9) else 1.0)
+            truth.step(parameter.grad, max_rms)
+        clip_gradients_(ours, UpdateClip(max_rms), optimizer=optimizer)
+        optimizer.step()
+        for parameter, truth in zip(ours, truths, strict=True):
+            torch.testing.assert_close(parameter.double(), truth.w, rtol=2e-5, atol=2e-6)
+    assert max(truths[1].rms) > 2.0  # it did act
+    assert min(truths[1].rms) < 1.0
+
+
+def test_update_clip_groups_have_their_own_betas_and_eps():
+    a, b = parameters(shapes=((4,), (4,)))
+    truths = [
+        oracle.StableAdamW(a, 0.1, (0.9, 0.5), 1e-2, 0.0),
+        oracle.StableAdamW(b, 0.1, (0.9, 0.99), 1e-8, 0.0),
+    ]
+    optimizer = torch.optim.AdamW(
+        [{"params": [a], "betas": (0.9, 0.5), "eps": 1e-2}, {"params": [b], "betas": (0.9, 0.99)}],
+        lr=0.1,
+        weight_decay=0.0,
+    )
+    for step in range(6):
+        for parameter, truth in zip((a, b), truths, strict=True):
+            parameter.grad = torch.randn_like(parameter) * (50.0 if step == 3 else 1.0)
+            truth.step(parameter.grad)
+        clip_gradients_([a, b], UpdateClip(), optimizer=optimizer)
+        optimizer.step()
+    for parameter, truth in zip((a, b), truths, strict=True):
+        torch.testing.assert_close(parameter.double(), truth.w, rtol=2e-5, atol=2e-6)
+
+
+def test_an_update_within_the_limit_keeps_every_bit():
+    ours, theirs = parameters(), None
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    one, other = torch.optim.AdamW(ours, lr=0.01), torch.optim.AdamW(theirs, lr=0.01)
+    for _ in range(4):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        clip_gradients_(ours, UpdateClip(100.0), optimizer=one)
+        one.step()
+        other.step()
+        assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
+def test_max_update_ratio(dtype, kind):
+    ours = parameters(dtype)
+    with torch.no_grad():
+        ours[-1].zero_()
+    free = [nn.Parameter(p.detach().clone()) for p in ours]
+    before = [p.detach().clone() for p in ours]
+    for p, q in zip(ours, free, strict=True):
+        p.grad = torch.randn_like(p) * 3
+        q.grad = p.grad.clone()
+    one, other = kind(ours, lr=0.1), kind(free, lr=0.1)
+    clip_gradients_(ours, MaxUpdateRatio(0.02, eps=1e-2), optimizer=one)
+    one.step()
+    other.step()
+    acted = 0
+    for p, q, old in zip(ours, free, before, strict=True):
+        update = (q - old).double()
+        longest = 0.02 * max(oracle.norm([old]), 1e-2)
+        factor = min(1.0, longest / oracle.norm([update])) if oracle.norm([update]) else 1.0
+        acted += factor < 1
+        tolerance = (
+            {"rtol": 1e-5, "atol": 1e-7} if dtype is torch.float32 else {"rtol": 1e-2, "atol": 1e-3}
+        )
+        torch.testing.assert_close(p.double(), old.double() + factor * update, **tolerance)
+    assert acted
+
+
+@pytest.mark.parametrize("rule", [UpdateClip(), MaxUpdateRatio()])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_skipped_step_stays_skipped(rule, fused):
+    ours = parameters()
+    optimizer = torch.optim.AdamW(ours, lr=0.1, fused=fused)
+    for parameter in ours:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    before = [p.detach().clone() for p in ours]
+    for parameter in ours:
+        parameter.grad = torch.full_like(parameter, math.nan)
+    clip_gradients_(ours, rule, optimizer=optimizer)
+    skip_update_(optimizer)
+    optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(ours, before, strict=True))
+
+
+def test_a_step_left_out_by_a_kernel_stays_left_out():
+    ours = parameters()
+    optimizer = torch.optim.AdamW(ours, lr=0.1, fused=True)
+    for _ in range(2):  # before there is any moment, and later
+        before = [p.detach().clone() for p in ours]
+        for parameter in ours:
+            parameter.grad = torch.full_like(parameter, math.nan)
+        clip_gradients_(ours, UpdateClip(), optimizer=optimizer)
+        optimizer.found_inf = torch.ones(())
+        optimizer.step()
+        del optimizer.found_inf
+        assert all(torch.equal(p, old) for p, old in zip(ours, before, strict=True))
+        for parameter in ours:
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+
+
+def test_a_step_that_never_came_is_not_corrected_later():
+    ours = parameters(shapes=((4,),))
+    optimizer = torch.optim.SGD(ours, lr=0.001)
+    ours[0].grad = torch.ones(4)
+    clip_gradients_(ours, MaxUpdateRatio(1e-6), optimizer=optimizer)
+    with torch.no_grad():
+        ours[0].add_(100.0)  # a checkpoint was loaded, say
+    clip_gradients_(ours, MaxUpdateRatio(10.0), optimizer=optimizer)
+    before = ours[0].detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(ours[0].detach(), before - 0.001)
+
+
+def test_parameters_without_gradient_are_not_copied():
+    a, b = parameters(shapes=((4,), (4,)))
+    optimizer = torch.optim.AdamW([a, b], lr=0.1)
+    b.grad = torch.randn(4)
+    clip_gradients_([a, b], UpdateClip(), optimizer=optimizer)
+    optimizer.step()
+    a.grad, b.grad = torch.randn(4), None
+    clip_gradients_([a, b], UpdateClip(), optimizer=optimizer)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("rule", [UpdateClip(), MaxUpdateRatio()])
+def test_what_cannot_work_is_refused(rule):
+    parameter = nn.Parameter(torch.ones(2))
+    parameter.grad = torch.ones(2)
+    named = [("p", parameter)]
+    with pytest.raises(ValueError, match=f"optimizer must be given to {type(rule).__name__}"):
+        clip_gradients_(named, rule)
+    free = schedulefree.AdamWScheduleFree([parameter])
+    with pytest.raises(ValueError, match="got AdamWScheduleFree, which averages iterates"):
+        clip_gradients_(named, rule, optimizer=free)
+    context = ClipContext(
+        parameters=named, optimizer=torch.optim.AdamW([parameter]), process_group=object()
+    )
+    with pytest.raises(ValueError, match="flat shards"):
+        rule.decide(context, {})
+
+
+def test_update_clip_needs_a_second_moment():
+    parameter = nn.Parameter(torch.ones(2))
+    with pytest.raises(
+        ValueError, match="optimizer must be of the Adam family for UpdateClip, got SGD"
+    ):
+        clip_gradients_([parameter], UpdateClip(), optimizer=torch.optim.SGD([parameter]))
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan])
+def test_bad_arguments(value):
+    for make in (UpdateClip, MaxUpdateRatio):
+        with pytest.raises(ValueError, match=f"must be positive and finite, got {value}"):
+            make(value)
+    with pytest.raises(ValueError, match=f"eps must be positive and finite, got {value}"):
+        MaxUpdateRatio(eps=value)
