@@ -86,6 +86,7 @@ from lightning_bigopt.schedules import (
     WarmupLinear,
     WarmupStableDecay,
 )
+from lightning_bigopt.tuning import GlobalBatchFinder, LearningRateRangeTest, RangeTest, learning_rate_range_test
 
 __version__ = "0.1.0"
 
@@ -116,6 +117,7 @@ __all__ = [
     "Duration",
     "Exponential",
     "FullBatch",
+    "GlobalBatchFinder",
     "GlobalBatchLoader",
     "GradientClipping",
     "GradientClippingMixin",
@@ -125,6 +127,7 @@ __all__ = [
     "HyperparameterScheduler",
     "InfiniteSchedule",
     "InverseSquareRoot",
+    "LearningRateRangeTest",
     "LearningRateScheduleMixin",
     "LearningRateScheduler",
     "Linear",
@@ -144,6 +147,7 @@ __all__ = [
     "Power",
     "Product",
     "Progress",
+    "RangeTest",
     "ReduceOnPlateau",
     "Schedule",
     "SchedulePolicy",
@@ -164,5 +168,6 @@ __all__ = [
     "WarmupStableDecay",
     "ZClip",
     "__version__",
+    "learning_rate_range_test",
     "replay",
 ]

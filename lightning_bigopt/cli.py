@@ -64,7 +64,7 @@ def add_demo_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--max-steps",
         type=int,
-        default=400,
+        default=500,
         help="Optimiser updates of the run with our callbacks; the others see as many samples.",
     )
     parser.add_argument("--devices", type=int, default=1, help="Processes; a divisor of 32.")
@@ -82,11 +82,55 @@ def run_demo(options: Namespace) -> None:
     Demo(**options.as_dict()).run()
 
 
+def add_report_options(parser: ArgumentParser) -> None:
+    """The options of ``bigopt report``."""
+    parser.add_argument("logdir", type=str, help="The logger's folder of a run.")
+    parser.add_argument("--beside", type=str, default=None, help="Another run, shown beside it.")
+    parser.add_argument("--output", type=str, default="report.html", help="The file to write.")
+
+
+def run_report(options: Namespace) -> None:
+    """Writes the report of a run as one HTML file."""
+    require("matplotlib", extra="plot")
+    from lightning_bigopt.reporting.report import write_report
+
+    folders = [options.logdir] if options.beside is None else [options.logdir, options.beside]
+    print(write_report(folders, options.output))
+
+
+def add_plan_options(parser: ArgumentParser) -> None:
+    """The options of ``bigopt plan``."""
+    parser.add_argument("config", type=str, help="A LightningCLI config: trainer, model, data.")
+    parser.add_argument("--picture", type=str, default=None, help="Draw it, such as plan.png.")
+
+
+def run_plan(options: Namespace) -> None:
+    """Prints a whole run before anything is trained."""
+    if options.picture is not None:
+        require("matplotlib", extra="plot")
+    from lightning_bigopt.reporting.plan import plan_config
+
+    found = plan_config(options.config)
+    print(found)
+    if options.picture is not None:
+        print(f"picture: {found.picture(options.picture)}")
+
+
 COMMANDS: Mapping[str, Command] = {
     "demo": Command(
         summary="Trains a small GPT with and without our callbacks and prints the difference.",
         add_options=add_demo_options,
         run=run_demo,
+    ),
+    "plan": Command(
+        summary="Prints a whole run before anything is trained.",
+        add_options=add_plan_options,
+        run=run_plan,
+    ),
+    "report": Command(
+        summary="Writes the report of a run as one HTML file.",
+        add_options=add_report_options,
+        run=run_report,
     ),
 }
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -29,6 +30,7 @@ __all__ = [
     "add_scheduler",
     "batches_that_stepped",
     "callbacks_of",
+    "checkpoint_interval",
     "closes_window",
     "count_rows",
     "data_in_place",
@@ -184,10 +186,23 @@ def greet_loaders(trainer: Trainer, greet: Callable[[list[Any]], None] | None) -
 
     def dataloader() -> Any:
         loaders = type(source).dataloader(source)
-        greet(CombinedLoader(loaders).flattened)
+        several = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders)
+        greet(several.flattened)
         return loaders
 
     source.__dict__["dataloader"] = dataloader
+
+
+def train_source(trainer: Trainer) -> Any:
+    """Who gives the training loaders: a module, a datamodule, or the loaders themselves."""
+    return trainer.fit_loop._data_source.instance
+
+
+def source_loaders(trainer: Trainer) -> list[Any]:
+    """The training loaders as their source gives them, before Lightning changes them."""
+    loaders = trainer.fit_loop._data_source.dataloader()
+    several = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders)
+    return list(several.flattened)
 
 
 def micro_batch_size(trainer: Trainer) -> int | None:
@@ -427,6 +442,16 @@ def newest_checkpoint(trainer: Trainer) -> str | None:
     if saved:
         return str(max(saved)[1])
     return None if trainer.ckpt_path is None else str(trainer.ckpt_path)
+
+
+def checkpoint_interval(callback: ModelCheckpoint) -> str:
+    """When a ModelCheckpoint saves, in words."""
+    if callback._every_n_train_steps:
+        return f"every {callback._every_n_train_steps} updates"
+    if callback._train_time_interval is not None:
+        return f"every {callback._train_time_interval}"
+    epochs = callback._every_n_epochs
+    return "every epoch" if epochs == 1 else f"every {epochs} epochs"
 
 
 # --------------------------------------------------------------------------------- logging

@@ -11,6 +11,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hypothesis import settings
+
+# Properties are judged by their outcome, not by how busy the machine is.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 ReportT = TypeVar("ReportT", pytest.TestReport, pytest.CollectReport)
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lightning_bigopt.durations import Duration, Horizon, Progress, Span
 
+
 # ------------------------------------------------------------------------------------- Duration
 
 
@@ -223,6 +224,13 @@ def test_the_axis_runs_through_every_update(run, clock: str, unit: str):
         assert on_line == pytest.approx(row[unit], abs=1e-6 * rows[-1][unit])
 
 
+def test_the_axis_of_a_part_begins_at_nothing():
+    run = (Span(updates=10, samples=10), Span(updates=10, samples=30))
+    part = Horizon(clock="steps", budget=20, spans=run).span(0.25, 1.0)
+    corners = [(0.0, 0.0), (pytest.approx(1 / 3), 50.0), (1.0, 350.0)]
+    assert list(part.axis("1 sample")) == corners
+
+
 def test_an_even_run_has_a_straight_axis():
     assert Horizon.of_steps(10, samples_per_step=32).axis("5 samples") == ((0.0, 0.0), (1.0, 320))
     assert Horizon.of_steps(10, steps_per_epoch=4).axis("1 epoch") == ((0.0, 0.0), (1.0, 2.5))
@@ -289,13 +297,23 @@ class TestShares:
         shares = horizon.shares(lengths, last=["hold", "decay"])
         assert shares == pytest.approx((0.25, 0.25, 0.25))
 
+    def test_the_last_of_them_ends_the_budget(self):
+        run = (Span(updates=10, samples=10), Span(updates=10, samples=30))
+        horizon = Horizon(clock="steps", budget=20, spans=run)
+        lengths = {"hold": "50 samples", "decay": "300 samples"}
+        assert horizon.shares(lengths, last=list(lengths)) == pytest.approx((0.25, 0.5))
+
     def test_keep_the_order_of_the_names(self):
         horizon = Horizon.of_steps(10)
         assert horizon.shares({"a": 1, "b": 2, "c": 3}, last=["a"]) == (0.1, 0.2, 0.3)
         assert horizon.shares({}) == ()
 
     def test_may_fill_the_budget_to_the_last_update(self):
-        assert Horizon.of_steps(3).shares({"a": 1, "b": 1, "c": 1}) == (1 / 3, 1 / 3, 1 / 3)
+        for total in range(1, 200):
+            shares = Horizon.of_steps(total).shares({f"update {i}": 1 for i in range(total)})
+            assert shares == (1 / total,) * total
+        rounded_up = {"warmup": 0.75, "decay": 0.25 + 1e-12}
+        assert Horizon.of_steps(7).shares(rounded_up) == (0.75, 0.25 + 1e-12)
 
     def test_must_fit(self):
         with pytest.raises(

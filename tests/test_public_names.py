@@ -9,15 +9,15 @@ NAMES = """
     AGC Abort Action AdaGC AutoClip Backoff BatchSizePolicy BatchSizePolicyMixin BatchSizeRamp
     BatchSizeScheduler BatchSizeSteps Chain Clamp ClipToMedian ClippingRule Constant
     ConstantBatchSize Cooldown Cosine CosineWithRestarts Cyclic Detector Duration Exponential
-    FullBatch GlobalBatchLoader GradientClipping GradientClippingMixin GradientNoiseScale Groups Horizon
-    HyperparameterScheduler InfiniteSchedule InverseSquareRoot LearningRateScheduleMixin
-    LearningRateScheduler Linear
-    LossSpike MaxUpdateRatio MultiStep Noam NoiseScaleBatchSize NonFinite NormClip NormSpike
-    OneCycle OptimizationMonitor PerParameterNormClip PiecewiseLinear Polynomial Power Product
-    Progress REX ReduceOnPlateau Schedule SchedulePolicy Seesaw SeesawBatchSize SingleSample Skip
-    StepDecay StepGuard
-    TriStage UpdateClip ValueClip Warmup WarmupConstant WarmupCosine WarmupInverseSquareRoot
-    WarmupLinear WarmupStableDecay ZClip __version__ replay
+    FullBatch GlobalBatchFinder GlobalBatchLoader GradientClipping GradientClippingMixin GradientNoiseScale Groups
+    Horizon HyperparameterScheduler InfiniteSchedule InverseSquareRoot LearningRateRangeTest
+    LearningRateScheduleMixin LearningRateScheduler Linear LossSpike MaxUpdateRatio MultiStep Noam
+    NoiseScaleBatchSize NonFinite NormClip NormSpike OneCycle OptimizationMonitor
+    PerParameterNormClip PiecewiseLinear Polynomial Power Product Progress REX RangeTest
+    ReduceOnPlateau Schedule SchedulePolicy Seesaw SeesawBatchSize SingleSample Skip StepDecay
+    StepGuard TriStage UpdateClip ValueClip Warmup WarmupConstant WarmupCosine
+    WarmupInverseSquareRoot WarmupLinear WarmupStableDecay ZClip __version__
+    learning_rate_range_test replay
 """
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
 from typing import Any, Literal, TypeAlias
@@ -301,10 +300,7 @@ class GlobalBatchLoader:
             return range(self.samples)
         generator = torch.Generator()
         generator.manual_seed(mixed_seed(self.seed, self.epoch))
-        order = array("q")  # 8 bytes a sample, where a list takes 40
-        permutation = torch.randperm(self.samples, generator=generator)
-        for start in range(0, self.samples, 65_536):
-            order.extend(permutation[start : start + 65_536].tolist())
+        order: list[int] = torch.randperm(self.samples, generator=generator).tolist()
         return order
 
 

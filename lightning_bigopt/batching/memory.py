@@ -37,6 +37,7 @@ def search_micro_batch_size(
     try_size: Callable[[int], bool],
     *,
     maximum: int,
+    minimum: int = 1,
     search: Literal["binary", "power"] = "binary",
     divides: int | None = None,
     headroom: float = 0.1,
@@ -49,6 +50,7 @@ def search_micro_batch_size(
     Args:
         try_size: Runs a micro-batch of a size; False where memory did not suffice.
         maximum: The largest size worth trying, such as global batch / processes.
+        minimum: The smallest, such as 2 for a model with batch normalisation.
         search: ``"binary"`` closes in on the limit, ``"power"`` stays with powers of two.
         divides: Try only divisors of this number (global batch / processes), so that the
             accumulation comes out even; None for any size.
@@ -69,7 +71,12 @@ def search_micro_batch_size(
     check_size("maximum", maximum)
     if not 0 <= headroom < 1:
         raise ValueError(f"headroom must be in [0, 1), got {headroom!r}; write 0.1")
-    sizes = _candidates(maximum, search, divides)
+    check_size("minimum", minimum)
+    sizes = [size for size in _candidates(maximum, search, divides) if size >= minimum]
+    if not sizes:
+        raise ValueError(
+            f"minimum must leave a size up to maximum = {maximum} that fits, got {minimum}"
+        )
     trials: dict[int, bool] = {}
 
     def runs(size: int) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_bigopt.gradients import AutoClip, ClipDecision, ClippingRule, Groups
+from lightning_bigopt.gradients import ClipDecision, ClippingRule, Groups, NormClip, ZClip
 
 __all__ = ["ClipAudit", "ClipReport", "advice", "decisions_of"]
 
@@ -69,18 +69,18 @@ def advice(report: ClipReport, rule: ClippingRule) -> str | None:
         >>> advice(report, NormClip(1.0)).split(":")[0]
         'More than half of the updates are clipped'
     """
-    if report.updates < _ENOUGH or isinstance(rule, AutoClip):  # which clips most by design
-        return None
-    if report.fraction > 0.5:
+    if report.updates < _ENOUGH or not isinstance(rule, NormClip | ZClip):
+        return None  # other rules are made to clip often, or count tensors
+    if report.fraction > 0.5 and rule.max_norm is not None:
         return (
-            "More than half of the updates are clipped: the threshold sets the length of most "
+            "More than half of the updates are clipped: max_norm sets the length of most "
             f"gradients. To catch outliers only, raise it above {report.high:.2g}; under Adam the "
-            "two differ little, under SGD it is the learning rate that this lowers."
+            "two differ little, under SGD this lowers the learning rate."
         )
-    if report.clipped == 0:
+    if report.clipped == 0 and isinstance(rule, NormClip):
         return (
-            "No update was clipped: the threshold guards against spikes that did not come. To "
-            f"limit the largest gradients of this run, lower it below {report.high:.2g}."
+            "No update was clipped: max_norm guards against spikes that did not come. To limit "
+            f"the largest gradients of this run, lower it below {report.high:.2g}."
         )
     return None
 

@@ -164,6 +164,9 @@ def hand_over(pipeline: Pipeline, policy: BatchSizePolicy, loaders: list[Any]) -
             f"{trainer.limit_train_batches}; set max_steps, or pass a torch Subset as dataset"
         )
     world = trainer_access.data_parallel_size(trainer)
+    former = trainer_access.exact_loader(trainer)
+    if former is not None and former is not loader:  # reload_dataloaders_every_n_epochs
+        loader.load_state_dict(former.state_dict())
     loader.place(rank=trainer_access.data_rank(trainer), world_size=world)
 
     def sizes() -> Iterable[int]:

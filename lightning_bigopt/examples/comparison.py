@@ -101,7 +101,7 @@ def draw_comparison(runs: Sequence[Run], path: Path) -> None:
     (rate, norm), (batch, loss) = panels
     for index, run in reversed(list(enumerate(runs))):
         colour = "tab:orange" if index == 0 else str(min(0.1 + 0.25 * index, 0.9))
-        label = f"{run.title}, learning rate {run.lr:g}"
+        label = f"{run.title}, peak {run.lr:g}"
         rate.plot(*_curve(run, "optim/lr/decay"), color=colour, label=label)
         norm.plot(*_curve(run, "grad_norm/total"), color=colour, linewidth=0.6)
         batch.step(*_curve(run, "batch/global_size"), color=colour, where="post")
@@ -110,7 +110,7 @@ def draw_comparison(runs: Sequence[Run], path: Path) -> None:
         loss.plot(run.samples, run.validation_loss, "o", color=colour)
     norm.set_yscale("log")
     batch.set_ylim(bottom=0)
-    loss.set_ylim(top=4)
+    loss.set_ylim(top=3)
     for panel, title in zip(
         panels.flat,
         (

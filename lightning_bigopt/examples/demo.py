@@ -36,8 +36,8 @@ from lightning_bigopt.examples.text import SourceText
 __all__ = ["Demo"]
 
 SMALL_BATCH, LARGE_BATCH = 32, 64
-PEAK_LR = 6e-3
-BARE_LRS = (5e-4, 1e-3, 2e-3)
+PEAK_LR = 3e-3
+BARE_LRS = (1e-3, 2e-3, 4e-3)
 
 _ADVICE = (
     ".*does not have many workers",
@@ -66,12 +66,12 @@ class Demo:
         ValueError: If ``max_steps`` is not positive or ``devices`` does not divide 32.
 
     Example:
-        >>> demo = Demo(max_steps=400)
+        >>> demo = Demo(max_steps=500)
         >>> demo.samples, demo.bare_steps
-        (19200, 600)
+        (24000, 750)
     """
 
-    max_steps: int = 400
+    max_steps: int = 500
     devices: int = 1
     strategy: str = "auto"
     accelerator: str = "cpu"
@@ -104,7 +104,7 @@ class Demo:
 
     def _callbacks(self) -> Sequence[Callback]:
         return (
-            LearningRateScheduler(WarmupStableDecay(warmup="5%", decay="20%")),
+            LearningRateScheduler(WarmupStableDecay(warmup="5%", decay="40%")),
             GradientClipping(NormClip(max_norm=1.0)),
             BatchSizeScheduler(BatchSizeSteps({"0%": SMALL_BATCH, "50%": LARGE_BATCH})),
         )

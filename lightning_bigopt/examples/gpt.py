@@ -109,7 +109,7 @@ class BytesGPT(LightningModule):
     def __init__(
         self,
         *,
-        lr: float = 6e-3,
+        lr: float = 3e-3,
         weight_decay: float = 0.1,
         width: int = 96,
         layers: int = 3,

@@ -70,7 +70,7 @@ CHARTS: tuple[Chart, ...] = (
     Chart(
         title="Global batch",
         text="Samples in an update over all processes. Dashed: as planned.",
-        tags=("batch/global_size", "batch/noise_scale"),
+        tags=("batch/global_size", "noise_scale/simple"),
         planned=("plan/global_size",),
     ),
     Chart(

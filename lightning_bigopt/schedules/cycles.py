@@ -143,8 +143,8 @@ class Cyclic(Periodic):
         """Follows the formula above; ``fraction`` in [0, 1]."""
         length, rise = self._cycle
         passed = fraction / length
-        cycle = math.floor(passed + SNAP)
-        inside = max(passed - cycle, 0.0)
+        cycle = math.floor(passed)
+        inside = passed - cycle
         height = inside / rise if inside <= rise else (1.0 - inside) / (1.0 - rise)
         if self.mode != "triangular":
             height *= math.pow(self.cycle_decay, cycle if self.mode == "triangular2" else passed)

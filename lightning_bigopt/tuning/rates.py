@@ -42,11 +42,11 @@ class BaseRates:
                     GroupField(key).write(group, scaled(group[key]))
         for config in trainer.lr_scheduler_configs:
             _rebase(config.scheduler, scaled)
-        for owner in (module, module.hparams):
-            for name in ("lr", "learning_rate"):
-                held = owner.get(name) if owner is not module else vars(module).get(name)
-                if isinstance(held, float) and held == self.reference:
-                    setattr(owner, name, rate)
+        for name in ("lr", "learning_rate"):
+            if vars(module).get(name) == self.reference:
+                setattr(module, name, rate)
+            if module.hparams.get(name) == self.reference:
+                module.hparams[name] = rate
 
 
 def _rebase(scheduler: Any, scaled: Callable[[float], float]) -> None:

@@ -20,6 +20,7 @@ class Snapshot:
 
     Args:
         objects: Such as modules and optimisers.
+        device: Where copies of tensors wait; None for where the tensors are.
 
     Example:
         >>> layer = torch.nn.Linear(2, 1)
@@ -32,7 +33,8 @@ class Snapshot:
         (True, True, False)
     """
 
-    def __init__(self, *objects: object) -> None:
+    def __init__(self, *objects: object, device: str | None = None) -> None:
+        self._device = device
         self._seen: dict[int, object] = {}  # keeps what it knows alive, so that ids stay its own
         self._undo: list[Callable[[], None]] = []
         for thing in objects:
@@ -62,7 +64,7 @@ class Snapshot:
     def _keep_tensor(self, tensor: Tensor) -> None:
         if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
             return
-        content = tensor.detach().clone()
+        content = tensor.detach().to(self._device or tensor.device, copy=True)
         gradient = tensor.grad if tensor.is_leaf else None
 
         def undo() -> None:

@@ -107,7 +107,10 @@ def test_all_of_it_resumes_exactly(tmp_path: Path, stop: int) -> None:
 
 @pytest.mark.parametrize(
     ("optimizer", "words"),
-    [(torch.optim.AdamW, "lr_scaling='sqrt'.*AdamW"), (torch.optim.SGD, "lr_scaling='linear'.*SGD")],
+    [
+        (torch.optim.AdamW, "lr_scaling='sqrt'.*AdamW"),
+        (torch.optim.SGD, "lr_scaling='linear'.*SGD"),
+    ],
 )
 def test_the_plan_is_said_once_with_the_rule_that_fits_the_optimiser(
     optimizer: Any, words: str, caplog: pytest.LogCaptureFixture

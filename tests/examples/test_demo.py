@@ -81,6 +81,6 @@ def test_the_command_trains_on_two_processes_and_leaves_logs_and_picture(tmp_pat
     assert updates[1].replace(" ", "") == "6|9|9|9"
     assert "tensorboard --logdir logs" in result.stdout
     assert (tmp_path / "logs" / "demo.png").read_bytes().startswith(PNG)
-    scalars = read_scalars(tmp_path / "logs" / "lightning_bigopt-lr-0.006")
+    scalars = read_scalars(tmp_path / "logs" / "lightning_bigopt-lr-0.003")
     assert list(scalars["batch/global_size"].values()) == [32, 32, 32, 64, 64, 64]
     assert list(scalars["progress/samples"].values()) == [32, 64, 96, 160, 224, 288]

@@ -123,6 +123,9 @@ class TestWarmup:
         assert factors[10:] == [1.0] * 10
         assert factors[:11] == sorted(factors[:11])
 
+    def test_its_value_is_a_share_of_the_base(self):
+        assert Warmup("50%", Constant(), start=0.5).value(0.25, 0.25) == 0.1875
+
     def test_no_warmup_begins_with_the_schedule(self):
         assert Warmup(0, Linear()).values(4) == Linear().values(4)
 

@@ -22,7 +22,7 @@ from lightning_bigopt.schedules import (
     WarmupStableDecay,
 )
 
-runs = st.integers(1, 3000)
+runs = st.integers(1, 1500)
 
 
 @given(runs, st.integers(1, 400))
@@ -77,6 +77,16 @@ def test_milestones(total: int, milestones: list[int]):
     for step, found in enumerate(schedule.values(total)):
         passed = [m for m in milestones if m <= step]
         assert found == (max(passed) / 3000 if passed else 1.0)
+
+
+@given(runs, st.integers(0, 3000), st.lists(st.integers(0, 3000), min_size=1, unique=True))
+def test_milestones_after_a_warmup_count_from_its_end(total: int, warmup: int, later: list[int]):
+    warmup = min(warmup, total - 1)
+    milestones = [m for m in later if m <= total - warmup] or [total - warmup]
+    factors = Warmup(warmup, MultiStep({m: m / 3000 for m in milestones})).values(total)
+    for step in range(warmup, total):
+        passed = [m for m in milestones if m <= step - warmup]
+        assert factors[step] == (max(passed) / 3000 if passed else 1.0)
 
 
 @given(runs, st.integers(1, 50), st.integers(1, 4))

@@ -1,0 +1,185 @@
+"""A GPT trained through a storm of bad batches, with the guard and without it.
+
+    python benchmarks/storm.py            # 1,000 updates of 0.1M parameters, seven runs
+    python benchmarks/storm.py --updates 300
+
+2 % of the batches are poisoned: their loss, and so their gradient, is multiplied by NaN, by
+infinity or by 10 to 1,000, one at a time or four in a row. The first 50 updates are left alone,
+because a guard that has seen nothing knows no outliers. The optimiser is AdamW without the fused
+kernel, which would leave out by itself what is not finite.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from lightning_bigopt import (
+    GradientClipping,
+    LearningRateScheduler,
+    NormClip,
+    StepGuard,
+    WarmupCosine,
+)
+from lightning_bigopt.examples.gpt import BytesGPT
+from lightning_bigopt.examples.text import ByteWindows, read_sources
+
+CALM = 50
+LENGTH = 32
+FACTORS = (math.nan, math.inf, 10.0, 30.0, 100.0, 300.0, 1000.0)
+
+
+def storm(updates: int, *, share: float = 0.02, seed: int = 0) -> dict[int, float]:
+    """Which updates are poisoned, and by what factor: half of them in bursts of four."""
+    rng = torch.Generator().manual_seed(seed)
+    wanted = max(6, round(share * updates))
+    poison: dict[int, float] = {}
+    while len(poison) < wanted:
+        burst = 4 if len(poison) < wanted // 2 else 1
+        first = int(torch.randint(CALM, updates - burst, (), generator=rng))
+        if all(abs(first - other) > 2 * burst for other in poison):
+            for offset in range(burst):
+                poison[first + offset] = FACTORS[len(poison) % len(FACTORS)]
+    return poison
+
+
+class Batches:
+    """Batches of text that depend on nothing but their number, and go on where they stopped."""
+
+    def __init__(self, updates: int, *, size: int = 16) -> None:
+        self.windows = ByteWindows(read_sources("train"), length=LENGTH)
+        self.updates, self.batch_size, self.position = updates, size, 0
+
+    def __len__(self) -> int:
+        return self.updates
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for number in range(self.position, self.updates):
+            rng = torch.Generator().manual_seed(number)
+            picks = torch.randint(len(self.windows), (self.batch_size,), generator=rng).tolist()
+            self.position = number + 1
+            yield torch.stack([self.windows[pick] for pick in picks])
+        self.position = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+class StormyGPT(BytesGPT):
+    """The example's GPT with 0.1M parameters, whose loss goes bad at given updates."""
+
+    def __init__(self, poison: dict[int, float]) -> None:
+        torch.manual_seed(0)
+        super().__init__(width=56, layers=2, heads=4, length=LENGTH)
+        self.poison = poison
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        return self.loss(batch) * self.poison.get(self.trainer.global_step, 1.0)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            self.parameters(), lr=self.lr, betas=(0.9, 0.95), weight_decay=0.1, foreach=True
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What came of a run."""
+
+    loss: float
+    finite: bool
+    rejected: tuple[int, ...]
+    weights: tuple[Tensor, ...]
+    state: dict[str, Any]
+    seconds: float
+
+
+def train(
+    *,
+    updates: int,
+    poison: dict[int, float],
+    max_norm: float | None = 1.0,
+    guarded: bool = True,
+    callbacks: tuple[Callback, ...] = (),
+    ckpt_path: Path | None = None,
+) -> Run:
+    """One run, from the same weights over the same batches."""
+    model = StormyGPT(poison)
+    guard = StepGuard()
+    chosen = [LearningRateScheduler(WarmupCosine(warmup="10%", end=0.1)), *callbacks]
+    chosen += [GradientClipping(NormClip(max_norm=max_norm))] if max_norm is not None else []
+    chosen += [guard] if guarded else []
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        callbacks=chosen,
+        logger=False,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    start = time.perf_counter()
+    trainer.fit(model, Batches(updates), validation_windows(), ckpt_path=ckpt_path)
+    seconds = time.perf_counter() - start
+    weights = tuple(parameter.detach().clone() for parameter in model.parameters())
+    return Run(
+        loss=trainer.callback_metrics["val_loss"].item(),
+        finite=all(bool(weight.isfinite().all()) for weight in weights),
+        rejected=tuple(rejected.update for rejected in guard.rejections),
+        weights=weights,
+        state=guard.controller.state_dict(),
+        seconds=seconds,
+    )
+
+
+@cache
+def validation_windows() -> list[Tensor]:
+    """One batch of 512 windows, evenly spaced over the validation files."""
+    windows = ByteWindows(read_sources("val"), length=LENGTH)
+    return [torch.stack([windows[index * len(windows) // 512] for index in range(512)])]
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--updates", type=int, default=1000)
+    updates = parser.parse_args().updates
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    poison = storm(updates)
+    print(f"{updates} updates, {len(poison)} of them poisoned\n")
+    print("| clip | weather | guard | loss | against clean | caught | false rejects | ms a step |")
+    print("|---|---|---|---|---|---|---|---|")
+    for max_norm in (1.0, 10.0):
+        clean = math.nan
+        for weather, guarded in (("clean", True), ("storm", True), ("storm", False)):
+            bad = poison if weather == "storm" else {}
+            run = train(updates=updates, poison=bad, max_norm=max_norm, guarded=guarded)
+            clean = run.loss if weather == "clean" else clean
+            caught = len(set(run.rejected) & set(bad))
+            print(
+                f"| {max_norm:g} | {weather} | {'yes' if guarded else 'no'} | {run.loss:.3f} "
+                f"| {run.loss - clean:+.3f} | {caught}/{len(bad)} "
+                f"| {len(set(run.rejected) - set(bad))} | {1e3 * run.seconds / updates:.1f} |"
+            )
+    finite = {at: factor for at, factor in poison.items() if math.isfinite(factor)}
+    run = train(updates=updates, poison=finite, max_norm=10.0, guarded=False)
+    print(f"| 10 | storm without NaN and inf | no | {run.loss:.3f} | | | | |")
+
+
+if __name__ == "__main__":
+    main()

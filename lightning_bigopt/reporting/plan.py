@@ -1,0 +1,241 @@
+"""Works a whole run out before anything is trained."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_bigopt import trainer_access
+from lightning_bigopt.callbacks.base import OptimizationCallback
+from lightning_bigopt.clock import TrainingClock, resolve_horizon
+from lightning_bigopt.controllers.batch_size import BatchSizeController
+from lightning_bigopt.controllers.batch_supply import constant_plan
+from lightning_bigopt.controllers.learning_rate import LearningRateController
+from lightning_bigopt.controllers.outlook import PlannedUpdate, planned_updates
+from lightning_bigopt.controllers.written import group_names
+from lightning_bigopt.durations import Horizon
+from lightning_bigopt.reporting.planned_run import Boundary, PlanRow, TrainingPlan
+from lightning_bigopt.schedules import Schedule
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+    from torch.optim import Optimizer
+
+__all__ = ["plan", "plan_config"]
+
+_FUSABLE = frozenset({"Adam", "AdamW", "SGD", "Adagrad"})
+_STAGES = ("warmup", "decay", "cooldown")
+
+
+def plan(
+    trainer: Trainer,
+    module: LightningModule,
+    train_dataloaders: Any = None,
+    *,
+    datamodule: LightningDataModule | None = None,
+    points: int = 200,
+) -> TrainingPlan:
+    """Works a whole run out without training anything.
+
+    The hooks ``prepare_data``, ``setup``, ``configure_model``, ``train_dataloader`` and
+    ``configure_optimizers`` run; no process is started and the Trainer can fit afterwards. What a
+    run measures as it goes (an adaptive batch, a plateau) and the scaling of the learning rate
+    with the batch are not in it.
+
+    Args:
+        trainer: With its callbacks.
+        module: What it will train.
+        train_dataloaders: As for ``Trainer.fit``; None for the module's own.
+        datamodule: As for ``Trainer.fit``.
+        points: About how many updates are worked out.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: If the length of the run cannot be known.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> from lightning_bigopt import LearningRateScheduler, Linear
+        >>> trainer = L.Trainer(
+        ...     max_steps=100,
+        ...     accelerator="cpu",
+        ...     logger=False,
+        ...     enable_checkpointing=False,
+        ...     callbacks=[LearningRateScheduler(Linear(start=1.0, end=0.0))],
+        ... )
+        >>> found = plan(trainer, BoringModel())
+        >>> found.totals["updates"], found.rows[50].update, found.rows[50].learning_rates
+        (100.0, 50, {'lr': 0.05})
+    """
+    with trainer_access.data_in_place(trainer, module, train_dataloaders, datamodule=datamodule):
+        callbacks = _callbacks(trainer, module)
+        controllers = [c.controller for c in callbacks if isinstance(c, OptimizationCallback)]
+        optimizers = _optimizers(module)
+        clock = TrainingClock()
+        for controller in controllers:
+            clock.settings = clock.settings.merge(controller.settings)
+        batch = next((c for c in controllers if isinstance(c, BatchSizeController)), None)
+        simulate = constant_plan(trainer) if batch is None else batch.simulator(trainer)
+        horizon = clock.horizon = resolve_horizon(trainer, clock.settings.budget, simulate)
+        found = next((c for c in controllers if isinstance(c, LearningRateController)), None)
+        owner = copy.copy(found)
+        warnings = list(_warnings(trainer, optimizers, horizon, owner))
+        boundaries: list[Boundary] = []
+        if owner is not None:
+            try:
+                owner.resolve(clock)
+                boundaries = list(_boundaries(owner.schedule, horizon))
+            except ValueError as error:
+                warnings.insert(0, str(error))
+                owner = None
+        rows = [
+            _row(u, horizon, optimizers, owner) for u in planned_updates(horizon, points=points)
+        ]
+        if owner is not None:
+            warnings += _about_rates(rows)
+        return TrainingPlan(
+            totals=_totals(horizon),
+            rows=tuple(rows),
+            boundaries=tuple(boundaries),
+            checkpoints=tuple(_checkpoints(callbacks)),
+            warnings=tuple(warnings),
+        )
+
+
+def plan_config(path: str | Path) -> TrainingPlan:
+    """The plan of a LightningCLI config.
+
+    Args:
+        path: YAML with ``trainer``, ``model`` and, where the module has no data, ``data``.
+    """
+    from lightning.pytorch import LightningDataModule, LightningModule
+    from lightning.pytorch.cli import LightningCLI
+
+    found = LightningCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=None,
+        run=False,
+        args=["--config", str(path)],
+    )
+    return plan(found.trainer, found.model, datamodule=found.datamodule)
+
+
+def _callbacks(trainer: Trainer, module: LightningModule) -> list[Callback]:
+    brought = module.configure_callbacks()
+    more = list(brought) if isinstance(brought, Sequence) else [brought]
+    return [*trainer_access.callbacks_of(trainer), *more]
+
+
+def _optimizers(module: LightningModule) -> list[Optimizer]:
+    """What ``configure_optimizers`` returns, in all the forms that it may have."""
+    found: Any = module.configure_optimizers()
+    if isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Sequence):
+        found = found[0]
+    several = found if isinstance(found, Sequence) else [] if found is None else [found]
+    return [one["optimizer"] if isinstance(one, dict) else one for one in several]
+
+
+def _row(
+    update: PlannedUpdate,
+    horizon: Horizon,
+    optimizers: list[Optimizer],
+    owner: LearningRateController | None,
+) -> PlanRow:
+    progress, known = update.progress, horizon.total
+    rates = {}
+    for optimizer in optimizers:
+        label = type(optimizer).__name__ if len(optimizers) > 1 else ""
+        for name, group in zip(
+            group_names(optimizer.param_groups), optimizer.param_groups, strict=True
+        ):
+            base = float(group["lr"])
+            if owner is not None:
+                base = owner.value(group.get("name"), progress.fraction, base, optimizer=label)
+            rates["/".join(part for part in (label, name) if part) or "lr"] = base
+    return PlanRow(
+        update=progress.steps,
+        fraction=progress.fraction,
+        epoch=progress.epochs if horizon.batches_per_epoch else None,
+        samples=progress.samples if known("samples") is not None else None,
+        tokens=progress.tokens if known("tokens") is not None else None,
+        learning_rates=rates,
+        global_batch_size=update.global_batch_size,
+        accumulate=update.batches,
+    )
+
+
+def _totals(horizon: Horizon) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name, unit in (("updates", "steps"), ("samples", "samples"), ("tokens", "tokens")):
+        total = horizon.total(unit)  # type: ignore[arg-type]
+        if total is not None:
+            found[name] = float(total)
+    batches = horizon.total("batches")
+    if batches is not None and horizon.batches_per_epoch:
+        found["epochs"] = batches / horizon.batches_per_epoch
+    return found
+
+
+def _boundaries(schedule: Schedule, horizon: Horizon) -> Iterator[Boundary]:
+    """The stages of recipes: what is called warmup, decay or cooldown among a schedule's fields."""
+    total = horizon.total("steps")
+    if total is None or not is_dataclass(schedule):
+        return
+    lengths = {
+        field.name: getattr(schedule, field.name)
+        for field in fields(schedule)
+        if field.name in _STAGES and isinstance(getattr(schedule, field.name), (str, int, float))
+    }
+    for name, length in lengths.items():
+        share = horizon.fraction(length, name=name)
+        if share and name == "warmup":
+            yield Boundary(name="warmup ends", update=math.ceil(share * total))
+        elif share:
+            yield Boundary(name=f"{name} begins", update=math.floor((1 - share) * total))
+
+
+def _warnings(
+    trainer: Trainer,
+    optimizers: list[Optimizer],
+    horizon: Horizon,
+    owner: LearningRateController | None,
+) -> Iterator[str]:
+    if trainer.max_epochs == 1000 and trainer.max_steps == -1:
+        yield "the Trainer has no limit and would run 1000 epochs; set max_steps or max_epochs"
+    if owner is None:
+        yield "no LearningRateScheduler: the learning rate stays as configured, or is the module's"
+    for optimizer in optimizers:
+        name = type(optimizer).__name__
+        if name in _FUSABLE and not any(group.get("fused") for group in optimizer.param_groups):
+            yield f"{name} could be fused: pass fused=True, and clipping costs next to nothing"
+    if not horizon.spans:
+        yield "updates and samples are not known in advance: the batch adapts, or nobody says it"
+
+
+def _about_rates(rows: Sequence[PlanRow]) -> Iterator[str]:
+    for group in rows[0].learning_rates if rows else ():
+        rates = [row.learning_rates[group] for row in rows]
+        if rates[-1] >= 0.999 * max(rates) and max(rates) > 0:
+            yield (
+                f"the learning rate of {group} never decays: it ends at its highest value "
+                f"{rates[-1]:.3g}"
+            )
+
+
+def _checkpoints(callbacks: Sequence[Callback]) -> Iterator[str]:
+    for callback in callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            monitored = f" by {callback.monitor}" if callback.monitor else ""
+            yield f"{trainer_access.checkpoint_interval(callback)}{monitored}"

@@ -1,0 +1,569 @@
+"""The monitor's values against float64 and copies of the weights, and every odd kind of run."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from torch import Tensor, nn
+
+from lightning_bigopt import (
+    BatchSizeScheduler,
+    BatchSizeSteps,
+    GradientClipping,
+    LearningRateScheduler,
+    Linear,
+    NormClip,
+    OptimizationMonitor,
+    PerParameterNormClip,
+    WarmupCosine,
+)
+from lightning_bigopt.controllers.layers import block_of
+from lightning_bigopt.reporting.runs import read_run
+from lightning_bigopt.reporting.tags import TAGS, find_tag
+from tests.kit import QUIET, Probe, ResumableLoader, loader
+
+BY_THE_CLOCK = ("throughput/", "time/", "memory/")
+OURS = tuple({tag.name.split("/")[0] + "/" for tag in TAGS})
+
+
+class Watched(L.LightningModule):
+    """Blocks with dead units; keeps float64 copies of what every update started from and made."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.embed = nn.Linear(4, 6)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.ReLU()) for _ in range(3))
+        self.head = nn.Linear(6, 3)
+        with torch.no_grad():
+            self.blocks[1][0].bias[:3] = -100.0  # dead: zeros in the gradient
+        self.options = {"lr": 0.1, **options}
+        self.seen: list[dict[str, dict[str, Tensor]]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y, _ = batch
+        h = self.embed(x)
+        for block in self.blocks:
+            h = block(h)
+        loss = nn.functional.mse_loss(self.head(h), y)
+        self.log("train_loss", loss)
+        return loss
+
+    def on_after_backward(self) -> None:
+        copies = {n: p.detach().double().clone() for n, p in self.named_parameters()}
+        grads = {n: p.grad.double().clone() for n, p in self.named_parameters()}
+        self.seen.append({"before": copies, "grads": grads})
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.seen[-1]["after"] = {n: p.detach().double() + 0 for n, p in self.named_parameters()}
+
+    def configure_optimizers(self) -> Any:
+        kind = self.options.pop("kind", torch.optim.SGD)
+        return kind(self.parameters(), **self.options)
+
+
+def fit(module: L.LightningModule, data: Any, *callbacks: Any, **options: Any) -> L.Trainer:
+    ckpt = options.pop("ckpt", None)
+    trainer = L.Trainer(**{**QUIET, "callbacks": list(callbacks), **options})
+    trainer.fit(module, data, ckpt_path=ckpt)
+    return trainer
+
+
+def curves(trainer: L.Trainer) -> dict[str, list[tuple[int, float]]]:
+    return dict(read_run(trainer.log_dir).curves)
+
+
+def norm(tensors: list[Tensor]) -> float:
+    return math.sqrt(sum(float(t.square().sum()) for t in tensors))
+
+
+PATTERNS = {"biases": "*.bias", "head": "head.*"}
+GROUPINGS: dict[str, Any] = {
+    "blocks": block_of,
+    "parameters": lambda name: name,
+    "patterns": lambda name: "biases" if name.endswith("bias") else name.split(".")[0],
+}
+
+
+@pytest.mark.parametrize("layers", list(GROUPINGS))
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {"kind": torch.optim.SGD, "lr": 0.1, "momentum": 0.9},
+        {"kind": torch.optim.AdamW, "lr": 0.01, "fused": True},
+        {"kind": torch.optim.AdamW, "lr": 0.01},
+    ],
+)
+def test_layers_are_those_of_an_independent_calculation_in_float64(
+    layers: str, optimizer: dict[str, Any], tmp_path: Path
+) -> None:
+    module = Watched(**optimizer)
+    monitor = OptimizationMonitor(
+        every=1, layers=PATTERNS if layers == "patterns" else layers, histograms_every=None
+    )
+    trainer = fit(
+        module,
+        loader(24, 4),
+        GradientClipping(NormClip(max_norm=0.5)),
+        monitor,
+        max_epochs=1,
+        logger=TensorBoardLogger(tmp_path),
+    )
+    logged = curves(trainer)
+    assert len(module.seen) == 6
+    members: dict[str, list[str]] = {}
+    for name, _ in module.named_parameters():
+        label = GROUPINGS[layers](name)
+        if layers != "patterns" or label in PATTERNS:
+            members.setdefault(label, []).append(name)
+    assert len(members) == {"blocks": 5, "parameters": 10, "patterns": 2}[layers]
+    for label, names in members.items():
+        for update, seen in enumerate(module.seen):
+
+            def pick(what: str, seen: Any = seen, names: list[str] = names) -> list[Tensor]:
+                return [seen[what][name] for name in names]
+
+            changes = [
+                after - before for after, before in zip(pick("after"), pick("before"), strict=True)
+            ]
+            entries = sum(t.numel() for t in pick("grads"))
+            expected = {
+                "grad_norm": norm(pick("grads")),
+                "weight_norm": norm(pick("before")),
+                "update_ratio": norm(changes) / norm(pick("before")),
+                "zeros": sum(int((t == 0).sum()) for t in pick("grads")) / entries,
+            }
+            for value, truth in expected.items():
+                step, found = logged[f"layers/{value}/{label}"][update]
+                assert step == update
+                # The update is a difference of float32 weights, here of 1e-3 of them.
+                assert found == pytest.approx(truth, rel=1e-4 if value == "update_ratio" else 2e-6)
+    if layers == "blocks":
+        assert logged["layers/zeros/blocks.1"][0][1] >= 0.5
+
+
+def test_the_total_the_clip_and_its_share(tmp_path: Path) -> None:
+    module = Watched(lr=0.01)
+    trainer = fit(
+        module,
+        loader(44, 4),
+        GradientClipping(NormClip(max_norm=6.0)),
+        OptimizationMonitor(every=4, layers=None),
+        max_epochs=1,
+        logger=TensorBoardLogger(tmp_path),
+    )
+    logged = curves(trainer)
+    norms = [norm(list(seen["grads"].values())) for seen in module.seen]
+    clipped = [value > 6.0 for value in norms]
+    assert 0 < sum(clipped[:8]) < 8
+    assert logged["grad_norm/total"] == [(t, pytest.approx(norms[t])) for t in (3, 7)]
+    assert logged["clip/threshold"] == [(3, 6.0), (7, 6.0)]
+    assert logged["clip/coefficient"] == [
+        (t, pytest.approx(min(1.0, 6.0 / (norms[t] + 1e-6)))) for t in (3, 7)
+    ]
+    shares = [sum(clipped[:4]) / 4, sum(clipped[4:8]) / 4]
+    assert [value for _, value in logged["clip/fraction"]] == pytest.approx(shares)
+
+
+def test_groups_by_name_with_the_values_used_for_the_update(tmp_path: Path) -> None:
+    class Grouped(Probe):
+        def configure_optimizers(self) -> Any:
+            first, second = self.net[0], self.net[2]
+            return torch.optim.AdamW(
+                [
+                    {"params": first.parameters(), "name": "body", "weight_decay": 0.3},
+                    {"params": second.parameters(), "lr": 0.2},
+                ],
+                lr=0.1,
+                betas=(0.8, 0.99),
+            )
+
+    module = Grouped()
+    schedule = LearningRateScheduler(Linear(start=1.0, end=0.0))
+    trainer = fit(
+        module,
+        loader(8, 2),
+        OptimizationMonitor(every=1, layers=None),
+        schedule,
+        max_steps=4,
+        logger=TensorBoardLogger(tmp_path),
+    )
+    logged = curves(trainer)
+    rates = [1.0, 0.75, 0.5, 0.25]
+    assert [v for _, v in logged["optim/lr/body"]] == pytest.approx([0.1 * r for r in rates])
+    assert [v for _, v in logged["optim/lr/group1"]] == pytest.approx([0.2 * r for r in rates])
+    assert logged["optim/lr/body"] == [(t, pytest.approx(v)) for t, v in logged["plan/lr/body"]]
+    assert [v for _, v in logged["optim/weight_decay/body"]] == pytest.approx([0.3] * 4)
+    assert [v for _, v in logged["optim/momentum/group1"]] == pytest.approx([0.8] * 4)
+
+
+def batch_tokens(batch: Any) -> int:
+    return 10 * len(batch[0])
+
+
+def test_the_table_of_tags_is_complete(tmp_path: Path) -> None:
+    logged: set[str] = set()
+    module = Watched(momentum=0.9)
+    trainer = fit(
+        module,
+        loader(16, 2),
+        LearningRateScheduler(WarmupCosine(warmup="20%")),
+        GradientClipping(PerParameterNormClip(max_norm=0.5)),
+        BatchSizeScheduler(BatchSizeSteps({"0%": 2, "50%": 4}), lr_scaling="sqrt"),
+        OptimizationMonitor(every=1, histograms_every=2, tokens=batch_tokens),
+        max_epochs=1,
+        logger=TensorBoardLogger(tmp_path),
+    )
+    logged |= set(curves(trainer))
+    folder = Path(trainer.log_dir)
+    for file in folder.glob("events*"):
+        for event in EventFileLoader(str(file)).Load():
+            logged |= {value.tag for value in event.summary.value}
+    ours = {tag for tag in logged if tag.startswith(OURS) and "/text_summary" not in tag}
+    assert {tag for tag in ours if find_tag(tag) is None} == set()
+    never = {tag.name for tag in TAGS if not any(tag.matches(name) for name in ours)}
+    elsewhere = {t.name for t in TAGS if t.name.startswith(("memory/", "noise_scale/"))}
+    assert never == elsewhere  # on a GPU, and where the noise scale is measured
+    assert len({tag.name for tag in TAGS}) == len(TAGS)
+    for name in ours:
+        assert sum(tag.matches(name) for tag in TAGS) == 1, name
+    assert all(tag.meaning.endswith(".") and tag.unit for tag in TAGS)
+
+
+def test_a_logged_update_is_one_event(tmp_path: Path) -> None:
+    trainer = fit(
+        Watched(),
+        loader(16, 2),
+        OptimizationMonitor(every=2, layers="parameters"),
+        max_epochs=1,
+        logger=TensorBoardLogger(tmp_path),
+    )
+    (file,) = Path(trainer.log_dir).glob("events*")
+    ours = [
+        (event.step, len(event.summary.value))
+        for event in EventFileLoader(str(file)).Load()
+        if any(v.tag == "grad_norm/total" for v in event.summary.value)
+    ]
+    assert [step for step, _ in ours] == [1, 3, 5, 7]
+    assert all(count > 40 for _, count in ours)
+
+
+@pytest.mark.parametrize(("axis", "each"), [("samples", 4), ("tokens", 40)])
+def test_the_x_axis_counts_what_was_consumed(axis: Any, each: int, tmp_path: Path) -> None:
+    trainer = fit(
+        Watched(),
+        loader(16, 4),
+        OptimizationMonitor(every=1, x_axis=axis, tokens=batch_tokens),
+        max_epochs=1,
+        logger=TensorBoardLogger(tmp_path),
+    )
+    steps = [step for step, _ in curves(trainer)["grad_norm/total"]]
+    assert steps == [each, 2 * each, 3 * each, 4 * each]
+
+
+def test_an_x_axis_that_nobody_counts_is_refused() -> None:
+    with pytest.raises(ValueError, match="tokens must be counted for x_axis='tokens'"):
+        fit(Watched(), loader(8, 4), OptimizationMonitor(x_axis="tokens"), max_epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": 0}, "every must be a positive number of updates or None, got 0"),
+        ({"histograms_every": 1.5}, "histograms_every must be a positive"),
+        ({"x_axis": "epochs"}, "x_axis must be"),
+        ({"layers": "block"}, "layers must be 'blocks', 'parameters'"),
+        ({"per_layer": ["norm"]}, "per_layer must hold 'grad_norm'"),
+    ],
+)
+def test_wrong_arguments_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OptimizationMonitor(**options)
+
+
+def test_a_pattern_that_matches_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'haed\.\*', which matches none of"):
+        fit(
+            Watched(),
+            loader(8, 4),
+            OptimizationMonitor(every=1, layers={"head": "haed.*"}),
+            max_epochs=1,
+            logger=TensorBoardLogger(tmp_path),
+        )
+
+
+class DiesAt(L.Callback):
+    """Raises after an update, when it has been logged."""
+
+    def __init__(self, step: int, error: BaseException) -> None:
+        self.step, self.error = step, error
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            raise self.error
+
+
+@pytest.mark.parametrize("axis", ["updates", "samples"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_resumed_run_continues_its_curves(axis: Any, accumulate: int, tmp_path: Path) -> None:
+    def callbacks() -> list[Any]:
+        return [
+            LearningRateScheduler(Linear(start=1.0, end=0.1)),
+            GradientClipping(NormClip(max_norm=6.0)),
+            OptimizationMonitor(every=2, x_axis=axis),
+        ]
+
+    options = {"max_epochs": 2, "accumulate_grad_batches": accumulate}
+    data = (24 * accumulate, 2)
+    straight = fit(
+        Watched(),
+        ResumableLoader(*data),
+        *callbacks(),
+        logger=TensorBoardLogger(tmp_path, version="straight"),
+        **options,
+    )
+    save = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=7, save_top_k=-1)
+    with pytest.raises(ZeroDivisionError):
+        fit(
+            Watched(),
+            ResumableLoader(*data),
+            *callbacks(),
+            save,
+            DiesAt(12, ZeroDivisionError()),
+            logger=TensorBoardLogger(tmp_path, version="died"),
+            enable_checkpointing=True,
+            **options,
+        )
+    (checkpoint,) = (tmp_path / "saved").glob("*.ckpt")
+    resumed = fit(
+        Watched(),
+        ResumableLoader(*data),
+        *callbacks(),
+        logger=TensorBoardLogger(tmp_path, version="died"),
+        ckpt=checkpoint,
+        **options,
+    )
+    assert len(list(Path(resumed.log_dir).glob("events*"))) == 2
+    expected, found = curves(straight), curves(resumed)
+    compared = 0
+    for tag, curve in expected.items():
+        if not tag.startswith(BY_THE_CLOCK) and tag.startswith(OURS):
+            assert found[tag] == curve, tag
+            compared += 1
+    assert compared > 25
+    assert len(expected["grad_norm/total"]) == 12
+
+
+class TwoOptimizers(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.one, self.two = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        x, y, _ = batch
+        for optimizer, layer in zip(self.optimizers(), (self.one, self.two), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.mse_loss(layer(x), y))
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return (
+            torch.optim.SGD(self.one.parameters(), lr=0.1),
+            torch.optim.AdamW(self.two.parameters(), lr=0.01),
+        )
+
+
+def test_manual_optimisation_of_several_optimisers(tmp_path: Path) -> None:
+    trainer = fit(
+        TwoOptimizers(),
+        loader(8, 2),
+        OptimizationMonitor(every=1),
+        max_epochs=1,
+        logger=TensorBoardLogger(tmp_path),
+    )
+    logged = curves(trainer)
+    for tag in ("optim/lr/SGD", "grad_norm/total/AdamW", "layers/update_ratio/one/SGD"):
+        assert [step for step, _ in logged[tag]] == [0, 1, 2, 3], tag
+        assert find_tag(tag) is not None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"logger": False},
+        {"fast_dev_run": True},
+        {"limit_train_batches": 2, "log_every_n_steps": 1},
+        {"limit_train_batches": 0},
+        {"overfit_batches": 1},
+        {"log_every_n_steps": 0},
+    ],
+)
+def test_odd_runs_train_as_without_us(options: dict[str, Any], tmp_path: Path) -> None:
+    weights = []
+    for callbacks in ([], [OptimizationMonitor(histograms_every=1)]):
+        module = Watched(lr=1e-3)
+        logger = TensorBoardLogger(tmp_path, version=str(len(callbacks)))
+        fit(module, loader(16, 4), *callbacks, max_epochs=2, **{"logger": logger, **options})
+        weights.append([p.detach().clone() for p in module.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_validation_alone_leaves_nothing(tmp_path: Path) -> None:
+    class Validating(Watched):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val_loss", self.training_step(batch, batch_idx))
+
+    trainer = L.Trainer(
+        **{**QUIET, "logger": CSVLogger(tmp_path)}, callbacks=[OptimizationMonitor(every=1)]
+    )
+    assert trainer.validate(Validating(), loader(8, 4), verbose=False)
+
+
+def test_every_logger_gets_the_same_numbers(tmp_path: Path) -> None:
+    loggers = [TensorBoardLogger(tmp_path), CSVLogger(tmp_path / "csv")]
+    fit(
+        Watched(),
+        loader(16, 4),
+        OptimizationMonitor(every=2),
+        max_epochs=1,
+        logger=loggers,
+        log_every_n_steps=1,
+    )
+    events, table = (read_run(logger.log_dir).curves for logger in loggers)
+    shared = [tag for tag in table if tag.startswith("layers/") or tag == "grad_norm/total"]
+    assert len(shared) > 15
+    for tag in shared:
+        assert events[tag] == [(step, pytest.approx(value)) for step, value in table[tag]]
+
+
+@pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
+def test_the_progress_bars_show_what_is_used(
+    bar: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    trainer = fit(
+        Watched(lr=0.125),
+        loader(16, 4),
+        OptimizationMonitor(every=1),
+        bar(refresh_rate=1),
+        max_epochs=1,
+        enable_progress_bar=True,
+    )
+    captured = capsys.readouterr()
+    shown = captured.out + captured.err
+    assert trainer.progress_bar_metrics["global_batch"] == 4.0
+    for piece in ("lr", "0.125", "grad_norm", "global_batch"):
+        assert piece in shown, piece
+
+
+def test_nothing_grows_with_the_number_of_steps(tmp_path: Path) -> None:
+    sizes = []
+    for epochs in (10, 60):
+        monitor = OptimizationMonitor(every=3)
+        clip = GradientClipping(NormClip(max_norm=1.0))
+        fit(Watched(lr=1e-4), loader(64, 4), clip, monitor, max_epochs=epochs, logger=False)
+        sizes.append(len(pickle.dumps(monitor.controller)))
+    assert abs(sizes[1] - sizes[0]) < 64
+
+
+def test_the_weights_are_copied_for_logged_updates_only(tmp_path: Path) -> None:
+    copies = []
+    original = torch._foreach_copy_
+
+    def counted(*args: Any) -> Any:
+        copies.append(1)
+        return original(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "_foreach_copy_", counted)
+        fit(
+            Watched(),
+            loader(48, 4),
+            OptimizationMonitor(every=4),
+            max_epochs=1,
+            logger=TensorBoardLogger(tmp_path),
+        )
+    assert len(copies) == 3
+
+
+def test_histograms_are_of_the_gradient_before_clipping(tmp_path: Path) -> None:
+    module = Watched()
+    trainer = fit(
+        module,
+        loader(16, 4),
+        GradientClipping(NormClip(max_norm=1e-3)),
+        OptimizationMonitor(histograms_every=2, layers=None),
+        max_epochs=1,
+        logger=TensorBoardLogger(tmp_path),
+    )
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(trainer.log_dir, size_guidance={"histograms": 0})
+    events.Reload()
+    found = events.Histograms("histograms/grad/head.weight")
+    assert [event.step for event in found] == [1, 3]
+    truth = module.seen[1]["grads"]["head.weight"]
+    assert found[0].histogram_value.num == truth.numel()
+    assert found[0].histogram_value.max == pytest.approx(float(truth.max()), rel=1e-6)
+
+
+def test_the_plan_is_a_text_and_the_end_has_hyperparameters(tmp_path: Path) -> None:
+    module = Watched()
+    trainer = fit(
+        module,
+        loader(16, 4),
+        LearningRateScheduler(WarmupCosine(warmup="20%")),
+        OptimizationMonitor(every=1),
+        max_epochs=1,
+        logger=TensorBoardLogger(tmp_path),
+    )
+    assert "WarmupCosine" in read_run(trainer.log_dir).texts["plan"]
+    tags = {
+        value.tag
+        for file in (Path(trainer.log_dir) / "hyperparameters").glob("events*")
+        for event in EventFileLoader(str(file)).Load()
+        for value in event.summary.value
+    }
+    assert {"_hparams_/experiment", "_hparams_/session_start_info", "train_loss"} <= tags
+
+
+def test_state_is_plain(tmp_path: Path) -> None:
+    monitor = OptimizationMonitor(every=3)
+    fit(Watched(), loader(16, 4), GradientClipping(NormClip(1.0)), monitor, max_epochs=1)
+    state = monitor.controller.state_dict()
+    assert json.loads(json.dumps(state)) == state
+    assert state["clips"][""][1] == 1  # the fourth update came after the last logged one
+
+
+def test_the_steps_seconds_and_samples_are_plausible(tmp_path: Path) -> None:
+    trainer = fit(
+        Watched(),
+        loader(64, 4),
+        OptimizationMonitor(every=4, layers=None),
+        max_epochs=1,
+        logger=TensorBoardLogger(tmp_path),
+    )
+    logged = curves(trainer)
+    for (_, median), (_, slow), (_, rate) in itertools.islice(
+        zip(
+            logged["time/step_median"],
+            logged["time/step_p95"],
+            logged["throughput/samples_per_second"],
+            strict=True,
+        ),
+        1,
+        None,
+    ):
+        assert 0 < median <= slow
+        assert 4 / (20 * slow) < rate < 20 * 4 / median

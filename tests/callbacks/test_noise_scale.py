@@ -1,0 +1,146 @@
+"""GradientNoiseScale against a toy whose noise and signal are known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_bigopt import (
+    BatchSizeScheduler,
+    ConstantBatchSize,
+    GradientClipping,
+    GradientNoiseScale,
+    NoiseScaleBatchSize,
+    NormClip,
+    OptimizationMonitor,
+)
+from tests.batch_kit import Toy, noise_loader
+from tests.kit import QUIET, Probe, cpu_precision, loader
+
+TRUTH = Toy.noise / Toy.signal  # 4 samples
+
+
+def measured(*callbacks: Any, micro: int = 2, **options: Any) -> GradientNoiseScale:
+    scale = GradientNoiseScale(decay=0.999)
+    trainer = L.Trainer(**{**QUIET, "max_steps": 300, "callbacks": [scale, *callbacks], **options})
+    trainer.fit(Toy(), noise_loader(micro))
+    return scale
+
+
+def close_to_the_truth(scale: GradientNoiseScale) -> None:
+    report = scale.report
+    assert report.noise_scale is not None
+    assert report.standard_error is not None
+    assert report.standard_error < 0.15 * TRUTH
+    assert abs(report.noise_scale - TRUTH) <= 2 * report.standard_error
+    assert report.noise == pytest.approx(Toy.noise, rel=0.1)
+    assert report.signal == pytest.approx(Toy.signal, rel=0.1)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+def test_the_first_micro_batch_tells_it(precision: str) -> None:
+    planned = BatchSizeScheduler(ConstantBatchSize(8))
+    close_to_the_truth(measured(planned, **cpu_precision(precision)))
+
+
+def test_it_works_with_lightnings_own_accumulation_and_with_clipping() -> None:
+    close_to_the_truth(measured(accumulate_grad_batches=4))
+    clipped = [BatchSizeScheduler(ConstantBatchSize(8)), GradientClipping(NormClip(max_norm=0.1))]
+    close_to_the_truth(measured(*clipped))
+    other_norm = [GradientClipping(NormClip(max_norm=0.1, norm_type=1.0))]
+    close_to_the_truth(measured(*other_norm, accumulate_grad_batches=4))
+
+
+def test_weights_do_not_lean_it() -> None:
+    weighed = BatchSizeScheduler(ConstantBatchSize(8), weight=lambda batch: 96.0)
+    close_to_the_truth(measured(weighed))
+
+
+def test_one_batch_size_is_not_enough_and_it_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        scale = measured(max_steps=5)
+    assert scale.report.noise_scale is None
+    said = [r.getMessage() for r in caplog.records if "noise scale" in r.getMessage()]
+    assert len(said) == 1
+    assert "at one batch size only" in said[0]
+
+
+def test_where_it_is_hopeless_nothing_is_logged_and_it_says_why(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Hopeless(Toy):
+        value = 0.001
+
+    scale, logger = GradientNoiseScale(), CSVLogger(tmp_path)
+    trainer = L.Trainer(
+        **{**QUIET, "logger": logger},
+        max_steps=60,
+        accumulate_grad_batches=2,
+        log_every_n_steps=1,
+        callbacks=[scale],
+    )
+    with caplog.at_level("INFO"):
+        trainer.fit(Hopeless(), noise_loader(2))
+    assert scale.report.noise_scale is None
+    assert "noise_scale/simple" not in Path(logger.log_dir, "metrics.csv").read_text()
+    assert "standard errors above zero" in caplog.text
+
+
+@pytest.mark.parametrize("monitored", [True, False])
+def test_it_is_logged_with_its_error(tmp_path: Path, monitored: bool) -> None:
+    logger = CSVLogger(tmp_path)
+    callbacks: list[Any] = [GradientNoiseScale()]
+    callbacks += [OptimizationMonitor()] if monitored else []
+    trainer = L.Trainer(
+        **{**QUIET, "logger": logger},
+        max_steps=40,
+        accumulate_grad_batches=4,
+        log_every_n_steps=10,
+        callbacks=callbacks,
+    )
+    trainer.fit(Toy(), noise_loader(2))
+    text = Path(logger.log_dir, "metrics.csv").read_text()
+    for name in ("simple", "standard_error", "noise", "signal"):
+        assert f"noise_scale/{name}" in text
+
+
+def test_its_state_resumes(tmp_path: Path) -> None:
+    path = tmp_path / "state.ckpt"
+    scale = GradientNoiseScale()
+    trainer = L.Trainer(**QUIET, max_steps=30, accumulate_grad_batches=2, callbacks=[scale])
+    trainer.fit(Toy(), noise_loader(2))
+    trainer.save_checkpoint(path)
+    again = GradientNoiseScale()
+    state = torch.load(path, weights_only=True)["callbacks"]["GradientNoiseScale"]
+    again.load_state_dict(state)
+    assert again.report == scale.report
+
+
+def test_it_drives_the_batch() -> None:
+    class Large(Toy):
+        value = 0.1  # |w|² = 0.4: a noise scale of 100
+
+    policy = NoiseScaleBatchSize(8, high=64)
+    scheduler = BatchSizeScheduler(policy, lr_scaling="sqrt")
+    module = Large()
+    trainer = L.Trainer(
+        **QUIET, max_steps=400, callbacks=[scheduler, GradientNoiseScale(decay=0.995)]
+    )
+    trainer.fit(module, noise_loader(4))
+    assert scheduler.controller.size == 64
+    with pytest.raises(ValueError, match="callbacks must hold GradientNoiseScale"):
+        L.Trainer(**QUIET, max_steps=4, callbacks=[BatchSizeScheduler(policy)]).fit(
+            Large(), noise_loader(4)
+        )
+
+
+def test_manual_optimisation_is_refused() -> None:
+    module = Probe()
+    module.automatic_optimization = False
+    with pytest.raises(ValueError, match="automatic_optimization must be True"):
+        L.Trainer(**QUIET, max_steps=1, callbacks=[GradientNoiseScale()]).fit(module, loader(4, 2))

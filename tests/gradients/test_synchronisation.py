@@ -1,0 +1,112 @@
+"""No host synchronisation on an accelerator: proven on fake tensors, then on a real device.
+
+A fake tensor has a device and no numbers: whatever reads one from it raises.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from lightning_bigopt.gradients import (
+    AGC,
+    AdaGC,
+    AutoClip,
+    Groups,
+    MaxUpdateRatio,
+    NormClip,
+    PerParameterNormClip,
+    UpdateClip,
+    ValueClip,
+    ZClip,
+    clip_gradients_,
+    measure,
+    skip_update_,
+)
+
+SHAPES = ((), (5,), (0,), (3, 4, 2, 2), *[(8, 8)] * 5, (300, 200))
+FREE = (
+    NormClip(),
+    NormClip(norm_type=float("inf")),
+    PerParameterNormClip(),
+    ValueClip(),
+    AGC(),
+    AdaGC(warmup=1),
+    Groups({"p0": NormClip(), "p1": AGC(), "*": AdaGC(warmup=1)}),
+    UpdateClip(),
+    MaxUpdateRatio(),
+)
+LOOPS = {"fused": {"fused": True}, "foreach": {"foreach": True}}
+
+
+def parameters(device):
+    named = []
+    for index, shape in enumerate(SHAPES):
+        parameter = nn.Parameter(torch.randn(shape, device=device))
+        parameter.grad = torch.randn_like(parameter)
+        named.append((f"p{index}", parameter))
+    return named
+
+
+def clip_and_step(named, rule, loop):
+    optimizer = torch.optim.AdamW([p for _, p in named], lr=0.01, **LOOPS[loop])
+    state = rule.initial_state()
+    for _ in range(3):
+        clip_gradients_(named, rule, state=state, optimizer=optimizer)
+        optimizer.step()
+    skip_update_(optimizer)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("rule", FREE, ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize("loop", LOOPS)
+def test_no_number_is_read(rule, loop):
+    with FakeTensorMode(), torch.no_grad():
+        clip_and_step(parameters("cuda"), rule, loop)
+
+
+@pytest.mark.parametrize("order", [1.0, 2.0, float("inf")])
+def test_measuring_reads_no_number(order):
+    with FakeTensorMode(), torch.no_grad():
+        norms = measure(parameters("cuda"), norm_type=order)
+        assert norms.per_tensor.device.type == norms.total.device.type == "cuda"
+        assert norms.select([1, 3]).total.device.type == "cuda"
+
+
+@pytest.mark.parametrize("rule", [AutoClip(), ZClip()], ids=lambda rule: type(rule).__name__)
+def test_an_adaptive_rule_does_read_one(rule):
+    """So the tests above can fail."""
+    with FakeTensorMode(), torch.no_grad(), pytest.raises(DataDependentOutputException):
+        clip_gradients_(parameters("cuda"), rule, state=rule.initial_state())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rule", FREE, ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize("loop", LOOPS)
+def test_no_synchronisation_on_a_real_device(rule, loop):
+    named = parameters("cuda")
+    clip_and_step(named, rule, loop)  # allocations and lazy initialisation
+    for _, parameter in named:
+        parameter.grad = torch.randn_like(parameter)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        clip_and_step(named, rule, loop)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("order", [1.0, 2.0, float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_device_agrees_with_the_cpu(order, dtype):
+    here = [(name, nn.Parameter(p.detach().to(dtype))) for name, p in parameters("cpu")]
+    there = [(name, nn.Parameter(p.detach().cuda())) for name, p in here]
+    for (_, p), (_, q) in zip(here, there, strict=True):
+        p.grad = torch.randn_like(p) * 1e25 if dtype is torch.float32 else torch.randn_like(p)
+        q.grad = p.grad.cuda()
+    a, b = measure(here, norm_type=order), measure(there, norm_type=order)
+    torch.testing.assert_close(a.per_tensor, b.per_tensor.cpu(), rtol=1e-6, atol=0)
+    assert bool(b.finite)

@@ -1,0 +1,138 @@
+"""The plan against the run that it foretells."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+from torch.utils.data import DataLoader
+
+from lightning_bigopt import (
+    BatchSizeScheduler,
+    BatchSizeSteps,
+    Constant,
+    LearningRateScheduler,
+    Linear,
+    WarmupStableDecay,
+)
+from lightning_bigopt.cli import main
+from lightning_bigopt.reporting.plan import plan
+from tests.kit import QUIET, Probe, Regression, loader
+
+
+def callbacks() -> list[Any]:
+    return [
+        LearningRateScheduler(WarmupStableDecay(warmup="20%", decay="30%")),
+        BatchSizeScheduler(BatchSizeSteps({"0%": 4, "50%": 12})),
+    ]
+
+
+@pytest.mark.parametrize(
+    "limits", [{"max_epochs": 3}, {"max_steps": 17}, {"limit_train_batches": 9, "max_epochs": 2}]
+)
+def test_the_plan_comes_true(limits: dict[str, Any]) -> None:
+    trainer = L.Trainer(**QUIET, callbacks=callbacks(), **limits)
+    module = Probe(lr=0.3)
+    before = [p.detach().clone() for p in module.parameters()]
+    found = plan(trainer, module, loader(26, 2), points=10_000)
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+    trainer.fit(module, loader(26, 2))
+    assert found.totals["updates"] == trainer.global_step == len(found.rows)
+    assert [row.learning_rates["lr"] for row in found.rows] == pytest.approx(module.lrs)
+    assert [row.global_batch_size for row in found.rows] == [len(w) for w in module.windows]
+    assert found.totals["samples"] == sum(len(w) for w in module.windows)
+
+
+def test_boundaries_checkpoints_table_and_picture(tmp_path: Path) -> None:
+    saves = ModelCheckpoint(every_n_train_steps=250)
+    trainer = L.Trainer(
+        **{**QUIET, "enable_checkpointing": True}, callbacks=[*callbacks(), saves], max_steps=1000
+    )
+    found = plan(trainer, Probe(), loader(64, 4))
+    assert [(b.name, b.update) for b in found.boundaries] == [
+        ("warmup ends", 200),
+        ("decay begins", 700),
+    ]
+    assert found.checkpoints == ("every 250 updates",)
+    text = str(found)
+    for piece in ("updates: 1,000", "warmup ends: update 200", "every 250 updates", "accum."):
+        assert piece in text, piece
+    for name in ("plan.png", "plan.svg"):
+        assert found.picture(tmp_path / name).stat().st_size > 5_000
+
+
+def warnings(trainer: L.Trainer, module: Any) -> str:
+    return "\n".join(plan(trainer, module, loader(64, 4)).warnings)
+
+
+def test_a_trainer_without_a_limit_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="max_epochs"):
+        trainer = L.Trainer(**QUIET)
+    assert "would run 1000 epochs" in warnings(trainer, Probe())
+
+
+def test_a_warm_up_longer_than_the_run_is_warned_of() -> None:
+    schedule = LearningRateScheduler(WarmupStableDecay(warmup="500 steps", decay="10%"))
+    trainer = L.Trainer(**QUIET, max_steps=100, callbacks=[schedule])
+    assert "warmup" in warnings(trainer, Probe())
+
+
+def test_a_rate_that_never_decays_is_warned_of() -> None:
+    trainer = L.Trainer(**QUIET, max_steps=100, callbacks=[LearningRateScheduler(Constant())])
+    assert "never decays" in warnings(trainer, Probe())
+    falling = LearningRateScheduler(Linear(start=1.0, end=0.0))
+    trainer = L.Trainer(**QUIET, max_steps=100, callbacks=[falling])
+    assert "never decays" not in warnings(trainer, Probe())
+
+
+@pytest.mark.parametrize(("options", "warned"), [({}, True), ({"fused": True}, False)])
+def test_an_optimiser_that_could_be_fused_is_warned_of(options: Any, warned: bool) -> None:
+    trainer = L.Trainer(**QUIET, max_steps=100)
+    text = warnings(trainer, Probe(optimizer=torch.optim.AdamW, **options))
+    assert ("could be fused" in text) is warned
+
+
+def test_several_processes_are_counted_but_not_started() -> None:
+    trainer = L.Trainer(
+        **QUIET, max_epochs=1, devices=2, strategy=DDPStrategy(), accumulate_grad_batches=2
+    )
+    found = plan(trainer, Probe(), DataLoader(Regression(64), batch_size=4))
+    assert found.totals == {"updates": 4, "samples": 64, "epochs": 1}
+    assert found.rows[0].global_batch_size == 16
+
+
+class Owning(Probe):
+    def train_dataloader(self) -> Any:
+        return loader(32, 4)
+
+
+def test_the_command_plans_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        """
+        trainer:
+          max_epochs: 4
+          accelerator: cpu
+          logger: false
+          enable_checkpointing: false
+          callbacks:
+            - class_path: lightning_bigopt.LearningRateScheduler
+              init_args:
+                schedule:
+                  class_path: lightning_bigopt.WarmupCosine
+                  init_args: {warmup: 25%}
+        model:
+          class_path: tests.reporting.test_plan.Owning
+        """
+    )
+    picture = tmp_path / "plan.png"
+    assert main(["plan", str(config), "--picture", str(picture)]) == 0
+    shown = capsys.readouterr().out
+    assert "updates: 32" in shown
+    assert "warmup ends: update 8" in shown
+    assert picture.exists()

@@ -1,0 +1,365 @@
+"""The range test in real fits: the sweep, the rate that is used afterwards, and no trace."""
+
+from __future__ import annotations
+
+import copy
+import random
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric
+
+from lightning_bigopt import (
+    BatchSizeScheduler,
+    BatchSizeSteps,
+    GradientClipping,
+    LearningRateRangeTest,
+    LearningRateScheduler,
+    Linear,
+    NormClip,
+    learning_rate_range_test,
+)
+from lightning_bigopt.examples.gpt import BytesGPT
+from lightning_bigopt.examples.text import SourceText
+from tests.kit import QUIET, cpu_precision
+
+TRUTH = torch.randn(6, 1, generator=torch.Generator().manual_seed(3))
+
+
+def data(samples: int = 240, batch_size: int = 8, **options: Any) -> DataLoader[Any]:
+    x = torch.randn(samples, 6, generator=torch.Generator().manual_seed(1))
+    return DataLoader(TensorDataset(x, x @ TRUTH), batch_size=batch_size, **options)
+
+
+class Model(L.LightningModule):
+    """A regression with everything that a sweep must put back."""
+
+    def __init__(self, lr: float = 0.01, *, dropout: float = 0.0, noise: float = 0.0) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        torch.manual_seed(5)
+        self.lr, self.noise = lr, noise
+        self.net = nn.Sequential(
+            nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 1)
+        )
+        self.metric = MeanMetric()
+        self.seen: list[float] = []
+        self.rates: list[tuple[float, ...]] = []
+        self.outside: list[list[float]] = []  # survives, because it is not the list that it holds
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        x = x + self.noise * (random.random() + float(np.random.rand()))  # noqa: NPY002
+        loss = nn.functional.mse_loss(self.net(x), y)
+        self.log("loss", self.metric(loss))
+        self.seen.append(float(loss.detach()))
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.rates.append(tuple(float(g["lr"]) for g in optimizer.param_groups))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+
+class Witness(L.Callback):
+    """A user's callback with state, that no sweep may reach."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.batches += 1
+
+
+def fit(module: L.LightningModule, *callbacks: Any, loader: Any = None, **options: Any) -> Any:
+    trainer = L.Trainer(**{**QUIET, "max_epochs": 1, "callbacks": list(callbacks), **options})
+    trainer.fit(module, data() if loader is None else loader)
+    return trainer
+
+
+# ----------------------------------------------------------------------------------- the sweep
+
+
+def test_the_sweep_is_ordinary_training_at_rising_rates() -> None:
+    """Against a loop by hand."""
+    module, test = Model(), LearningRateRangeTest(start=1e-5, end=1.0, steps=40, then="report")
+    twin = copy.deepcopy(module)
+    fit(module, test)
+    optimizer, losses, found = twin.configure_optimizers(), [], test.result
+    assert found is not None
+    batches = [batch for _ in range(2) for batch in data()]
+    for t, (x, y) in enumerate(batches[: len(found.losses)]):
+        optimizer.param_groups[0]["lr"] = 1e-5 * (1.0 / 1e-5) ** (t / 39)
+        loss = nn.functional.mse_loss(twin.net(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert len(losses) > 25
+    assert list(found.losses) == pytest.approx(losses, rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_it_works_in_any_precision_and_accumulation(precision: str, accumulate: int) -> None:
+    test = LearningRateRangeTest(then="report", steps=60, start=1e-5)
+    fit(
+        Model(),
+        test,
+        accumulate_grad_batches=accumulate,
+        **cpu_precision(precision),
+    )
+    assert test.result is not None
+    assert test.result.suggestion is not None
+    assert 1e-4 < test.result.suggestion < 1.0
+
+
+def test_an_accumulated_point_is_the_mean_of_its_window() -> None:
+    one, four = (LearningRateRangeTest(then="report", steps=20, start=1e-9, end=1e-8) for _ in "ab")
+    fit(Model(), one, loader=data(batch_size=32, drop_last=True))
+    fit(Model(), four, loader=data(batch_size=8), accumulate_grad_batches=4)
+    # BatchNorm sees other batches, the loss at a rate of nothing is otherwise the same.
+    assert one.result is not None and four.result is not None  # noqa: PT018
+    assert four.result.losses[:7] == pytest.approx(one.result.losses[:7], rel=0.2)
+
+
+def test_it_stops_where_the_loss_diverges() -> None:
+    class Unbounded(Model):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+    test = LearningRateRangeTest(then="report", end=1e6)
+    fit(Unbounded(), test)
+    assert test.result is not None
+    assert test.result.diverged
+    assert len(test.result.losses) < 100
+    assert test.result.suggestion is not None
+    assert test.result.suggestion < 10.0
+
+
+def test_clipping_takes_part_and_a_ramp_stands_at_its_first_batch() -> None:
+    found = []
+    for max_norm in (1e-6, 1e6):
+        module, test = Model(), LearningRateRangeTest(then="report", steps=30)
+        policy = BatchSizeScheduler(BatchSizeSteps({"0%": 16, "20%": 48}))
+        trainer = fit(module, test, GradientClipping(NormClip(max_norm=max_norm)), policy)
+        found.append(test.result)
+        assert trainer.global_step < 15  # the real run ramped
+    # 15 windows of 16 an epoch, so that 30 updates are exactly two epochs.
+    assert all(result is not None and len(result.losses) == 30 for result in found)
+
+    class Plain(Model):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+    moved = []
+    for max_norm in (1e-6, 1e6):
+        test = LearningRateRangeTest(then="report", steps=30, end=0.1)
+        fit(Plain(), test, GradientClipping(NormClip(max_norm=max_norm)))
+        assert test.result is not None
+        moved.append(test.result.smoothed[-1])
+    assert moved[0] > moved[1]
+
+
+# ------------------------------------------------------------------------ what is used afterwards
+
+
+def test_our_scheduler_uses_the_rate_found_whatever_the_order() -> None:
+    for first in (True, False):
+        module, test = Model(), LearningRateRangeTest()
+        scheduler = LearningRateScheduler(Linear())
+        fit(module, *([test, scheduler] if first else [scheduler, test]))
+        assert test.result is not None
+        found = test.result.suggestion
+        assert found is not None
+        assert found != 0.01
+        assert module.rates == [(found * (1 - t / 30),) for t in range(30)]
+        assert module.lr == module.hparams.lr == found
+
+
+def test_a_plain_optimizer_uses_it_and_groups_keep_their_ratios() -> None:
+    class Grouped(Model):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(
+                [
+                    {"params": self.net[0].parameters(), "lr": 0.01},
+                    {"params": self.net[4].parameters(), "lr": torch.tensor(0.04)},
+                ]
+            )
+
+    module, test = Grouped(), LearningRateRangeTest()
+    fit(module, test)
+    assert test.result is not None
+    found = test.result.suggestion
+    assert found is not None
+    assert module.rates == [(found, pytest.approx(4 * found, rel=1e-6))] * 30
+
+
+def test_a_scheduler_of_the_modules_own_goes_on_from_it() -> None:
+    class Scheduled(Model):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=5)
+            decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 / (1 + t))
+            schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, decay], [5])
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    untested, module, test = Scheduled(), Scheduled(), LearningRateRangeTest()
+    fit(untested)
+    fit(module, test)
+    assert test.result is not None
+    factor = test.result.suggestion / 0.01
+    assert module.rates == [(pytest.approx(rate * factor, rel=1e-9),) for (rate,) in untested.rates]
+
+
+def test_a_resumed_run_is_not_tested_again(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)
+    straight, test = Model(), LearningRateRangeTest()
+    scheduler = LearningRateScheduler(Linear())
+    fit(straight, test, scheduler, checkpoint, enable_checkpointing=True)
+    resumed, again = Model(), LearningRateRangeTest()
+    trainer = L.Trainer(**QUIET, max_epochs=1, callbacks=[again, LearningRateScheduler(Linear())])
+    trainer.fit(resumed, data(), ckpt_path=tmp_path / "step=10.ckpt", weights_only=True)
+    assert again.result == test.result
+    assert resumed.rates[0] == straight.rates[10]
+
+
+# ------------------------------------------------------------------------------------- no trace
+
+
+@pytest.mark.parametrize("how", ["callback", "function"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_training_after_it_is_the_one_without_it_to_the_bit(
+    how: str, workers: int, tmp_path: Path
+) -> None:
+    def build() -> tuple[Model, DataLoader[Any], Witness, CSVLogger]:
+        module = Model(dropout=0.3, noise=0.1)
+        random.seed(1)
+        np.random.seed(2)  # noqa: NPY002
+        torch.manual_seed(3)
+        generator = torch.Generator().manual_seed(4)
+        options: dict[str, Any] = {"num_workers": workers, "persistent_workers": bool(workers)}
+        loader = data(shuffle=True, generator=generator, **options)
+        return module, loader, Witness(), CSVLogger(tmp_path, name=f"{len(runs)}")
+
+    runs: list[Any] = []
+    for tested in (False, True):
+        module, loader, witness, logger = build()
+        callbacks: list[Any] = [witness, LearningRateScheduler(Linear())]
+        if tested and how == "callback":
+            callbacks.insert(1, LearningRateRangeTest(then="report", steps=40))
+        options: dict[str, Any] = {"max_epochs": 2, "logger": logger, "log_every_n_steps": 1}
+        trainer = L.Trainer(**{**QUIET, "callbacks": callbacks, **options})
+        if tested and how == "function":
+            found = learning_rate_range_test(trainer, module, loader, steps=40)
+            assert found.suggestion is not None
+            assert trainer.global_step == trainer.current_epoch == 0
+            assert trainer.callbacks[0] is witness
+            assert module.lr == 0.01
+            assert not Path(logger.log_dir).exists()
+        trainer.fit(module, loader)
+        state = {k: v.clone() for k, v in module.state_dict().items()}
+        optimizer = copy.deepcopy(trainer.optimizers[0].state_dict())
+        randoms = (random.random(), float(np.random.rand()), float(torch.rand(1)))  # noqa: NPY002
+        logged = (Path(logger.log_dir) / "metrics.csv").read_text()
+        runs.append((state, optimizer, randoms, logged, module.seen, module.rates, witness.batches))
+    plain, tested_run = runs
+    torch.testing.assert_close(tested_run[:2], plain[:2], rtol=0, atol=0)
+    assert tested_run[2:] == plain[2:]
+
+
+def test_a_sweep_that_raises_leaves_no_trace_either() -> None:
+    class Failing(Model):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if batch_idx == 5 and self.fails:
+                raise ArithmeticError("on purpose")
+            return super().training_step(batch, batch_idx)
+
+    module = Failing()
+    module.fails = True
+    before = copy.deepcopy(module.state_dict())
+    trainer = L.Trainer(**QUIET, max_epochs=1)
+    with pytest.raises(ArithmeticError):
+        learning_rate_range_test(trainer, module, data())
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+    module.fails = False
+    trainer.fit(module, data())
+    assert trainer.global_step == 30
+
+
+def test_the_function_may_set_the_modules_rate() -> None:
+    module = Model()
+    trainer = L.Trainer(**QUIET, max_epochs=1)
+    found = learning_rate_range_test(trainer, module, data(), then="use")
+    assert module.lr == found.suggestion
+    trainer.fit(module, data())
+    assert module.rates[0] == (found.suggestion,)
+
+
+def test_a_training_step_without_a_loss_raises() -> None:
+    class Manual(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    with pytest.raises(ValueError, match=r"training_step must return the loss"):
+        fit(Manual(), LearningRateRangeTest())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start": 0.0}, r"start and end must be 0 < start < end, got 0\.0"),
+        ({"start": 1.0, "end": 0.1}, "start and end must be"),
+        ({"steps": 12}, "steps must be at least skip"),
+        ({"skip": -1}, "skip must be a non-negative number of points, got -1"),
+        ({"smoothing": 1.0}, "smoothing must be from 0 to below 1"),
+        ({"stop_at": 1.0}, "stop_at must be above 1"),
+        ({"then": "train"}, "then must be 'use' or 'report', got 'train'"),
+    ],
+)
+def test_bad_arguments_name_themselves(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LearningRateRangeTest(**options)
+
+
+# ------------------------------------------------------------------------------------- the demo
+
+
+@pytest.mark.slow
+def test_on_the_demos_gpt_it_is_near_the_tuned_rate_where_lightnings_finder_is_not(
+    tmp_path: Path,
+) -> None:
+    """The best of a grid for this model is between 6e-3 (WSD) and 1.2e-2 (linear to zero)."""
+    torch.manual_seed(0)
+    text = SourceText()
+    quiet: dict[str, Any] = {**QUIET, "logger": CSVLogger(tmp_path)}
+    trainer = L.Trainer(**quiet, max_steps=1000, default_root_dir=tmp_path)
+    module = BytesGPT(width=48, layers=2)
+    ours = learning_rate_range_test(trainer, module, datamodule=text).suggestion
+    finder = LearningRateFinder()
+    torch.manual_seed(0)
+    module = BytesGPT(width=48, layers=2)
+    trainer = L.Trainer(
+        **quiet, max_steps=1, limit_val_batches=0, callbacks=[finder], default_root_dir=tmp_path
+    )
+    trainer.fit(module, datamodule=text)
+    theirs = finder.optimal_lr.suggestion()
+    assert ours is not None
+    assert 6e-4 <= ours <= 1.2e-1
+    assert 6e-3 / theirs > 10 > 6e-3 / ours

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torchmetrics import MeanMetric
+
+from lightning_bigopt.tuning.snapshot import Snapshot
+
+
+class Busy(nn.Module):
+    """Everything that a training may change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout(0.5))
+        self.register_buffer("count", torch.zeros(1), persistent=False)
+        self.metric = MeanMetric()
+        self.history: list[float] = []
+        self.table: dict[str, Any] = {"inner": {"seen": [1]}}
+        self.number = 3
+
+    def work(self, optimizer: torch.optim.Optimizer) -> None:
+        loss = self.net(torch.randn(5, 3)).square().mean()
+        loss.backward()
+        optimizer.step()
+        self.metric.update(loss.detach())
+        self.count = self.count + 1
+        self.history.append(float(loss))
+        self.table["inner"]["seen"].append(2)
+        self.table["more"] = 1
+        self.number += 1
+        self.eval()
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("warm", [False, True])
+def test_everything_is_put_back_in_place(optimizer: Any, warm: bool):
+    module = Busy()
+    opt = optimizer(module.parameters(), lr=torch.tensor(0.1) if warm else 0.1)
+    if warm:
+        module.work(opt)
+        module.train()
+    twin, state = copy.deepcopy(module), copy.deepcopy(opt.state_dict())
+    grads = [None if p.grad is None else p.grad.clone() for p in module.parameters()]
+    weights, rate = list(module.parameters()), opt.param_groups[0]["lr"]
+    snapshot = Snapshot(*module.modules(), opt)
+    for _ in range(3):
+        opt.zero_grad()
+        module.work(opt)
+    opt.param_groups[0]["lr"] = 7.0
+    snapshot.restore()
+    assert all(a is b for a, b in zip(module.parameters(), weights, strict=True))
+    assert opt.param_groups[0]["lr"] is rate
+    for mine, theirs in zip(module.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    for mine, theirs in zip(module.buffers(), twin.buffers(), strict=True):
+        assert torch.equal(mine, theirs)
+    for parameter, grad in zip(module.parameters(), grads, strict=True):
+        assert (parameter.grad is None) if grad is None else torch.equal(parameter.grad, grad)
+    assert module.metric.metric_state.keys() == twin.metric.metric_state.keys()
+    for name, value in twin.metric.metric_state.items():
+        assert torch.equal(module.metric.metric_state[name], value)
+    assert module.metric.update_count == twin.metric.update_count
+    assert (module.history, module.table, module.number) == (
+        twin.history,
+        twin.table,
+        twin.number,
+    )
+    assert module.training
+    torch.testing.assert_close(opt.state_dict(), state, rtol=0, atol=0)
