@@ -15,15 +15,16 @@ import argparse
 import logging
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
+from torch.utils.data import DataLoader, Subset
 
 from lightning_bigopt import (
     GradientClipping,
@@ -57,7 +58,7 @@ def storm(updates: int, *, share: float = 0.02, seed: int = 0) -> dict[int, floa
 class Batches:
     """Batches of text that depend on nothing but their number, and go on where they stopped."""
 
-    def __init__(self, updates: int, *, size: int = 16) -> None:
+    def __init__(self, updates: int, *, size: int = 8) -> None:
         self.windows = ByteWindows(read_sources("train"), length=LENGTH)
         self.updates, self.batch_size, self.position = updates, size, 0
 
@@ -89,6 +90,9 @@ class StormyGPT(BytesGPT):
 
     def training_step(self, batch: Tensor) -> Tensor:
         return self.loss(batch) * self.poison.get(self.trainer.global_step, 1.0)
+
+    def validation_step(self, batch: Tensor) -> None:
+        self.log("val_loss", self.loss(batch))  # torchmetrics would leave NaN out of the mean
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
@@ -134,7 +138,7 @@ def train(
         enable_model_summary=False,
     )
     start = time.perf_counter()
-    trainer.fit(model, Batches(updates), validation_windows(), ckpt_path=ckpt_path)
+    trainer.fit(model, Batches(updates), validation_loader(), ckpt_path=ckpt_path)
     seconds = time.perf_counter() - start
     weights = tuple(parameter.detach().clone() for parameter in model.parameters())
     return Run(
@@ -147,11 +151,11 @@ def train(
     )
 
 
-@cache
-def validation_windows() -> list[Tensor]:
-    """One batch of 512 windows, evenly spaced over the validation files."""
+def validation_loader() -> DataLoader[Tensor]:
+    """512 windows, evenly spaced over the validation files."""
     windows = ByteWindows(read_sources("val"), length=LENGTH)
-    return [torch.stack([windows[index * len(windows) // 512] for index in range(512)])]
+    picks = [index * len(windows) // 512 for index in range(512)]
+    return DataLoader(Subset(windows, picks), batch_size=512)
 
 
 def main() -> None:
@@ -159,6 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--updates", type=int, default=1000)
     updates = parser.parse_args().updates
+    warnings.simplefilter("ignore")  # Lightning asks for more workers
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     poison = storm(updates)
     print(f"{updates} updates, {len(poison)} of them poisoned\n")

@@ -23,6 +23,7 @@ OnResume: TypeAlias = Literal["continue", "extend", "cooldown"]
 Simulate: TypeAlias = Callable[[Clock, float], Horizon]
 
 _ROUNDING = 1e-12
+_PENDING = {"batches": 0, "samples": 1, "tokens": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,12 +272,9 @@ class TrainingClock:
 
         The fraction is NaN where the horizon is unknown, which only those see who do not need it.
         """
-        batches, samples, tokens = (
-            done + more
-            for done, more in zip(
-                (self.batches, self.samples, self.tokens), self._pending, strict=True
-            )
-        )
+        pending = self._pending
+        batches, samples = self.batches + pending[0], self.samples + pending[1]
+        tokens = self.tokens + pending[2]
         steps = self._global_step()
         consumed = {"steps": steps, "batches": batches, "samples": samples, "tokens": tokens}
         horizon = self.horizon
@@ -293,6 +291,17 @@ class TrainingClock:
             samples=samples,
             tokens=tokens,
         )
+
+    @property
+    def fraction(self) -> float:
+        """``progress().fraction``, for who needs no more and asks once an update."""
+        horizon = self.horizon
+        if horizon is None:
+            return math.nan
+        if horizon.clock == "steps":
+            return self._global_step() / horizon.budget
+        done = int(getattr(self, horizon.clock)) + self._pending[_PENDING[horizon.clock]]
+        return done / horizon.budget
 
     @property
     def exhausted(self) -> bool:

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import BatchSampler
 
 from lightning_bigopt.batching import GlobalBatchLoader
-from lightning_bigopt.batching.local_squares import LocalSquares, note_local_squares
+from lightning_bigopt.batching.local_squares import LocalSquares
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -208,8 +209,14 @@ def source_loaders(trainer: Trainer) -> list[Any]:
 def micro_batch_size(trainer: Trainer) -> int | None:
     """Samples in a full batch of one process; None where the loader does not say."""
     loaders = train_loaders(trainer)
-    size = getattr(loaders[0], "batch_size", None) if len(loaders) == 1 else None
+    size = getattr(_batching(loaders[0]), "batch_size", None) if len(loaders) == 1 else None
     return size if isinstance(size, int) else None
+
+
+def _batching(loader: Any) -> Any:
+    """What holds ``batch_size``, ``drop_last`` and ``sampler``: a loader, or torch's BatchSampler."""
+    batches = getattr(loader, "batch_sampler", None)
+    return batches if type(batches) is BatchSampler else loader
 
 
 def epoch_batches(trainer: Trainer) -> int | None:
@@ -224,8 +231,8 @@ def last_batch_samples(trainer: Trainer) -> int | None:
     if size is None or batches is None:
         return None
     loader = train_loaders(trainer)[0]
-    sampler = getattr(loader, "sampler", None)
-    if getattr(loader, "drop_last", False):
+    sampler = getattr(_batching(loader), "sampler", None)
+    if getattr(_batching(loader), "drop_last", False):
         return size
     try:
         if batches < len(loader):
@@ -403,7 +410,8 @@ def watch_local_gradients(trainer: Trainer) -> LocalSquares | None:
     model: Any = strategy.model
     try:
         if not refused:
-            model.register_comm_hook(squares, note_local_squares)
+            # DDP reads the hook's annotations, and knows no postponed ones.
+            model.register_comm_hook(squares, lambda state, bucket: state.reduce(bucket))
     except RuntimeError as error:
         refused = str(error)
     if refused:

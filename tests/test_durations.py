@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from lightning_bigopt.durations import Duration, Horizon, Progress, Span
 
-
 # ------------------------------------------------------------------------------------- Duration
 
 

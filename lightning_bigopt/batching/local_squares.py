@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.futures import Future
 
-__all__ = ["LocalSquares", "note_local_squares"]
+__all__ = ["LocalSquares"]
 
 
 class LocalSquares:
@@ -36,6 +36,11 @@ class LocalSquares:
         square = norm.to(torch.float32 if norm.device.type == "mps" else torch.float64) ** 2
         self._sum = square if self._sum is None else self._sum + square
 
+    def reduce(self, bucket: Any) -> Future[Tensor]:
+        """The communication hook's work: notes DDP's ``GradBucket``, then averages it as usual."""
+        self.add(bucket.buffer())
+        return allreduce_hook(None, bucket)  # type: ignore[arg-type]  # None: the default group
+
     def take(self) -> Tensor:
         """The sum since the last call of :meth:`clear`, 0-d; zero where DDP reduced nothing."""
         found = torch.zeros(()) if self._sum is None else self._sum
@@ -50,9 +55,3 @@ class LocalSquares:
         """Watches no more; DDP keeps the hook for as long as it lives."""
         self._is_watching = False
         self.clear()
-
-
-def note_local_squares(state: LocalSquares, bucket: Any) -> Future[Tensor]:
-    """DDP's communication hook: notes the ``GradBucket``, then averages as usual."""
-    state.add(bucket.buffer())
-    return allreduce_hook(None, bucket)  # type: ignore[arg-type]  # None is the default group

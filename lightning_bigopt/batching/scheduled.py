@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -67,12 +66,10 @@ class SeesawBatchSize(BatchSizePolicy):
         schedule: A ``Seesaw`` schedule, the same that drives the learning rate (there it gives
             :math:`\sqrt\alpha`). Its durations must be in percent.
         base: Global batch at the beginning.
-        max_factor: The most that the batch grows by; a schedule that falls to zero would have it
-            grow without end.
+            It also says how far the batch may grow.
 
     Raises:
-        ValueError: If ``base`` is not a positive integer, ``schedule`` has no ``batch_factor``, or
-            ``max_factor`` is below 1 or infinite.
+        ValueError: If ``base`` is not a positive integer, or ``schedule`` has no ``batch_factor``.
 
     Example:
         >>> from lightning_bigopt.schedules import Linear, Seesaw
@@ -90,7 +87,6 @@ class SeesawBatchSize(BatchSizePolicy):
     schedule: Schedule
     _: KW_ONLY
     base: int
-    max_factor: float = 8.0
 
     def __post_init__(self) -> None:
         check_size("base", self.base)
@@ -100,16 +96,11 @@ class SeesawBatchSize(BatchSizePolicy):
                 f"schedule must be a Seesaw, which trades learning rate for batch, got "
                 f"{type(self.schedule).__name__}; use SchedulePolicy for any other schedule"
             )
-        if not (self.max_factor >= 1 and math.isfinite(self.max_factor)):
-            raise ValueError(
-                f"max_factor must be at least 1 and finite, got {self.max_factor!r}; write 8.0"
-            )
 
     def __call__(self, progress: Progress, *, context: BatchContext | None = None) -> int:
-        """``base`` times the schedule's batch factor, up to the cap."""
+        """``base`` times the schedule's batch factor."""
         assert isinstance(self.schedule, _TradesForBatch)  # checked in __post_init__
-        factor = min(self.schedule.batch_factor(progress.fraction), self.max_factor)
-        return max(1, round(self.base * factor))
+        return max(1, round(self.base * self.schedule.batch_factor(progress.fraction)))
 
     @property
     def written_sizes(self) -> dict[str, int]:

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from lightning.pytorch.callbacks import StochasticWeightAveraging
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_bigopt import trainer_access
 from lightning_bigopt.clock import ClockSettings
 from lightning_bigopt.controllers.base import Controller
 from lightning_bigopt.controllers.resume import report_changes
-from lightning_bigopt.durations import Progress
-from lightning_bigopt.optimizers import GroupField
+from lightning_bigopt.controllers.scheduled_rate import ScheduledLearningRate
 from lightning_bigopt.schedules import Schedule
 from lightning_bigopt.schedules.checks import CooldownShape
 
@@ -35,75 +29,6 @@ __all__ = [
 
 ModuleScheduler: TypeAlias = Literal["raise", "replace"]
 BaseOwner: TypeAlias = Literal["checkpoint", "config"]
-
-_RATE = GroupField("lr")
-
-
-class ScheduledLearningRate(LRScheduler):
-    """Lightning's handle on the schedule: it steps, is saved, and LearningRateMonitor sees it.
-
-    ``LRScheduler.__init__`` is not called: it patches ``optimizer.step`` and steps once, and what
-    is patched must be undone.
-    """
-
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        controller: LearningRateController,
-        pipeline: Pipeline,
-        *,
-        label: str,
-    ) -> None:
-        self.optimizer = optimizer
-        self.label = label
-        self.last_epoch = 0
-        self.restored_bases: list[float] | None = None
-        self.is_foreign = False
-        self.bases = [float(group["lr"]) for group in optimizer.param_groups]
-        self._controller = controller
-        self._pipeline = pipeline
-        self._last_lr: list[float | Tensor] = list(self.bases)
-
-    def step(self, epoch: int | None = None) -> None:
-        """Writes the learning rates of the coming update."""
-        self.last_epoch += 1
-        self.write(self._pipeline.clock.progress())
-
-    def write(self, progress: Progress) -> None:
-        """Recomputes every group's learning rate from its base."""
-        groups, bases = self.optimizer.param_groups, self.bases
-        if len(groups) > len(bases):  # a group that arrives in mid-run brings its own base
-            bases.extend(float(group["lr"]) for group in groups[len(bases) :])
-        factor = math.prod(c.learning_rate_factor(progress) for c in self._pipeline.controllers)
-        value = self._controller.value
-        for group, base in zip(groups, bases, strict=True):
-            rate = value(group.get("name"), progress.fraction, base, optimizer=self.label)
-            _RATE.write(group, rate * factor)
-        self._last_lr = [group["lr"] for group in groups]
-
-    def get_last_lr(self) -> list[float | Tensor]:
-        """The learning rates written last, a group each."""
-        return self._last_lr
-
-    def state_dict(self) -> dict[str, Any]:
-        """The base learning rates and the number of steps."""
-        return {"version": 1, "last_epoch": self.last_epoch, "base_lrs": list(self.bases)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the base learning rates of a checkpoint; a foreign scheduler's are left alone."""
-        if state_dict.get("version") != 1 or "base_lrs" not in state_dict:
-            self.is_foreign = True
-            rank_zero_warn(
-                "The checkpoint holds the state of another learning-rate scheduler "
-                f"(fields {sorted(map(str, state_dict))}). The base learning rates of the "
-                f"optimiser as configured are used instead: {self.bases}."
-            )
-            return
-        self.last_epoch = int(state_dict["last_epoch"])
-        kept = self.restored_bases = [float(value) for value in state_dict["base_lrs"]]
-        # Groups that arrived in mid-run are in no config.
-        configured = len(self.bases) if self._controller.base_lr == "config" else 0
-        self.bases = self.bases[:configured] + kept[configured:]
 
 
 class LearningRateController(Controller):
@@ -208,6 +133,7 @@ class LearningRateController(Controller):
         self.resolve(pipeline.clock)
         before = [float(group["lr"]) for group in groups]
         for scheduler in schedulers:
+            scheduler.replan()
             scheduler.write(pipeline.progress)
         restored, self._restored = self._restored, None
         if pipeline.trainer.ckpt_path is None:
@@ -269,14 +195,13 @@ class LearningRateController(Controller):
     def value(
         self, group: str | None, fraction: float, base: float, *, optimizer: str = ""
     ) -> float:
-        """The learning rate of a group at a share of the budget.
+        """The learning rate of a group at a share of the budget."""
+        return self.schedule_of(group, optimizer=optimizer).value(fraction, base)
 
-        A schedule of the group's name goes before one of its optimiser's.
-        """
-        schedule = self._resolved_groups.get(group)
-        if schedule is None:
-            schedule = self._resolved_optimizers.get(optimizer, self._resolved)
-        return schedule.value(fraction, base)
+    def schedule_of(self, group: str | None, *, optimizer: str = "") -> Schedule:
+        """What a group follows: the schedule of its name, else of its optimiser, else of all."""
+        own = self._resolved_groups.get(group)
+        return self._resolved_optimizers.get(optimizer, self._resolved) if own is None else own
 
     def state_dict(self) -> dict[str, Any]:
         """The schedules as written, so that a resumed run can say what was changed."""

@@ -42,6 +42,7 @@ class NoiseScaleController(Controller):
         self._squares: LocalSquares | None = None
         self._is_first = True
         self._small: tuple[Tensor, float, float] | None = None
+        self._big: Tensor | None = None
         self._weight: float | Tensor = 1.0
         self._said: str | None = None
 
@@ -83,17 +84,22 @@ class NoiseScaleController(Controller):
         """The norm of the whole update, where there is a part to compare it with."""
         return self._small is not None or (self._is_first and self._squares is not None)
 
-    def observe(self, step: OptimizerStep) -> None:
-        """Compares the update with its part, on every process alike."""
-        pipeline = step.pipeline
-        trainer = pipeline.trainer
+    def rescale(self, step: OptimizerStep) -> None:
+        """Notes the norm of the whole update, rescaled and not clipped yet."""
         if not self.wants_norms(step):
             self._say(f"The gradient noise scale cannot be measured here: {_ONE_SIZE}.")
             return
-        big = step.norms.total
+        self._big = step.norms.total
         if step.norms.norm_type != 2:
-            group = trainer_access.shard_group(trainer)
-            big = measure(step.parameters, process_group=group).total
+            group = trainer_access.shard_group(step.pipeline.trainer)
+            self._big = measure(step.parameters, process_group=group).total
+
+    def observe(self, step: OptimizerStep) -> None:
+        """Compares the update with its part, on every process alike."""
+        pipeline, big = step.pipeline, self._big
+        trainer = pipeline.trainer
+        if big is None or step.skipped is not None:
+            return
         if self._small is None:
             assert self._squares is not None  # wants_norms
             square, count = self._squares.take(), float(pipeline.batch_samples)
@@ -101,7 +107,7 @@ class NoiseScaleController(Controller):
             small = (square / scale**2, count, float(self._weight))
         else:
             small = self._small
-        self._small = None
+        self._small = self._big = None
         self._update(pipeline, small, big)
 
     def _update(self, pipeline: Pipeline, small: tuple[Tensor, float, float], big: Tensor) -> None:
@@ -158,6 +164,8 @@ class NoiseScaleController(Controller):
             self._small = square, float(pipeline.batch_samples), float(self._weight)
         if self._squares is not None:
             self._squares.clear()
+        if not pipeline.window_is_open:
+            self._small = self._big = None
         self._is_first = not pipeline.window_is_open
         watched = any(controller.role == "monitor" for controller in pipeline.controllers)
         if self._is_first and not watched and trainer_access.should_log(pipeline.trainer):

@@ -10,9 +10,8 @@ from lightning_bigopt.gradients.rules.base import check_between, check_count
 __all__ = ["Abort", "Action", "Backoff", "ClipToMedian", "Skip"]
 
 
-@dataclass(frozen=True)
 class Action:
-    """What is done about a rejected update.
+    """What is done about a rejected update. Subclasses are frozen dataclasses.
 
     Example:
         >>> isinstance(Skip(), Action)

@@ -136,16 +136,18 @@ def scale_(gradients: Sequence[Tensor | None], coefficient: Tensor) -> None:
 
 
 def _scale_in_kernel(optimizer: Any, coefficient: Tensor, finite: Tensor) -> None:
-    if coefficient.device.type == "cpu" and bool(finite) and coefficient.item() == 1.0:
+    known = coefficient.is_cpu and finite.item() is True  # read for nothing
+    if known and coefficient.item() == 1.0:
         return  # without a scale the kernel need not write the gradients back
     optimizer.grad_scale = coefficient.reciprocal()
-    optimizer.found_inf = finite.logical_not().float()
-    ours = optimizer.found_inf
+    if not known:
+        optimizer.found_inf = finite.logical_not().float()
+    ours = getattr(optimizer, "found_inf", None)
 
     def clear() -> None:
-        # A GradScaler puts its own found_inf in place of ours, and deletes both itself.
+        # A GradScaler puts a found_inf of its own in place of ours, and deletes both itself.
         if getattr(optimizer, "found_inf", None) is ours:
-            del optimizer.found_inf, optimizer.grad_scale
+            _forget(optimizer)
 
     after_step_once(optimizer, clear)
 
@@ -182,6 +184,9 @@ def clear_(optimizer: Optimizer) -> None:
     """
     for handle in _pending.pop(optimizer, ()):
         handle.remove()
-    for name in ("grad_scale", "found_inf"):
-        if name in vars(optimizer):
-            delattr(optimizer, name)
+    _forget(optimizer)
+
+
+def _forget(optimizer: Optimizer) -> None:
+    optimizer.__dict__.pop("grad_scale", None)
+    optimizer.__dict__.pop("found_inf", None)

@@ -18,7 +18,7 @@ _LARGE = 1 << 17
 _SCRATCH = 1 << 15
 # Below this size the call costs more than the arithmetic: equal shapes are copied together.
 _SMALL = 1 << 12
-_FEW = 4
+_FEW = 8
 _HALF = (torch.bfloat16, torch.float16)
 
 

@@ -93,14 +93,14 @@ class GradientNorms:
         chosen = (
             torch.stack([parts[index] for index in indices]) if indices else self.per_tensor[:0]
         )
-        wide = chosen.to(wide_dtype(chosen.device))
+        total, finite = _total(chosen.to(wide_dtype(chosen.device)), self.norm_type)
         return GradientNorms(
-            names=tuple(self.names[index] for index in indices),
+            names=tuple([self.names[index] for index in indices]),
             per_tensor=chosen,
-            total=_norm(wide, self.norm_type).float(),
-            finite=chosen.isfinite().all(),
+            total=total,
+            finite=finite,
             norm_type=self.norm_type,
-            parameters=tuple(self.parameters[index] for index in indices),
+            parameters=tuple([self.parameters[index] for index in indices]),
         )
 
 
@@ -162,13 +162,13 @@ def measure(
             or ((process_group,) if is_sharded is None or is_sharded(parameter) else ())
             for tensor, (_, parameter) in zip(tensors, pairs, strict=True)
         ]
-    wide = norms_of(tensors, order, groups=groups)
-    total = _norm(wide, order)
+    each = _norms_of(tensors, order, groups)
+    total, finite = _total(each, order)
     return GradientNorms(
         names=tuple([name for name, _ in pairs]),
-        per_tensor=wide.float(),
-        total=total.float(),
-        finite=total.isfinite(),
+        per_tensor=each.float(),
+        total=total,
+        finite=finite,
         norm_type=order,
         parameters=tuple([parameter for _, parameter in pairs]),
     )
@@ -195,14 +195,20 @@ def norms_of(
         >>> norms_of([torch.ones(4), torch.tensor(-3.0)]).tolist()
         [2.0, 3.0]
     """
+    return _norms_of(tensors, check_norm_type(norm_type), groups)
+
+
+def _norms_of(
+    tensors: Sequence[Tensor], order: float, groups: Sequence[ShardGroups] | None
+) -> Tensor:
     if {type(tensor) for tensor in tensors} <= _PLAIN:
-        found = local_norms(tensors, norm_type)
-        return found if groups is None else _whole(found, groups, norm_type)
+        found = local_norms(tensors, order)
+        return found if groups is None else _whole(found, groups, order)
     settled = [without_partial(tensor) for tensor in tensors]
     if groups is None:
         groups = [shard_groups(tensor) for tensor in settled]
-    found = local_norms([local_part(tensor) for tensor in settled], norm_type)
-    return _whole(found, groups, norm_type)
+    found = local_norms([local_part(tensor) for tensor in settled], order)
+    return _whole(found, groups, order)
 
 
 def _check_dense(pairs: Sequence[tuple[str, nn.Parameter]], tensors: Sequence[Tensor]) -> None:
@@ -236,8 +242,16 @@ def _whole(norms: Tensor, groups: Sequence[ShardGroups], order: float) -> Tensor
     return torch.cat(reduce_norms(torch.split(norms, 1), groups, order))
 
 
-def _norm(norms: Tensor, order: float) -> Tensor:
+def _total(norms: Tensor, order: float) -> tuple[Tensor, Tensor]:
+    """The norm of norms in float32, and whether it is finite in their own precision."""
+    if norms.is_cpu:  # where a few numbers are faster than a few tensors
+        values = norms.tolist()
+        total = math.hypot(*values) if order == 2.0 else sum(values)
+        if order == math.inf and math.isfinite(total):
+            total = max(values, default=0.0)
+        finite = torch.scalar_tensor(math.isfinite(total), dtype=torch.bool)
+        return torch.scalar_tensor(total, dtype=torch.float32), finite
     if not len(norms):
-        return norms.new_zeros(())  # the maximum of nothing would raise
-    total: Tensor = torch.linalg.vector_norm(norms, order)
-    return total
+        return norms.new_zeros((), dtype=torch.float32), norms.new_ones((), dtype=torch.bool)
+    whole = torch.linalg.vector_norm(norms, order)
+    return whole.float(), whole < math.inf

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["plan", "plan_config"]
 
 _FUSABLE = frozenset({"Adam", "AdamW", "SGD", "Adagrad"})
-_STAGES = ("warmup", "decay", "cooldown")
+_STAGES = ("warmup", "decay")
 
 
 def plan(
@@ -88,26 +89,26 @@ def plan(
         horizon = clock.horizon = resolve_horizon(trainer, clock.settings.budget, simulate)
         found = next((c for c in controllers if isinstance(c, LearningRateController)), None)
         owner = copy.copy(found)
-        warnings = list(_warnings(trainer, optimizers, horizon, owner))
+        surprises = list(_warnings(trainer, optimizers, horizon, owner))
         boundaries: list[Boundary] = []
         if owner is not None:
             try:
                 owner.resolve(clock)
                 boundaries = list(_boundaries(owner.schedule, horizon))
             except ValueError as error:
-                warnings.insert(0, str(error))
+                surprises.insert(0, str(error))
                 owner = None
         rows = [
             _row(u, horizon, optimizers, owner) for u in planned_updates(horizon, points=points)
         ]
         if owner is not None:
-            warnings += _about_rates(rows)
+            surprises += _about_rates(rows)
         return TrainingPlan(
             totals=_totals(horizon),
             rows=tuple(rows),
             boundaries=tuple(boundaries),
             checkpoints=tuple(_checkpoints(callbacks)),
-            warnings=tuple(warnings),
+            warnings=tuple(surprises),
         )
 
 
@@ -120,15 +121,17 @@ def plan_config(path: str | Path) -> TrainingPlan:
     from lightning.pytorch import LightningDataModule, LightningModule
     from lightning.pytorch.cli import LightningCLI
 
-    found = LightningCLI(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_callback=None,
-        run=False,
-        args=["--config", str(path)],
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        found = LightningCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            run=False,
+            args=["--config", str(path)],
+        )
     return plan(found.trainer, found.model, datamodule=found.datamodule)
 
 

@@ -20,16 +20,17 @@ class Seesaw(Schedule):
     r"""The learning-rate half of Seesaw: decays by the square root while the batch grows.
 
     Where the inner schedule :math:`s_0` would multiply the learning rate by :math:`\alpha`, the
-    learning rate is multiplied by :math:`\sqrt\alpha` and the batch by :math:`1 / \alpha`. With the
-    peak :math:`P` of :math:`s_0` first reached at :math:`\tau_P`,
+    learning rate is multiplied by :math:`\sqrt\alpha` and the batch by :math:`1 / \alpha`. What the
+    batch may not grow by any more, the learning rate falls by in full. With the peak :math:`P` of
+    :math:`s_0` first reached at :math:`\tau_P` and the batch's cap :math:`c`,
 
     .. math::
         s(\tau) = \begin{cases}
-            s_0(\tau) & \tau \le \tau_P \\ \sqrt{P\, s_0(\tau)} & \text{else}
+            s_0(\tau) & \tau \le \tau_P \\ s_0(\tau) \sqrt{b(\tau)} & \text{else}
         \end{cases}
         \qquad
-        \mathrm{batch}(\tau) = \begin{cases}
-            1 & \tau \le \tau_P \\ P / s_0(\tau) & \text{else}
+        b(\tau) = \begin{cases}
+            1 & \tau \le \tau_P \\ \min(c, P / s_0(\tau)) & \text{else}
         \end{cases}
 
     so that a warm-up stays as it is. Updates are saved only under a budget in samples, tokens or
@@ -37,10 +38,12 @@ class Seesaw(Schedule):
 
     Args:
         schedule: The schedule :math:`s_0`; it may rise to its peak once and then only falls.
+        max_batch_factor: The cap :math:`c` on the growth of the batch; at least 1 and finite.
 
     Raises:
         ValueError: If the schedule rises again after its peak (found when it is resolved), or is
-            bounded in absolute terms: ``Clamp(Seesaw(...), unit="lr")`` is right.
+            bounded in absolute terms: ``Clamp(Seesaw(...), unit="lr")`` is right; or if
+            ``max_batch_factor`` is below 1 or infinite.
 
     Example:
         >>> from lightning_bigopt.schedules import Linear
@@ -54,9 +57,15 @@ class Seesaw(Schedule):
     """
 
     schedule: Schedule = field(kw_only=False)
+    max_batch_factor: float = 8.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not (math.isfinite(self.max_batch_factor) and self.max_batch_factor >= 1):
+            raise ValueError(
+                "max_batch_factor must be at least 1 and finite, got "
+                f"{self.max_batch_factor!r}; write 8.0"
+            )
         check_schedule("schedule", self.schedule)
         if self.schedule.needs_base:
             raise ValueError(
@@ -86,7 +95,11 @@ class Seesaw(Schedule):
         """Follows the formula above; ``fraction`` in [0, 1]."""
         inner = self.schedule.factor(fraction)
         moment, height = self._peak
-        return inner if fraction <= moment else math.sqrt(height * inner)
+        if fraction <= moment:
+            return inner
+        if height <= inner * self.max_batch_factor:
+            return math.sqrt(height * inner)
+        return inner * math.sqrt(self.max_batch_factor)
 
     def batch_factor(self, fraction: float) -> float:
         """What the batch is multiplied by when ``fraction`` of the budget is spent.
@@ -95,19 +108,21 @@ class Seesaw(Schedule):
             fraction: Share of the budget spent, non-negative.
 
         Returns:
-            At least 1; ``inf`` where the inner schedule has reached zero: cap it.
+            From 1 to ``max_batch_factor``.
 
         Example:
             >>> from lightning_bigopt.schedules import WarmupLinear
             >>> seesaw = Seesaw(WarmupLinear(warmup="50%"))
             >>> [seesaw.batch_factor(fraction) for fraction in (0.25, 0.5, 0.75, 1.0)]
-            [1.0, 1.0, 2.0, inf]
+            [1.0, 1.0, 2.0, 8.0]
         """
         inner = self.schedule(fraction)
         moment, height = self._peak
         if fraction <= moment or not height:
             return 1.0
-        return max(height / inner, 1.0) if inner else math.inf
+        if height >= inner * self.max_batch_factor:
+            return self.max_batch_factor
+        return max(height / inner, 1.0)
 
     def resolve(self, horizon: Horizon) -> Schedule:
         """The same on a resolved inner schedule.
@@ -115,9 +130,9 @@ class Seesaw(Schedule):
         Raises:
             ValueError: If that rises again after its peak.
         """
-        resolved = Seesaw(self.schedule.resolve(horizon))
-        resolved.factor(0.0)
-        return self._changed(schedule=resolved.schedule)
+        resolved = self._changed(schedule=self.schedule.resolve(horizon))
+        resolved(0.0)
+        return resolved
 
     def boundaries(self) -> dict[str, float]:
         """The inner schedule's seams."""

@@ -15,6 +15,7 @@ import lightning as L
 import pytest
 import schedulefree
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
@@ -431,6 +432,33 @@ def test_lbfgs_is_refused() -> None:
 def test_bad_arguments_name_themselves(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StepGuard(**arguments)
+
+
+YAML = """
+callback:
+  class_path: lightning_bigopt.StepGuard
+  init_args:
+    detectors:
+      - class_path: lightning_bigopt.NonFinite
+      - class_path: lightning_bigopt.NormSpike
+        init_args: {window: 64, armed: 16}
+    actions:
+      - class_path: lightning_bigopt.ClipToMedian
+      - class_path: lightning_bigopt.Backoff
+        init_args: {factor: 0.25, recover: 50}
+    max_consecutive: 4
+    forensics: rejected
+"""
+
+
+def test_it_is_written_in_yaml_and_read_from_what_was_saved() -> None:
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(L.Callback, "callback")
+    for text in (YAML, parser.dump(parser.parse_string(YAML))):
+        guard = parser.instantiate_classes(parser.parse_string(text))["callback"]
+        assert guard.controller.detectors == (NonFinite(), NormSpike(64, armed=16))
+        assert guard.controller.actions == (ClipToMedian(), Backoff(factor=0.25, recover=50))
+        assert repr(guard) == "StepGuard([NonFinite(), NormSpike(...)])"
 
 
 # -------------------------------------------------------------------------------- forensics

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -11,23 +10,34 @@ import lightning as L
 import pytest
 import torch
 
-from benchmarks.storm import StormyGPT, storm, train
+from benchmarks.storm import Run, StormyGPT, storm, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 UPDATES = 300
 POISON = storm(UPDATES, share=0.04)
-run = functools.cache(functools.partial(train, updates=UPDATES))
+BURST = next(u for u in sorted(POISON) if u + 1 in POISON)
+KILL = BURST + 2  # two of the burst's four are through
 
 
-class Poison(dict[int, float]):
-    """Hashable, so that runs are shared between tests."""
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return hash(tuple(self))
+@pytest.fixture(scope="module")
+def clean() -> Run:
+    return train(updates=UPDATES, poison={})
 
 
-CLEAN, STORM = Poison(), Poison(POISON)
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("storm") / "killed.ckpt"
+
+
+@pytest.fixture(scope="module")
+def stormy(checkpoint: Path) -> Run:
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            if trainer.global_step == KILL:
+                trainer.save_checkpoint(checkpoint)
+
+    return train(updates=UPDATES, poison=POISON, callbacks=(Save(),))
 
 
 def test_the_storm_holds_all_kinds_of_bad_batches() -> None:
@@ -40,36 +50,30 @@ def test_the_storm_holds_all_kinds_of_bad_batches() -> None:
     assert 90_000 < sum(p.numel() for p in StormyGPT({}).parameters()) < 110_000
 
 
-def test_clean_data_is_left_alone() -> None:
-    assert len(run(poison=CLEAN).rejected) <= 1
+def test_clean_data_is_left_alone(clean: Run) -> None:
+    assert len(clean.rejected) <= 1
 
 
-def test_bad_batches_are_caught_and_the_run_ends_as_if_they_had_not_been() -> None:
-    stormy = run(poison=STORM)
+def test_bad_batches_are_caught_and_the_run_ends_as_if_they_had_not_been(
+    clean: Run, stormy: Run
+) -> None:
     assert stormy.finite
     caught = set(stormy.rejected) & set(POISON)
     assert len(caught) >= 0.95 * len(POISON)
     assert len(stormy.rejected) - len(caught) <= 1
-    assert abs(stormy.loss - run(poison=CLEAN).loss) <= 0.03
+    assert abs(stormy.loss - clean.loss) <= 0.03
 
 
-def test_without_the_guard_the_same_run_is_ruined() -> None:
-    ruined = run(poison=STORM, guarded=False)
+def test_without_the_guard_the_same_run_is_ruined(clean: Run) -> None:
+    ruined = train(updates=UPDATES, poison=POISON, guarded=False)
     assert not ruined.finite
-    assert not ruined.loss <= run(poison=CLEAN).loss + 0.5  # NaN is not
+    assert not ruined.loss <= clean.loss + 0.5  # NaN is not
 
 
-def test_killed_in_mid_storm_it_decides_the_same(tmp_path: Path) -> None:
-    burst = next(u for u in sorted(POISON) if u + 1 in POISON)
-
-    class Save(L.Callback):
-        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-            if trainer.global_step == burst + 2:  # two of the burst's four are through
-                trainer.save_checkpoint(tmp_path / "k.ckpt")
-
-    straight = train(updates=UPDATES, poison=POISON, callbacks=(Save(),))
-    resumed = train(updates=UPDATES, poison=POISON, ckpt_path=tmp_path / "k.ckpt")
-    assert resumed.rejected == tuple(u for u in straight.rejected if u >= burst + 2)
-    pairs = zip(resumed.weights, straight.weights, strict=True)
+def test_killed_in_mid_storm_it_decides_the_same(stormy: Run, checkpoint: Path) -> None:
+    resumed = train(updates=UPDATES, poison=POISON, ckpt_path=checkpoint)
+    assert resumed.rejected == tuple(u for u in stormy.rejected if u >= KILL)
+    assert {KILL, KILL + 1} <= set(resumed.rejected)
+    pairs = zip(resumed.weights, stormy.weights, strict=True)
     assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
-    assert resumed.state["guarded"][""]["detectors"] == straight.state["guarded"][""]["detectors"]
+    assert resumed.state["guarded"][""]["detectors"] == stormy.state["guarded"][""]["detectors"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed import scenarios
+from tests.distributed import batch_scenarios, scenarios
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,5 +60,7 @@ def launch(out: Path, names: list[str], *, processes: int = 2, timeout: float = 
 @pytest.fixture(scope="session")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """``two_processes(name)`` gives what a scenario returned on each of two processes."""
-    results = launch(tmp_path_factory.mktemp("two"), scenarios.NAMES)
+    results = launch(
+        tmp_path_factory.mktemp("two"), [*scenarios.NAMES, *batch_scenarios.NAMES]
+    )
     return lambda name: [result[name] for result in results]

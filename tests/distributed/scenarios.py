@@ -291,4 +291,12 @@ class SaveAt(L.Callback):
             trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
 
 
-NAMES = ["gradient_means", "global_norms", "resume", "guarded", "flat_shards"]
+def schedules(out: Path) -> Any:
+    """The scenarios of ``schedule_scenarios``, which needs this module's helpers."""
+    from tests.distributed import schedule_scenarios
+
+    names = ("ends", "every_resume", "range_tests")
+    return {name: getattr(schedule_scenarios, name)(out) for name in names}
+
+
+NAMES = ["gradient_means", "global_norms", "resume", "guarded", "flat_shards", "schedules"]

@@ -295,8 +295,17 @@ class TestSeesaw:
         assert seesaw(0.875) == pytest.approx(0.36 * 0.5)
         assert seesaw.batch_factor(0.875) == pytest.approx(4.0)
 
-    def test_at_zero_the_batch_is_without_bound(self):
-        assert Seesaw(Linear()).batch_factor(1.0) == float("inf")
+    def test_beyond_the_cap_the_rate_falls_in_full(self):
+        seesaw = Seesaw(Linear(), max_batch_factor=4.0)
+        assert (seesaw(0.75), seesaw.batch_factor(0.75)) == (0.5, 4.0)
+        assert seesaw(0.9) == pytest.approx(0.1 * 2.0)
+        assert seesaw.batch_factor(0.9) == seesaw.batch_factor(1.0) == 4.0
+        assert seesaw(1.0) == 0.0
+        for cap in (0.5, float("inf"), float("nan")):
+            with pytest.raises(ValueError, match="max_batch_factor must be at least 1 and finite"):
+                Seesaw(Linear(), max_batch_factor=cap)
+
+    def test_a_schedule_that_is_zero_leaves_the_batch_alone(self):
         assert Seesaw(Constant(0.0)).batch_factor(0.5) == 1.0
         assert Seesaw(Constant(0.0))(0.5) == 0.0
 

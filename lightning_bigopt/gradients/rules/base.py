@@ -163,6 +163,11 @@ def clip_coefficient(
         >>> clip_coefficient(torch.tensor([0.5, 4.0, float("nan")]), 2.0)
         tensor([1.0000, 0.5000, 1.0000])
     """
+    if norm.is_cpu and not norm.ndim and not isinstance(threshold, Tensor):
+        value = norm.item()  # a few numbers are faster than a few tensors
+        if not (math.isfinite(value) if finite is None else finite):
+            return torch.scalar_tensor(1.0)
+        return torch.scalar_tensor(min(1.0, threshold / (value + 1e-6)))
     finite = norm.isfinite() if finite is None else finite
     return torch.where(finite, (threshold / (norm + 1e-6)).clamp(max=1.0), 1.0)
 

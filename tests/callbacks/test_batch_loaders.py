@@ -1,0 +1,141 @@
+"""Loaders that users have: each works, or says at the start why not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
+
+from lightning_bigopt import BatchSizeScheduler, BatchSizeSteps, ConstantBatchSize
+from tests.callbacks.test_batch_size import Unsized, fit
+from tests.kit import Probe, Regression, loader
+
+POLICY = BatchSizeSteps({"0%": 4, "2 steps": 6})
+
+
+def check(module: Probe, epochs: int = 1, size: int = 14) -> None:
+    assert max(module.errors) <= 1e-6
+    assert sum(map(len, module.windows)) == epochs * size
+
+
+class Evens(Sampler[int]):
+    """A sampler of the user's own, with a length."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(0, 28, 2))
+
+    def __len__(self) -> int:
+        return 14
+
+
+class Endless(Evens):
+    """One that does not tell its length."""
+
+    def __len__(self) -> int:
+        raise TypeError("unknown")
+
+
+class Ragged(Sampler[list[int]]):
+    """Batches of different sizes, as bucketing by length makes them."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter([[0, 1], [2], [3, 4, 5], [6, 7], [8, 9, 10, 11], [12], [13]])
+
+    def __len__(self) -> int:
+        return 7
+
+
+class Data(L.LightningDataModule):
+    def train_dataloader(self) -> Any:
+        return loader(14, 2)
+
+
+def sized_batches() -> DataLoader[Any]:
+    data = Regression(14)
+    return DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 2, drop_last=False))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        loader(14, 2),
+        loader(14, 2, shuffle=True),
+        loader(14, 2, sampler=RandomSampler(Regression(14))),
+        DataLoader(Regression(28), batch_size=2, sampler=Evens()),
+        DataLoader(Unsized(14), batch_size=2),
+        sized_batches(),
+        CombinedLoader(loader(14, 2)),
+        Data(),
+    ],
+    ids=["map", "shuffled", "random", "sampler", "unsized", "batches", "combined", "datamodule"],
+)
+def test_it_works(data: Any) -> None:
+    module = Probe(lr=0.01)
+    fit(module, data, BatchSizeScheduler(POLICY, budget="14 samples"), max_epochs=1)
+    check(module)
+    assert [len(w) for w in module.windows[:3]] == [4, 4, 6]
+
+
+def test_a_sampler_without_length_works() -> None:
+    module = Probe(lr=0.01)
+    data = DataLoader(Regression(28), batch_size=2, sampler=Endless())
+    fit(module, data, BatchSizeScheduler(ConstantBatchSize(4)), max_epochs=1)
+    check(module)
+
+
+def test_batches_of_any_size_give_a_mean_over_samples() -> None:
+    module = Probe(lr=0.01)
+    data = DataLoader(Regression(14), batch_sampler=Ragged())
+    fit(
+        module, data, BatchSizeScheduler(ConstantBatchSize(6), micro_batch_size=2), max_epochs=2
+    )
+    check(module, epochs=2)
+    assert [len(w) for w in module.windows[:3]] == [6, 7, 1]
+
+
+class Plain:
+    """Four batches, by no class that anybody knows."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([[torch.zeros(2, 4), torch.zeros(2, 3), torch.arange(2)]] * 4)
+
+
+class Two(Probe):
+    """Trains on the first of two loaders."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch["a"], batch_idx)
+
+
+def test_several_loaders_work_where_somebody_says_what_a_sample_is() -> None:
+    data = {"a": loader(14, 2), "b": loader(7, 1)}
+    module = Two(lr=0.01)
+    scheduler = BatchSizeScheduler(
+        ConstantBatchSize(4), micro_batch_size=2, samples=lambda batch: len(batch["a"][0])
+    )
+    fit(module, CombinedLoader(data, "min_size"), scheduler, max_epochs=1)
+    check(module)
+    with pytest.raises(ValueError, match="must have a batch_size.*micro_batch_size="):
+        scheduler = BatchSizeScheduler(ConstantBatchSize(4))
+        fit(Two(), CombinedLoader(data, "min_size"), scheduler, max_epochs=1)
+
+
+def test_an_iterable_that_is_no_dataloader_says_why_not() -> None:
+    batches = Plain()
+    with pytest.raises(ValueError, match=r"got \['Plain'\].*micro_batch_size="):
+        fit(Probe(), batches, BatchSizeScheduler(ConstantBatchSize(4)), max_epochs=1)
+    module = Probe()
+    scheduler = BatchSizeScheduler(ConstantBatchSize(4), micro_batch_size=2)
+    fit(module, batches, scheduler, max_epochs=1)
+    assert [len(w) for w in module.windows] == [4, 4]
+
+
+def test_what_the_loader_says_itself_may_not_be_contradicted() -> None:
+    with pytest.raises(ValueError, match="must be the loader's own batch_size, 2, or None, got 3"):
+        scheduler = BatchSizeScheduler(ConstantBatchSize(6), micro_batch_size=3)
+        fit(Probe(), loader(14, 2), scheduler, max_epochs=1)

@@ -1,0 +1,171 @@
+"""Batch sizes on two processes; each function returns plain data that the tests compare."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader
+
+from lightning_bigopt import (
+    BatchSizeScheduler,
+    BatchSizeSteps,
+    ConstantBatchSize,
+    GlobalBatchFinder,
+    GlobalBatchLoader,
+    GradientNoiseScale,
+    LearningRateScheduler,
+    Linear,
+)
+from tests.batch_kit import Recorder, SaveEvery, TokenProbe, Tokens, Toy, noise_loader
+from tests.distributed.scenarios import POLICY, strategy
+from tests.kit import QUIET, Probe, Regression, cpu_precision, full
+
+
+def fit(name: str, model: Any, data: Any, *callbacks: Any, **options: Any) -> L.Trainer:
+    defaults = {"devices": 2, "strategy": strategy(name), "callbacks": list(callbacks)}
+    trainer = L.Trainer(**{**QUIET, **defaults, **options})
+    trainer.fit(model, data)
+    return trainer
+
+
+def flat(model: Any) -> list[float]:
+    return [v for p in model.net.parameters() for v in full(p.detach()).flatten().tolist()]
+
+
+class ShardedTokens(TokenProbe):
+    """The same network under FSDP2."""
+
+    def configure_model(self) -> None:
+        for layer in (self.net[0], self.net[2]):
+            if not hasattr(layer, "set_requires_gradient_sync"):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+
+class ShardedToy(Toy):
+    """The toy under FSDP2."""
+
+    def configure_model(self) -> None:
+        if not hasattr(self.layer, "set_requires_gradient_sync"):
+            fully_shard(self.layer, mesh=self.device_mesh["data_parallel"])
+
+
+def token_means(out: Path) -> Any:
+    """Every gradient against the mean over the tokens of both processes."""
+    found = {}
+    for name, precision in (("ddp", "32-true"), ("ddp", "16-mixed"), ("fsdp2", "32-true")):
+        model = (TokenProbe if name == "ddp" else ShardedTokens)(lr=0.001)
+        data = DataLoader(Tokens(50), batch_size=2)
+        scheduler = BatchSizeScheduler(POLICY, weight="mask")
+        fit(name, model, data, scheduler, max_epochs=2, **cpu_precision(precision))
+        found[f"{name} {precision}"] = {"errors": model.errors, "tokens": model.windows}
+    return found
+
+
+def exact_loader(out: Path) -> Any:
+    """A run on GlobalBatchLoader, with a checkpoint after every micro-batch."""
+    folder = out / "exact"
+    found = {}
+    for workers in (0, 2):
+        model = Recorder(workers=workers)
+        callbacks: list[Any] = [
+            LearningRateScheduler(Linear(start=1.0, end=0.1)),
+            BatchSizeScheduler(BatchSizeSteps({"0%": 5, "30%": 11, "70%": 7}), lr_scaling="sqrt"),
+        ]
+        if not workers:
+            callbacks.append(SaveEvery(folder))
+        fit("ddp", model, None, *callbacks, max_epochs=3)
+        found[str(workers)] = {"seen": model.seen, "weights": flat(model), "folder": str(folder)}
+    gradients = Probe(lr=0.01)
+    loader = GlobalBatchLoader(Regression(37), micro_batch_size=3)
+    fit("ddp", gradients, loader, BatchSizeScheduler(ConstantBatchSize(11)), max_epochs=2)
+    return {**found, "errors": gradients.errors}
+
+
+def noise_scales(out: Path) -> Any:
+    """The noise scale by the hook, and from the first micro-batch under DDP and FSDP2."""
+    rank, found = int(os.environ["RANK"]), {}
+    for name, accumulate in (("ddp", 1), ("ddp", 4), ("fsdp2", 4)):
+        scale = GradientNoiseScale(decay=0.999)
+        fit(
+            name,
+            (Toy if name == "ddp" else ShardedToy)(),
+            noise_loader(2, rank),
+            scale,
+            max_steps=150,
+            accumulate_grad_batches=accumulate,
+        )
+        report = scale.report
+        found[f"{name} {accumulate}"] = [
+            report.noise_scale,
+            report.standard_error,
+            report.noise,
+            report.signal,
+        ]
+    try:
+        fit(
+            "",
+            Toy(),
+            noise_loader(2, rank),
+            GradientNoiseScale(),
+            max_steps=1,
+            strategy=DDPStrategy(ddp_comm_hook=fp16_compress_hook),
+        )
+    except ValueError as error:
+        found["hook"] = [str(error)]
+    return found
+
+
+class Uneven(Probe):
+    """The second process has less memory."""
+
+    micro_batch_size = 1
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if len(batch[0]) > (20, 9)[int(os.environ["RANK"])]:
+            raise torch.OutOfMemoryError("on purpose")
+        return self.loss(batch[0], batch[1])
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Memory is all that counts here."""
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(Regression(96), batch_size=self.micro_batch_size)
+
+
+def finder(out: Path) -> Any:
+    """A search where one process of two runs out of memory first."""
+    model, search = Uneven(), GlobalBatchFinder(global_batch_size=48, headroom=0.0)
+    before = flat(model)
+    after: list[float] = []
+
+    class Look(L.Callback):
+        def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+            after.extend(flat(pl_module))
+
+    scheduler = BatchSizeScheduler(ConstantBatchSize(48))
+    fit("ddp", model, None, search, Look(), scheduler, max_steps=1)
+    assert search.found is not None
+    trials = [list(trial) for trial in search.found.trials]
+    found = [model.micro_batch_size, trials, before == after]
+
+    class Fails(Uneven):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if os.environ["RANK"] == "1":
+                raise ArithmeticError("on purpose")
+            return super().training_step(batch, batch_idx)
+
+    try:
+        fit("ddp", Fails(), None, GlobalBatchFinder(global_batch_size=48), max_steps=1)
+    except (ArithmeticError, RuntimeError) as error:
+        found.append(str(error))
+    return found
+
+
+NAMES = ["token_means", "exact_loader", "noise_scales", "finder"]

@@ -1,0 +1,174 @@
+"""Schedules on two processes: the exact end, resume at every step, one verdict on a plateau."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_bigopt import (
+    BatchSizeScheduler,
+    BatchSizeSteps,
+    Constant,
+    GradientClipping,
+    HyperparameterScheduler,
+    LearningRateRangeTest,
+    LearningRateScheduler,
+    Linear,
+    NormClip,
+    ReduceOnPlateau,
+    WarmupCosine,
+)
+from tests.distributed.scenarios import SaveAt, Sharded, fit, module, weights
+from tests.kit import Probe, Regression, ResumableLoader, loader
+
+DOWN = Linear(start=1.0, end=0.0)
+
+
+class Endless(IterableDataset[Any]):
+    """A stream that is not told apart by process."""
+
+    def __iter__(self) -> Any:
+        return itertools.cycle(Regression(8))
+
+
+def ends(out: Path) -> Any:
+    """The fraction at the start of every update, read off a straight line of height 1."""
+    found = {}
+    for name in ("ddp", "fsdp2"):
+        cases: dict[str, tuple[Any, list[Any], dict[str, Any]]] = {
+            "accumulated epochs": (
+                loader(22, 2),
+                [LearningRateScheduler(DOWN)],
+                {"max_epochs": 2, "accumulate_grad_batches": 4},
+            ),
+            "steps": (loader(22, 2), [LearningRateScheduler(DOWN)], {"max_steps": 5}),
+            "stream": (
+                DataLoader(Endless(), batch_size=2),
+                [LearningRateScheduler(DOWN, budget="18 samples")],
+                {"max_epochs": -1},
+            ),
+            "ramp in samples": (
+                loader(48, 2),
+                [
+                    LearningRateScheduler(DOWN, budget="80 samples"),
+                    BatchSizeScheduler(BatchSizeSteps({"0%": 4, "40%": 12})),
+                ],
+                {"max_epochs": -1},
+            ),
+        }
+        for case, (data, callbacks, options) in cases.items():
+            model = module(name, lr=1.0)
+            fit(name, model, data, *callbacks, **options)
+            found[f"{name} {case}"] = [model.lrs, [len(window) for window in model.windows]]
+    return found
+
+
+class Validated(Probe):
+    """A validation metric that differs between the processes, and their mean never improves."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        step = self.trainer.global_step
+        self.log("val", float(step if self.global_rank else -step), sync_dist=False)
+
+
+class ShardedValidated(Validated, Sharded):
+    """The same under FSDP2."""
+
+
+def every_resume(out: Path) -> Any:
+    """Straight through against resumed at every update, everything scheduled."""
+
+    def callbacks() -> list[Any]:
+        return [
+            LearningRateScheduler(WarmupCosine(warmup="30%", end=0.1)),
+            HyperparameterScheduler("betas[0]", Linear(start=1.0, end=0.5)),
+            ReduceOnPlateau("val", factor=0.5, patience=0),
+        ]
+
+    def run(name: str, *extra: Any, ckpt: Any = None) -> list[Any]:
+        kind = Validated if name == "ddp" else ShardedValidated
+        model = kind(lr=0.01, optimizer=torch.optim.AdamW, betas=(0.8, 0.9))
+        trainer = fit(
+            name,
+            _with_validation(model),
+            ResumableLoader(8, 2),
+            *callbacks(),
+            *extra,
+            max_epochs=2,
+            ckpt=ckpt,
+        )
+        return [model.lrs, trainer.optimizers[0].param_groups[0]["betas"], weights(model)]
+
+    found = {}
+    for name in ("ddp", "fsdp2"):
+        stops = range(1, 8)
+        found[name] = {"straight": run(name, SaveAt(out / f"s{name}", set(stops)))}
+        for stop in stops:
+            found[name][str(stop)] = run(name, ckpt=out / f"s{name}" / f"{stop}.ckpt")
+        branch = functools.partial(
+            LearningRateScheduler,
+            Constant(),
+            on_resume="cooldown",
+            cooldown="50%",
+            cooldown_shape="linear",
+        )
+        stable = module(name, lr=1.0)
+        save = SaveAt(out / f"c{name}", {5})
+        fit(
+            name,
+            stable,
+            ResumableLoader(8, 2),
+            LearningRateScheduler(Constant()),
+            save,
+            max_epochs=2,
+        )
+        cooled = module(name, lr=1.0)
+        fit(
+            name,
+            cooled,
+            ResumableLoader(8, 2),
+            branch(),
+            max_epochs=9,
+            ckpt=out / f"c{name}" / "5.ckpt",
+        )
+        found[name]["cooldown"] = cooled.lrs
+    return found
+
+
+def _with_validation(model: Probe) -> Probe:
+    data = loader(2, 2)
+    model.val_dataloader = lambda: data  # type: ignore[method-assign]
+    return model
+
+
+def range_tests(out: Path) -> Any:
+    """One verdict, and the training after it the one without it."""
+    found = {}
+    for name in ("ddp", "fsdp2"):
+        runs = []
+        for tested in (False, True):
+            test = LearningRateRangeTest(then="report", steps=24, start=1e-4, skip=4)
+            model = module(name, lr=0.01, optimizer=torch.optim.AdamW)
+            trainer = fit(
+                name,
+                model,
+                loader(24, 2),
+                *([test] if tested else []),
+                LearningRateScheduler(DOWN),
+                GradientClipping(NormClip(max_norm=0.5)),
+                max_epochs=1,
+            )
+            runs.append([model.lrs[-trainer.global_step :], weights(model)])
+        assert test.result is not None
+        found[name] = {
+            "plain": runs[0],
+            "tested": runs[1],
+            "losses": test.result.losses,
+            "suggestion": test.result.suggestion,
+        }
+    return found

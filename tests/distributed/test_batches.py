@@ -1,0 +1,74 @@
+"""Batch sizes on two processes, against the truth and against one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.batch_kit import Tokens, Toy
+from tests.callbacks.test_batch_exact import run
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.mark.parametrize("case", ["ddp 32-true", "ddp 16-mixed", "fsdp2 32-true"])
+def test_every_gradient_is_the_mean_over_the_tokens_of_all_processes(
+    two_processes: Any, case: str
+) -> None:
+    first, second = (result[case] for result in two_processes("token_means"))
+    assert first["tokens"] == second["tokens"]
+    assert sum(tokens for (tokens,) in first["tokens"]) == 2 * int(Tokens(50).mask.sum())
+    assert max(first["errors"]) <= (3e-2 if "16" in case else 1e-6)
+
+
+def test_an_exact_loader_serves_the_same_samples_on_two_processes(two_processes: Any) -> None:
+    results = two_processes("exact_loader")
+    alone = run()
+    straight = [v for p in alone.net.parameters() for v in p.detach().flatten().tolist()]
+    for result in results:
+        assert max(result["errors"]) <= 1e-6
+        for workers in ("0", "2"):
+            assert result[workers]["seen"] == alone.seen
+            assert result[workers]["weights"] == pytest.approx(straight, rel=1e-5, abs=1e-5)
+
+
+def test_a_run_on_two_processes_goes_on_on_one(two_processes: Any) -> None:
+    found = two_processes("exact_loader")[0]["0"]
+    paths = sorted(Path(found["folder"]).glob("*.ckpt"), key=lambda path: int(path.stem))
+    assert len(paths) > len(found["seen"])  # inside windows too
+    for path in paths[3 : len(paths) - 1 : 7]:
+        alone = run(ckpt=path)
+        assert alone.seen == found["seen"][len(found["seen"]) - len(alone.seen) :]
+        weights = [v for p in alone.net.parameters() for v in p.detach().flatten().tolist()]
+        assert weights == pytest.approx(found["weights"], rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("case", ["ddp 1", "ddp 4", "fsdp2 4"])
+def test_the_noise_scale_is_within_its_error(two_processes: Any, case: str) -> None:
+    first, second = (result[case] for result in two_processes("noise_scales"))
+    assert first == second
+    scale, error, noise, signal = first
+    truth = Toy.noise / Toy.signal
+    assert error < 0.2 * truth
+    assert abs(scale - truth) <= 2 * error
+    assert noise == pytest.approx(Toy.noise, rel=0.15)
+    assert signal == pytest.approx(Toy.signal, rel=0.15)
+
+
+def test_a_second_communication_hook_is_refused(two_processes: Any) -> None:
+    for result in two_processes("noise_scales"):
+        assert "remove the hook, or GradientNoiseScale" in result["hook"][0]
+
+
+def test_out_of_memory_on_one_process_leaves_none_waiting(two_processes: Any) -> None:
+    first, second = two_processes("finder")
+    assert first[:3] == second[:3]
+    size, trials, untouched = first[:3]
+    assert size == 8  # the largest divisor of 48 / 2 up to 9
+    assert [8, True] in trials
+    assert [12, False] in trials
+    assert untouched
+    assert first[3] == "GlobalBatchFinder stopped: a trial failed on another process"
+    assert second[3] == "on purpose"
