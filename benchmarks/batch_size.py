@@ -55,12 +55,12 @@ class Contender:
 
 def plain() -> Schedule:
     """Linear to zero after a warm-up, which all but Seesaw follow."""
-    return Warmup(Linear(start=1.0, end=0.0), over="2%")
+    return Warmup("2%", Linear(start=1.0, end=0.0))
 
 
 def traded() -> Seesaw:
     """The same, with half of its decay paid in batch."""
-    return Seesaw(Linear(start=1.0, end=0.0))
+    return Seesaw(plain())
 
 
 CONTENDERS = (

@@ -58,7 +58,7 @@ def storm(updates: int, *, share: float = 0.02, seed: int = 0) -> dict[int, floa
 class Batches:
     """Batches of text that depend on nothing but their number, and go on where they stopped."""
 
-    def __init__(self, updates: int, *, size: int = 8) -> None:
+    def __init__(self, updates: int, *, size: int = 32) -> None:
         self.windows = ByteWindows(read_sources("train"), length=LENGTH)
         self.updates, self.batch_size, self.position = updates, size, 0
 

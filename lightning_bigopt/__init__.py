@@ -86,7 +86,12 @@ from lightning_bigopt.schedules import (
     WarmupLinear,
     WarmupStableDecay,
 )
-from lightning_bigopt.tuning import GlobalBatchFinder, LearningRateRangeTest, RangeTest, learning_rate_range_test
+from lightning_bigopt.tuning import (
+    GlobalBatchFinder,
+    LearningRateRangeTest,
+    RangeTest,
+    learning_rate_range_test,
+)
 
 __version__ = "0.1.0"
 

@@ -154,6 +154,8 @@ def data_in_place(
                 owner.prepare_data()
                 owner.setup("fit")
         module.configure_model()
+        if loop.max_epochs is None and trainer.max_steps == -1:
+            loop.max_epochs = 1000  # as Lightning decides when the loop begins
         loop.setup_data()
         yield
     finally:
@@ -214,7 +216,7 @@ def micro_batch_size(trainer: Trainer) -> int | None:
 
 
 def _batching(loader: Any) -> Any:
-    """What holds ``batch_size``, ``drop_last`` and ``sampler``: a loader, or torch's BatchSampler."""
+    """What holds ``batch_size`` and ``sampler``: the loader, or torch's own BatchSampler."""
     batches = getattr(loader, "batch_sampler", None)
     return batches if type(batches) is BatchSampler else loader
 

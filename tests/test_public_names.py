@@ -9,8 +9,9 @@ NAMES = """
     AGC Abort Action AdaGC AutoClip Backoff BatchSizePolicy BatchSizePolicyMixin BatchSizeRamp
     BatchSizeScheduler BatchSizeSteps Chain Clamp ClipToMedian ClippingRule Constant
     ConstantBatchSize Cooldown Cosine CosineWithRestarts Cyclic Detector Duration Exponential
-    FullBatch GlobalBatchFinder GlobalBatchLoader GradientClipping GradientClippingMixin GradientNoiseScale Groups
-    Horizon HyperparameterScheduler InfiniteSchedule InverseSquareRoot LearningRateRangeTest
+    FullBatch GlobalBatchFinder GlobalBatchLoader GradientClipping GradientClippingMixin
+    GradientNoiseScale Groups Horizon HyperparameterScheduler InfiniteSchedule InverseSquareRoot
+    LearningRateRangeTest
     LearningRateScheduleMixin LearningRateScheduler Linear LossSpike MaxUpdateRatio MultiStep Noam
     NoiseScaleBatchSize NonFinite NormClip NormSpike OneCycle OptimizationMonitor
     PerParameterNormClip PiecewiseLinear Polynomial Power Product Progress REX RangeTest

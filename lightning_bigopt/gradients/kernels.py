@@ -82,13 +82,14 @@ def _on_cpu(tensors: Sequence[Tensor], order: float) -> list[float]:
 
 def _euclidean(tensors: Sequence[Tensor]) -> list[float]:
     norms = dict.fromkeys(range(len(tensors)), 0.0)
+    few = len(tensors) < 2 * _FEW
     alike: dict[torch.Size, list[int]] = {}
     middle: dict[torch.dtype, list[int]] = {}
     for index, tensor in enumerate(tensors):
         size = tensor.numel()
         if size >= _LARGE or (size > _SMALL and tensor.dtype in _HALF):
             norms[index] = _by_rows(_real(tensor).reshape(-1))
-        elif size > _SMALL:
+        elif size > _SMALL or (size and few):
             middle.setdefault(tensor.dtype, []).append(index)
         elif size:
             alike.setdefault(tensor.shape, []).append(index)

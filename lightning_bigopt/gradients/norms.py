@@ -250,7 +250,8 @@ def _total(norms: Tensor, order: float) -> tuple[Tensor, Tensor]:
         if order == math.inf and math.isfinite(total):
             total = max(values, default=0.0)
         finite = torch.scalar_tensor(math.isfinite(total), dtype=torch.bool)
-        return torch.scalar_tensor(total, dtype=torch.float32), finite
+        inside = not total > torch.finfo(torch.float32).max
+        return torch.scalar_tensor(total if inside else math.inf, dtype=torch.float32), finite
     if not len(norms):
         return norms.new_zeros((), dtype=torch.float32), norms.new_ones((), dtype=torch.bool)
     whole = torch.linalg.vector_norm(norms, order)

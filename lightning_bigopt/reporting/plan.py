@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
@@ -20,7 +21,7 @@ from lightning_bigopt.controllers.batch_supply import constant_plan
 from lightning_bigopt.controllers.learning_rate import LearningRateController
 from lightning_bigopt.controllers.outlook import PlannedUpdate, planned_updates
 from lightning_bigopt.controllers.written import group_names
-from lightning_bigopt.durations import Horizon
+from lightning_bigopt.durations import Duration, Horizon
 from lightning_bigopt.reporting.planned_run import Boundary, PlanRow, TrainingPlan
 from lightning_bigopt.schedules import Schedule
 
@@ -121,14 +122,19 @@ def plan_config(path: str | Path) -> TrainingPlan:
     from lightning.pytorch import LightningDataModule, LightningModule
     from lightning.pytorch.cli import LightningCLI
 
+    has_data = (
+        re.search(r"^data:", Path(path).read_text(encoding="utf-8"), re.MULTILINE) is not None
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        warnings.simplefilter("ignore", DeprecationWarning)  # jsonargparse's, of Lightning
         found = LightningCLI(
             LightningModule,
-            LightningDataModule,
+            LightningDataModule if has_data else None,
             subclass_mode_model=True,
-            subclass_mode_data=True,
+            subclass_mode_data=has_data,
             save_config_callback=None,
+            seed_everything_default=False,
             run=False,
             args=["--config", str(path)],
         )
@@ -199,7 +205,8 @@ def _boundaries(schedule: Schedule, horizon: Horizon) -> Iterator[Boundary]:
     lengths = {
         field.name: getattr(schedule, field.name)
         for field in fields(schedule)
-        if field.name in _STAGES and isinstance(getattr(schedule, field.name), (str, int, float))
+        if field.name in _STAGES
+        and isinstance(getattr(schedule, field.name), (Duration, str, int, float))
     }
     for name, length in lengths.items():
         share = horizon.fraction(length, name=name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,6 @@ def test_the_plan_is_said_once_with_the_rule_that_fits_the_optimiser(
         "Global batch 2 = micro-batch 2 × accumulation 1 × processes 1; 8 from update 3; "
         "4 from update 5; 8 updates."
     )
-    import re
-
     assert re.search(words, said[0])
 
 
@@ -140,7 +139,7 @@ def test_conflicts_name_the_way_out() -> None:
         scheduler = BatchSizeScheduler(POLICY, **options)
         fit(module or Groups(), loader(80, 2), scheduler, *callbacks, max_steps=8)
 
-    with pytest.raises(ValueError, match="StepLR.*add LearningRateScheduler"):
+    with pytest.raises(ValueError, match=r"StepLR.*add LearningRateScheduler"):
         run(module=WithScheduler(), lr_scaling="sqrt")
     with pytest.raises(ValueError, match="HyperparameterScheduler"):
         run(

@@ -91,9 +91,7 @@ def test_a_sampler_without_length_works() -> None:
 def test_batches_of_any_size_give_a_mean_over_samples() -> None:
     module = Probe(lr=0.01)
     data = DataLoader(Regression(14), batch_sampler=Ragged())
-    fit(
-        module, data, BatchSizeScheduler(ConstantBatchSize(6), micro_batch_size=2), max_epochs=2
-    )
+    fit(module, data, BatchSizeScheduler(ConstantBatchSize(6), micro_batch_size=2), max_epochs=2)
     check(module, epochs=2)
     assert [len(w) for w in module.windows[:3]] == [6, 7, 1]
 
@@ -120,8 +118,8 @@ def test_several_loaders_work_where_somebody_says_what_a_sample_is() -> None:
     )
     fit(module, CombinedLoader(data, "min_size"), scheduler, max_epochs=1)
     check(module)
-    with pytest.raises(ValueError, match="must have a batch_size.*micro_batch_size="):
-        scheduler = BatchSizeScheduler(ConstantBatchSize(4))
+    scheduler = BatchSizeScheduler(ConstantBatchSize(4))
+    with pytest.raises(ValueError, match=r"must have a batch_size.*micro_batch_size="):
         fit(Two(), CombinedLoader(data, "min_size"), scheduler, max_epochs=1)
 
 
@@ -136,6 +134,6 @@ def test_an_iterable_that_is_no_dataloader_says_why_not() -> None:
 
 
 def test_what_the_loader_says_itself_may_not_be_contradicted() -> None:
+    scheduler = BatchSizeScheduler(ConstantBatchSize(6), micro_batch_size=3)
     with pytest.raises(ValueError, match="must be the loader's own batch_size, 2, or None, got 3"):
-        scheduler = BatchSizeScheduler(ConstantBatchSize(6), micro_batch_size=3)
         fit(Probe(), loader(14, 2), scheduler, max_epochs=1)

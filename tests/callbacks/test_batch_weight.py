@@ -72,7 +72,7 @@ def test_names_that_name_nothing_raise(tmp_path: Path) -> None:
             BatchSizeScheduler(ConstantBatchSize(4), **{argument: "no.such.function"})
         with pytest.raises(ValueError, match=f"{argument} must name a function"):
             BatchSizeScheduler(ConstantBatchSize(4), **{argument: "math.pi"})
-    with pytest.raises(ValueError, match="weight must be a function of the batch.*'nothing'"):
+    with pytest.raises(ValueError, match=r"weight must be a function of the batch.*'nothing'"):
         fit(
             TokenProbe(),
             DataLoader(Tokens(8), batch_size=2),

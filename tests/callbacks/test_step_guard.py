@@ -455,7 +455,8 @@ def test_it_is_written_in_yaml_and_read_from_what_was_saved() -> None:
     parser = ArgumentParser()
     parser.add_subclass_arguments(L.Callback, "callback")
     for text in (YAML, parser.dump(parser.parse_string(YAML))):
-        guard = parser.instantiate_classes(parser.parse_string(text))["callback"]
+        build = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its old name
+        guard = build(parser.parse_string(text))["callback"]
         assert guard.controller.detectors == (NonFinite(), NormSpike(64, armed=16))
         assert guard.controller.actions == (ClipToMedian(), Backoff(factor=0.25, recover=50))
         assert repr(guard) == "StepGuard([NonFinite(), NormSpike(...)])"

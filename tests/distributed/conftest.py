@@ -60,7 +60,12 @@ def launch(out: Path, names: list[str], *, processes: int = 2, timeout: float = 
 @pytest.fixture(scope="session")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """``two_processes(name)`` gives what a scenario returned on each of two processes."""
-    results = launch(
-        tmp_path_factory.mktemp("two"), [*scenarios.NAMES, *batch_scenarios.NAMES]
-    )
+    results = launch(tmp_path_factory.mktemp("two"), [*scenarios.NAMES, *batch_scenarios.NAMES])
+    return lambda name: [result[name] for result in results]
+
+
+@pytest.fixture(scope="session")
+def two_with_batches(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The same for batch sizes, whose scenarios take as long as all the others."""
+    results = launch(tmp_path_factory.mktemp("batches"), batch_scenarios.NAMES)
     return lambda name: [result[name] for result in results]

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.data import DistributedSampler
@@ -31,6 +32,7 @@ from lightning_bigopt import (
 )
 from lightning_bigopt.controllers.base import Controller
 from lightning_bigopt.pipeline import Pipeline
+from lightning_bigopt.reporting.runs import read_run
 from tests.kit import QUIET, Probe, Regression, ResumableLoader, cpu_precision, full, loader
 from tests.poison import KINDS, Poisoned
 
@@ -299,4 +301,33 @@ def schedules(out: Path) -> Any:
     return {name: getattr(schedule_scenarios, name)(out) for name in names}
 
 
-NAMES = ["gradient_means", "global_norms", "resume", "guarded", "flat_shards", "schedules"]
+def watched(out: Path) -> Any:
+    """What the monitor logs of layers, and which processes wrote files."""
+    found = {}
+    for name in ("ddp", "fsdp2"):
+        logger = TensorBoardLogger(out, name=name, version="watched")
+        fit(
+            name,
+            module(name, lr=0.01, optimizer=torch.optim.AdamW),
+            loader(32, 4, sampler=in_order(32)),
+            GradientClipping(NormClip(max_norm=0.5)),
+            OptimizationMonitor(every=1, layers="parameters", histograms_every=2),
+            max_epochs=2,
+            use_distributed_sampler=False,
+            logger=logger,
+        )
+        curves = read_run(logger.log_dir).curves if os.environ["RANK"] == "0" else {}
+        files = len(list(Path(logger.log_dir).glob("events*")))
+        found[name] = {"curves": dict(curves), "files": files}
+    return found
+
+
+NAMES = [
+    "gradient_means",
+    "global_norms",
+    "resume",
+    "guarded",
+    "flat_shards",
+    "schedules",
+    "watched",
+]

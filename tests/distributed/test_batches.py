@@ -15,16 +15,16 @@ pytestmark = pytest.mark.distributed
 
 @pytest.mark.parametrize("case", ["ddp 32-true", "ddp 16-mixed", "fsdp2 32-true"])
 def test_every_gradient_is_the_mean_over_the_tokens_of_all_processes(
-    two_processes: Any, case: str
+    two_with_batches: Any, case: str
 ) -> None:
-    first, second = (result[case] for result in two_processes("token_means"))
+    first, second = (result[case] for result in two_with_batches("token_means"))
     assert first["tokens"] == second["tokens"]
     assert sum(tokens for (tokens,) in first["tokens"]) == 2 * int(Tokens(50).mask.sum())
     assert max(first["errors"]) <= (3e-2 if "16" in case else 1e-6)
 
 
-def test_an_exact_loader_serves_the_same_samples_on_two_processes(two_processes: Any) -> None:
-    results = two_processes("exact_loader")
+def test_an_exact_loader_serves_the_same_samples_on_two_with_batches(two_with_batches: Any) -> None:
+    results = two_with_batches("exact_loader")
     alone = run()
     straight = [v for p in alone.net.parameters() for v in p.detach().flatten().tolist()]
     for result in results:
@@ -34,8 +34,8 @@ def test_an_exact_loader_serves_the_same_samples_on_two_processes(two_processes:
             assert result[workers]["weights"] == pytest.approx(straight, rel=1e-5, abs=1e-5)
 
 
-def test_a_run_on_two_processes_goes_on_on_one(two_processes: Any) -> None:
-    found = two_processes("exact_loader")[0]["0"]
+def test_a_run_on_two_with_batches_goes_on_on_one(two_with_batches: Any) -> None:
+    found = two_with_batches("exact_loader")[0]["0"]
     paths = sorted(Path(found["folder"]).glob("*.ckpt"), key=lambda path: int(path.stem))
     assert len(paths) > len(found["seen"])  # inside windows too
     for path in paths[3 : len(paths) - 1 : 7]:
@@ -46,8 +46,8 @@ def test_a_run_on_two_processes_goes_on_on_one(two_processes: Any) -> None:
 
 
 @pytest.mark.parametrize("case", ["ddp 1", "ddp 4", "fsdp2 4"])
-def test_the_noise_scale_is_within_its_error(two_processes: Any, case: str) -> None:
-    first, second = (result[case] for result in two_processes("noise_scales"))
+def test_the_noise_scale_is_within_its_error(two_with_batches: Any, case: str) -> None:
+    first, second = (result[case] for result in two_with_batches("noise_scales"))
     assert first == second
     scale, error, noise, signal = first
     truth = Toy.noise / Toy.signal
@@ -57,13 +57,13 @@ def test_the_noise_scale_is_within_its_error(two_processes: Any, case: str) -> N
     assert signal == pytest.approx(Toy.signal, rel=0.15)
 
 
-def test_a_second_communication_hook_is_refused(two_processes: Any) -> None:
-    for result in two_processes("noise_scales"):
+def test_a_second_communication_hook_is_refused(two_with_batches: Any) -> None:
+    for result in two_with_batches("noise_scales"):
         assert "remove the hook, or GradientNoiseScale" in result["hook"][0]
 
 
-def test_out_of_memory_on_one_process_leaves_none_waiting(two_processes: Any) -> None:
-    first, second = two_processes("finder")
+def test_out_of_memory_on_one_process_leaves_none_waiting(two_with_batches: Any) -> None:
+    first, second = two_with_batches("finder")
     assert first[:3] == second[:3]
     size, trials, untouched = first[:3]
     assert size == 8  # the largest divisor of 48 / 2 up to 9

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +31,6 @@ __all__ = ["AGC"]
 
 # Up to this size equal shapes are copied together: a call costs more than the copy.
 _SMALL = 1 << 13
-_FEW = 4
 
 
 @dataclass(frozen=True)
@@ -97,79 +98,86 @@ def clip_units_(parameters: Sequence[nn.Parameter], clip_factor: float, eps: flo
     """Limits the gradient of every unit in place with few kernels. Does not synchronise."""
     devices: dict[torch.device, list[nn.Parameter]] = {}
     for parameter in parameters:
-        if parameter.numel():
-            devices.setdefault(local_part(parameter).device, []).append(parameter)
+        devices.setdefault(local_part(parameter).device, []).append(parameter)
     for members in devices.values():
-        gradients = [local_part(settle_(parameter)) for parameter in members]
-        weights = [local_part(parameter) for parameter in members]
-        units = [1 if tensor.ndim < 2 else len(tensor) for tensor in weights]
-        norms = _unit_norms([*weights, *gradients])
-        norms = _over_processes(norms, members, units)
-        of_weights, of_gradients = norms.chunk(2)
+        runs = _runs([local_part(parameter) for parameter in members])
+        ordered = [members[index] for run in runs for index in run]
+        weights = [local_part(parameter) for parameter in ordered]
+        gradients = [local_part(settle_(parameter)) for parameter in ordered]
+        lengths = [len(run) for run in runs]
+        norms = torch.cat([_unit_norms(weights, lengths), _unit_norms(gradients, lengths)])
+        of_weights, of_gradients = _over_processes(norms, ordered, weights).chunk(2)
         limits = clip_factor * of_weights.clamp(min=eps)
-        factors = torch.where(
-            of_gradients.isfinite(), (limits / of_gradients.clamp(min=1e-6)).clamp(max=1.0), 1.0
-        )
-        each = torch.split(factors, units)
-        if factors.device.type == "cpu":  # whose numbers can be read for nothing
-            idle = factors == 1
-            if bool(idle.all()):
-                continue
-            kept = [i for i, part in enumerate(torch.split(idle, units)) if not bool(part.all())]
-        else:
-            kept = list(range(len(gradients)))
-        scales = [_column(each[i], gradients[i]) for i in kept]
-        torch._foreach_mul_([gradients[i] for i in kept], scales)
+        factors = (limits / of_gradients.clamp(min=1e-6)).clamp(max=1.0)
+        factors = torch.where(of_gradients < math.inf, factors, 1.0)  # NaN is not less either
+        _scale_units_(gradients, factors, lengths)
 
 
-def _column(factors: Tensor, like: Tensor) -> Tensor:
-    """One factor a unit, shaped to multiply the tensor in place."""
-    if like.ndim < 2:
-        return factors.view(())
-    return factors.to(like.dtype).view(-1, *(1,) * (like.ndim - 1))
-
-
-def _unit_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """The float32 norms of all units of all tensors, one after the other."""
-    found: list[Tensor | None] = [None] * len(tensors)
+def _runs(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Indices by the way in which norms are taken: tensors without units, equal shapes, others."""
     whole: list[int] = []
-    alike: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
+    alike: dict[torch.Size, list[int]] = {}
+    runs: list[list[int]] = []
     for index, tensor in enumerate(tensors):
         if tensor.ndim < 2:
             whole.append(index)
         elif tensor.numel() > _SMALL:
-            found[index] = torch.linalg.vector_norm(tensor.flatten(1), dim=1, dtype=_sums(tensor))
+            runs.append([index])
         else:
-            alike.setdefault((tensor.shape, tensor.dtype), []).append(index)
-    for indices in alike.values():
-        members = [tensors[index] for index in indices]
-        if len(members) < _FEW:
-            stacked = [
-                torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=_sums(t)) for t in members
-            ]
-        else:
-            block = torch.stack(members).flatten(2)
-            stacked = list(torch.linalg.vector_norm(block, dim=2, dtype=_sums(block)).unbind())
-        for index, norms in zip(indices, stacked, strict=True):
-            found[index] = norms
-    if whole:
-        singles = local_norms([tensors[index] for index in whole], 2.0).float()
-        for index, norm in zip(whole, torch.split(singles, 1), strict=True):
-            found[index] = norm
-    return torch.cat([norms.float() for norms in found if norms is not None])
+            alike.setdefault(tensor.shape, []).append(index)
+    runs += alike.values()
+    return [whole, *runs] if whole else runs
 
 
-def _sums(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+def _unit_norms(tensors: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
+    """The float32 norms of all units, run by run, tensor by tensor."""
+    found, start = [], 0
+    for length in lengths:
+        run = tensors[start : start + length]
+        start += length
+        if run[0].ndim < 2:
+            found.append(local_norms(run, 2.0).float())
+            continue
+        block = run[0] if length == 1 else torch.cat(list(run))
+        into = torch.promote_types(block.dtype, torch.float32)
+        found.append(torch.linalg.vector_norm(block.flatten(1), dim=1, dtype=into).float())
+    return torch.cat(found)
+
+
+def _scale_units_(gradients: Sequence[Tensor], factors: Tensor, lengths: Sequence[int]) -> None:
+    """Multiplies every unit by its factor."""
+    readable = factors.is_cpu  # its numbers can be read for nothing
+    if readable and (factors == 1).all():
+        return
+    starts = accumulate(lengths, initial=0)
+    units = [n * math.prod(_column(gradients[at])) for n, at in zip(lengths, starts, strict=False)]
+    chosen: list[Tensor] = []
+    columns: list[Tensor] = []
+    start = 0
+    for length, part in zip(lengths, torch.split(factors, units), strict=True):
+        run = gradients[start : start + length]
+        start += length
+        if readable and run[0].numel() > _SMALL and (part == 1).all():
+            continue
+        chosen += run
+        columns += part.view(length, *_column(run[0])).unbind()
+    if chosen:
+        torch._foreach_mul_(chosen, columns)
+
+
+def _column(tensor: Tensor) -> tuple[int, ...]:
+    """The shape of one factor a unit, to multiply the tensor with."""
+    return () if tensor.ndim < 2 else (len(tensor), *(1,) * (tensor.ndim - 1))
 
 
 def _over_processes(
-    norms: Tensor, parameters: Sequence[nn.Parameter], units: Sequence[int]
+    norms: Tensor, parameters: Sequence[nn.Parameter], weights: Sequence[Tensor]
 ) -> Tensor:
-    """Puts together the norms of units that are spread over processes."""
+    """Puts together the norms of units that are spread over processes, first of weights."""
     spread = [_unit_groups(parameter) for parameter in parameters]
     if not any(spread):
         return norms
+    units = [1 if weight.ndim < 2 else len(weight) for weight in weights]
     parts = torch.split(norms.to(torch.float64), [*units, *units])
     return torch.cat(reduce_norms(parts, [*spread, *spread], 2.0)).float()
 

@@ -1,0 +1,27 @@
+"""What the monitor sees of shards is what it sees of whole tensors, and one process writes."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.distributed
+
+
+def test_norms_are_those_of_whole_parameters_and_one_file_is_written(two_processes: Any) -> None:
+    first, second = two_processes("watched")
+    assert second["ddp"]["curves"] == second["fsdp2"]["curves"] == {}
+    assert first["ddp"]["files"] == first["fsdp2"]["files"] == 1
+    whole, sharded = first["ddp"]["curves"], first["fsdp2"]["curves"]
+    values = ("grad_norm", "weight_norm", "update_ratio", "zeros")
+    names = [
+        f"layers/{value}/net.{layer}.{kind}"
+        for value, layer, kind in itertools.product(values, (0, 2), ("weight", "bias"))
+    ]
+    for tag in [*names, "grad_norm/total", "clip/coefficient", "clip/fraction"]:
+        assert len(whole[tag]) == 8, tag
+        for (step, truth), (other, found) in zip(whole[tag], sharded[tag], strict=True):
+            assert step == other
+            assert found == pytest.approx(truth, rel=1e-4, abs=1e-12), tag

@@ -1,0 +1,77 @@
+"""Every python block of the site runs, and the text block behind it is what it says.
+
+The blocks of a page share one namespace, in order, as a reader would type them. A text block right
+behind a python block is the error that it raises, or else a part of what it prints or logs.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = [
+    *(f"{name}.md" for name in ("index", "start", "errors", "algorithms", "limits")),
+    *(f"recipes/{path.name}" for path in sorted((DOCS / "recipes").glob("*.md"))),
+]
+_FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_ERROR = re.compile(r"[A-Z]\w*Error: ")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Code, the line that it starts on, and the text that follows it."""
+
+    line: int
+    code: str
+    text: str | None
+
+    @property
+    def raises(self) -> bool:
+        return self.text is not None and _ERROR.match(self.text) is not None
+
+
+def blocks(page: str) -> Iterator[Block]:
+    fences = list(_FENCE.finditer(page))
+    for fence, following in zip(fences, [*fences[1:], None], strict=True):
+        if fence[1] == "python":
+            is_text = following is not None and following[1] == "text"
+            line = page.count("\n", 0, fence.start(2))
+            text = following[2].strip() if following is not None and is_text else None
+            yield Block(line=line, code=fence[2], text=text)
+
+
+def run(block: Block, namespace: dict[str, object], *, page: str) -> None:
+    # Leading newlines make the traceback name the page's own line.
+    code = compile("\n" * block.line + block.code, page, "exec")
+    exec(code, namespace)  # noqa: S102 - that is what the test is for
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page_runs_as_it_stands(page, tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks((DOCS / page).read_text()):
+        caplog.clear()
+        capsys.readouterr()
+        if block.raises:
+            with pytest.raises((ValueError, RuntimeError)) as caught:
+                run(block, namespace, page=page)
+            assert f"{type(caught.value).__name__}: {caught.value}" == block.text
+        else:
+            run(block, namespace, page=page)
+            if block.text is not None:
+                assert block.text in capsys.readouterr().out + caplog.text
+
+
+def test_an_error_page_without_errors_would_be_noticed():
+    found = list(blocks((DOCS / "errors.md").read_text()))
+    assert sum(block.raises for block in found) >= 12

@@ -1,0 +1,94 @@
+"""The site builds without a warning, and every public name is in it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lightning_bigopt
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+_DOCUMENTED = re.compile(
+    r"^\.\. (?:auto(?:class|function)|py:data):: (\w+)$|^\.\. (?:py:)?currentmodule:: (\S+)$",
+    re.MULTILINE,
+)
+
+
+def documented() -> list[str]:
+    """The full names that the reference documents."""
+    names = []
+    for page in sorted((DOCS / "api").glob("*.md")):
+        module = None
+        for name, named_module in _DOCUMENTED.findall(page.read_text()):
+            module = named_module or module
+            if name:
+                names.append(f"{module}.{name}")
+    return names
+
+
+def test_every_public_name_is_documented_once():
+    names = documented()
+    assert len(names) == len(set(names))
+    assert {f"lightning_bigopt.{name}" for name in lightning_bigopt.__all__} <= set(names)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    command = ["sphinx", "--fail-on-warning", "--keep-going", "-q", "-b", "html"]
+    command += ["-d", str(folder / "doctrees"), str(DOCS), str(folder / "html")]
+    done = subprocess.run(
+        [sys.executable, "-m", *command], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "html"
+
+
+@pytest.mark.slow
+def test_public_names_are_in_the_inventory(site):
+    from sphinx.util.inventory import InventoryFile
+
+    inventory = InventoryFile.loads((site / "objects.inv").read_bytes(), uri="")
+    found = {name for kind in inventory.data.values() for name in kind}
+    assert {f"lightning_bigopt.{name}" for name in lightning_bigopt.__all__} <= found
+
+
+@pytest.mark.slow
+def test_search_finds_every_public_name(site):
+    index = (site / "searchindex.js").read_text()
+    missing = [name for name in lightning_bigopt.__all__ if f'"{name}"' not in index]
+    assert not missing
+
+
+@pytest.mark.slow
+def test_links_and_pictures_inside_the_site_exist(site):
+    pages = list(site.rglob("*.html"))
+    anchors = {page: set(re.findall(r'\bid="([^"]+)"', page.read_text())) for page in pages}
+    broken = []
+    for page in pages:
+        for link in re.findall(r'\b(?:href|src)="([^"]+)"', page.read_text()):
+            path, _, anchor = link.partition("#")
+            if re.match(r"[a-z]+:", link):
+                continue
+            target = (page.parent / path.partition("?")[0]).resolve() if path else page
+            known = not anchor or target not in anchors or anchor in anchors[target]
+            if not target.exists() or not known:
+                broken.append(f"{page.relative_to(site)}: {link}")
+    assert len(pages) > 10
+    assert not broken
+
+
+@pytest.mark.slow
+def test_nothing_is_loaded_from_elsewhere(site):
+    for page in site.rglob("*.html"):
+        loaded = re.findall(
+            r'<(?:script|img|iframe)\b[^>]*\bsrc="(https?:[^"]*)"'
+            r'|<link\b[^>]*\brel="(?:stylesheet|preload)"[^>]*\bhref="(https?:[^"]*)"',
+            page.read_text(),
+        )
+        assert not loaded, page
