@@ -136,8 +136,8 @@ class LearningRateController(Controller):
             scheduler.replan()
             scheduler.write(pipeline.progress)
         restored, self._restored = self._restored, None
-        if pipeline.trainer.ckpt_path is None:
-            return
+        if pipeline.trainer.ckpt_path is None or not pipeline.progress.fraction:
+            return  # LearningRateFinder leaves a path behind too
         kept = [s.restored_bases for s in schedulers if s.restored_bases is not None]
         report_changes(
             None if restored is None or not kept else {**restored, "base_lrs": kept},

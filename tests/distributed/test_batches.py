@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tests.batch_kit import Tokens, Toy
+from tests.batch_kit import Noise, Tokens, Toy
 from tests.callbacks.test_batch_exact import run
 
 pytestmark = pytest.mark.distributed
@@ -45,16 +46,43 @@ def test_a_run_on_two_with_batches_goes_on_on_one(two_with_batches: Any) -> None
         assert weights == pytest.approx(found["weights"], rel=1e-5, abs=1e-5)
 
 
+def from_the_data(case: str, *, updates: int = 150, decay: float = 0.999) -> tuple[float, float]:
+    """Noise and signal by the formulas, from the very samples that the two processes drew."""
+    strategy, accumulate = case.split()
+    streams = [iter(Noise(dimensions=Toy.dimensions, rank=rank)) for rank in range(2)]
+    noise = signal = total = 0.0
+    for update in range(updates):
+        drawn = [
+            torch.stack([next(stream) for _ in range(2 * int(accumulate))]) for stream in streams
+        ]
+        parts = [mine[:2] for mine in drawn]  # each process's first micro-batch
+        if strategy == "fsdp2":
+            parts = [torch.cat(parts)]
+        squares = [float((Toy.value - part.mean(0)).square().sum()) for part in parts]
+        small, small_square = len(parts[0]), sum(squares) / len(squares)
+        big = 4 * int(accumulate)
+        big_square = float((Toy.value - torch.cat(drawn).mean(0)).square().sum())
+        weight = decay ** (updates - 1 - update)
+        noise += weight * (small_square - big_square) / (1 / small - 1 / big)
+        signal += weight * (big * big_square - small * small_square) / (big - small)
+        total += weight
+    return noise / total, signal / total
+
+
 @pytest.mark.parametrize("case", ["ddp 1", "ddp 4", "fsdp2 4"])
-def test_the_noise_scale_is_within_its_error(two_with_batches: Any, case: str) -> None:
+def test_the_noise_scale_is_the_one_in_the_data_and_near_the_truth(
+    two_with_batches: Any, case: str
+) -> None:
     first, second = (result[case] for result in two_with_batches("noise_scales"))
     assert first == second
     scale, error, noise, signal = first
+    expected = from_the_data(case)
+    assert (noise, signal) == pytest.approx(expected, rel=1e-4)
+    assert scale == pytest.approx(expected[0] / expected[1], rel=1e-4)
     truth = Toy.noise / Toy.signal
     assert error < 0.2 * truth
-    assert abs(scale - truth) <= 2 * error
-    assert noise == pytest.approx(Toy.noise, rel=0.15)
-    assert signal == pytest.approx(Toy.signal, rel=0.15)
+    # Three, because of as many draws as there are cases one in seven leaves two standard errors.
+    assert abs(scale - truth) <= 3 * error
 
 
 def test_a_second_communication_hook_is_refused(two_with_batches: Any) -> None:

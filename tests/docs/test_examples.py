@@ -10,14 +10,15 @@ import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = [
-    *(f"{name}.md" for name in ("index", "start", "errors", "algorithms", "limits")),
-    *(f"recipes/{path.name}" for path in sorted((DOCS / "recipes").glob("*.md"))),
+    *(f"{name}.md" for name in ("index", "start", "errors", "algorithms")),
+    *(f"recipes/{name}.md" for name in ("huggingface_trainer", "timm", "megatron")),
 ]
 _FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _ERROR = re.compile(r"[A-Z]\w*Error: ")
@@ -38,7 +39,7 @@ class Block:
 
 def blocks(page: str) -> Iterator[Block]:
     fences = list(_FENCE.finditer(page))
-    for fence, following in zip(fences, [*fences[1:], None], strict=True):
+    for fence, following in zip_longest(fences, fences[1:]):
         if fence[1] == "python":
             is_text = following is not None and following[1] == "text"
             line = page.count("\n", 0, fence.start(2))
@@ -49,9 +50,10 @@ def blocks(page: str) -> Iterator[Block]:
 def run(block: Block, namespace: dict[str, object], *, page: str) -> None:
     # Leading newlines make the traceback name the page's own line.
     code = compile("\n" * block.line + block.code, page, "exec")
-    exec(code, namespace)  # noqa: S102 - that is what the test is for
+    exec(code, namespace)
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
 @pytest.mark.parametrize("page", PAGES)
 def test_page_runs_as_it_stands(page, tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.chdir(tmp_path)

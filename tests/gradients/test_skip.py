@@ -125,3 +125,27 @@ def test_a_skip_takes_back_a_clip_that_was_decided():
     assert not hasattr(optimizer, "grad_scale")
     optimizer.step()
     assert not optimizer.state
+
+
+class Counting(torch.optim.SGD):
+    """Counts in its groups as third parties do: numbers, tensors, names that were not there."""
+
+    def step(self, closure=None):
+        result = super().step(closure)
+        for group in self.param_groups:
+            group["number"] = group.get("number", 0) + 1
+            group["tensor"].add_(1)
+            group[f"new {group['number']}"] = True
+        return result
+
+
+def test_whatever_an_optimiser_counts_in_its_groups_is_put_back():
+    named = with_gradients(SHAPES)
+    optimizer = Counting([{"params": [p for _, p in named], "tensor": torch.zeros(2)}], lr=0.1)
+    before, tensor = copy.deepcopy(optimizer.state_dict()), optimizer.param_groups[0]["tensor"]
+    skip_update_(optimizer)
+    optimizer.step()
+    assert_same_bits(optimizer.state_dict(), before)
+    assert optimizer.param_groups[0]["tensor"] is tensor  # whoever shares it sees no change
+    optimizer.step()
+    assert optimizer.param_groups[0]["number"] == 1

@@ -29,7 +29,7 @@ class Busy(nn.Module):
         optimizer.step()
         self.metric.update(loss.detach())
         self.count = self.count + 1
-        self.history.append(float(loss))
+        self.history.append(float(loss.detach()))
         self.table["inner"]["seen"].append(2)
         self.table["more"] = 1
         self.number += 1
