@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from docutils import nodes
 from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
@@ -28,8 +30,10 @@ def visit_math_block(translator: HTML5Translator, node: nodes.math_block) -> Non
 
 def _converted(node: nodes.Element, *, as_block: bool) -> str:
     formula = node.astext().strip()
+    # LaTeX reads \frac12 digit by digit, docutils reads the number twelve.
+    braced = re.sub(r"(\\[dt]?frac)\s*(\d)\s*(\d)", r"\1{\2}{\3}", formula)
     try:
-        return str(tex2mathml(formula, as_block=as_block))
+        return str(tex2mathml(braced, as_block=as_block))
     except (MathError, SyntaxError, IndexError) as error:
         logger.warning("formula must be MathML's LaTeX, got %r: %s", formula, error, location=node)
         return str(nodes.literal(text=formula))

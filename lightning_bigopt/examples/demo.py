@@ -20,9 +20,10 @@ from lightning_bigopt import (
     BatchSizeSteps,
     GradientClipping,
     LearningRateScheduler,
-    NormClip,
     OptimizationMonitor,
+    StepGuard,
     WarmupStableDecay,
+    ZClip,
 )
 from lightning_bigopt.examples.comparison import (
     Run,
@@ -44,6 +45,9 @@ _ADVICE = (
     ".*recommended to use .*devices=1",
     ".*LeafSpec.* is deprecated",
 )
+
+
+_REPORTS = ("Global batch", "Clipping", "StepGuard")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +108,12 @@ class Demo:
 
     def _callbacks(self) -> Sequence[Callback]:
         return (
-            LearningRateScheduler(WarmupStableDecay(warmup="5%", decay="40%")),
-            GradientClipping(NormClip(max_norm=1.0)),
-            BatchSizeScheduler(BatchSizeSteps({"0%": SMALL_BATCH, "50%": LARGE_BATCH})),
+            LearningRateScheduler(WarmupStableDecay(warmup="5%", decay="20%")),
+            GradientClipping(ZClip()),
+            StepGuard(),
+            BatchSizeScheduler(
+                BatchSizeSteps({"0%": SMALL_BATCH, "50%": LARGE_BATCH}), lr_scaling="sqrt"
+            ),
         )
 
     def _train(self, title: str, lr: float, steps: int, callbacks: Sequence[Callback]) -> Run:
@@ -167,15 +174,22 @@ def _begin(folder: Path, headline: str) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silences Lightning's advice, none of which concerns a run of half a minute."""
-    loggers = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    handlers = [
+        handler
+        for name in ("pytorch", "fabric")
+        for handler in logging.getLogger(f"lightning.{name}").handlers
+    ]
+    for handler in handlers:
+        handler.addFilter(_worth_reading)
     try:
         with warnings.catch_warnings():
             for message in _ADVICE:
                 warnings.filterwarnings("ignore", message=message)
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        for handler in handlers:
+            handler.removeFilter(_worth_reading)
+
+
+def _worth_reading(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR or record.getMessage().startswith(_REPORTS)

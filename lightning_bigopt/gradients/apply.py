@@ -16,7 +16,14 @@ from lightning_bigopt.gradients.sharding import local_part
 if TYPE_CHECKING:
     from lightning_bigopt.gradients.rules.base import ClipDecision
 
-__all__ = ["after_step_once", "apply_", "clear_", "scale_", "takes_grad_scale"]
+__all__ = [
+    "after_step_once",
+    "apply_",
+    "clear_",
+    "scale_",
+    "takes_grad_scale",
+    "while_stepping",
+]
 
 _pending: WeakKeyDictionary[Optimizer, list[RemovableHandle]] = WeakKeyDictionary()
 
@@ -171,6 +178,30 @@ def after_step_once(optimizer: Optimizer, run: Callable[[], None]) -> None:
     handle = optimizer.register_step_post_hook(once)
     waiting = _pending.setdefault(optimizer, [])
     waiting.append(handle)
+
+
+def while_stepping(optimizer: Optimizer, run: Callable[[], None]) -> None:
+    """Runs a function at every end of the coming step.
+
+    A subclass whose ``step`` calls that of its parent has two ends, and the function runs at both;
+    it must bear that. The beginning of the step after puts an end to it.
+    """
+    ended = False
+
+    def end(*_: Any) -> None:
+        nonlocal ended
+        ended = True
+        run()
+
+    def begin(*_: Any) -> None:
+        if ended:
+            for handle in handles:
+                handle.remove()
+                waiting.remove(handle)
+
+    handles = [optimizer.register_step_post_hook(end), optimizer.register_step_pre_hook(begin)]
+    waiting = _pending.setdefault(optimizer, [])
+    waiting.extend(handles)
 
 
 def clear_(optimizer: Optimizer) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_bigopt.gradients.apply import after_step_once, clear_
+from lightning_bigopt.gradients.apply import clear_, while_stepping
 
 __all__ = ["skip_update_"]
 
@@ -60,7 +60,7 @@ def skip_update_(optimizer: Optimizer, parameters: Iterable[nn.Parameter] | None
                 else:
                     group[name] = value
 
-    after_step_once(optimizer, restore)
+    while_stepping(optimizer, restore)
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:

@@ -92,3 +92,10 @@ def test_nothing_is_loaded_from_elsewhere(site):
             page.read_text(),
         )
         assert not loaded, page
+
+
+@pytest.mark.slow
+def test_one_half_is_not_twelve(site):
+    page = (site / "algorithms.html").read_text()
+    assert re.search(r"<mfrac>\s*<mn>1</mn>|<mfrac>\s*<mrow>\s*<mn>1</mn>", page)
+    assert "<mn>12</mn>" not in page
