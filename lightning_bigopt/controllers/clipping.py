@@ -39,7 +39,7 @@ class GradientClippingController(Controller):
     @property
     def needs_horizon(self) -> bool:  # type: ignore[override]
         """A scheduled threshold needs to know where the run ends."""
-        return getattr(self.rule, "schedule", None) is not None
+        return self.rule.needs_horizon
 
     @property
     def norm_type(self) -> float:

@@ -22,15 +22,8 @@ from lightning_bigopt.gradients.apply import (
     takes_grad_scale,
 )
 from lightning_bigopt.gradients.clip import clip_gradients_
-from lightning_bigopt.gradients.guard import (
-    Detector,
-    LossSpike,
-    NonFinite,
-    NormSpike,
-    Verdict,
-    inspect,
-    record,
-)
+from lightning_bigopt.gradients.detectors import LossSpike, NonFinite, NormSpike
+from lightning_bigopt.gradients.guard import Detector, Verdict, inspect, record
 from lightning_bigopt.gradients.norms import GradientNorms, measure, norms_of
 from lightning_bigopt.gradients.rules import (
     AGC,

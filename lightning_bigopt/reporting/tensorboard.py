@@ -6,9 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -43,6 +40,8 @@ def write_scalars(writer: SummaryWriter, values: Mapping[str, float], *, step: i
 
     The event is handed to the writer's thread, which appends it to the file at once.
     """
+    from tensorboard.compat.proto.summary_pb2 import Summary  # costs more than all of ours
+
     summary = Summary(
         value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
     )
@@ -58,6 +57,8 @@ def write_curves(writer: SummaryWriter, points: Iterable[tuple[int, Mapping[str,
 
 def forget_after(writer: SummaryWriter, step: int) -> None:
     """Tells readers of the run to drop what a killed predecessor logged from ``step`` on."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
     event = Event(step=step, session_log=SessionLog(status=SessionLog.START))
     _files(writer).add_event(event, step)
 

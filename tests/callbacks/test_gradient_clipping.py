@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_bigopt import GradientClipping, NormClip, ValueClip
+from lightning_bigopt import GradientClipping, Groups, Linear, NormClip, ValueClip
 from tests.kit import QUIET, Probe, cpu_precision, loader
 
 
@@ -157,3 +157,12 @@ def test_bad_limits_name_themselves(bad: float) -> None:
         ValueClip(max_abs=bad)
     with pytest.raises(ValueError, match=r"rule must be a ClippingRule, got 1.0"):
         GradientClipping(1.0)  # type: ignore[arg-type]
+
+
+def test_a_schedule_inside_groups_needs_to_know_where_the_run_ends() -> None:
+    rule = Groups({"net.0.*": NormClip(max_norm=0.2, schedule=Linear()), "*": None})
+    module = Probe(lr=0.0)
+    fit(module, loader(8, 2), GradientClipping(rule), max_epochs=1)
+    assert GradientClipping(rule).controller.needs_horizon
+    assert not GradientClipping(NormClip()).controller.needs_horizon
+    assert len(module.norms) == 4

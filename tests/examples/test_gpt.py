@@ -64,7 +64,7 @@ def test_groups_hold_every_parameter_once_and_only_matrices_decay(model: BytesGP
 def test_it_learns_a_sentence_by_heart(model: BytesGPT):
     optimizer = model.configure_optimizers()
     batch = torch.tensor(list(b"hello, world!")).expand(4, -1)
-    for _ in range(100):
+    for _ in range(300):
         optimizer.zero_grad()
         loss = model.loss(batch)
         loss.backward()

@@ -14,6 +14,7 @@ from lightning_bigopt.gradients import (
     clip_gradients_,
     skip_update_,
 )
+from lightning_bigopt.gradients.rules import updates
 from tests.oracles import gradients as oracle
 
 SHAPES = ((), (5,), (0,), (3, 4, 2, 2), (6, 7))
@@ -26,7 +27,9 @@ def parameters(dtype=torch.float32, shapes=SHAPES):
 
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("max_rms", [1.0, 0.4])
-def test_update_clip_with_adamw_is_stable_adamw(loop, max_rms):
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+def test_update_clip_with_adamw_is_stable_adamw(loop, max_rms, chunk, monkeypatch):
+    monkeypatch.setitem(updates._CHUNK, "cpu", chunk)
     ours = parameters()
     settings = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-6}
     truths = [oracle.StableAdamW(p, 0.1, (0.8, 0.9), 1e-6, 0.2) for p in ours]

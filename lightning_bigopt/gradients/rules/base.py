@@ -131,6 +131,11 @@ class ClippingRule(ABC):
         """The order of the norms that it reads, 1, 2 or ``inf``; None where it reads none."""
         return 2.0
 
+    @property
+    def needs_horizon(self) -> bool:
+        """Whether it follows a schedule, and so must know where the run ends."""
+        return getattr(self, "schedule", None) is not None
+
     def initial_state(self) -> RuleState:
         """What it remembers before the first update; loads with ``weights_only=True``."""
         return {}

@@ -72,6 +72,11 @@ class Groups(ClippingRule):
         read = [order for order in orders if order is not None]
         return max(read, key=read.count) if read else None
 
+    @property
+    def needs_horizon(self) -> bool:
+        """Whether one of its rules follows a schedule."""
+        return any(rule.needs_horizon for _, rule in self.pairs if rule is not None)
+
     def initial_state(self) -> RuleState:
         """The initial states of the rules, by pattern."""
         return {pattern: rule.initial_state() for pattern, rule in self.pairs if rule is not None}

@@ -24,8 +24,9 @@ from lightning_bigopt.gradients.sharding import local_part, reduce_norms, settle
 
 __all__ = ["MaxUpdateRatio", "UpdateClip", "UpdateRule"]
 
-# Temporary tensors are made for so many elements at a time.
-_CHUNK = 1 << 24
+# Temporary tensors are made for so many elements at a time: on a CPU as many as a cache holds.
+_CHUNK = {"cpu": 1 << 20}
+_CHUNK_ELSEWHERE = 1 << 24
 _copies: WeakKeyDictionary[Optimizer, list[Tensor]] = WeakKeyDictionary()
 
 
@@ -276,7 +277,8 @@ def _chunks(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
     chunk: list[int] = []
     size = 0
     for index, tensor in enumerate(tensors):
-        if chunk and size + tensor.numel() > _CHUNK:
+        limit = _CHUNK.get(tensor.device.type, _CHUNK_ELSEWHERE)
+        if chunk and size + tensor.numel() > limit:
             yield chunk
             chunk, size = [], 0
         chunk.append(index)
