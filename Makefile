@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: $(STAMP)  ## Trains the example with and without us, and prints the difference (3 minutes).
+demo: $(STAMP)  ## Trains the example with and without us, and prints the difference (3 to 4 minutes).
 	$(BIN)/bigopt demo
 
 test: $(STAMP)  ## Runs everything that must hold (25 minutes at most on two cores).
