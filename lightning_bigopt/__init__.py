@@ -55,6 +55,7 @@ from lightning_bigopt.mixins import (
     GradientClippingMixin,
     LearningRateScheduleMixin,
 )
+from lightning_bigopt.optimizers import parameter_groups
 from lightning_bigopt.schedules import (
     REX,
     Chain,
@@ -174,5 +175,6 @@ __all__ = [
     "ZClip",
     "__version__",
     "learning_rate_range_test",
+    "parameter_groups",
     "replay",
 ]

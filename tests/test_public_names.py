@@ -18,7 +18,7 @@ NAMES = """
     ReduceOnPlateau Schedule SchedulePolicy Seesaw SeesawBatchSize SingleSample Skip StepDecay
     StepGuard TriStage UpdateClip ValueClip Warmup WarmupConstant WarmupCosine
     WarmupInverseSquareRoot WarmupLinear WarmupStableDecay ZClip __version__
-    learning_rate_range_test replay
+    learning_rate_range_test parameter_groups replay
 """
 
 

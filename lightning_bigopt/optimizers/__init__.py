@@ -1,6 +1,7 @@
 """Parameter groups and optimiser recipes."""
 
 from lightning_bigopt.optimizers.fields import GroupField
+from lightning_bigopt.optimizers.groups import parameter_groups
 from lightning_bigopt.optimizers.scheduler import ScheduleLR
 
-__all__ = ["GroupField", "ScheduleLR"]
+__all__ = ["GroupField", "ScheduleLR", "parameter_groups"]

@@ -1,0 +1,211 @@
+"""Parameter groups: against Hugging Face's own choice, and against rates worked out by hand."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_bigopt import (
+    LearningRateScheduler,
+    Linear,
+    OptimizationMonitor,
+    parameter_groups,
+)
+from lightning_bigopt.examples import BytesGPT
+from lightning_bigopt.reporting.runs import read_run
+from tests.kit import QUIET
+
+
+def names_of(module: nn.Module, group: dict[str, Any]) -> set[str]:
+    known = {id(parameter): name for name, parameter in module.named_parameters()}
+    return {known[id(parameter)] for parameter in group["params"]}
+
+
+@pytest.fixture
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=3, n_head=2))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(2, 3)
+        self.blocks = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+        self.head = nn.Linear(3, 1)
+
+
+def test_decay_is_that_of_hugging_faces_trainer(gpt2):
+    from transformers import Trainer
+
+    everything = dict(gpt2.named_parameters(remove_duplicate=False))  # lm_head is tied to wte
+    decayed = {id(everything[n]) for n in Trainer.get_decay_parameter_names(None, gpt2)}
+    groups = parameter_groups(gpt2, weight_decay=0.1)
+    decay, others = groups
+    assert (decay["name"], decay["weight_decay"]) == ("decay", 0.1)
+    assert (others["name"], others["weight_decay"]) == ("no_decay", 0.0)
+    assert set(map(id, decay["params"])) == decayed
+    assert names_of(gpt2, decay) | names_of(gpt2, others) == set(dict(gpt2.named_parameters()))
+    assert all("lr" not in group for group in groups)
+
+
+def test_tied_weights_count_once(gpt2):
+    assert gpt2.lm_head.weight is gpt2.transformer.wte.weight
+    groups = parameter_groups(gpt2, weight_decay=0.1, lr=1.0, layer_decay=0.5)
+    members = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(members) == len(set(members)) == len(list(gpt2.parameters()))
+    torch.optim.AdamW(groups)  # which refuses a parameter in two groups
+
+
+def test_layers_of_a_gpt2_from_embedding_to_head(gpt2):
+    groups = parameter_groups(gpt2, weight_decay=0.1, lr=2.0, layer_decay=0.8, min_factor=0.5)
+    rates = {name: group["lr"] for group in groups for name in names_of(gpt2, group)}
+    by_hand = {
+        "transformer.wte.weight": 2.0 * 0.5,  # 0.8⁴ = 0.41 is below the floor
+        "transformer.wpe.weight": 2.0 * 0.5,
+        "transformer.h.0.attn.c_attn.weight": 2.0 * 0.8 * 0.8 * 0.8,
+        "transformer.h.0.ln_1.weight": 2.0 * 0.8 * 0.8 * 0.8,
+        "transformer.h.1.mlp.c_fc.bias": 2.0 * 0.8 * 0.8,
+        "transformer.h.2.mlp.c_fc.weight": 2.0 * 0.8,
+        "transformer.ln_f.weight": 2.0,
+    }
+    assert {name: rates[name] for name in by_hand} == pytest.approx(by_hand)
+    decays = {name: g["weight_decay"] for g in groups for name in names_of(gpt2, g)}
+    assert decays["transformer.h.1.ln_1.weight"] == 0.0
+    assert decays["transformer.h.1.mlp.c_fc.weight"] == 0.1
+
+
+def test_an_update_moves_each_layer_by_its_own_rate():
+    net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1))
+    before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+    optimizer = torch.optim.SGD(
+        parameter_groups(net, lr=1.0, weight_decay=0.25, layer_decay=0.5), momentum=0.0
+    )
+    net(torch.randn(5, 3)).sum().backward()
+    optimizer.step()
+    for name, parameter in net.named_parameters():
+        rate = {"0": 0.25, "2": 0.5, "4": 1.0}[name[0]]
+        decay = 0.25 if name.endswith("weight") else 0.0
+        expected = before[name] - rate * (parameter.grad + decay * before[name])
+        torch.testing.assert_close(parameter.detach(), expected)
+
+
+def test_patterns_for_layers_and_for_decay():
+    net = Net()
+    groups = parameter_groups(
+        net, lr=1.0, weight_decay=0.1, no_decay="embed.*", layer_decay=0.5, layers=["embed.*", "*"]
+    )
+    found = {group["name"]: (group["lr"], names_of(net, group)) for group in groups}
+    assert found == {
+        "layer_0.no_decay": (0.5, {"embed.weight", "embed.bias"}),
+        "layer_1.decay": (1.0, {"blocks.0.weight", "head.weight"}),
+        "layer_1.no_decay": (
+            1.0,
+            {"blocks.0.bias", "blocks.1.weight", "blocks.1.bias", "head.bias"},
+        ),
+    }
+
+
+def test_a_bias_of_two_dimensions_does_not_decay():
+    net = nn.Sequential(nn.Linear(2, 2))
+    net.bias = nn.Parameter(torch.zeros(2, 2))
+    _, others = parameter_groups(net, weight_decay=0.1)
+    assert names_of(net, others) == {"bias", "0.bias"}
+
+
+def test_frozen_parameters_are_left_out():
+    net = Net()
+    net.embed.requires_grad_(requires_grad=False)
+    groups = parameter_groups(net, lr=1.0, weight_decay=0.1, layer_decay=0.5)
+    assert not {n for g in groups for n in names_of(net, g)} & {"embed.weight", "embed.bias"}
+    assert groups[0]["name"] == "layer_0.decay"  # the first block
+
+
+def test_a_compiled_module_has_the_same_groups():
+    net, compiled = Net(), nn.Module()
+    compiled._orig_mod = net  # what torch.compile makes, without its import of seconds
+    options = {"lr": 1.0, "weight_decay": 0.1, "layer_decay": 0.5, "layers": ["embed.*", "*"]}
+    plain, compiled = parameter_groups(net, **options), parameter_groups(compiled, **options)
+    assert [g["name"] for g in plain] == [g["name"] for g in compiled]
+    assert [list(map(id, g["params"])) for g in plain] == [
+        list(map(id, g["params"])) for g in compiled
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight_decay": -0.1}, "weight_decay must be zero or more, got -0.1"),
+        ({"lr": -1.0}, "lr must be zero or more, got -1.0"),
+        ({"lr": 1.0, "layer_decay": 1.5}, r"layer_decay must be in \(0, 1\], got 1.5"),
+        ({"layer_decay": 0.8}, "lr must be given with layer_decay, got None"),
+        ({"min_factor": 2.0}, r"min_factor must be in \[0, 1\], got 2.0"),
+        ({"no_decay": "nothing.*"}, "every pattern must match a parameter, got 'nothing"),
+        (
+            {"lr": 1.0, "layer_decay": 0.8, "layers": ["*", "head.*"]},
+            r"got 'head\.\*'.*an earlier pattern matches head.weight first",
+        ),
+        (
+            {"lr": 1.0, "layer_decay": 0.8, "layers": ["embed.*", "head.*"]},
+            "layers must hold a pattern for every parameter, got none for 'blocks.0.weight'",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        parameter_groups(Net(), **{"weight_decay": 0.1, **options})
+
+
+def test_nothing_to_train_and_nothing_to_decay():
+    with pytest.raises(ValueError, match="module must have a parameter to train, got none"):
+        parameter_groups(nn.Tanh(), weight_decay=0.1)
+    with pytest.raises(ValueError, match="weight_decay must be 0 where no parameter has two dim"):
+        parameter_groups(nn.BatchNorm1d(3), weight_decay=0.1)
+    (group,) = parameter_groups(nn.BatchNorm1d(3), weight_decay=0.0)
+    assert group["name"] == "no_decay"
+
+
+class LayerWise(BytesGPT):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        groups = parameter_groups(self, lr=self.lr, weight_decay=0.1, layer_decay=0.5)
+        return torch.optim.AdamW(groups)
+
+
+def test_the_monitor_shows_the_scheduled_rate_of_every_layer(tmp_path):
+    L.seed_everything(0, verbose=False)
+    module = LayerWise(lr=1e-2, width=8, layers=2, heads=2, length=8)
+    trainer = L.Trainer(
+        **{
+            **QUIET,
+            "logger": TensorBoardLogger(tmp_path),
+            "max_steps": 4,
+            "callbacks": [LearningRateScheduler(Linear()), OptimizationMonitor(every=1)],
+        }
+    )
+    text = torch.randint(256, (16, 9))
+    trainer.fit(module, DataLoader(text, batch_size=2), DataLoader(text, batch_size=2))
+    curves = read_run(tmp_path).select("optim/lr")
+    assert set(curves) == {
+        f"optim/lr/layer_{layer}.{kind}"
+        for layer, kinds in enumerate(
+            [["decay"], *[["decay", "no_decay"]] * 2, ["decay", "no_decay"]]
+        )
+        for kind in kinds
+    }
+    for layer in range(4):
+        seen = [value for _, value in curves[f"optim/lr/layer_{layer}.decay"]]
+        peak = 1e-2 * 0.5 ** (3 - layer)
+        assert seen == pytest.approx([peak, peak * 3 / 4, peak / 2, peak / 4])
+
+
+def test_every_argument_is_keyword_only_but_the_module():
+    parameters = list(inspect.signature(parameter_groups).parameters.values())
+    assert {p.kind for p in parameters[1:]} == {inspect.Parameter.KEYWORD_ONLY}
