@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -72,7 +72,7 @@ def planned_updates(
 
 def planned_rate(
     owner: LearningRateController,
-    controllers: Sequence[Controller],
+    controllers: Iterable[Controller],
     progress: Progress,
     *,
     group: str | None,

@@ -356,7 +356,7 @@ def test_guard_and_adaptive_rules_share_one_read_of_the_norm(
 
     class Attach(L.Callback):
         def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
-            Pipeline.of(trainer).controllers.append(Listener())
+            Pipeline.of(trainer).add(Listener())
 
     monkeypatch.setattr(Tensor, "item", count)
     for guards, reads in (([], 12), ([StepGuard()], 0)):  # the guard reads with one tolist

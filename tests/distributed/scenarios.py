@@ -262,7 +262,7 @@ class Norms(L.Callback):
         self.weights: list[float] = []
 
     def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
-        Pipeline.of(trainer).controllers.append(Listener(self.norms))
+        Pipeline.of(trainer).add(Listener(self.norms))
 
     def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
         if isinstance(trainer.strategy, FSDPStrategy):

@@ -6,8 +6,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -16,67 +15,18 @@ from lightning_bigopt import trainer_access
 from lightning_bigopt.clock import ClockSettings, TrainingClock
 from lightning_bigopt.controllers.base import Controller
 from lightning_bigopt.controllers.batch_size import BatchSizeController, constant_plan
-from lightning_bigopt.controllers.clipping import GradientClippingController
 from lightning_bigopt.durations import Progress
-from lightning_bigopt.gradients import ClipDecision, GradientNorms, measure, scale_
+from lightning_bigopt.pipeline.roster import ControllerT, Roster
+from lightning_bigopt.pipeline.step import OptimizerStep
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
     from lightning_bigopt.clock import Simulate
 
-__all__ = ["OptimizerStep", "Pipeline"]
+__all__ = ["Pipeline"]
 
-ControllerT = TypeVar("ControllerT", bound=Controller)
 _numbers = itertools.count()
-
-
-class OptimizerStep:
-    """One coming update of one optimiser: the gradients and what was found and decided of them.
-
-    Attributes:
-        pipeline: The pipeline that runs it.
-        optimizer: The optimiser about to step.
-        progress: What had been consumed when the update's first batch began.
-        overflow_is_handled: Whether a GradScaler skips non-finite gradients by itself.
-        skipped: Why the update is refused, or None.
-        decision: What clipping did, or None.
-        coming_norms: The norms as they are when clipping looks at them.
-    """
-
-    def __init__(self, pipeline: Pipeline, optimizer: Optimizer) -> None:
-        self.pipeline = pipeline
-        self.optimizer = optimizer
-        self.progress: Progress = pipeline.progress
-        self.overflow_is_handled = trainer_access.unscale_gradients_(pipeline.trainer, optimizer)
-        self.skipped: str | None = None
-        self.decision: ClipDecision | None = None
-
-    @cached_property
-    def parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Names and parameters of the optimiser."""
-        return self.pipeline.parameters_of(self.optimizer)
-
-    @cached_property
-    def norms(self) -> GradientNorms:
-        """The one look at the gradients; every process must ask for it, or none."""
-        clipping = self.pipeline.find(GradientClippingController)
-        return measure(
-            self.parameters,
-            norm_type=2.0 if clipping is None else clipping.norm_type,
-            process_group=trainer_access.shard_group(self.pipeline.trainer),
-        )
-
-    @cached_property
-    def coming_norms(self) -> GradientNorms:
-        """The norms after the guard, which may have shrunk the gradients."""
-        return self.norms
-
-    def shrink_(self, factor: float) -> None:
-        """Multiplies the gradients; :attr:`norms` stays what was found."""
-        gradients = [parameter.grad for _, parameter in self.parameters]
-        scale_(gradients, self.norms.total.new_full((), factor))
-        self.coming_norms = self.coming_norms.scaled(factor)
 
 
 class Pipeline:
@@ -94,12 +44,11 @@ class Pipeline:
         self._trainer = weakref.ref(trainer)
         self.number = next(_numbers)
         self._callers: dict[str, set[int]] = {}
-        self._listeners: dict[str, list[Controller]] = {}
         self._parameters: weakref.WeakKeyDictionary[Any, list[tuple[str, nn.Parameter]]] = (
             weakref.WeakKeyDictionary()
         )
         self._names: tuple[str, ...] | None = None
-        self.controllers: list[Controller] = []
+        self.controllers = Roster()
         self.clock = TrainingClock()
         self.clock.bind(trainer)
         self.progress = Progress(fraction=0.0)
@@ -173,7 +122,7 @@ class Pipeline:
 
     def find(self, kind: type[ControllerT]) -> ControllerT | None:
         """The controller of a class, where this fit has one."""
-        return next((c for c in self.controllers if isinstance(c, kind)), None)
+        return self.controllers.find(kind)
 
     def parameters_of(self, optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
         """Names and parameters of an optimiser, looked up again when its groups change."""
@@ -202,24 +151,17 @@ class Pipeline:
         if not self.fitting:
             self.fitting = True
             self._clock_runs = False
-            self.controllers = []
+            self.controllers = Roster()
             self._names = None
             self.clock.settings = ClockSettings()
             self._callers = {}
-        twin = next((c for c in self.controllers if c.role == controller.role), None)
-        if twin is not None and twin is not controller:
-            raise ValueError(
-                f"callbacks must hold at most one owner of the {controller.role}, got two; remove "
-                "one of them (a mixin of the module counts as one)"
-            )
+        self.controllers.refuse_twin(controller)
         self.clock.settings = self.clock.settings.merge(controller.settings)
         self.add(controller)
 
     def add(self, controller: Controller) -> None:
         """Adds a controller that another one brings, for this fit."""
-        self.controllers.append(controller)
-        self.controllers.sort(key=lambda c: c.rank)
-        self._listeners = {}
+        self.controllers.add(controller)
 
     def end(self) -> None:
         """Undoes what the controllers patched; the counters stay for a second fit."""
@@ -242,17 +184,6 @@ class Pipeline:
         callers.add(caller_id)
         if first:
             run(*arguments)
-
-    def _who(self, hook: str) -> list[Controller]:
-        """The controllers that do something in a hook; asked many times a step."""
-        listeners = self._listeners.get(hook)
-        if listeners is None:
-            listeners = self._listeners[hook] = [
-                controller
-                for controller in self.controllers
-                if getattr(type(controller), hook) is not getattr(Controller, hook)
-            ]
-        return listeners
 
     def fit_start(self) -> None:
         """``on_fit_start``: conflicts are refused."""
@@ -306,7 +237,7 @@ class Pipeline:
         planner = self.find(BatchSizeController)
         served = None if planner is None else planner.served(self.trainer, index)
         self.batch_samples = self.clock.begin_batch(self.trainer, batch, served=served)
-        for controller in self._who("on_batch_start"):
+        for controller in self.controllers.doing("on_batch_start"):
             controller.on_batch_start(self, batch, index)
 
     def before_backward(self, loss: Tensor) -> None:
@@ -321,16 +252,18 @@ class Pipeline:
         """``on_before_optimizer_step``: rescale, measure, decide, clip, observe."""
         self._first_update_pending = False
         step = OptimizerStep(self, optimizer)
-        for controller in self._who("rescale"):
+        for controller in self.controllers.doing("rescale"):
             controller.rescale(step)
-        if any(controller.wants_norms(step) for controller in self._who("wants_norms")):
+        if any(
+            controller.wants_norms(step) for controller in self.controllers.doing("wants_norms")
+        ):
             _ = step.norms
-        for controller in self._who("decide"):
+        for controller in self.controllers.doing("decide"):
             controller.decide(step)
         if step.skipped is None:
-            for controller in self._who("clip"):
+            for controller in self.controllers.doing("clip"):
                 controller.clip(step)
-        for controller in self._who("observe"):
+        for controller in self.controllers.doing("observe"):
             controller.observe(step)
 
     def batch_end(self, outputs: Any, batch: Any) -> None:
@@ -346,7 +279,7 @@ class Pipeline:
                 f"{type(trainer.strategy).__name__} or an overridden hook swallowed it; call "
                 "super() in the hook, or remove the callbacks of lightning_bigopt"
             )
-        for controller in self._who("on_batch_end"):
+        for controller in self.controllers.doing("on_batch_end"):
             controller.on_batch_end(self, outputs, batch)
         if not self._window_is_open and self.clock.exhausted:
             trainer.should_stop = True

@@ -1,0 +1,67 @@
+"""One coming update: the gradients, and what the controllers find and decide of them."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_bigopt import trainer_access
+from lightning_bigopt.controllers.clipping import GradientClippingController
+from lightning_bigopt.durations import Progress
+from lightning_bigopt.gradients import ClipDecision, GradientNorms, measure, scale_
+
+if TYPE_CHECKING:
+    from lightning_bigopt.pipeline.run import Pipeline
+
+__all__ = ["OptimizerStep"]
+
+
+class OptimizerStep:
+    """One coming update of one optimiser: the gradients and what was found and decided of them.
+
+    Attributes:
+        pipeline: The pipeline that runs it.
+        optimizer: The optimiser about to step.
+        progress: What had been consumed when the update's first batch began.
+        overflow_is_handled: Whether a GradScaler skips non-finite gradients by itself.
+        skipped: Why the update is refused, or None.
+        decision: What clipping did, or None.
+        coming_norms: The norms as they are when clipping looks at them.
+    """
+
+    def __init__(self, pipeline: Pipeline, optimizer: Optimizer) -> None:
+        self.pipeline = pipeline
+        self.optimizer = optimizer
+        self.progress: Progress = pipeline.progress
+        self.overflow_is_handled = trainer_access.unscale_gradients_(pipeline.trainer, optimizer)
+        self.skipped: str | None = None
+        self.decision: ClipDecision | None = None
+
+    @cached_property
+    def parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Names and parameters of the optimiser."""
+        return self.pipeline.parameters_of(self.optimizer)
+
+    @cached_property
+    def norms(self) -> GradientNorms:
+        """The one look at the gradients; every process must ask for it, or none."""
+        clipping = self.pipeline.find(GradientClippingController)
+        return measure(
+            self.parameters,
+            norm_type=2.0 if clipping is None else clipping.norm_type,
+            process_group=trainer_access.shard_group(self.pipeline.trainer),
+        )
+
+    @cached_property
+    def coming_norms(self) -> GradientNorms:
+        """The norms after the guard, which may have shrunk the gradients."""
+        return self.norms
+
+    def shrink_(self, factor: float) -> None:
+        """Multiplies the gradients; :attr:`norms` stays what was found."""
+        gradients = [parameter.grad for _, parameter in self.parameters]
+        scale_(gradients, self.norms.total.new_full((), factor))
+        self.coming_norms = self.coming_norms.scaled(factor)
