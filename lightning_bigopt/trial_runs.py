@@ -1,4 +1,4 @@
-"""Training beside a Trainer's own loop; like trainer_access.py a reader of Trainer internals."""
+"""Training beside a Trainer's own loop; like trainer_access a reader of Trainer internals."""
 
 from __future__ import annotations
 

@@ -1,0 +1,77 @@
+"""Optimisers: the names of what they train, their own names, the schedulers beside them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning.pytorch.utilities.types import LRSchedulerConfig
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+__all__ = [
+    "add_scheduler",
+    "is_private",
+    "named_parameters",
+    "optimizer_label",
+    "parameter_names",
+    "plain_name",
+    "remove_schedulers",
+]
+
+
+# What FSDP1, torch.compile and activation checkpointing put into names.
+_WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name as the user's module has it."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def parameter_names(module: nn.Module) -> tuple[str, ...]:
+    """The names of all parameters, frozen ones included."""
+    return tuple(plain_name(name) for name, _ in module.named_parameters())
+
+
+def named_parameters(module: nn.Module, optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
+    """The optimiser's parameters with the module's names, each tensor once, in group order."""
+    names = {id(parameter): plain_name(name) for name, parameter in module.named_parameters()}
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        for position, parameter in enumerate(group["params"]):
+            name = names.get(id(parameter), f"group{index}.{position}")
+            found.setdefault(id(parameter), (name, parameter))
+    return list(found.values())
+
+
+def optimizer_label(trainer: Trainer, optimizer: Optimizer) -> str:
+    """``""`` for the only optimiser, its class's name for one of several (numbered if equal)."""
+    if len(trainer.optimizers) <= 1:
+        return ""
+    raw = [getattr(o, "optimizer", o) for o in trainer.optimizers]
+    name = type(optimizer).__name__
+    twins = [o for o in raw if type(o).__name__ == name]
+    return name if len(twins) == 1 else f"{name}-{[id(o) for o in twins].index(id(optimizer))}"
+
+
+def is_private(optimizer: Optimizer) -> bool:
+    """Whether Opacus clips each sample's gradient and adds noise, for differential privacy."""
+    return any(base.__module__.split(".")[0] == "opacus" for base in type(optimizer).__mro__)
+
+
+def add_scheduler(trainer: Trainer, scheduler: LRScheduler, *, name: str | None) -> None:
+    """Registers a scheduler that Lightning steps after every update."""
+    trainer.strategy.lr_scheduler_configs.append(
+        LRSchedulerConfig(scheduler=scheduler, interval="step", frequency=1, name=name)
+    )
+
+
+def remove_schedulers(trainer: Trainer) -> None:
+    """Drops the schedulers that the module configured, for this fit."""
+    trainer.strategy.lr_scheduler_configs = []

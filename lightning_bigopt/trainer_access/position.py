@@ -1,0 +1,41 @@
+"""Where the fit loop stands: in the epoch, in the accumulation window, on the loggers' axis."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+__all__ = [
+    "batches_that_stepped",
+    "closes_window",
+    "is_fast_dev_run",
+    "is_last_batch",
+    "ready_batches",
+]
+
+
+def is_fast_dev_run(trainer: Trainer) -> bool:
+    """Whether the Trainer only tries a batch or a few."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def ready_batches(trainer: Trainer) -> int:
+    """Batches of this epoch that were fetched, the one being trained included."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+
+def is_last_batch(trainer: Trainer) -> bool:
+    """Whether the batch being trained is the last of its epoch (known before it is trained)."""
+    return bool(trainer.fit_loop.epoch_loop._num_ready_batches_reached())
+
+
+def closes_window(trainer: Trainer) -> bool:
+    """Whether the batch being trained ends an accumulation window."""
+    return not trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def batches_that_stepped(trainer: Trainer) -> int:
+    """The x coordinate that Lightning gives to training metrics."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
