@@ -1,0 +1,135 @@
+"""A length of time in training, in any unit, as users write it."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Literal, TypeAlias, get_args
+
+__all__ = ["Clock", "Duration", "DurationLike", "Unit"]
+
+Unit: TypeAlias = Literal["fraction", "steps", "epochs", "samples", "tokens"]
+Clock: TypeAlias = Literal["steps", "batches", "samples", "tokens"]
+
+_UNITS: dict[str, Unit] = {
+    "%": "fraction",
+    "step": "steps",
+    "steps": "steps",
+    "epoch": "epochs",
+    "epochs": "epochs",
+    "sample": "samples",
+    "samples": "samples",
+    "token": "tokens",
+    "tokens": "tokens",
+}
+_NUMBER = r"[+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?"
+_PATTERN = re.compile(rf"\s*({_NUMBER})\s*([KMBT]?)\s*([a-z]+|%)?\s*")
+_POWERS = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
+_FORMS = "'10%', '500 steps', '3 epochs', '1e6 samples', '2e9 tokens' or '2B tokens'"
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A length of training in one unit.
+
+    Args:
+        value: How much, in ``unit``; non-negative and finite.
+        unit: ``"fraction"`` (of the whole budget, 1.0 is all of it), ``"steps"`` (optimiser
+            updates), ``"epochs"``, ``"samples"`` or ``"tokens"``.
+
+    Raises:
+        ValueError: If ``value`` is negative or not finite, or ``unit`` is unknown.
+
+    Example:
+        >>> Duration.parse("10%")
+        Duration(value=0.1, unit='fraction')
+        >>> Duration.parse("2B tokens") == Duration(2_000_000_000, "tokens")
+        True
+        >>> Duration.parse(500)
+        Duration(value=500, unit='steps')
+        >>> str(Duration.parse(0.25))
+        '25%'
+    """
+
+    value: float
+    unit: Unit
+
+    def __post_init__(self) -> None:
+        if self.unit not in get_args(Unit):
+            raise ValueError(f"unit must be one of {', '.join(get_args(Unit))}, got {self.unit!r}")
+        if not (math.isfinite(self.value) and self.value >= 0):
+            raise ValueError(f"value must be finite and non-negative, got {self.value!r}")
+
+    @classmethod
+    def parse(cls, value: DurationLike, *, name: str = "duration") -> Duration:
+        """Reads a duration as users write it.
+
+        Args:
+            value: A ``Duration``; a string such as ``"10%"``, ``"500 steps"`` or
+                ``"2e9 tokens"``; an int (optimiser steps); a float in [0, 1] (a fraction). A bare
+                number in a string means what the number itself would.
+            name: The argument's name, for the error.
+
+        Returns:
+            The duration.
+
+        Raises:
+            ValueError: If ``value`` is none of these; the message names ``name``.
+
+        Example:
+            >>> Duration.parse("3 epochs").unit
+            'epochs'
+        """
+        if isinstance(value, Duration):
+            return value
+        if isinstance(value, bool):
+            raise ValueError(f"{name} must be a duration such as {_FORMS}, got {value!r}")
+        if isinstance(value, int):
+            if value < 0:
+                raise ValueError(f"{name} must be a non-negative number of steps, got {value!r}")
+            return cls(value, "steps")
+        if isinstance(value, float):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(
+                    f"{name} must be a fraction in [0, 1] when it is a float, got {value!r}; "
+                    f"write an int for steps, or a unit such as {_FORMS}"
+                )
+            return cls(value, "fraction")
+        if isinstance(value, str):
+            return cls._parse_text(value, name)
+        raise ValueError(f"{name} must be a duration such as {_FORMS}, got {value!r}")
+
+    @classmethod
+    def _parse_text(cls, text: str, name: str) -> Duration:
+        match = _PATTERN.fullmatch(text)
+        if match is None:
+            raise ValueError(f"{name} must be a duration such as {_FORMS}, got {text!r}")
+        number, suffix, word = match[1].replace("_", ""), match[2], match[3]
+        if word is None and not suffix:
+            whole = number.lstrip("+-").isdigit()
+            return cls.parse(int(number) if whole else float(number), name=name)
+        if word not in _UNITS:
+            raise ValueError(
+                f"{name} must have one of the units %, steps, epochs, samples, tokens, got {text!r}"
+            )
+        unit = _UNITS[word]
+        # Decimal, because 2.3 * 10**9 and 1.1 / 100 are not what was written.
+        exact = Decimal(number).scaleb(_POWERS[suffix] - (2 if unit == "fraction" else 0))
+        amount = float(exact)
+        if not 0 <= amount < math.inf:
+            raise ValueError(f"{name} must be non-negative and finite, got {text!r}")
+        if unit == "fraction" and amount > 1:
+            raise ValueError(f"{name} must be at most 100%, got {text!r}")
+        countable = unit != "fraction" and exact == exact.to_integral_value()
+        return cls(int(exact) if countable else amount, unit)
+
+    def __str__(self) -> str:
+        if self.unit == "fraction":
+            return f"{Decimal(repr(float(self.value))).scaleb(2).normalize():f}%"
+        return f"{self.value!r} {self.unit}"
+
+
+DurationLike: TypeAlias = Duration | int | float | str
+"""What stands for a duration wherever one is asked for: see :meth:`Duration.parse`."""

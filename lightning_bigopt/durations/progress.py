@@ -1,0 +1,97 @@
+"""What has been consumed before an update, and what the updates of a run consume."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lightning_bigopt.durations.duration import Clock, Duration, DurationLike, Unit
+
+__all__ = ["Progress", "Span"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What has been consumed before an update, in every unit.
+
+    Args:
+        fraction: The share of the budget, 0 at the first update.
+        steps: Optimiser updates.
+        batches: Loader batches of one process.
+        epochs: Passes over the data, fractional inside a pass.
+        samples: Samples over all processes.
+        tokens: Tokens over all processes; 0 where nobody counts them.
+
+    Example:
+        >>> Progress(fraction=0.5, steps=50, samples=1600).of("10%")
+        5.0
+    """
+
+    fraction: float
+    steps: int = 0
+    batches: int = 0
+    epochs: float = 0.0
+    samples: int = 0
+    tokens: int = 0
+
+    def consumed(self, unit: Unit) -> float:
+        """The amount consumed in ``unit``.
+
+        Example:
+            >>> Progress(fraction=0.5, steps=50).consumed("steps")
+            50
+        """
+        amount: float = getattr(self, unit)
+        return amount
+
+    def of(self, duration: DurationLike) -> float:
+        """How many times ``duration`` has passed: 1.0 is exactly once; ``inf`` for length zero.
+
+        Example:
+            >>> Progress(fraction=0.5, steps=50).of("200 steps")
+            0.25
+        """
+        length = Duration.parse(duration)
+        return self.consumed(length.unit) / length.value if length.value else math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """A run of updates that all consume the same amounts.
+
+    Args:
+        updates: How many updates.
+        batches: Loader batches of one process in each of them.
+        samples: Samples over all processes in each; None where unknown.
+        tokens: Tokens over all processes in each; None where unknown.
+
+    Raises:
+        ValueError: If an amount is not positive.
+
+    Example:
+        >>> Span(updates=10, batches=2, samples=64)
+        Span(updates=10, batches=2, samples=64, tokens=None)
+    """
+
+    updates: int
+    batches: int = 1
+    samples: float | None = None
+    tokens: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("updates", "batches", "samples", "tokens"):
+            amount = getattr(self, name)
+            if amount is not None and not amount > 0:
+                raise ValueError(f"{name} must be positive in a span of updates, got {amount!r}")
+
+    def amount(self, clock: Clock) -> float | None:
+        """What one update of this span consumes, in the unit of ``clock``.
+
+        Example:
+            >>> Span(updates=10, samples=64).amount("samples")
+            64
+        """
+        if clock == "steps":
+            return 1
+        amount: float | None = getattr(self, clock)
+        return amount
