@@ -1,99 +1,27 @@
-"""The Trainer's one clock: what has been consumed, and the budget that it is a share of."""
+"""Counts what a fit consumes, across checkpoints, and says what share of the budget it is."""
 
 from __future__ import annotations
 
 import math
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_bigopt import trainer_access
-from lightning_bigopt.counting import BatchCount, count, named_function
-from lightning_bigopt.durations import Clock, Duration, DurationLike, Horizon, Progress, Span
+from lightning_bigopt.clock.limits import Simulate, resolve_horizon
+from lightning_bigopt.clock.settings import ClockSettings
+from lightning_bigopt.counting import count
+from lightning_bigopt.durations import Horizon, Progress, Span
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-__all__ = ["BatchCount", "ClockSettings", "OnResume", "TrainingClock"]
-
-OnResume: TypeAlias = Literal["continue", "extend", "cooldown"]
-Simulate: TypeAlias = Callable[[Clock, float], Horizon]
+__all__ = ["TrainingClock"]
 
 _ROUNDING = 1e-12
 _PENDING = {"batches": 0, "samples": 1, "tokens": 2}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClockSettings:
-    """What a callback asks of the one clock; two different answers to one question raise.
-
-    Args:
-        budget: An explicit budget such as ``"2e9 tokens"``; None for the Trainer's own limits.
-        samples: Counts the samples in a batch: a function or its dotted name, or the name of a
-            field whose first dimension is counted; None for the loader's batch size.
-        tokens: Counts the tokens in a batch: a function or its dotted name, or the name of a
-            field: a mask is summed, ids are counted; None where nobody counts tokens.
-        on_resume: ``"continue"`` on the checkpoint's horizon, ``"extend"`` to the Trainer's, or
-            start the ``"cooldown"`` where the checkpoint stopped.
-        cooldown: Length of that cooldown, after which the training ends.
-
-    Example:
-        >>> ClockSettings(budget="1e6 samples").merge(ClockSettings()).budget
-        '1e6 samples'
-    """
-
-    budget: str | None = None
-    samples: BatchCount = None
-    tokens: BatchCount = None
-    on_resume: OnResume | None = None
-    cooldown: DurationLike | None = None
-
-    def __post_init__(self) -> None:
-        if self.budget is not None:
-            unit = Duration.parse(self.budget, name="budget").unit
-            if unit == "fraction":
-                raise ValueError(
-                    f"budget must be in steps, epochs, samples or tokens, got {self.budget!r}"
-                )
-            if unit == "tokens" and self.tokens is None:
-                raise ValueError(
-                    f"tokens must be given with a budget in tokens, got None for {self.budget!r}; "
-                    "pass tokens=a function of the batch, or the name of its ids or mask"
-                )
-        for name in ("samples", "tokens"):
-            object.__setattr__(self, name, named_function(getattr(self, name), name=name))
-        if self.on_resume not in (None, *get_args(OnResume)):
-            raise ValueError(
-                f"on_resume must be 'continue', 'extend' or 'cooldown', got {self.on_resume!r}"
-            )
-        if (self.on_resume == "cooldown") != (self.cooldown is not None):
-            raise ValueError(
-                f"cooldown must be given with on_resume='cooldown' and only then, got "
-                f"{self.cooldown!r} with on_resume={self.on_resume!r}; write "
-                "LearningRateScheduler(schedule, on_resume='cooldown', cooldown='20%')"
-            )
-        if self.cooldown is not None and not Duration.parse(self.cooldown, name="cooldown").value:
-            raise ValueError(f"cooldown must be positive, got {self.cooldown!r}")
-
-    def merge(self, other: ClockSettings) -> ClockSettings:
-        """One set of settings out of two.
-
-        Raises:
-            ValueError: If both answer a question, differently.
-        """
-        merged = {}
-        for field in fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if mine is not None and theirs is not None and mine != theirs:
-                raise ValueError(
-                    f"{field.name} must be the same on every callback, because there is one clock "
-                    f"per Trainer, got {mine!r} and {theirs!r}; give it once"
-                )
-            merged[field.name] = theirs if mine is None else mine
-        return ClockSettings(**merged)
 
 
 class TrainingClock:
@@ -327,90 +255,6 @@ class TrainingClock:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keeps a checkpoint's state until :meth:`start`."""
         self._restored = state
-
-
-# --------------------------------------------------------------------------------------- helpers
-
-
-def resolve_horizon(trainer: Trainer, budget: str | None, simulate: Simulate | None) -> Horizon:
-    """The budget of a fit: of all its limits, the one that ends first.
-
-    Args:
-        trainer: After its loaders are set up.
-        budget: An explicit budget, or None.
-        simulate: ``(clock, budget) -> Horizon``, which lays the run out update by update; None
-            where the plan is not known in advance.
-
-    Raises:
-        ValueError: If nothing limits the run, or the limit cannot be counted.
-    """
-    exact = trainer_access.exact_loader(trainer)
-    whole = None if exact is None else exact.samples
-    each = trainer_access.epoch_batches(trainer) if exact is None else None
-    limits: list[tuple[Clock, float]] = []
-    if trainer.max_steps >= 0:
-        limits.append(("steps", trainer.max_steps))
-    max_epochs = trainer.max_epochs
-    if max_epochs is not None and max_epochs >= 0:
-        limits += _epochs(max_epochs, each, whole)
-    if budget is not None:
-        length = Duration.parse(budget, name="budget")
-        if length.unit == "epochs":
-            if each is None and whole is None:
-                raise ValueError(
-                    f"budget must not be in epochs for a loader without length, got {budget!r}; "
-                    "write it in steps or samples"
-                )
-            limits += _epochs(length.value, each, whole)
-        elif length.unit != "fraction":
-            limits.append((length.unit, length.value))
-    limits = [(clock, amount) for clock, amount in limits if amount > 0]
-    if not limits:
-        raise ValueError(
-            f"the length of the training must be known for a schedule, got max_steps="
-            f"{trainer.max_steps}, max_epochs={max_epochs} and a loader "
-            f"{'without length' if each is None else f'of {each} batches'}; set max_steps, or pass "
-            "budget='2e6 samples' to the scheduler"
-        )
-    overlong: Literal["raise", "compress"] = (
-        "compress" if trainer_access.is_fast_dev_run(trainer) else "raise"
-    )
-    if simulate is None:
-        if len(limits) > 1:
-            names = ", ".join(f"{amount:g} {clock}" for clock, amount in limits)
-            raise ValueError(
-                f"the limits of the training must be one where the batch size is adaptive, got "
-                f"{names}; keep one of them"
-            )
-        clock, amount = limits[0]
-        return Horizon(
-            clock=clock,
-            budget=amount,
-            batches_per_epoch=each,
-            samples_per_epoch=whole,
-            overlong=overlong,
-        )
-    chosen = min((simulate(clock, amount) for clock, amount in limits), key=_updates)
-    return Horizon(
-        clock=chosen.clock,
-        budget=chosen.budget,
-        spans=chosen.spans,
-        batches_per_epoch=each,
-        samples_per_epoch=whole,
-        overlong=overlong,
-    )
-
-
-def _epochs(epochs: float, batches: int | None, samples: int | None) -> list[tuple[Clock, float]]:
-    """A number of epochs as a limit in what the loader counts; none where it counts nothing."""
-    if samples is not None:
-        return [("samples", epochs * samples)]
-    return [] if batches is None else [("batches", epochs * batches)]
-
-
-def _updates(run: Horizon) -> float:
-    # An explicit budget that only counting can compare with the Trainer's limits goes first.
-    return run.total("steps") or 0.0
 
 
 def _horizon_to_state(horizon: Horizon) -> dict[str, Any]:
