@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
 
+from lightning_bigopt import trainer_access
 from lightning_bigopt.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -17,9 +19,23 @@ if TYPE_CHECKING:
 
 __all__ = ["OptimizationCallback"]
 
+# Lightning calls each of these for each callback on every batch, at about 4 µs whether anything is
+# done there or not, and passes over what is not callable.
+_BATCH_HOOKS = (
+    "on_train_batch_start",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+)
+
 
 class OptimizationCallback(Callback):
     """Hands every hook to the Trainer's pipeline, which runs each once whatever the list's order.
+
+    The first of ours in the Trainer's list hands over the hooks of a batch, and only those in which
+    somebody does something; the others are silent there while they fit.
 
     Args:
         controller: What the callback does.
@@ -52,7 +68,20 @@ class OptimizationCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """All state is restored; the horizon is fixed."""
         pipeline = self._bound()
-        pipeline.once("train_start", self, pipeline.train_start)
+        speaks = pipeline.once("train_start", self, pipeline.train_start)
+        if any(callback is self for callback in trainer_access.callbacks_of(trainer)):
+            self._fall_silent(but_in=pipeline.batch_hooks() if speaks else ())
+
+    def _fall_silent(self, but_in: Collection[str] = ()) -> None:
+        """Has Lightning pass over hooks in which a subclass does nothing of its own."""
+        for hook in _BATCH_HOOKS:
+            ours = getattr(OptimizationCallback, hook)
+            if hook not in but_in and getattr(type(self), hook) is ours:
+                self.__dict__[hook] = None
+
+    def _speak_again(self) -> None:
+        for hook in _BATCH_HOOKS:
+            self.__dict__.pop(hook, None)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -65,6 +94,7 @@ class OptimizationCallback(Callback):
         self._end()
 
     def _end(self) -> None:
+        self._speak_again()
         if self._pipeline is not None:
             self._pipeline.end()
 
@@ -143,7 +173,7 @@ class OptimizationCallback(Callback):
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles must not take the Trainer along: neither our pipeline nor the bound
         # methods of the module that Lightning puts on every callback.
-        left_out = ("_pipeline", "_last_run", "log", "log_dict")
+        left_out = ("_pipeline", "_last_run", "log", "log_dict", *_BATCH_HOOKS)
         return {
             **{k: v for k, v in self.__dict__.items() if k not in left_out},
             "_pipeline": None,

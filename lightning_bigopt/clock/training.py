@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -18,10 +18,13 @@ from lightning_bigopt.durations import Horizon, Progress, Span
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-__all__ = ["TrainingClock"]
+__all__ = ["Counts", "TrainingClock"]
+
+Counts: TypeAlias = tuple[int, int, int, int]
+"""Steps, batches, samples and tokens."""
 
 _ROUNDING = 1e-12
-_PENDING = {"batches": 0, "samples": 1, "tokens": 2}
+_UNITS = {"steps": 0, "batches": 1, "samples": 2, "tokens": 3}
 
 
 class TrainingClock:
@@ -170,12 +173,15 @@ class TrainingClock:
         if served is not None:
             mine, everywhere = served
         elif self._pinned_samples is not None:
-            mine = self._pinned_samples[int(trainer_access.is_last_batch(trainer))]
+            full, last = self._pinned_samples
+            mine = last if last != full and trainer_access.is_last_batch(trainer) else full
             everywhere = mine * self._world
         else:
             # Processes that counted differently would open different windows, and wait for ever.
             mine = count(batch, self.settings.samples, name="samples")
-            everywhere = round(trainer_access.sum_over_data(trainer, mine))
+            everywhere = (
+                mine if self._world == 1 else round(trainer_access.sum_over_data(trainer, mine))
+            )
         tokens = 0
         if self.settings.tokens is not None:
             own = count(batch, self.settings.tokens, name="tokens") if mine else 0
@@ -200,11 +206,21 @@ class TrainingClock:
 
         The fraction is NaN where the horizon is unknown, which only those see who do not need it.
         """
-        pending = self._pending
-        batches, samples = self.batches + pending[0], self.samples + pending[1]
-        tokens = self.tokens + pending[2]
-        steps = self._global_step()
-        consumed = {"steps": steps, "batches": batches, "samples": samples, "tokens": tokens}
+        return self.progress_at(self.counts())
+
+    def counts(self) -> Counts:
+        """What :meth:`progress` is made of, for who may never ask for it."""
+        batches, samples, tokens = self._pending
+        return (
+            self._global_step(),
+            self.batches + batches,
+            self.samples + samples,
+            self.tokens + tokens,
+        )
+
+    def progress_at(self, counts: Counts) -> Progress:
+        """:meth:`progress` as it was when the counts were these."""
+        steps, batches, samples, tokens = counts
         horizon = self.horizon
         epochs = 0.0
         if horizon is not None and horizon.samples_per_epoch:
@@ -212,7 +228,7 @@ class TrainingClock:
         elif horizon is not None and horizon.batches_per_epoch:
             epochs = batches / horizon.batches_per_epoch
         return Progress(
-            fraction=math.nan if horizon is None else consumed[horizon.clock] / horizon.budget,
+            fraction=self.fraction_at(counts),
             steps=steps,
             batches=batches,
             epochs=epochs,
@@ -223,13 +239,12 @@ class TrainingClock:
     @property
     def fraction(self) -> float:
         """``progress().fraction``, for who needs no more and asks once an update."""
+        return self.fraction_at(self.counts())
+
+    def fraction_at(self, counts: Counts) -> float:
+        """:attr:`fraction` as it was when the counts were these."""
         horizon = self.horizon
-        if horizon is None:
-            return math.nan
-        if horizon.clock == "steps":
-            return self._global_step() / horizon.budget
-        done = int(getattr(self, horizon.clock)) + self._pending[_PENDING[horizon.clock]]
-        return done / horizon.budget
+        return math.nan if horizon is None else counts[_UNITS[horizon.clock]] / horizon.budget
 
     @property
     def exhausted(self) -> bool:

@@ -28,14 +28,12 @@ class Controller:
         rank: Its place among the controllers, lower first.
         settings: What it asks of the Trainer's one clock.
         needs_horizon: Whether it cannot work where the length of the run is unknown.
-        wants_losses: Whether it is told the losses.
     """
 
     role: ClassVar[str]
     rank: ClassVar[int]
     settings: ClockSettings = ClockSettings()
     needs_horizon: bool = False
-    wants_losses: ClassVar[bool] = False
 
     def on_fit_start(self, pipeline: Pipeline) -> None:
         """Refuses conflicts; the horizon and restored state are not known yet."""

@@ -84,7 +84,7 @@ class GradientClippingController(Controller):
 
     def clip(self, step: OptimizerStep) -> None:
         """Decides once, and carries it out."""
-        label = trainer_access.optimizer_label(step.pipeline.trainer, step.optimizer)
+        label = step.label
         state = self._states.get(label)
         if state is None:
             state = self._states[label] = self._resolved.initial_state()
@@ -92,7 +92,7 @@ class GradientClippingController(Controller):
             parameters=step.parameters,
             norms=step.coming_norms if self.wants_norms(step) else None,
             optimizer=step.optimizer,
-            fraction=step.progress.fraction,
+            fraction=step.pipeline.fraction,
             process_group=trainer_access.shard_group(step.pipeline.trainer),
             all_names=step.pipeline.parameter_names,
         )

@@ -52,7 +52,6 @@ class StepGuardController(Controller):
 
     role = "step guard"
     rank = 40
-    wants_losses = True
 
     def __init__(
         self,

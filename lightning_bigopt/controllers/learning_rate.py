@@ -177,13 +177,10 @@ class LearningRateController(Controller):
         Lightning steps no scheduler in manual optimisation, and BackboneFinetuning adds a group
         and sets its learning rate when an epoch begins.
         """
-        if self._epoch_is_new or not pipeline.module.automatic_optimization:
-            for scheduler in _schedulers(pipeline):
+        all_of_them = self._epoch_is_new or not pipeline.module.automatic_optimization
+        for scheduler in _schedulers(pipeline):
+            if all_of_them or len(scheduler.optimizer.param_groups) > len(scheduler.bases):
                 scheduler.write(pipeline.progress)
-        else:
-            for scheduler in _schedulers(pipeline):
-                if len(scheduler.optimizer.param_groups) > len(scheduler.bases):
-                    scheduler.write(pipeline.progress)
         self._epoch_is_new = False
 
     @staticmethod

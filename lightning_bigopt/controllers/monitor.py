@@ -103,8 +103,7 @@ class MonitorController(Controller):
 
     def observe(self, step: OptimizerStep) -> None:
         """Keeps the update's values on the device."""
-        trainer = step.pipeline.trainer
-        label = trainer_access.optimizer_label(trainer, step.optimizer)
+        label = step.label
         if step.skipped is not None:
             self.skipped += 1
         elif step.decision is not None:
@@ -124,23 +123,28 @@ class MonitorController(Controller):
             if monitor is None:
                 monitor = LayerMonitor(self.layers, self.per_layer, label=label)
                 self._layers[label] = monitor
-            shards = trainer_access.shard_group(trainer)
+            shards = trainer_access.shard_group(step.pipeline.trainer)
             monitor.before_step(step.norms, group=shards, into=values)
 
     def _watch(self, decision: ClipDecision, label: str) -> None:
         """Counts clips without looking at them."""
-        parts: Mapping[str, ClipDecision] = decision.parts or {"": decision}
-        for pattern, part in parts.items():
-            coefficients = part.coefficient if part.coefficients is None else part.coefficients
-            if coefficients is None and part.threshold is None:
-                continue
-            key = tag_name("", label, pattern)
-            count = self._clips.get(key)
-            if count is None:
-                count = self._clips[key] = _ClipCount()
-            count.see(coefficients)
-            if self._due:
-                count.log(part, key, self._values)
+        if not decision.parts:
+            self._count(decision, tag_name("", label) if label else "")
+        for pattern, part in decision.parts.items():
+            self._count(part, tag_name("", label, pattern))
+
+    def _count(self, decision: ClipDecision, key: str) -> None:
+        coefficients = decision.coefficient
+        if coefficients is None:
+            coefficients = decision.coefficients
+            if coefficients is None and decision.threshold is None:
+                return
+        count = self._clips.get(key)
+        if count is None:
+            count = self._clips[key] = _ClipCount()
+        count.see(coefficients)
+        if self._due:
+            count.log(decision, key, self._values)
 
     def on_batch_end(self, pipeline: Pipeline, outputs: Any, batch: Any) -> None:
         """Fetches everything in one transfer and logs it at Lightning's own step."""
@@ -240,8 +244,8 @@ class _ClipCount:
         self.updates += 1
         if coefficients is None:
             return
-        if coefficients.ndim == 0 and coefficients.device.type == "cpu":
-            self.clipped = self.clipped + (coefficients.item() < 1.0)
+        if coefficients.is_cpu and not coefficients.ndim:
+            self.clipped += coefficients.item() < 1.0
         else:
             self.clipped = self.clipped + (coefficients < 1.0).float().mean()
 

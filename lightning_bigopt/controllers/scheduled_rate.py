@@ -43,6 +43,7 @@ class ScheduledLearningRate(LRScheduler):
         self.restored_bases: list[float] | None = None
         self.is_foreign = False
         self._plan: list[Schedule] = []
+        self._shared: Schedule | None = None
         self._multipliers: list[Callable[[Progress], float]] = []
         self.bases = [float(group["lr"]) for group in optimizer.param_groups]
         self._controller = controller
@@ -69,7 +70,10 @@ class ScheduledLearningRate(LRScheduler):
         # A group that arrives in mid-run brings its own base.
         bases.extend(float(group["lr"]) for group in groups[len(bases) :])
         of = self._controller.schedule_of
-        self._plan = [of(group.get("name"), optimizer=self.label) for group in groups]
+        plan = self._plan = [of(group.get("name"), optimizer=self.label) for group in groups]
+        # One schedule for all groups is evaluated once.
+        alone = bool(plan) and not plan[0].needs_base and plan.count(plan[0]) == len(plan)
+        self._shared = plan[0] if alone else None
         self._multipliers = [
             controller.learning_rate_factor
             for controller in self._pipeline.controllers
@@ -80,13 +84,13 @@ class ScheduledLearningRate(LRScheduler):
         groups = self.optimizer.param_groups
         if len(groups) != len(self._plan):
             self.replan()
-        bases, plan = self.bases, self._plan
-        first = plan[0]
+        bases, shared = self.bases, self._shared
         rates: list[float | Tensor]
-        if first.needs_base or plan.count(first) < len(plan):
-            rates = [s.value(fraction, b) * common for s, b in zip(plan, bases, strict=True)]
-        else:  # one schedule for all, which is evaluated once
-            factor = first(fraction)
+        if shared is None:
+            plan = zip(self._plan, bases, strict=True)
+            rates = [schedule.value(fraction, base) * common for schedule, base in plan]
+        else:
+            factor = shared(fraction)
             rates = [base * factor * common for base in bases]
         for group, rate in zip(groups, rates, strict=True):
             if isinstance(group["lr"], Tensor):

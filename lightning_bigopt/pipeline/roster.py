@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lightning_bigopt.controllers.base import Controller
 
@@ -34,6 +34,7 @@ class Roster:
     def __init__(self) -> None:
         self._members: list[Controller] = []
         self._doing: dict[str, list[Controller]] = {}
+        self._found: dict[type[Controller], Any] = {}
 
     def __iter__(self) -> Iterator[Controller]:
         return iter(self._members)
@@ -42,7 +43,7 @@ class Roster:
         """Gives a controller its place."""
         self._members.append(controller)
         self._members.sort(key=lambda c: c.rank)
-        self._doing = {}
+        self._doing, self._found = {}, {}
 
     def refuse_twin(self, controller: Controller) -> None:
         """Refuses a second controller of one role.
@@ -58,8 +59,11 @@ class Roster:
             )
 
     def find(self, kind: type[ControllerT]) -> ControllerT | None:
-        """The controller of a class, where there is one."""
-        return next((c for c in self._members if isinstance(c, kind)), None)
+        """The controller of a class, where there is one; asked many times a step."""
+        if kind not in self._found:
+            self._found[kind] = next((c for c in self._members if isinstance(c, kind)), None)
+        found: ControllerT | None = self._found[kind]
+        return found
 
     def doing(self, hook: str) -> list[Controller]:
         """The controllers that do something in a hook; asked many times a step."""

@@ -22,7 +22,7 @@ from lightning_bigopt.pipeline.step import OptimizerStep
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-    from lightning_bigopt.clock import Simulate
+    from lightning_bigopt.clock import Counts, Simulate
 
 __all__ = ["Pipeline"]
 
@@ -51,14 +51,15 @@ class Pipeline:
         self.controllers = Roster()
         self.clock = TrainingClock()
         self.clock.bind(trainer)
-        self.progress = Progress(fraction=0.0)
+        self._opened: Counts = (0, 0, 0, 0)
+        self._progress: Progress | None = Progress(fraction=0.0)
+        self._samples_before_window = 0
         self.fitting = False
         self._clock_runs = False
         self._window_is_open = False
         self._first_update_pending = True
         self._steps_at_start = 0
         self.batch_samples = 0
-        self._samples_before_window = 0
 
     @classmethod
     def of(cls, trainer: Trainer) -> Pipeline:
@@ -97,7 +98,7 @@ class Pipeline:
     @property
     def samples(self) -> int:
         """Samples consumed over all processes, the batch under way included."""
-        return self.clock.progress().samples
+        return self.clock.counts()[2]
 
     @property
     def window_is_open(self) -> bool:
@@ -108,6 +109,18 @@ class Pipeline:
     def window_samples(self) -> int:
         """Samples over all processes in the window under way, the batch under way included."""
         return self.samples - self._samples_before_window
+
+    @property
+    def progress(self) -> Progress:
+        """What the update under way started from."""
+        if self._progress is None:
+            self._progress = self.clock.progress_at(self._opened)
+        return self._progress
+
+    @property
+    def fraction(self) -> float:
+        """``progress.fraction``, for who needs no more and asks once an update."""
+        return self.clock.fraction_at(self._opened)
 
     @property
     def loss_factor(self) -> float | Tensor:
@@ -172,8 +185,8 @@ class Pipeline:
 
     # --------------------------------------------------------------------------------- events
 
-    def once(self, event: str, caller: object, run: Callable[..., None], *arguments: Any) -> None:
-        """Runs ``run`` for the first caller of a round of ``event``."""
+    def once(self, event: str, caller: object, run: Callable[..., None], *arguments: Any) -> bool:
+        """Runs ``run`` for the first caller of a round of ``event``; whether this one was it."""
         callers = self._callers.get(event)
         if callers is None:
             callers = self._callers[event] = set()
@@ -184,6 +197,12 @@ class Pipeline:
         callers.add(caller_id)
         if first:
             run(*arguments)
+        return first
+
+    def batch_hooks(self) -> tuple[str, ...]:
+        """Lightning's hooks of a batch in which this fit does something."""
+        always = "on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end"
+        return (*always, "on_before_backward") if self.controllers.doing("on_loss") else always
 
     def fit_start(self) -> None:
         """``on_fit_start``: conflicts are refused."""
@@ -194,7 +213,7 @@ class Pipeline:
         """``on_train_start``: all state is restored, the horizon is fixed."""
         self.start_clock()
         self._clock_runs = False
-        self.progress = self.clock.progress()
+        self._note_where_it_stands()
         self._window_is_open = False
         self._steps_at_start = self.trainer.global_step
         self._first_update_pending = True
@@ -231,7 +250,7 @@ class Pipeline:
     def batch_start(self, batch: Any, index: int) -> None:
         """``on_train_batch_start``: a window may open."""
         if not self._window_is_open:
-            self.progress = self.clock.progress()
+            self._note_where_it_stands()
             self._window_is_open = True
             self._samples_before_window = self.clock.samples
         planner = self.find(BatchSizeController)
@@ -240,9 +259,12 @@ class Pipeline:
         for controller in self.controllers.doing("on_batch_start"):
             controller.on_batch_start(self, batch, index)
 
+    def _note_where_it_stands(self) -> None:
+        self._opened, self._progress = self.clock.counts(), None
+
     def before_backward(self, loss: Tensor) -> None:
         """``on_before_backward``: a micro-batch's loss is known."""
-        listeners = [controller for controller in self.controllers if controller.wants_losses]
+        listeners = self.controllers.doing("on_loss")
         if listeners:
             plain = trainer_access.unscaled_loss(self.trainer, loss)
             for controller in listeners:

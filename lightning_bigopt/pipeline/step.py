@@ -25,7 +25,6 @@ class OptimizerStep:
     Attributes:
         pipeline: The pipeline that runs it.
         optimizer: The optimiser about to step.
-        progress: What had been consumed when the update's first batch began.
         overflow_is_handled: Whether a GradScaler skips non-finite gradients by itself.
         skipped: Why the update is refused, or None.
         decision: What clipping did, or None.
@@ -35,10 +34,19 @@ class OptimizerStep:
     def __init__(self, pipeline: Pipeline, optimizer: Optimizer) -> None:
         self.pipeline = pipeline
         self.optimizer = optimizer
-        self.progress: Progress = pipeline.progress
         self.overflow_is_handled = trainer_access.unscale_gradients_(pipeline.trainer, optimizer)
         self.skipped: str | None = None
         self.decision: ClipDecision | None = None
+
+    @property
+    def progress(self) -> Progress:
+        """What had been consumed when the update's first batch began."""
+        return self.pipeline.progress
+
+    @cached_property
+    def label(self) -> str:
+        """The optimiser's name, where there are several."""
+        return trainer_access.optimizer_label(self.pipeline.trainer, self.optimizer)
 
     @cached_property
     def parameters(self) -> list[tuple[str, nn.Parameter]]:

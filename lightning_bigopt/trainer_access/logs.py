@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
-from lightning_bigopt.trainer_access.position import is_fast_dev_run
+from lightning_bigopt.trainer_access.position import batches_that_stepped, is_fast_dev_run
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -17,8 +17,16 @@ __all__ = ["should_log", "show_on_progress_bar", "tensorboard_writers"]
 
 
 def should_log(trainer: Trainer) -> bool:
-    """Whether Lightning logs the update under way."""
-    return bool(trainer._logger_connector.should_update_logs or is_fast_dev_run(trainer))
+    """Whether Lightning logs the update under way.
+
+    As its own ``should_update_logs``, which looks up the loop that is running; here that is known.
+    """
+    every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
+    if is_fast_dev_run(trainer):
+        return True
+    return every > 0 and (
+        (batches_that_stepped(trainer) + 1) % every == 0 or bool(trainer.should_stop)
+    )
 
 
 def tensorboard_writers(trainer: Trainer) -> dict[Logger, tuple[SummaryWriter, str]]:

@@ -73,7 +73,7 @@ def count_rows(batch: Any) -> int:
     Raises:
         ValueError: If the batch holds no tensor with a dimension.
     """
-    for leaf in _leaves(batch):
+    for leaf in (batch,) if isinstance(batch, Tensor) else _leaves(batch):
         if leaf.ndim:
             return int(leaf.shape[0])
     raise ValueError(

@@ -1,0 +1,137 @@
+"""Which hooks Lightning dispatches to us, counted by a profiler of Lightning's own."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import Counter
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.profilers import PassThroughProfiler
+
+from lightning_bigopt import (
+    GradientClipping,
+    LearningRateScheduler,
+    NormClip,
+    OptimizationMonitor,
+    StepGuard,
+    WarmupCosine,
+)
+from tests.kit import QUIET, Probe, loader
+
+
+class Counting(PassThroughProfiler):
+    """Counts what Lightning calls under which name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def start(self, action_name: str) -> None:
+        self.calls[action_name] += 1
+
+    def stop(self, action_name: str) -> None:
+        pass
+
+
+def three() -> list[Any]:
+    return [
+        LearningRateScheduler(WarmupCosine(warmup="20%")),
+        GradientClipping(NormClip(max_norm=1.0)),
+        OptimizationMonitor(every=2),
+    ]
+
+
+def fit(callbacks: list[Any], **options: Any) -> tuple[L.Trainer, Probe, Counting]:
+    counting, module = Counting(), Probe()
+    trainer = L.Trainer(**{**QUIET, "max_steps": 8, **options}, callbacks=callbacks)
+    trainer.profiler = counting
+    trainer.fit(module, loader(32, 4))
+    return trainer, module, counting
+
+
+def in_batches(counting: Counting) -> Counter[str]:
+    """Dispatches to callbacks, by hook, of hooks that come with every batch."""
+    found: Counter[str] = Counter()
+    for name, count in counting.calls.items():
+        if name.startswith("[Callback]") and count >= 8:
+            found[name.rpartition(".")[2]] += count
+    return found
+
+
+def test_one_of_three_callbacks_is_called_on_every_batch() -> None:
+    _, _, counting = fit(three())
+    hooks = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end")
+    assert in_batches(counting) == dict.fromkeys(hooks, 8)
+
+
+def test_losses_are_handed_over_where_somebody_wants_them() -> None:
+    _, _, counting = fit([*three(), StepGuard()])
+    assert in_batches(counting)["on_before_backward"] == 8
+
+
+class Curious(OptimizationMonitor):
+    """A user's subclass with hooks of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(every=2)
+        self.seen: list[str] = []
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        self.seen.append("backward")
+        super().on_after_backward(trainer, pl_module)
+
+    def on_train_batch_end(self, *arguments: Any, **options: Any) -> None:
+        self.seen.append("end")
+        super().on_train_batch_end(*arguments, **options)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_hooks_of_a_subclass_are_called(first: bool) -> None:
+    curious = Curious()
+    others = three()[:2]
+    fit([curious, *others] if first else [*others, curious])
+    assert curious.seen == ["backward", "end"] * 8
+
+
+class HandsOn(L.Callback):
+    """Calls a callback that the Trainer does not know."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        handed_on = name.startswith("on_") or name in {"setup", "teardown"}
+        return getattr(super().__getattribute__("inner"), name) if handed_on else found
+
+
+def test_a_callback_inside_another_works() -> None:
+    plain = fit(three())[1]
+    nested = fit([HandsOn(callback) for callback in three()])[1]
+    for one, other in zip(plain.parameters(), nested.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_of_it_is_left(fails: bool) -> None:
+    class Fails(L.Callback):
+        def on_train_batch_end(self, trainer: Any, *arguments: Any) -> None:
+            for callback in callbacks[:3]:
+                copied = pickle.loads(pickle.dumps(callback))
+                assert callable(copied.on_train_batch_end)
+                assert callable(copy.deepcopy(callback).on_before_optimizer_step)
+            if fails:
+                raise ZeroDivisionError
+
+    callbacks: list[Any] = [*three(), Fails()]
+    if fails:
+        with pytest.raises(ZeroDivisionError):
+            fit(callbacks)
+    else:
+        fit(callbacks)
+    for callback in callbacks[:3]:
+        assert not [name for name in vars(callback) if name.startswith("on_")]
