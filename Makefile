@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast lint format bench docs clean
+.PHONY: help venv demo test test-fast lint format bench notebooks docs clean
 
 help:  ## Shows this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,10 +41,13 @@ format: $(STAMP)  ## Rewrites the code as lint wants it.
 bench: $(STAMP)  ## Runs the benchmarks, one after the other.
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
+notebooks: $(STAMP)  ## Executes the notebooks and stores their outputs; NAMES="02 04" chooses.
+	$(BIN)/python notebooks/run.py $(NAMES)
+
 docs: $(STAMP)  ## Builds the site into docs/_build/html, warnings as errors.
 	$(BIN)/sphinx-build --fail-on-warning --keep-going -b html docs docs/_build/html
 
 clean:  ## Removes what was built, logged and cached, .venv included.
-	rm -rf $(VENV) build dist docs/_build htmlcov runs lightning_logs checkpoints
+	rm -rf $(VENV) build dist docs/_build docs/notebooks/*.ipynb htmlcov runs lightning_logs checkpoints
 	rm -rf .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
+from filecmp import cmp
 from pathlib import Path
 
 from docutils import nodes
@@ -55,6 +57,23 @@ autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_custom_sections = ["State", "Tags", "Logs"]
+
+
+HERE = Path(__file__).parent
+
+
+def copy_notebooks(stored: Path, pages: Path) -> None:
+    """Brings the notebooks below the source folder, where alone Sphinx looks; git ignores them."""
+    for page in pages.glob("*.ipynb"):
+        if not (stored / page.name).exists():
+            page.unlink()
+    for notebook in stored.glob("*.ipynb"):
+        page = pages / notebook.name
+        if not page.exists() or not cmp(notebook, page, shallow=False):
+            shutil.copyfile(notebook, page)  # what has not changed is not read again
+
+
+copy_notebooks(HERE.parent / "notebooks", HERE / "notebooks")
 
 
 def resolve_public_name(

@@ -9,10 +9,12 @@ import sys
 import pytest
 
 PROBE = """
-import lightning, time
+import time
 start = time.process_time()
+import lightning
+middle = time.process_time()
 import lightning_bigopt
-print(time.process_time() - start)
+print((time.process_time() - middle) / (middle - start))
 """
 ADDED = """
 import sys, lightning
@@ -28,8 +30,9 @@ def run(source: str) -> str:
 
 
 @pytest.mark.slow
-def test_import_adds_at_most_a_fifth_of_a_second_to_lightning():
-    assert statistics.median(float(run(PROBE)) for _ in range(3)) <= 0.2
+def test_import_adds_at_most_a_twentieth_to_that_of_lightning():
+    # A fifth of a second where Lightning takes four; a busy machine slows both.
+    assert statistics.median(float(run(PROBE)) for _ in range(3)) <= 0.05
 
 
 @pytest.mark.slow

@@ -1,0 +1,131 @@
+"""Executes the notebooks, and stores what they print and draw.
+
+    python notebooks/run.py                  # all, two at a time
+    python notebooks/run.py 02 04            # those whose names begin so
+    python notebooks/run.py --into folder    # executed copies; the stored ones stay as they are
+
+Every notebook runs in a kernel, on one thread and in a temporary folder of its own, so that the
+outputs depend on nothing but the code. What says only when and where they were made is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+NOTEBOOKS = Path(__file__).resolve().parent
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+
+
+def execute(notebook: nbformat.NotebookNode, *, timeout: int = 240) -> nbformat.NotebookNode:
+    """The notebook with fresh outputs, from a kernel of its own.
+
+    Args:
+        notebook: What is executed; it is not changed.
+        timeout: Seconds that a single cell may take.
+
+    Returns:
+        A copy with the outputs, cleaned.
+
+    Raises:
+        CellExecutionError: If a cell raises.
+    """
+    notebook = nbformat.from_dict(notebook)  # a deep copy
+    env = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
+    env["OMP_NUM_THREADS"] = "1"
+    with tempfile.TemporaryDirectory(prefix="notebook-", ignore_cleanup_errors=True) as folder:
+        client = NotebookClient(
+            notebook,
+            timeout=timeout,
+            kernel_name="python3",
+            coalesce_streams=True,
+            record_timing=False,
+            resources={"metadata": {"path": folder}},
+        )
+        client.execute(env=env)
+    return clean(notebook)
+
+
+def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The notebook without what changes from one execution to the next, in place.
+
+    Cells are named after their source, so that a change of one leaves the others alone.
+    """
+    notebook.metadata = nbformat.from_dict(METADATA)
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    named: set[str] = set()
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags")
+        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        digest = sha256(cell.source.encode()).hexdigest()
+        cell.id = next(
+            name for start in range(56) if (name := digest[start : start + 8]) not in named
+        )
+        named.add(cell.id)
+        for output in cell.get("outputs", ()):
+            if "metadata" in output:
+                output.metadata = nbformat.from_dict({})
+    return notebook
+
+
+def find(prefixes: Sequence[str]) -> list[Path]:
+    """The stored notebooks whose names begin with one of the prefixes; all where there are none."""
+    stored = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    for prefix in prefixes:
+        if not any(path.name.startswith(prefix) for path in stored):
+            names = ", ".join(path.stem for path in stored)
+            raise ValueError(f"notebook must be the beginning of one of {names}, got {prefix!r}")
+    return [path for path in stored if not prefixes or path.name.startswith(tuple(prefixes))]
+
+
+def run(path: Path, target: Path) -> str | None:
+    """Executes one notebook and stores it; what went wrong, or None."""
+    began = time.monotonic()
+    try:
+        notebook = execute(nbformat.read(path, as_version=4))
+    except CellExecutionError as error:
+        return f"{path.name}: {error}"
+    nbformat.write(notebook, target)
+    print(f"{path.name}: {time.monotonic() - began:.0f} s, {target.stat().st_size / 1024:.0f} KiB")
+    return None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; its exit code."""
+    parser = argparse.ArgumentParser(description="Executes notebooks and stores their outputs.")
+    parser.add_argument("names", nargs="*", help="beginnings of names, such as 02; default: all")
+    parser.add_argument("--into", type=Path, help="write executed copies to this folder instead")
+    parser.add_argument("--jobs", type=int, default=2, help="notebooks at a time (default: 2)")
+    options = parser.parse_args(arguments)
+    try:
+        paths = find(options.names)
+    except ValueError as error:
+        parser.error(str(error))
+    folder = options.into or NOTEBOOKS
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        failures = [
+            failure
+            for failure in pool.map(run, paths, [folder / path.name for path in paths])
+            if failure is not None
+        ]
+    print(*failures, sep="\n", end="", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

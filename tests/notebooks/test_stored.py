@@ -1,0 +1,67 @@
+"""What is stored of the notebooks is whole, small, and free of what changes from run to run."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import nbformat
+import pytest
+
+from notebooks.run import NOTEBOOKS, clean, find, main
+from tests.notebooks.comparison import complaints
+
+STORED = find([])
+KIBIBYTES = 600
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
+def test_every_cell_was_executed_in_order(path):
+    code = [cell for cell in read(path).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert any(cell.outputs for cell in code)
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
+def test_no_error_and_no_warning_is_stored(path):
+    assert not complaints(read(path))
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
+def test_stored_as_the_command_stores_it(path):
+    notebook = read(path)
+    nbformat.validate(notebook)
+    assert clean(copy.deepcopy(notebook)) == notebook
+    assert path.stat().st_size < KIBIBYTES * 1024
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
+def test_reads_as_a_page(path):
+    notebook = read(path)
+    assert notebook.cells[0].cell_type == "markdown"
+    titles = [
+        line
+        for cell in notebook.cells
+        if cell.cell_type == "markdown"
+        for line in cell.source.splitlines()
+        if line.startswith("# ")
+    ]
+    assert len(titles) == 1
+    # Addresses of objects and folders of one machine mean nothing to a reader.
+    assert not re.search(r" at 0x[0-9a-f]+|/tmp/|/home/|/root/", nbformat.writes(notebook))
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
+def test_is_on_the_index_page(path):
+    page = (NOTEBOOKS.parent / "docs" / "notebooks" / "index.md").read_text()
+    assert f"{{doc}}`{path.stem}`" in page
+
+
+def test_an_unknown_name_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["99"])
+    assert "got '99'" in capsys.readouterr().err
