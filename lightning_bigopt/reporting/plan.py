@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-import re
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -29,7 +26,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
     from torch.optim import Optimizer
 
-__all__ = ["plan", "plan_config"]
+__all__ = ["plan"]
 
 _FUSABLE = frozenset({"Adam", "AdamW", "SGD", "Adagrad"})
 _STAGES = ("warmup", "decay")
@@ -111,34 +108,6 @@ def plan(
             checkpoints=tuple(_checkpoints(callbacks)),
             warnings=tuple(surprises),
         )
-
-
-def plan_config(path: str | Path) -> TrainingPlan:
-    """The plan of a LightningCLI config.
-
-    Args:
-        path: YAML with ``trainer``, ``model`` and, where the module has no data, ``data``.
-    """
-    from lightning.pytorch import LightningDataModule, LightningModule
-    from lightning.pytorch.cli import LightningCLI
-
-    has_data = (
-        re.search(r"^data:", Path(path).read_text(encoding="utf-8"), re.MULTILINE) is not None
-    )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-        warnings.simplefilter("ignore", DeprecationWarning)  # jsonargparse's, of Lightning
-        found = LightningCLI(
-            LightningModule,
-            LightningDataModule if has_data else None,
-            subclass_mode_model=True,
-            subclass_mode_data=has_data,
-            save_config_callback=None,
-            seed_everything_default=False,
-            run=False,
-            args=["--config", str(path)],
-        )
-    return plan(found.trainer, found.model, datamodule=found.datamodule)
 
 
 def _callbacks(trainer: Trainer, module: LightningModule) -> list[Callback]:
