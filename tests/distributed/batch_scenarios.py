@@ -24,14 +24,17 @@ from lightning_bigopt import (
     Linear,
 )
 from tests.batch_kit import Recorder, SaveEvery, TokenProbe, Tokens, Toy, noise_loader
-from tests.distributed.scenarios import POLICY, strategy
+from tests.distributed.scenarios import POLICY, Sharded, strategy
 from tests.kit import QUIET, Probe, Regression, cpu_precision, full
 
 
-def fit(name: str, model: Any, data: Any, *callbacks: Any, **options: Any) -> L.Trainer:
-    defaults = {"devices": 2, "strategy": strategy(name), "callbacks": list(callbacks)}
+def fit(
+    name: str, model: Any, data: Any, *callbacks: Any, ckpt: Any = None, **options: Any
+) -> L.Trainer:
+    devices = int(os.environ["WORLD_SIZE"])
+    defaults = {"devices": devices, "strategy": strategy(name), "callbacks": list(callbacks)}
     trainer = L.Trainer(**{**QUIET, **defaults, **options})
-    trainer.fit(model, data)
+    trainer.fit(model, data, ckpt_path=ckpt)
     return trainer
 
 
@@ -41,6 +44,15 @@ def flat(model: Any) -> list[float]:
 
 class ShardedTokens(TokenProbe):
     """The same network under FSDP2."""
+
+    def configure_model(self) -> None:
+        for layer in (self.net[0], self.net[2]):
+            if not hasattr(layer, "set_requires_gradient_sync"):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+
+class ShardedRecorder(Recorder):
+    """The recorder's network under FSDP2."""
 
     def configure_model(self) -> None:
         for layer in (self.net[0], self.net[2]):
@@ -68,24 +80,63 @@ def token_means(out: Path) -> Any:
     return found
 
 
-def exact_loader(out: Path) -> Any:
-    """A run on GlobalBatchLoader, with a checkpoint after every micro-batch."""
-    folder = out / "exact"
+def callbacks_of_run() -> list[Any]:
+    """The callbacks of ``tests.callbacks.test_batch_exact.run``."""
+    return [
+        LearningRateScheduler(Linear(start=1.0, end=0.1)),
+        BatchSizeScheduler(BatchSizeSteps({"0%": 5, "30%": 11, "70%": 7}), lr_scaling="sqrt"),
+    ]
+
+
+def exact_order(out: Path) -> Any:
+    """A run on GlobalBatchLoader, with workers and without, on any number of processes."""
     found = {}
     for workers in (0, 2):
         model = Recorder(workers=workers)
-        callbacks: list[Any] = [
-            LearningRateScheduler(Linear(start=1.0, end=0.1)),
-            BatchSizeScheduler(BatchSizeSteps({"0%": 5, "30%": 11, "70%": 7}), lr_scaling="sqrt"),
-        ]
-        if not workers:
-            callbacks.append(SaveEvery(folder))
-        fit("ddp", model, None, *callbacks, max_epochs=3)
-        found[str(workers)] = {"seen": model.seen, "weights": flat(model), "folder": str(folder)}
-    gradients = Probe(lr=0.01)
-    loader = GlobalBatchLoader(Regression(37), micro_batch_size=3)
-    fit("ddp", gradients, loader, BatchSizeScheduler(ConstantBatchSize(11)), max_epochs=2)
-    return {**found, "errors": gradients.errors}
+        fit("ddp", model, None, *callbacks_of_run(), max_epochs=3)
+        found[str(workers)] = {"seen": model.seen, "weights": flat(model)}
+    return found
+
+
+def exact_loader(out: Path) -> Any:
+    """GlobalBatchLoader under DDP and FSDP2: gradients, and a resume at some of its checkpoints.
+
+    A checkpoint is written after every micro-batch, so inside windows too.
+    """
+    found = {}
+    for name in ("ddp", "fsdp2"):
+        build = Recorder if name == "ddp" else ShardedRecorder
+        straight, folder = build(), out / f"exact {name}"
+        save = SaveEvery(folder)
+        fit(name, straight, None, *callbacks_of_run(), save, max_epochs=3)
+        resumed = {}
+        for number in range(3, save.count, 9):
+            model = build()
+            ckpt = folder / f"{number}.ckpt"
+            fit(name, model, None, *callbacks_of_run(), ckpt=ckpt, max_epochs=3)
+            resumed[str(number)] = {"seen": model.seen, "weights": flat(model)}
+        gradients = (Probe if name == "ddp" else Sharded)(lr=0.01)
+        loader = GlobalBatchLoader(Regression(37), micro_batch_size=3)
+        fit(name, gradients, loader, BatchSizeScheduler(ConstantBatchSize(11)), max_epochs=2)
+        found[name] = {
+            "seen": straight.seen,
+            "weights": flat(straight),
+            "folder": str(folder),
+            "resumed": resumed,
+            "errors": gradients.errors,
+        }
+    return found
+
+
+def from_one(out: Path) -> Any:
+    """Two processes go on from checkpoints that the fixture's one process wrote."""
+    found = {}
+    for path in sorted((out / "alone").glob("*.ckpt")):
+        if int(path.stem) % 7 == 3:
+            model = Recorder()
+            fit("ddp", model, None, *callbacks_of_run(), ckpt=path, max_epochs=3)
+            found[path.stem] = {"seen": model.seen, "weights": flat(model)}
+    return found
 
 
 def noise_scales(out: Path) -> Any:
@@ -98,7 +149,7 @@ def noise_scales(out: Path) -> Any:
             (Toy if name == "ddp" else ShardedToy)(),
             noise_loader(2, rank),
             scale,
-            max_steps=150,
+            max_steps=300,
             accumulate_grad_batches=accumulate,
         )
         report = scale.report
@@ -168,4 +219,4 @@ def finder(out: Path) -> Any:
     return found
 
 
-NAMES = ["token_means", "exact_loader", "noise_scales", "finder"]
+NAMES = ["token_means", "exact_order", "exact_loader", "from_one", "noise_scales", "finder"]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.callbacks.test_batch_exact import run
 from tests.distributed import batch_scenarios, scenarios
 
 ROOT = Path(__file__).parents[2]
@@ -60,12 +61,21 @@ def launch(out: Path, names: list[str], *, processes: int = 2, timeout: float = 
 @pytest.fixture(scope="session")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """``two_processes(name)`` gives what a scenario returned on each of two processes."""
-    results = launch(tmp_path_factory.mktemp("two"), [*scenarios.NAMES, *batch_scenarios.NAMES])
+    results = launch(tmp_path_factory.mktemp("two"), scenarios.NAMES)
     return lambda name: [result[name] for result in results]
 
 
 @pytest.fixture(scope="session")
 def two_with_batches(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The same for batch sizes, whose scenarios take as long as all the others."""
-    results = launch(tmp_path_factory.mktemp("batches"), batch_scenarios.NAMES)
+    out = tmp_path_factory.mktemp("batches")
+    run(out / "alone")  # checkpoints of one process
+    results = launch(out, batch_scenarios.NAMES)
+    return lambda name: [result[name] for result in results]
+
+
+@pytest.fixture(scope="session")
+def four_with_batches(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One scenario on four processes."""
+    results = launch(tmp_path_factory.mktemp("four"), ["exact_order"], processes=4)
     return lambda name: [result[name] for result in results]
