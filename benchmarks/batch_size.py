@@ -251,7 +251,7 @@ Measured with Python {platform.python_version()} and torch {torch.__version__} o
 def main() -> None:
     """Prints the tables, and writes the page on request."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=20_000)
+    parser.add_argument("--samples", type=int, default=8_000)
     parser.add_argument("--seeds", type=int, default=2, help="besides the one of the search")
     parser.add_argument("--quick", action="store_true", help="1,024 samples, to see that it runs")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")

@@ -10,11 +10,12 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning_bigopt import GlobalBatchLoader
-from tests.kit import Probe, Regression, full, gather
+from lightning_bigopt import BatchSizeScheduler, BatchSizeSteps, GlobalBatchLoader
+from tests.kit import QUIET, Probe, Regression, full, gather
 
 
 class Tokens(Dataset[dict[str, Tensor]]):
@@ -104,15 +105,39 @@ class Recorder(L.LightningModule):
 
 
 class KillAt(L.Callback):
-    """Ends the process without a word, as a power cut does."""
+    """Ends the process without a word, as a power cut does, at the n-th call of a hook."""
 
-    def __init__(self, step: int, micro: int) -> None:
-        self.at = step, micro
+    def __init__(self, moment: str, number: int) -> None:
+        self.left = number
+        setattr(self, moment, self._count)
 
-    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        start = getattr(trainer.accumulate_grad_batches, "start", args[-1])
-        if trainer.global_step >= self.at[0] and args[-1] - start >= self.at[1]:
+    def _count(self, *args: Any) -> None:
+        self.left -= 1
+        if not self.left:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+KILLED_POLICY = {"0%": 5, "30%": 11}
+
+
+def train_until_killed(folder: Path, moment: str, number: int, workers: int) -> None:
+    """Trains a recorder that saves after every other update, in a process of its own."""
+    torch.set_num_threads(1)
+    checkpoint = ModelCheckpoint(
+        folder,
+        filename="last",
+        every_n_train_steps=2,
+        save_top_k=1,
+        enable_version_counter=False,
+    )
+    # Killed before the others hear of the moment, or, where they save at it, in the middle of it.
+    callbacks = [
+        KillAt(moment, number),
+        checkpoint,
+        BatchSizeScheduler(BatchSizeSteps(KILLED_POLICY)),
+    ]
+    options = {**QUIET, "enable_checkpointing": True, "max_epochs": 3, "callbacks": callbacks}
+    L.Trainer(**options).fit(Recorder(workers=workers))
 
 
 class SaveEvery(L.Callback):

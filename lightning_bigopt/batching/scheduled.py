@@ -7,7 +7,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 from lightning_bigopt.batching.policies import BatchContext, BatchSizePolicy, Rounding, check_size
 from lightning_bigopt.durations import Progress
-from lightning_bigopt.schedules import Schedule
+from lightning_bigopt.schedules import Constant, Schedule
 
 __all__ = ["SchedulePolicy", "SeesawBatchSize"]
 
@@ -28,8 +28,8 @@ class SchedulePolicy(BatchSizePolicy):
         base: Global batch at factor 1.
 
     Raises:
-        ValueError: If ``base`` is not a positive integer, or ``schedule`` holds a duration that is
-            not in percent.
+        ValueError: If ``base`` is not a positive integer, or ``schedule`` never changes or holds a
+            duration that is not in percent.
 
     Example:
         >>> from lightning_bigopt.schedules import Linear
@@ -47,6 +47,11 @@ class SchedulePolicy(BatchSizePolicy):
     def __post_init__(self) -> None:
         check_size("base", self.base)
         _check_schedule(self.schedule)
+        if isinstance(self.schedule, Constant):
+            size = max(1, round(self.base * self.schedule.level))
+            raise ValueError(
+                f"schedule must change, got {self.schedule!r}; use ConstantBatchSize({size})"
+            )
 
     def __call__(self, progress: Progress, *, context: BatchContext | None = None) -> int:
         """``base`` times the factor, at least 1."""

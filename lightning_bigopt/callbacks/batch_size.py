@@ -43,9 +43,14 @@ class BatchSizeScheduler(OptimizationCallback):
             rate.
         weight: What a micro-batch weighs in its update (a function of the batch or its dotted name,
             or the name of an ids or mask field), which makes the gradient the mean over tokens;
-            None for its samples. The training step must return the mean over the same.
+            None for its samples. The training step must return the mean over the same, and a
+            finite one for a batch that weighs nothing. A window that weighs nothing gets a
+            gradient of zero.
         micro_batch_size: Samples in a batch of one process, where the loader has no
             ``batch_size``; None to ask the loader.
+        max_micro_batch_size: The most samples that a process may put through the model at a time:
+            a cap on a :class:`GlobalBatchLoader`'s micro-batch; a larger batch of your own loader
+            raises. None for no cap.
         budget: An explicit budget such as ``"2e6 samples"`` that ends the training; None for the
             Trainer's limits.
         samples: Counts the samples in a batch (a function or a field's name); None for the
@@ -59,8 +64,7 @@ class BatchSizeScheduler(OptimizationCallback):
             multiple of micro-batch × processes.
 
     Tags:
-        ``batch/planned_size`` and, with ``lr_scaling``, ``batch/lr_factor``, through
-        OptimizationMonitor.
+        ``batch/planned_size`` and, with ``lr_scaling``, ``batch/lr_factor``.
 
     State:
         ``clock``: what has been consumed; ``window``: length and first batch of the window under
@@ -87,6 +91,7 @@ class BatchSizeScheduler(OptimizationCallback):
         max_kappa: float | None = None,
         weight: BatchWeight = None,
         micro_batch_size: int | None = None,
+        max_micro_batch_size: int | None = None,
         budget: str | None = None,
         samples: BatchCount = None,
         tokens: BatchCount = None,
@@ -105,6 +110,7 @@ class BatchSizeScheduler(OptimizationCallback):
                 coupling=coupling,
                 weight=weight,
                 micro_batch_size=micro_batch_size,
+                max_micro_batch_size=max_micro_batch_size,
                 settings=settings,
             )
         )

@@ -73,7 +73,7 @@ class TrainingClock:
             ValueError: If the horizon is required and cannot be known.
         """
         self._world = trainer_access.data_parallel_size(trainer)
-        self._pin_samples(trainer)
+        self.pin_samples(trainer)
         kept = self._take_over(trainer)
         try:
             own = resolve_horizon(trainer, self.settings.budget, simulate)
@@ -132,7 +132,8 @@ class TrainingClock:
                 f"{end:g}; raise its limit, or shorten the cooldown of {self.settings.cooldown!r}."
             )
 
-    def _pin_samples(self, trainer: Trainer) -> None:
+    def pin_samples(self, trainer: Trainer) -> None:
+        """Asks the loader what a full and the last batch hold; loaders may be made anew."""
         full, last = trainer_access.micro_batch_size(trainer), None
         if self.settings.samples is None and full is not None:
             last = trainer_access.last_batch_samples(trainer)

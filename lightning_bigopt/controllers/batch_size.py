@@ -19,7 +19,9 @@ from lightning_bigopt.batching import (
     SingleSample,
     WindowLength,
 )
+from lightning_bigopt.batching.policies import check_size
 from lightning_bigopt.clock import ClockSettings
+from lightning_bigopt.controllers.alone import log_alone
 from lightning_bigopt.controllers.base import Controller
 from lightning_bigopt.controllers.batch_conflicts import refuse_conflicts
 from lightning_bigopt.controllers.batch_coupling import BatchCoupling
@@ -61,6 +63,7 @@ class BatchSizeController(Controller):
         coupling: BatchCoupling | None = None,
         weight: BatchWeight = None,
         micro_batch_size: int | None = None,
+        max_micro_batch_size: int | None = None,
         settings: ClockSettings | None = None,
     ) -> None:
         if not isinstance(policy, BatchSizePolicy):
@@ -75,7 +78,14 @@ class BatchSizeController(Controller):
                 f"{policy!r}, which never does; leave lr_scaling and the like out"
             )
         self.weights = LossWeights(weight)
+        for name, value in (
+            ("micro_batch_size", micro_batch_size),
+            ("max_micro_batch_size", max_micro_batch_size),
+        ):
+            if value is not None:
+                check_size(name, value)
         self.micro_batch_size = micro_batch_size
+        self.max_micro_batch_size = max_micro_batch_size
         self.settings = settings or ClockSettings()
         self.size: int | None = None
         self.plan: BatchPlan | None = None
@@ -107,9 +117,9 @@ class BatchSizeController(Controller):
                 "none to measure; add GradientNoiseScale()"
             )
         self.coupling.on_fit_start(pipeline)
-        policy = self.policy
+        policy, most = self.policy, self.max_micro_batch_size
         trainer_access.greet_loaders(
-            pipeline.trainer, lambda loaders: hand_over(pipeline, policy, loaders)
+            pipeline.trainer, lambda loaders: hand_over(pipeline, policy, loaders, most=most)
         )
 
     def simulator(self, trainer: Trainer) -> Simulate | None:
@@ -121,7 +131,7 @@ class BatchSizeController(Controller):
     def on_train_start(self, pipeline: Pipeline) -> None:
         """Works the first plan out, says it, and refuses a batch that no window can hold."""
         trainer = pipeline.trainer
-        supply = self._supply = look_at(trainer, self.policy, self.micro_batch_size)
+        supply = self._supply = self._look(trainer)
         self._decided = self._first_index = None
         size, plan = self._plan_at(pipeline.progress)
         self.coupling.on_train_start(size)
@@ -143,6 +153,10 @@ class BatchSizeController(Controller):
                     else "a new window opens at the next batch."
                 )
             )
+
+    def _look(self, trainer: Trainer) -> Supply:
+        most = self.max_micro_batch_size
+        return look_at(trainer, self.policy, self.micro_batch_size, most=most)
 
     def _announce(self, pipeline: Pipeline, first: str) -> None:
         horizon = pipeline.clock.horizon
@@ -180,8 +194,11 @@ class BatchSizeController(Controller):
         return self._served.samples, self._served.global_samples
 
     def on_epoch_start(self, pipeline: Pipeline) -> None:
-        """No window crosses an epoch."""
+        """No window crosses an epoch, and its loaders may have been made anew."""
         self._window = self._first_index = None
+        if self._supply is not None:
+            supply = self._supply = self._supply.renewed(self._look(pipeline.trainer))
+            self.weights.start(full=supply.micro_batch_size, varies=supply.varies)
 
     def on_batch_start(self, pipeline: Pipeline, batch: Any, index: int) -> None:
         """Opens a window, its tail known in advance, or shortens one that the data ended."""
@@ -230,6 +247,8 @@ class BatchSizeController(Controller):
         served, exact = self._served, trainer_access.exact_loader(pipeline.trainer)
         if served is not None and exact is not None and not pipeline.window_is_open:
             exact.advance(served.window.samples)
+        if not pipeline.window_is_open:
+            log_alone(self, pipeline)
 
     def on_epoch_end(self, pipeline: Pipeline) -> None:
         """An exact loader goes to its next epoch, but only from the end of one."""

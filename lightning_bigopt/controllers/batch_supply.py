@@ -84,6 +84,20 @@ class Supply:
         accumulate = -(-size // (micro * world))
         return size, BatchPlan(micro_batch_size=micro, accumulate=accumulate, world_size=world)
 
+    def renewed(self, found: Supply) -> Supply:
+        """What a loader that was made anew in mid-fit gives.
+
+        Raises:
+            ValueError: If its batches are of another size, by which the run was laid out.
+        """
+        if not found.is_exact and found.micro_batch_size != self.micro_batch_size:
+            raise ValueError(
+                "the training loader must keep its batch_size with BatchSizeScheduler, got "
+                f"{found.micro_batch_size} after {self.micro_batch_size}; keep it, and let the "
+                "policy change the global batch"
+            )
+        return found
+
     def describe(self, size: int, plan: BatchPlan) -> str:
         """A global batch in words."""
         if not self.is_exact:
@@ -94,13 +108,20 @@ class Supply:
         )
 
 
-def look_at(trainer: Trainer, policy: BatchSizePolicy, micro_batch_size: int | None) -> Supply:
+def look_at(
+    trainer: Trainer,
+    policy: BatchSizePolicy,
+    micro_batch_size: int | None,
+    *,
+    most: int | None = None,
+) -> Supply:
     """Finds out what the loader gives; known from ``on_train_start`` on.
 
     Args:
         trainer: The Trainer.
         policy: Every size that the user wrote is checked.
         micro_batch_size: What the user says of a loader that does not say it.
+        most: The largest micro-batch that the user allows.
 
     Raises:
         ValueError: If nobody says how many samples a batch has, or a size does not fit.
@@ -127,6 +148,11 @@ def look_at(trainer: Trainer, policy: BatchSizePolicy, micro_batch_size: int | N
             "pass BatchSizeScheduler(..., micro_batch_size=samples in a batch of one process), and "
             "samples= where the first tensor's rows are not the samples"
         )
+    if most is not None and found > most:
+        raise ValueError(
+            f"the training loader's batch_size must be at most max_micro_batch_size = {most}, got "
+            f"{found}; make it smaller, or return a GlobalBatchLoader, which cuts batches itself"
+        )
     check_written_sizes(policy, micro_batch_size=found, world_size=world)
     return Supply(
         micro_batch_size=found,
@@ -136,8 +162,16 @@ def look_at(trainer: Trainer, policy: BatchSizePolicy, micro_batch_size: int | N
     )
 
 
-def hand_over(pipeline: Pipeline, policy: BatchSizePolicy, loaders: list[Any]) -> None:
+def hand_over(
+    pipeline: Pipeline, policy: BatchSizePolicy, loaders: list[Any], *, most: int | None = None
+) -> None:
     """Tells an exact loader its place and its sizes, before it is asked for the first batch.
+
+    Args:
+        pipeline: The pipeline.
+        policy: Names the global batches.
+        loaders: The training loaders.
+        most: The largest micro-batch that the user allows.
 
     Raises:
         ValueError: If it is not the only loader, the policy cannot be known in advance, or
@@ -167,6 +201,8 @@ def hand_over(pipeline: Pipeline, policy: BatchSizePolicy, loaders: list[Any]) -
     former = trainer_access.exact_loader(trainer)
     if former is not None and former is not loader:  # reload_dataloaders_every_n_epochs
         loader.load_state_dict(former.state_dict())
+    if most is not None:
+        loader.micro_batch_size = min(loader.micro_batch_size, most)
     loader.place(rank=trainer_access.data_rank(trainer), world_size=world)
 
     def sizes() -> Iterable[int]:

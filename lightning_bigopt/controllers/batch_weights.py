@@ -74,6 +74,13 @@ class LossWeights:
         value = 0.0 if is_filler else weigh(batch, self.weight, name="weight")
         if isinstance(value, Tensor):
             value = value.detach()
+        if (self._reference is None or not isinstance(value, Tensor)) and not (
+            0 <= float(value) < math.inf
+        ):
+            raise ValueError(
+                f"weight must be non-negative and finite, got {float(value)}; return what the "
+                "batch counts, such as its tokens"
+            )
         if self._reference is None:
             self._reference = _power_of_two(pipeline.trainer, float(value))
         self.factor = value / self._reference

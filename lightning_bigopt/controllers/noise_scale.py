@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_bigopt import trainer_access
 from lightning_bigopt.batching import NoiseScaleEstimator, NoiseScaleReport, noise_scale_terms
 from lightning_bigopt.batching.local_squares import LocalSquares
+from lightning_bigopt.controllers.alone import log_alone
 from lightning_bigopt.controllers.base import Controller
 from lightning_bigopt.gradients import measure
 
@@ -167,16 +168,8 @@ class NoiseScaleController(Controller):
         if not pipeline.window_is_open:
             self._small = self._big = None
         self._is_first = not pipeline.window_is_open
-        watched = any(controller.role == "monitor" for controller in pipeline.controllers)
-        if self._is_first and not watched and trainer_access.should_log(pipeline.trainer):
-            self._log(pipeline)
-
-    def _log(self, pipeline: Pipeline) -> None:
-        """Logs by itself where no OptimizationMonitor collects."""
-        trainer, values = pipeline.trainer, dict(self.metrics(pipeline))
-        if values and trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step=trainer_access.batches_that_stepped(trainer))
+        if self._is_first:
+            log_alone(self, pipeline)
 
     def on_fit_end(self, pipeline: Pipeline) -> None:
         """Stops watching."""

@@ -243,7 +243,8 @@ class Pipeline:
         return planner.simulator(self.trainer)
 
     def epoch_start(self) -> None:
-        """``on_train_epoch_start``."""
+        """``on_train_epoch_start``: Lightning may have made the loaders anew."""
+        self.clock.pin_samples(self.trainer)
         for controller in self.controllers:
             controller.on_epoch_start(self)
 

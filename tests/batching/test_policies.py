@@ -21,7 +21,7 @@ from lightning_bigopt.batching import (
     SingleSample,
 )
 from lightning_bigopt.durations import Progress
-from lightning_bigopt.schedules import Linear, Seesaw, WarmupLinear
+from lightning_bigopt.schedules import Constant, Linear, Seesaw, WarmupLinear
 
 ALL = (
     ConstantBatchSize(96),
@@ -328,3 +328,8 @@ def test_a_noise_scale_between_two_sizes_does_not_flutter():
 def test_bad_noise_scale_policies_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         NoiseScaleBatchSize(32, **arguments)
+
+
+def test_a_schedule_that_never_changes_is_no_policy():
+    with pytest.raises(ValueError, match=r"schedule must change.*use ConstantBatchSize\(128\)"):
+        SchedulePolicy(Constant(0.5), base=256)

@@ -73,6 +73,59 @@ def test_second_decay_and_weight_decay_are_written_from_their_bases() -> None:
     assert [pair[1] for pair in module.used] == pytest.approx([pair[1] for pair in expected])
 
 
+class TwoGroups(Probe):
+    """Two groups of different values, on any implementation of AdamW."""
+
+    bases = ((0.01, 0.95, 0.1), (0.002, 0.99, 0.3))
+
+    def __init__(self, *, lr_is_tensor: bool, **choice: bool) -> None:
+        super().__init__()
+        self.lr_is_tensor, self.choice = lr_is_tensor, choice
+        self.used: list[list[tuple[float, float, float]]] = []
+
+    def configure_optimizers(self) -> Any:
+        layers = ([*self.net[0].parameters()], [*self.net[2].parameters()])
+        groups = [
+            {
+                "params": layer,
+                "lr": torch.tensor(lr) if self.lr_is_tensor else lr,
+                "betas": (0.9, beta),
+                "weight_decay": decay,
+            }
+            for layer, (lr, beta, decay) in zip(layers, self.bases, strict=True)
+        ]
+        return torch.optim.AdamW(groups, **self.choice)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        super().on_before_optimizer_step(optimizer)
+        names = ("lr", "betas", "weight_decay")
+        rows = [[group[name] for name in names] for group in optimizer.param_groups]
+        self.used.append([(float(lr), float(betas[1]), float(wd)) for lr, betas, wd in rows])
+
+
+@pytest.mark.parametrize(
+    ("lr_is_tensor", "choice"),
+    [(False, "foreach"), (False, "fused"), (True, "fused"), (True, "foreach=False")],
+)
+@pytest.mark.parametrize("scheduled", [True, False])
+def test_groups_keep_their_ratios_whatever_the_implementation(
+    lr_is_tensor: bool, choice: str, scheduled: bool
+) -> None:
+    """A capturable optimiser, which needs a GPU, holds its rates in tensors as these do."""
+    name, _, value = choice.partition("=")
+    module = TwoGroups(lr_is_tensor=lr_is_tensor, **{name: not value})
+    others = [LearningRateScheduler(Linear(start=1.0, end=0.0))] if scheduled else []
+    scheduler = BatchSizeScheduler(
+        POLICY, lr_scaling="sqrt", beta2_scaling="half-life", weight_decay_scaling="sqrt"
+    )
+    fit(module, loader(80, 2), *others, scheduler, max_steps=8)
+    for t, (kappa, used) in enumerate(zip(KAPPAS, module.used, strict=True)):
+        shape = 1 - t / 8 if scheduled else 1.0
+        for found, (lr, beta, decay) in zip(used, module.bases, strict=True):
+            root = math.sqrt(kappa)
+            assert found == pytest.approx((lr * shape * root, beta**kappa, decay * root), rel=1e-6)
+
+
 def test_a_rewarmup_is_a_straight_line_from_the_old_factor_to_the_new_one() -> None:
     module = Probe(lr=0.001)
     policy = BatchSizeSteps({"0%": 2, "4 steps": 8})

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,9 +28,9 @@ from lightning_bigopt import (
     NoiseScaleBatchSize,
     OptimizationMonitor,
 )
-from tests.batch_kit import Recorder, SaveEvery
+from tests.batch_kit import KILLED_POLICY, Recorder, SaveEvery, train_until_killed
 from tests.callbacks.test_batch_size import fit
-from tests.kit import QUIET, Probe, Regression, cpu_precision
+from tests.kit import QUIET, Probe, Regression, cpu_precision, loader
 
 SIZES = BatchSizeSteps({"0%": 5, "2 steps": 11, "50%": 8, "3 epochs": 1})
 
@@ -142,44 +145,94 @@ def test_a_run_stopped_inside_an_epoch_goes_on_inside_it(tmp_path: Path) -> None
     assert same(resumed, whole)
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_bigopt import BatchSizeScheduler, BatchSizeSteps
-from tests.batch_kit import KillAt, Recorder
-from tests.kit import QUIET
+MOMENTS = (
+    "on_train_batch_start",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_before_zero_grad",
+    "on_train_batch_end",
+    "on_save_checkpoint",
+)
 
-folder, step, micro = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-checkpoint = ModelCheckpoint(folder, filename="last", every_n_train_steps=2, save_top_k=1,
-                             enable_version_counter=False)
-trainer = L.Trainer(**{**QUIET, "enable_checkpointing": True, "max_epochs": 3, "callbacks": [
-    KillAt(step, micro), checkpoint, BatchSizeScheduler(BatchSizeSteps({"0%": 5, "30%": 11}))]})
-trainer.fit(Recorder(workers=2))
-"""
+
+def killed_run(ckpt: Any = None) -> Recorder:
+    """The run that is killed, to its end."""
+    module = Recorder()
+    scheduler = BatchSizeScheduler(BatchSizeSteps(KILLED_POLICY))
+    trainer = L.Trainer(**QUIET, max_epochs=3, callbacks=[scheduler])
+    trainer.fit(module, ckpt_path=ckpt, weights_only=True if ckpt else None)
+    return module
+
+
+def goes_on_to_the_same_bits(ckpt: Path, straight: Recorder) -> None:
+    resumed = killed_run(ckpt)
+    done = len(straight.seen) - len(resumed.seen)
+    assert 0 < done < len(straight.seen)
+    assert resumed.seen == straight.seen[done:]
+    assert same(resumed, straight)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("step", "micro"), [(3, 1), (8, 0)])
-def test_kill_minus_nine_and_resume_gives_the_same_bits(
-    tmp_path: Path, step: int, micro: int
+def test_kill_minus_nine_with_workers_and_resume_without_gives_the_same_bits(
+    tmp_path: Path,
 ) -> None:
-    def go(ckpt: Any = None) -> Recorder:
-        module = Recorder()
-        policy = BatchSizeSteps({"0%": 5, "30%": 11})
-        trainer = L.Trainer(**QUIET, max_epochs=3, callbacks=[BatchSizeScheduler(policy)])
-        trainer.fit(module, ckpt_path=ckpt, weights_only=True if ckpt else None)
-        return module
-
-    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tmp_path), str(step), str(micro)]
+    script = (
+        "import sys; from pathlib import Path; from tests.batch_kit import train_until_killed; "
+        "train_until_killed(Path(sys.argv[1]), 'on_train_batch_start', 10, 2)"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", script, str(tmp_path)]
     killed = subprocess.run(
         command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
     )
-    assert killed.returncode == -9, killed.stderr[-2000:]
-    resumed, straight = go(tmp_path / "last.ckpt"), go()
-    assert len(resumed.seen) == len(straight.seen) - step // 2 * 2
-    assert same(resumed, straight)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    goes_on_to_the_same_bits(tmp_path / "last.ckpt", killed_run())
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_at_any_moment_and_resume_gives_the_same_bits(tmp_path: Path) -> None:
+    straight, draw = killed_run(), random.Random(0)
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["tests.batch_kit"])  # one import for all
+    for moment in MOMENTS:
+        folder = tmp_path / moment
+        # Once a micro-batch or once an update; the first checkpoint is that of the second update.
+        latest = 8 if moment == "on_save_checkpoint" else 16
+        number = draw.randint(latest // 2, latest)
+        arguments = (folder, moment, number, 0)
+        process = forks.Process(target=train_until_killed, args=arguments)
+        process.start()
+        process.join(timeout=120)
+        assert process.exitcode == -signal.SIGKILL, moment
+        goes_on_to_the_same_bits(folder / "last.ckpt", straight)
+
+
+def test_validation_inside_a_window_changes_nothing() -> None:
+    plain, validated = Recorder(), Recorder()
+    validated.validation_step = lambda batch, batch_idx: None  # type: ignore[method-assign]
+    for module, options in ((plain, {}), (validated, {"val_check_interval": 3})):
+        scheduler = BatchSizeScheduler(ConstantBatchSize(11))
+        trainer = L.Trainer(**QUIET, max_epochs=2, callbacks=[scheduler], **options)
+        trainer.fit(module, val_dataloaders=None if module is plain else loader(4, 2))
+    assert plain.seen == validated.seen
+    assert same(plain, validated)
+
+
+def test_a_cap_on_the_micro_batch_cuts_smaller_ones_of_the_same_updates() -> None:
+    plain, capped = Probe(lr=0.01), Probe(lr=0.01)
+    for module, most in ((plain, None), (capped, 2)):
+        scheduler = BatchSizeScheduler(SIZES, max_micro_batch_size=most)
+        fit(module, exact(micro=8), scheduler, max_epochs=2)
+    assert capped.windows == plain.windows
+    assert max(capped.accumulations) == 6  # 11 samples by at most 2
+    assert max(plain.errors + capped.errors) <= 1e-6
+
+
+def test_an_epoch_smaller_than_the_batch_is_one_update() -> None:
+    module = Probe(lr=0.01)
+    fit(module, exact(7, 2), BatchSizeScheduler(ConstantBatchSize(64)), max_epochs=2)
+    assert module.windows == [list(range(7))] * 2
+    assert max(module.errors) <= 1e-6
 
 
 def test_what_cannot_work_says_why() -> None:

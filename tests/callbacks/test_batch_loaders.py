@@ -137,3 +137,62 @@ def test_what_the_loader_says_itself_may_not_be_contradicted() -> None:
     scheduler = BatchSizeScheduler(ConstantBatchSize(6), micro_batch_size=3)
     with pytest.raises(ValueError, match="must be the loader's own batch_size, 2, or None, got 3"):
         fit(Probe(), loader(14, 2), scheduler, max_epochs=1)
+
+
+class Remade(Probe):
+    """Makes its loader anew every epoch."""
+
+    def __init__(self, *sizes: tuple[int, int]) -> None:
+        super().__init__(lr=0.01)
+        self.sizes = sizes
+
+    def train_dataloader(self) -> Any:
+        return loader(*self.sizes[self.current_epoch])
+
+
+def test_a_loader_made_anew_may_have_another_length_but_no_other_batch() -> None:
+    def run(module: Remade) -> None:
+        scheduler = BatchSizeScheduler(ConstantBatchSize(8))
+        fit(module, None, scheduler, max_epochs=3, reload_dataloaders_every_n_epochs=1)
+
+    module = Remade((14, 2), (13, 2), (19, 2))
+    run(module)
+    assert [len(w) for w in module.windows] == [8, 6, 8, 5, 8, 8, 3]
+    assert max(module.errors) <= 1e-6
+    with pytest.raises(ValueError, match=r"must keep its batch_size.*got 4 after 2"):
+        run(Remade((16, 2), (16, 4), (16, 4)))
+
+
+@pytest.mark.parametrize(
+    ("size", "micro", "options", "expected"),
+    [
+        (7, 2, {}, [7, 7]),  # fewer samples than the global batch
+        (3, 8, {}, [3, 3]),  # fewer than a micro-batch
+        (35, 2, {"drop_last": True}, [16, 16, 2, 16, 16, 2]),
+        (20, 2, {"num_workers": 2, "persistent_workers": True}, [16, 4, 16, 4]),
+    ],
+    ids=["small", "tiny", "drop_last", "workers"],
+)
+def test_no_sample_is_lost_or_counted_twice(
+    size: int, micro: int, options: dict[str, Any], expected: list[int]
+) -> None:
+    module = Probe(lr=0.01)
+    data = loader(size, micro, **options)
+    fit(module, data, BatchSizeScheduler(ConstantBatchSize(16)), max_epochs=2)
+    assert [len(w) for w in module.windows] == expected
+    assert max(module.errors) <= 1e-6
+
+
+@pytest.mark.parametrize(("limit", "sized"), [(5, True), (0.7, True), (5, False)])
+def test_limit_train_batches_ends_an_epoch(limit: float, sized: bool) -> None:
+    module = Probe(lr=0.01)
+    data = loader(15, 2) if sized else DataLoader(Unsized(15), batch_size=2)
+    fit(
+        module,
+        data,
+        BatchSizeScheduler(ConstantBatchSize(4)),
+        max_epochs=2,
+        limit_train_batches=limit,
+    )
+    assert [len(w) for w in module.windows] == [4, 4, 2] * 2  # five of eight batches
+    assert max(module.errors) <= 1e-6

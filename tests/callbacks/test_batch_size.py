@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,18 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_bigopt import (
     BatchSizeScheduler,
     BatchSizeSteps,
     ConstantBatchSize,
+    FullBatch,
     LearningRateScheduler,
     Linear,
+    SingleSample,
 )
 from tests.kit import QUIET, Probe, Regression, ResumableLoader, cpu_precision, loader
 
@@ -178,6 +183,16 @@ def test_a_checkpoint_inside_a_window_opens_a_whole_new_one(
     assert "inside a window (2 of 3 micro-batches)" in caplog.text
 
 
+class Iterates(Probe):
+    def training_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]
+        raise AssertionError
+
+
+class DeepSpeedLike(SingleDeviceStrategy):
+    """DeepSpeed is known by its name."""
+
+
+@pytest.mark.filterwarnings("ignore:You are using the .dataloader_iter. step")
 def test_two_owners_and_unsupported_loops_raise_at_fit_start() -> None:
     def run(*callbacks: Any, module: Any = None, **options: Any) -> None:
         fit(
@@ -198,6 +213,11 @@ def test_two_owners_and_unsupported_loops_raise_at_fit_start() -> None:
     manual.automatic_optimization = False
     with pytest.raises(ValueError, match="automatic_optimization must be True"):
         run(module=manual)
+    with pytest.raises(ValueError, match="got one that takes dataloader_iter; take batch"):
+        run(module=Iterates())
+    strategy = DeepSpeedLike(device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"DeepSpeedLike.*gradient_accumulation_steps"):
+        run(strategy=strategy)
 
 
 def test_batches_that_no_window_can_hold_raise() -> None:
@@ -234,3 +254,67 @@ def test_a_fit_leaves_no_trace(raises: bool) -> None:
     assert type(trainer.accumulate_grad_batches) is int
     assert set(module.__dict__) - before <= {"_hparams"}  # Lightning's own
     assert copy.deepcopy(module).net is not module.net
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"max_epochs": 2, "max_steps": 5}, [4, 4, 4, 8, 8]),  # updates end it: half of 5
+        ({"max_epochs": 2, "max_steps": 500}, [*[4] * 8, *[8] * 4]),  # epochs do: half of 64
+        ({"fast_dev_run": 1}, [2]),
+        ({"fast_dev_run": 3}, [4, 2]),
+    ],
+)
+def test_whichever_limit_ends_the_run_first_is_what_shares_refer_to(
+    limits: dict[str, int], expected: list[int]
+) -> None:
+    module = Probe(lr=0.01)
+    policy = BatchSizeSteps({"0%": 4, "50%": 8})
+    if "fast_dev_run" in limits:  # what is written for a long run is tried on a short one
+        policy = BatchSizeSteps({"0%": 4, "1000 steps": 8})
+    fit(module, loader(32, 2), BatchSizeScheduler(policy), **limits)
+    assert [len(w) for w in module.windows] == expected
+    assert max(module.errors) <= 1e-6
+
+
+def test_full_batch_is_one_update_an_epoch_and_a_single_sample_one_a_sample() -> None:
+    whole, single = Probe(lr=0.01), Probe(lr=0.01)
+    fit(whole, loader(13, 2), BatchSizeScheduler(FullBatch()), max_epochs=2)
+    assert whole.windows == [list(range(13))] * 2
+    fit(single, loader(5, 1), BatchSizeScheduler(SingleSample()), max_epochs=1)
+    assert single.windows == [[0], [1], [2], [3], [4]]
+    assert max(whole.errors + single.errors) <= 1e-6
+    with pytest.raises(ValueError, match=r"SingleSample.*set micro_batch_size to 1"):
+        fit(Probe(), loader(5, 2), BatchSizeScheduler(SingleSample()), max_epochs=1)
+    data = DataLoader(Unsized(5), batch_size=2)
+    with pytest.raises(ValueError, match="samples_per_epoch must be known for FullBatch"):
+        fit(Probe(), data, BatchSizeScheduler(FullBatch()), max_epochs=1)
+
+
+def test_a_batch_must_not_shrink_below_one_micro_batch() -> None:
+    policy = BatchSizeSteps({"0%": 8, "50%": 2})
+    with pytest.raises(ValueError, match=r"sizes\['50%'\] must be at least .* 4 × 1 = 4, got 2"):
+        fit(Probe(), loader(16, 4), BatchSizeScheduler(policy), max_epochs=1)
+
+
+def test_a_cap_on_the_micro_batch_names_the_loader_that_is_above_it() -> None:
+    policy = ConstantBatchSize(8)
+    capped = BatchSizeScheduler(policy, max_micro_batch_size=4)
+    with pytest.raises(ValueError, match=r"at most max_micro_batch_size = 4, got 8.*GlobalBatch"):
+        fit(Probe(), loader(16, 8), capped, max_epochs=1)
+    module = Probe(lr=0.01)
+    fit(module, loader(16, 4), BatchSizeScheduler(policy, max_micro_batch_size=4), max_epochs=1)
+    assert [len(w) for w in module.windows] == [8, 8]
+    with pytest.raises(ValueError, match="max_micro_batch_size must be a positive number"):
+        BatchSizeScheduler(policy, max_micro_batch_size=0)
+
+
+def test_the_batch_is_logged_without_a_monitor(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    policy = BatchSizeSteps({"0%": 2, "2 steps": 6})
+    options: dict[str, Any] = {"logger": logger, "log_every_n_steps": 1, "max_steps": 4}
+    fit(Probe(lr=0.001), loader(40, 2), BatchSizeScheduler(policy, lr_scaling="linear"), **options)
+    with Path(logger.log_dir, "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["batch/planned_size"]) for row in rows] == [2, 2, 6, 6]
+    assert [float(row["batch/lr_factor"]) for row in rows] == [1, 1, 3, 3]

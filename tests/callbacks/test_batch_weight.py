@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,30 @@ def test_a_batch_of_no_weight_adds_nothing() -> None:
     fit(alone, DataLoader(keep, batch_size=2), max_epochs=1)
     for mine, theirs in zip(module.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_a_window_of_no_weight_has_a_gradient_of_zero_and_the_next_is_right() -> None:
+    module = Probe(lr=0.01)
+    before = [p.detach().clone() for p in module.parameters()]
+    scheduler = BatchSizeScheduler(
+        ConstantBatchSize(4), weight=lambda batch: float((batch[2] >= 4).sum())
+    )
+    fit(module, loader(8, 2), scheduler, max_epochs=1)
+    assert module.norms[0] == 0
+    assert module.errors[1] <= 1e-6
+    alone = Probe(lr=0.01)  # as if the first window had not been
+    rest = torch.utils.data.Subset(loader(8, 2).dataset, range(4, 8))
+    fit(alone, DataLoader(rest, batch_size=4), max_epochs=1)
+    for first, mine, theirs in zip(before, module.parameters(), alone.parameters(), strict=True):
+        assert not torch.equal(first, mine)
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf, torch.tensor(-2.0)])
+def test_a_weight_is_a_number_that_can_weigh(weight: Any) -> None:
+    scheduler = BatchSizeScheduler(ConstantBatchSize(4), weight=lambda batch: weight)
+    with pytest.raises(ValueError, match="weight must be non-negative and finite"):
+        fit(Probe(), loader(8, 2), scheduler, max_epochs=1)
 
 
 def test_names_that_name_nothing_raise(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_bigopt import (
@@ -15,9 +16,12 @@ from lightning_bigopt import (
     ConstantBatchSize,
     GradientClipping,
     GradientNoiseScale,
+    LearningRateScheduler,
+    Linear,
     NoiseScaleBatchSize,
     NormClip,
     OptimizationMonitor,
+    Warmup,
 )
 from tests.batch_kit import Toy, noise_loader
 from tests.kit import QUIET, Probe, cpu_precision, loader
@@ -137,6 +141,76 @@ def test_it_drives_the_batch() -> None:
         L.Trainer(**QUIET, max_steps=4, callbacks=[BatchSizeScheduler(policy)]).fit(
             Large(), noise_loader(4)
         )
+
+
+class Rows:
+    """The same micro-batches of two in every run; goes on where its checkpoint stopped."""
+
+    batch_size = 2
+
+    def __init__(self) -> None:
+        self.position = 0
+
+    def __len__(self) -> int:
+        return 5000
+
+    def __iter__(self) -> Any:
+        for number in range(self.position, len(self)):
+            self.position = number + 1
+            generator = torch.Generator().manual_seed(number)
+            yield torch.randn(2, Toy.dimensions, generator=generator)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+class Driven(Toy):
+    value = 0.2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used: list[tuple[int, float]] = []
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-6)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        window = int(self.trainer.accumulate_grad_batches)
+        self.used.append((window, optimizer.param_groups[0]["lr"]))
+
+
+def test_what_the_measurement_decided_is_decided_again_after_a_resume(tmp_path: Path) -> None:
+    def go(*callbacks: Any, ckpt: Any = None) -> Driven:
+        module = Driven()
+        ours = [
+            BatchSizeScheduler(NoiseScaleBatchSize(4, high=32), lr_scaling="sqrt"),
+            GradientNoiseScale(),
+            LearningRateScheduler(Warmup("10%", Linear())),
+        ]
+        options = {**QUIET, "enable_checkpointing": bool(callbacks)}
+        trainer = L.Trainer(**options, max_steps=100, callbacks=[*ours, *callbacks])
+        trainer.fit(module, Rows(), ckpt_path=ckpt, weights_only=True if ckpt else None)
+        return module
+
+    save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    straight = go(save)
+    windows = [window for window, _ in straight.used]
+    changes = [step for step in range(1, 100) if windows[step] != windows[step - 1]]
+    assert len(changes) > 1
+    for step in (*changes, 90):  # the very update before which it is decided, and any other
+        resumed = go(ckpt=tmp_path / f"step={step}.ckpt")
+        assert resumed.used == straight.used[step:], step
+        assert torch.equal(resumed.layer.w, straight.layer.w), step
+
+
+def test_a_measured_run_cannot_be_counted_in_steps_where_epochs_end_it() -> None:
+    policy = BatchSizeScheduler(NoiseScaleBatchSize(4, high=16))
+    callbacks = [policy, GradientNoiseScale(), LearningRateScheduler(Warmup("10 steps", Linear()))]
+    with pytest.raises(ValueError, match=r"got '10 steps'.*adaptive batch size.*percent"):
+        L.Trainer(**QUIET, max_epochs=2, callbacks=callbacks).fit(Probe(), loader(32, 2))
 
 
 def test_manual_optimisation_is_refused() -> None:
