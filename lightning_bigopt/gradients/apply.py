@@ -170,10 +170,12 @@ def after_step_once(optimizer: Optimizer, run: Callable[[], None]) -> None:
         stepped
     """
 
+    due = [run]
+
     def once(*_: Any) -> None:
-        handle.remove()
-        waiting.remove(handle)
-        run()
+        _retire(handle, waiting)
+        while due:
+            due.pop()()
 
     handle = optimizer.register_step_post_hook(once)
     waiting = _pending.setdefault(optimizer, [])
@@ -194,14 +196,28 @@ def while_stepping(optimizer: Optimizer, run: Callable[[], None]) -> None:
         run()
 
     def begin(*_: Any) -> None:
+        if ended and at_end in waiting:
+            at_end.remove()
+            waiting.remove(at_end)
         if ended:
-            for handle in handles:
-                handle.remove()
-                waiting.remove(handle)
+            _retire(at_beginning, waiting)
 
-    handles = [optimizer.register_step_post_hook(end), optimizer.register_step_pre_hook(begin)]
+    at_end = optimizer.register_step_post_hook(end)
+    at_beginning = optimizer.register_step_pre_hook(begin)
     waiting = _pending.setdefault(optimizer, [])
-    waiting.extend(handles)
+    waiting.extend((at_end, at_beginning))
+
+
+def _retire(handle: RemovableHandle, waiting: list[RemovableHandle]) -> None:
+    """Removes the hook that is running, unless others are to run after it.
+
+    The optimiser goes through a dict of hooks, which may lose its last entry meanwhile and no
+    other. A hook that has to stay does nothing more, and goes with the next :func:`clear_`.
+    """
+    hooks = handle.hooks_dict_ref()
+    if hooks is not None and handle in waiting and next(reversed(hooks)) == handle.id:
+        handle.remove()
+        waiting.remove(handle)
 
 
 def clear_(optimizer: Optimizer) -> None:

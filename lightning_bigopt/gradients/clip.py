@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_bigopt.gradients.apply import apply_
@@ -19,7 +19,10 @@ __all__ = ["clip_gradients_"]
 
 
 def clip_gradients_(
-    parameters: nn.Module | Iterable[nn.Parameter] | Iterable[tuple[str, nn.Parameter]],
+    parameters: nn.Module
+    | nn.Parameter
+    | Iterable[nn.Parameter]
+    | Iterable[tuple[str, nn.Parameter]],
     rule: ClippingRule,
     *,
     state: RuleState | None = None,
@@ -31,7 +34,7 @@ def clip_gradients_(
     Synchronises with the host only where the rule does.
 
     Args:
-        parameters: A module, parameters, or names and parameters.
+        parameters: A module, a parameter, parameters, or names and parameters.
         rule: The rule.
         state: What the rule remembers, from ``rule.initial_state()``; changed in place. Needed by
             adaptive rules.
@@ -66,6 +69,8 @@ def clip_gradients_(
         >>> len(state["seed"])
         3
     """
+    if not isinstance(rule, ClippingRule):
+        raise ValueError(f"rule must be a ClippingRule, got {rule!r}; try NormClip(max_norm=1.0)")
     named = _named(parameters)
     if state is None:
         state = rule.initial_state()
@@ -92,11 +97,22 @@ def _owns_exactly(optimizer: Optimizer, parameters: list[nn.Parameter]) -> bool:
 
 
 def _named(
-    parameters: nn.Module | Iterable[nn.Parameter] | Iterable[tuple[str, nn.Parameter]],
+    parameters: nn.Module
+    | nn.Parameter
+    | Iterable[nn.Parameter]
+    | Iterable[tuple[str, nn.Parameter]],
 ) -> list[tuple[str, nn.Parameter]]:
     if isinstance(parameters, nn.Module):
         return list(parameters.named_parameters())
-    return [
-        item if isinstance(item, tuple) else (f"parameter{index}", item)
-        for index, item in enumerate(parameters)
-    ]
+    if isinstance(parameters, nn.Parameter):
+        parameters = [parameters]
+    named: list[tuple[str, nn.Parameter]] = []
+    for index, item in enumerate(parameters):
+        name, parameter = item if isinstance(item, tuple) else (f"parameter{index}", item)
+        if not isinstance(parameter, Tensor):
+            raise ValueError(
+                "parameters must be a module, parameters or pairs of name and parameter, got "
+                f"{parameter!r} among them; of a dict pass its items()"
+            )
+        named.append((name, parameter))
+    return named

@@ -20,7 +20,7 @@ from lightning_bigopt.gradients.sharding import (
     without_partial,
 )
 
-__all__ = ["GradientNorms", "check_norm_type", "measure", "norms_of"]
+__all__ = ["GradientNorms", "check_dense", "check_norm_type", "measure", "norms_of"]
 
 
 _PLAIN = {Tensor, nn.Parameter}
@@ -154,7 +154,7 @@ def measure(
         parameter.new_empty(0) if gradient is None else gradient
         for (_, parameter), gradient in zip(pairs, gradients, strict=True)
     ]
-    _check_dense(pairs, tensors)
+    check_dense(pairs, tensors)
     groups: list[ShardGroups] | None = None
     if process_group is not None:
         groups = [
@@ -211,7 +211,12 @@ def _norms_of(
     return _whole(found, groups, order)
 
 
-def _check_dense(pairs: Sequence[tuple[str, nn.Parameter]], tensors: Sequence[Tensor]) -> None:
+def check_dense(pairs: Sequence[tuple[str, nn.Parameter]], tensors: Sequence[Tensor]) -> None:
+    """Raises where a gradient is sparse.
+
+    Raises:
+        ValueError: With the parameter's name.
+    """
     if {tensor.layout for tensor in tensors} <= {torch.strided}:
         return
     name, layout = next(

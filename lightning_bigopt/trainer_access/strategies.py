@@ -73,9 +73,12 @@ def shards_gradients(trainer: Trainer) -> bool:
 
 def shard_group(trainer: Trainer) -> ProcessGroup | None:
     """The group over which FSDP1 shards flat parameters; None where tensors know their shards."""
-    if isinstance(trainer.strategy, FSDPStrategy):
-        return getattr(trainer.strategy.model, "process_group", None)
-    return None
+    if not isinstance(trainer.strategy, FSDPStrategy):
+        return None
+    model = trainer.strategy.model
+    if getattr(getattr(model, "sharding_strategy", None), "name", None) == "NO_SHARD":
+        return None  # every process holds whole gradients
+    return getattr(model, "process_group", None)
 
 
 def watch_local_gradients(trainer: Trainer) -> LocalSquares | None:

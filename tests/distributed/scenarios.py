@@ -219,7 +219,11 @@ class FlatShards(FSDPStrategy):
 
     def _setup_model(self, module: Any) -> Any:
         return FullyShardedDataParallel(
-            module, device_id=torch.device("cpu"), use_orig_params=True, auto_wrap_policy=by_layer
+            module,
+            device_id=torch.device("cpu"),
+            use_orig_params=True,
+            auto_wrap_policy=by_layer,
+            sharding_strategy=self.sharding_strategy,
         )
 
 
@@ -231,7 +235,7 @@ def by_layer(module: Any, recurse: bool, nonwrapped_numel: int) -> bool:
 def flat_shards(out: Path) -> Any:
     """FSDP1: the global norm, a bad update, and the weights after all."""
     found = {}
-    for fused in (False, True):
+    for fused, sharding in ((False, "FULL_SHARD"), (True, "FULL_SHARD"), (True, "NO_SHARD")):
         model = Poisoned(POISON, rank=1, optimizer=torch.optim.AdamW, lr=0.01, fused=fused)
         guard = StepGuard([NonFinite(), NormSpike(armed=3)])
         clipping = GradientClipping(Groups({"net.0.*": None, "*": NormClip(max_norm=0.1)}))
@@ -239,13 +243,13 @@ def flat_shards(out: Path) -> Any:
         trainer = L.Trainer(
             **QUIET,
             devices=2,
-            strategy=FlatShards(),
+            strategy=FlatShards(sharding_strategy=sharding),
             callbacks=[guard, clipping, totals],
             max_epochs=1,
             use_distributed_sampler=False,
         )
         trainer.fit(model, loader(40, 2, sampler=in_order(40)))
-        found[f"fused={fused}"] = {
+        found[f"{sharding}, fused={fused}"] = {
             "norms": totals.norms,
             "rejected": [[r.update, r.detector, r.rank] for r in guard.rejections],
             "names": [name for r in guard.rejections for name, _ in r.parameters],

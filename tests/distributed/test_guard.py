@@ -78,9 +78,14 @@ def test_both_skip_what_one_process_would(
     assert first["weights"] == pytest.approx(flat, rel=tolerance, abs=tolerance)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_fsdp1_clips_and_guards_by_the_global_norm(two_processes: Any, fused: bool) -> None:
-    first, second = (result[f"fused={fused}"] for result in two_processes("flat_shards"))
+@pytest.mark.parametrize(
+    ("sharding", "fused"), [("FULL_SHARD", False), ("FULL_SHARD", True), ("NO_SHARD", True)]
+)
+def test_fsdp1_clips_and_guards_by_the_global_norm(
+    two_processes: Any, sharding: str, fused: bool
+) -> None:
+    case = f"{sharding}, fused={fused}"
+    first, second = (result[case] for result in two_processes("flat_shards"))
     assert first["rejected"] == second["rejected"]
     assert first["rejected"] == [[4, "NonFinite", 1], [7, "NormSpike", None]]
     assert first["norms"] == pytest.approx(second["norms"], nan_ok=True, rel=0, abs=0)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_bigopt.gradients import (
+    MaxUpdateRatio,
     NormClip,
     UpdateClip,
     after_step_once,
@@ -18,6 +19,7 @@ from lightning_bigopt.gradients import (
     clear_,
     clip_gradients_,
     scale_,
+    skip_update_,
     takes_grad_scale,
 )
 from tests.gradients.helpers import gradients, twin, with_gradients, with_norms
@@ -199,3 +201,47 @@ def test_scale_multiplies_each_by_its_own(dtype):
         0.125,
     ]
     assert tensors[0].dtype == dtype
+
+
+@pytest.mark.parametrize("kind", ["fused kernel", "limit on the update", "skip"])
+def test_hooks_of_others_run_before_and_behind_ours(kind):
+    """An optimiser goes through its hooks in order, and a dict must not shrink meanwhile."""
+    named = with_norms(8.0)
+    optimizer = FUSED["AdamW"]([p for _, p in named])
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before step"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("before ours"))
+    for _ in range(2):
+        named[0][1].grad = torch.full((3,), 5.0)
+        if kind == "skip":
+            skip_update_(optimizer)
+        else:
+            rule = NormClip(1.0) if kind == "fused kernel" else MaxUpdateRatio(1e-6)
+            clip_gradients_(named, rule, optimizer=optimizer)
+        pre = optimizer.register_step_pre_hook(lambda *_: calls.append("pre, behind ours"))
+        post = optimizer.register_step_post_hook(lambda *_: calls.append("post, behind ours"))
+        for _ in range(2):
+            before = named[0][1].detach().clone()
+            optimizer.step()
+            moved = (named[0][1] - before).abs().max().item()
+            assert moved < 1e-5 or kind == "fused kernel"
+            if kind == "limit on the update":
+                break  # the second step is as long as it likes
+            named[0][1].grad = None
+        pre.remove(), post.remove()
+    clear_(optimizer)
+    assert len(optimizer._optimizer_step_post_hooks) == len(optimizer._optimizer_step_pre_hooks) == 1
+    steps = 2 if kind == "limit on the update" else 4
+    every = ["before step", "pre, behind ours", "before ours", "post, behind ours"]
+    assert calls == every * steps
+
+
+def test_a_hook_that_has_to_stay_acts_once():
+    named = with_norms(8.0)
+    optimizer = FUSED["SGD"]([p for _, p in named])
+    calls = []
+    after_step_once(optimizer, lambda: calls.append(1))
+    optimizer.register_step_post_hook(lambda *_: None)
+    for _ in range(3):
+        optimizer.step()
+    assert calls == [1]

@@ -9,9 +9,11 @@ from torch import nn
 from lightning_bigopt.durations import Horizon
 from lightning_bigopt.gradients import (
     AGC,
+    AutoClip,
     Groups,
     MaxUpdateRatio,
     NormClip,
+    UpdateClip,
     ValueClip,
     ZClip,
     clip_gradients_,
@@ -123,3 +125,42 @@ def test_a_dict_and_its_pairs_are_one_value():
     rules = {"a": NormClip(), "*": None}
     assert Groups(rules) == Groups(tuple(rules.items()))
     assert hash(Groups(rules)) == hash(Groups(tuple(rules.items())))
+
+
+def test_limits_on_updates_of_equal_shapes_do_not_share_memory():
+    a, b = (nn.Parameter(torch.tensor([3.0, 4.0]) * scale) for scale in (1.0, 100.0))
+    a.grad = b.grad = torch.tensor([1.0, 0.0])
+    optimizer = torch.optim.SGD([a, b], lr=10.0)
+    rule = Groups({"a": MaxUpdateRatio(0.01), "b": MaxUpdateRatio(0.001)})
+    clip_gradients_([("a", a), ("b", b)], rule, optimizer=optimizer)
+    optimizer.step()
+    assert a.tolist() == pytest.approx([3.0 - 0.01 * 5, 4.0])
+    assert b.tolist() == pytest.approx([300.0 - 0.001 * 500, 400.0])
+
+
+def test_a_group_of_another_optimiser_is_not_asked():
+    """UpdateClip would refuse SGD; ZClip would count an update that never was."""
+    weight = nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    rule = Groups({"adam.*": UpdateClip(), "other.*": ZClip(), "sgd.*": NormClip(1.0)})
+    state = rule.initial_state()
+    decision = run(
+        rule,
+        [("sgd.weight", weight)],
+        state,
+        optimizer=torch.optim.SGD([weight], lr=0.1),
+        all_names=["adam.weight", "other.weight", "sgd.weight"],
+    )
+    assert list(decision.parts) == ["sgd.*"]
+    assert state == rule.initial_state()
+    assert weight.grad.norm() == pytest.approx(1.0, rel=1e-5)
+
+
+def test_groups_inside_groups():
+    named = with_norms(8.0, 8.0, 8.0)
+    inner = Groups({"p0": NormClip(1.0), "p1": NormClip(2.0)})
+    rule = Groups({"p[01]": inner, "p2": AutoClip(50)})
+    state = rule.initial_state()
+    run(rule, named, state)
+    assert [round(g.norm().item(), 4) for g in gradients(named)] == [1.0, 2.0, 8.0]
+    assert state["p2"]["norms"] == pytest.approx([8.0])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lightning_bigopt.gradients import AdaGC, AutoClip, Groups, NormClip, ZClip, clip_gradients_
+from lightning_bigopt.gradients.rules.base import clip_coefficient
 from tests.gradients.helpers import gradients, run, with_norms
 from tests.oracles import gradients as oracle
 
@@ -29,6 +30,7 @@ def test_autoclip_equals_its_transcription(window, percentile):
         expected = truth.coefficient(decision.norms.value)
         assert decision.coefficient.item() == pytest.approx(expected, rel=1e-6)
     assert len(state["norms"]) == min(window, 60)
+    assert state["ordered"] == sorted(state["norms"])
 
 
 @pytest.mark.parametrize("max_norm", [None, 1.0])
@@ -198,3 +200,25 @@ def test_a_forgotten_state_is_an_error(rule):
 def test_bad_arguments_name_constraint_and_value(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_zclip_does_not_silence_a_run_that_starts_with_zero_gradients():
+    rule = ZClip(warmup=3, max_norm=None)
+    state = rule.initial_state()
+    for norm in (0.0, 0.0, 0.0, 1.0, 2.0, 1.5, 0.0, 0.0):
+        run(rule, with_norms(norm), state)
+    assert state["seed"] == pytest.approx([1.0, 2.0, 1.5])
+    assert state["mean"] == pytest.approx(1.5)
+    assert run(rule, with_norms(1.6), state).coefficient == 1.0
+
+
+@pytest.mark.parametrize("rule", [AutoClip(), ZClip(max_norm=None)])
+def test_finite_gradients_whose_norm_is_beyond_float32(rule):
+    """Infinite over infinite must not become a coefficient."""
+    named = with_norms(3e38, 3e38, 3e38)
+    decision = run(rule, named, rule.initial_state())
+    assert decision.norms.finite
+    assert decision.coefficient == 1.0
+    # The way of an accelerator, where the norm is not read.
+    each = clip_coefficient(torch.tensor([math.inf]), math.inf, finite=torch.tensor([True]))
+    assert each.tolist() == [1.0]

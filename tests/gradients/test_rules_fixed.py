@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from lightning_bigopt.gradients import (
+    AGC,
     ClipContext,
+    Groups,
     NormClip,
     PerParameterNormClip,
     ValueClip,
@@ -159,3 +161,48 @@ def test_plain_function_takes_modules_parameters_and_names():
         total = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
         assert total == pytest.approx(1.0, rel=1e-5)
         assert decision.norms.value > 1.0
+
+
+@pytest.mark.parametrize("rule", [ValueClip(), AGC(), NormClip(), Groups({"*": ValueClip()})])
+def test_sparse_gradients_are_refused_by_name(rule):
+    layer = nn.Embedding(4, 2, sparse=True)
+    layer(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match=r"gradient of weight must be dense.*sparse=False"):
+        clip_gradients_(layer, rule)
+
+
+def test_complex_numbers_have_no_value_to_clip():
+    weight = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    weight.grad = torch.ones(2, dtype=torch.complex64)
+    with pytest.raises(ValueError, match="gradient of w must be real for ValueClip"):
+        clip_gradients_([("w", weight)], ValueClip())
+
+
+def test_plain_function_refuses_what_it_cannot_read():
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    with pytest.raises(ValueError, match=r"rule must be a ClippingRule, got 'norm'; try NormClip"):
+        clip_gradients_([weight], "norm")
+    with pytest.raises(ValueError, match=r"got 'w' among them; of a dict pass its items\(\)"):
+        clip_gradients_({"w": weight}, NormClip())
+    clip_gradients_({"w": weight}.items(), NormClip(1.0))
+    clip_gradients_(weight, NormClip(0.5))
+    assert weight.grad.norm() == pytest.approx(0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("rule", [NormClip(1.0), PerParameterNormClip(0.5), ValueClip(0.1), AGC()])
+def test_gradients_of_another_dtype_than_the_weights(rule):
+    """Two equal shapes of two dtypes: kernels for many tensors want one."""
+    ours = with_gradients(((6, 7), (6, 7), (5,)))
+    for _, parameter in ours[:1]:
+        parameter.grad = None
+        parameter.grad_dtype = torch.bfloat16
+        parameter.grad = torch.randn(6, 7).bfloat16()
+    theirs = [(name, nn.Parameter(p.detach().double())) for name, p in ours]
+    for (_, p), (_, q) in zip(ours, theirs, strict=True):
+        q.grad = p.grad.double()
+    run(rule, ours)
+    run(rule, theirs)
+    assert gradients(ours)[0].dtype == torch.bfloat16
+    for mine, other in zip(gradients(ours), gradients(theirs), strict=True):
+        torch.testing.assert_close(mine, other.to(mine.dtype), rtol=1e-2, atol=0)

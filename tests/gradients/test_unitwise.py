@@ -115,3 +115,20 @@ def test_bad_arguments(name, value):
 def test_one_pattern_or_several_are_one_value():
     assert AGC(exclude="a") == AGC(exclude=["a"]) == AGC(exclude=("a",))
     assert hash(AGC(exclude=["a"])) == hash(AGC(exclude="a"))
+
+
+@pytest.mark.parametrize("scale", [1e19, 1e30, 1e38])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_units_whose_squares_overflow_are_clipped(scale, dtype):
+    named = with_gradients(((3, 4, 2, 2), (6, 7), (300, 50), (5,)), dtype=dtype)
+    for _, parameter in named:
+        parameter.grad.clamp_(-1, 1).mul_(scale)
+    named[1][1].grad[2, 3] = math.nan  # one that is really not finite does not change that
+    expected = [oracle.agc(p.detach(), p.grad, 0.01, 1e-3) for _, p in named]
+    run(AGC(0.01), named)
+    for index, (found, truth) in enumerate(zip(gradients(named), expected, strict=True)):
+        if index == 1:
+            found, truth = (torch.cat([x[:2], x[3:]]) for x in (found, truth))
+        assert found.norm() < 1e3
+        tolerance = 2e-6 if dtype is torch.float32 else 2e-2
+        torch.testing.assert_close(found, truth, rtol=tolerance, atol=0)

@@ -200,3 +200,60 @@ def test_bad_arguments(value):
             make(value)
     with pytest.raises(ValueError, match=f"eps must be positive and finite, got {value}"):
         MaxUpdateRatio(eps=value)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_update_clip_divides_by_what_amsgrad_divides_by(loop):
+    """The greatest second moment: after a spike, gradients are small against it for good."""
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, betas=(0.0, 0.5), amsgrad=True, **LOOPS[loop])
+    steps = []
+    for scale in (1000.0, *[1.0] * 20, 30.0):
+        weight.grad = torch.full((4,), scale)
+        before = weight.detach().clone()
+        clip_gradients_([weight], UpdateClip(), optimizer=optimizer)
+        optimizer.step()
+        steps.append((weight.detach() - before * (1 - 0.1 * 0.01)).abs().max().item())
+    # The greatest v was 500,000 and the last is 450: 30 / 700 is far below the limit of 1, which
+    # 30 / 21 is not.
+    assert steps[-1] == pytest.approx(0.1 * 30 / 500_000**0.5, rel=1e-3)
+
+
+def test_complex_weights_are_pairs_of_real_ones():
+    real = nn.Parameter(torch.randn(5, 2))
+    weight = nn.Parameter(torch.view_as_complex(real.detach().clone()))
+    pair = [torch.optim.AdamW([p], lr=0.1) for p in (weight, real)]
+    for scale in (1.0, 1.0, 100.0):
+        real.grad = torch.randn(5, 2) * scale
+        weight.grad = torch.view_as_complex(real.grad.clone())
+        for parameter, optimizer in zip((weight, real), pair, strict=True):
+            clip_gradients_([parameter], UpdateClip(0.5), optimizer=optimizer)
+            optimizer.step()
+        torch.testing.assert_close(torch.view_as_real(weight.detach()), real.detach())
+
+
+def test_update_clip_refuses_what_keeps_no_second_moment():
+    """It looks like one of the family until it has stepped."""
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    optimizer = torch.optim.Adamax([weight])
+    clip_gradients_([weight], UpdateClip(), optimizer=optimizer)
+    message = "must keep exp_avg_sq and step for UpdateClip, got Adamax, .* use MaxUpdateRatio"
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    with pytest.raises(ValueError, match=message):
+        clip_gradients_([weight], UpdateClip(), optimizer=optimizer)
+
+
+def test_sparse_gradients():
+    layer = nn.Embedding(4, 3, sparse=True)
+    layer(torch.tensor([1, 2])).sum().backward()
+    adam = torch.optim.SparseAdam(list(layer.parameters()))
+    with pytest.raises(ValueError, match="gradient of weight must be dense"):
+        clip_gradients_(layer, UpdateClip(), optimizer=adam)
+    before = layer.weight.detach().clone()
+    sgd = torch.optim.SGD(layer.parameters(), lr=1.0)
+    clip_gradients_(layer, MaxUpdateRatio(0.01), optimizer=sgd)
+    sgd.step()
+    moved = (layer.weight - before).norm().item()
+    assert moved == pytest.approx(0.01 * before.norm().item(), rel=1e-5)

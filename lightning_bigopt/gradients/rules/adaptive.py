@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 
 from lightning_bigopt.gradients.rules.base import (
@@ -25,8 +27,8 @@ class AutoClip(ClippingRule):
 
     The paper keeps every norm; here a window of the last ones is kept, so that the limit can
     follow a norm that grows and the checkpoint stays small. Reads one number from the device
-    each update. State: ``norms``, the window; norms that are zero (which would silence every later
-    gradient) or not finite never enter it.
+    each update. State: ``norms``, the window, and ``ordered``, the same numbers by size; norms that
+    are zero (which would silence every later gradient) or not finite never enter it.
 
     Args:
         percentile: Between 0 and 100, interpolated linearly between two norms.
@@ -55,16 +57,15 @@ class AutoClip(ClippingRule):
 
     def initial_state(self) -> RuleState:
         """An empty window."""
-        return {"norms": []}
+        return {"norms": [], "ordered": []}
 
     def decide(self, context: ClipContext, state: RuleState) -> ClipDecision:
         """One coefficient for all gradients; reads one number from the device."""
         norms = context.norms_of_type(2.0)
-        history: list[float] = state["norms"]
         if math.isfinite(norms.value) and norms.value > 0:
-            history.append(norms.value)
-            del history[: -self.window]
-        limit = percentile(history, self.percentile) if history else math.inf
+            self._take(norms.value, state)
+        ordered: list[float] = state["ordered"]
+        limit = percentile(ordered, self.percentile) if ordered else math.inf
         return ClipDecision(
             norms=norms,
             coefficient=clip_coefficient(norms.total, limit, finite=norms.finite),
@@ -72,14 +73,24 @@ class AutoClip(ClippingRule):
         )
 
 
-def percentile(values: list[float], percent: float) -> float:
-    """The percentile of some numbers, interpolated linearly.
+    def _take(self, norm: float, state: RuleState) -> None:
+        """A norm enters the window, and the oldest leaves a full one."""
+        history: list[float] = state["norms"]
+        ordered: list[float] = state["ordered"]
+        history.append(norm)
+        insort(ordered, norm)
+        for old in history[: -self.window]:
+            del ordered[bisect_left(ordered, old)]
+        del history[: -self.window]
+
+
+def percentile(ordered: Sequence[float], percent: float) -> float:
+    """The percentile of numbers in ascending order, interpolated linearly.
 
     Example:
-        >>> percentile([4.0, 1.0, 2.0, 3.0], 50)
+        >>> percentile([1.0, 2.0, 3.0, 4.0], 50)
         2.5
     """
-    ordered = sorted(values)
     position = (len(ordered) - 1) * percent / 100
     low = math.floor(position)
     high = min(low + 1, len(ordered) - 1)
@@ -98,8 +109,8 @@ class ZClip(ClippingRule):
     The moments take in :math:`c`, the variance with the mean already moved, and the norm is then
     limited to :math:`\min(c, \text{max\_norm})`. The first ``warmup`` norms seed mean and
     population variance; until then only ``max_norm`` acts. Reads one number from the device each
-    update. State: ``seed`` (the first norms), ``mean``, ``variance``; norms that are not finite
-    never enter it.
+    update. State: ``seed`` (the first norms), ``mean``, ``variance``; norms that are zero (a seed
+    of zeros would silence every later gradient) or not finite never enter it.
 
     Args:
         z_threshold: :math:`z_0`, in standard deviations, positive.
@@ -150,7 +161,7 @@ class ZClip(ClippingRule):
         """The limit for this norm and the one from which on it acts; the moments move on."""
         seed: list[float] = state["seed"]
         if len(seed) < self.warmup:
-            if math.isfinite(norm):
+            if math.isfinite(norm) and norm > 0:
                 seed.append(norm)
             if len(seed) == self.warmup:
                 mean = math.fsum(seed) / len(seed)
@@ -159,7 +170,7 @@ class ZClip(ClippingRule):
             return math.inf, math.inf
         mean, deviation = state["mean"], math.sqrt(state["variance"])
         threshold = mean + self.z_threshold * (deviation + 1e-6)
-        if not math.isfinite(norm):
+        if not (math.isfinite(norm) and norm > 0):
             return math.inf, threshold
         z = (norm - mean) / (deviation + 1e-6)
         is_outlier = z > self.z_threshold

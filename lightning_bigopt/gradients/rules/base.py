@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from lightning_bigopt.durations import Horizon
-from lightning_bigopt.gradients.norms import GradientNorms, measure
+from lightning_bigopt.gradients.norms import GradientNorms, check_dense, measure
 
 __all__ = [
     "ClipContext",
@@ -77,10 +77,19 @@ class ClipContext:
             is_sharded=self.is_sharded,
         )
 
-    def with_gradients(self) -> list[tuple[str, nn.Parameter]]:
-        """Names and parameters that have a gradient, each tensor once."""
+    def with_gradients(
+        self, *, sparse: Literal["refused", "allowed"] = "refused"
+    ) -> list[tuple[str, nn.Parameter]]:
+        """Names and parameters that have a gradient, each tensor once.
+
+        Raises:
+            ValueError: If a gradient is sparse where that is refused.
+        """
         found = {id(p): (name, p) for name, p in self.parameters if p.grad is not None}
-        return list(found.values())
+        pairs = list(found.values())
+        if sparse == "refused":
+            check_dense(pairs, [p.grad for _, p in pairs if p.grad is not None])
+        return pairs
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -173,6 +182,8 @@ def clip_coefficient(
         if not (math.isfinite(value) if finite is None else finite):
             return torch.scalar_tensor(1.0)
         return torch.scalar_tensor(min(1.0, threshold / (value + 1e-6)))
+    if not isinstance(threshold, Tensor) and threshold == math.inf:
+        return torch.ones_like(norm)  # of a norm that is infinite too, the quotient is NaN
     finite = norm.isfinite() if finite is None else finite
     return torch.where(finite, (threshold / (norm + 1e-6)).clamp(max=1.0), 1.0)
 

@@ -101,6 +101,8 @@ class Groups(ClippingRule):
                 for member, match in zip(context.parameters, matches, strict=True)
                 if match == index
             ]
+            if not members:
+                continue  # all its parameters belong to another optimiser
             part = replace(context, parameters=members, norms=self._of_group(norms, index))
             parts[pattern] = rule.decide(part, state[pattern])
         return ClipDecision(norms=norms, parts=parts)

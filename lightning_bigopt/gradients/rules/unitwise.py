@@ -10,7 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from lightning_bigopt.gradients.kernels import local_norms
+from lightning_bigopt.gradients.kernels import local_norms, wide_dtype
 from lightning_bigopt.gradients.patterns import as_patterns, check_all_match, first_match
 from lightning_bigopt.gradients.rules.base import (
     ClipContext,
@@ -105,12 +105,15 @@ def clip_units_(parameters: Sequence[nn.Parameter], clip_factor: float, eps: flo
         weights = [local_part(parameter) for parameter in ordered]
         gradients = [local_part(settle_(parameter)) for parameter in ordered]
         lengths = [len(run) for run in runs]
-        norms = torch.cat([_unit_norms(weights, lengths), _unit_norms(gradients, lengths)])
+        both = [*weights, *gradients]
+        norms = _unit_norms(both, [*lengths, *lengths], wide=not both[0].is_cpu)
+        if norms.is_cpu and norms.isinf().any():  # perhaps only the squares are
+            norms = _unit_norms(both, [*lengths, *lengths], wide=True)
         of_weights, of_gradients = _over_processes(norms, ordered, weights).chunk(2)
         limits = clip_factor * of_weights.clamp(min=eps)
         factors = (limits / of_gradients.clamp(min=1e-6)).clamp(max=1.0)
         factors = torch.where(of_gradients < math.inf, factors, 1.0)  # NaN is not less either
-        _scale_units_(gradients, factors, lengths)
+        _scale_units_(gradients, factors.float(), lengths)
 
 
 def _runs(tensors: Sequence[Tensor]) -> list[list[int]]:
@@ -129,18 +132,18 @@ def _runs(tensors: Sequence[Tensor]) -> list[list[int]]:
     return [whole, *runs] if whole else runs
 
 
-def _unit_norms(tensors: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
-    """The float32 norms of all units, run by run, tensor by tensor."""
+def _unit_norms(tensors: Sequence[Tensor], lengths: Sequence[int], *, wide: bool) -> Tensor:
+    """The norms of all units, run by run, tensor by tensor; ``wide`` for squares that overflow."""
     found, start = [], 0
     for length in lengths:
         run = tensors[start : start + length]
         start += length
         if run[0].ndim < 2:
-            found.append(local_norms(run, 2.0).float())
+            found.append(local_norms(run, 2.0))
             continue
         block = run[0] if length == 1 else torch.cat(list(run))
-        into = torch.promote_types(block.dtype, torch.float32)
-        found.append(torch.linalg.vector_norm(block.flatten(1), dim=1, dtype=into).float())
+        into = torch.promote_types(block.dtype, wide_dtype(block.device) if wide else torch.float32)
+        found.append(torch.linalg.vector_norm(block.flatten(1), dim=1, dtype=into))
     return torch.cat(found)
 
 
@@ -179,7 +182,7 @@ def _over_processes(
         return norms
     units = [1 if weight.ndim < 2 else len(weight) for weight in weights]
     parts = torch.split(norms.to(torch.float64), [*units, *units])
-    return torch.cat(reduce_norms(parts, [*spread, *spread], 2.0)).float()
+    return torch.cat(reduce_norms(parts, [*spread, *spread], 2.0))
 
 
 def _unit_groups(parameter: nn.Parameter) -> ShardGroups:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,7 +27,7 @@ __all__ = ["MaxUpdateRatio", "UpdateClip", "UpdateRule"]
 # Temporary tensors are made for so many elements at a time: on a CPU as many as a cache holds.
 _CHUNK = {"cpu": 1 << 20}
 _CHUNK_ELSEWHERE = 1 << 24
-_copies: WeakKeyDictionary[Optimizer, list[Tensor]] = WeakKeyDictionary()
+_copies: WeakKeyDictionary[Optimizer, dict[int, Tensor]] = WeakKeyDictionary()
 
 
 class UpdateRule(ClippingRule):
@@ -37,7 +37,12 @@ class UpdateRule(ClippingRule):
     step for an optimiser that normalises it. So the weights are copied before the step (memory of
     one more set of weights) and the step is shortened behind it: the same as a learning rate of
     its own for every tensor, decoupled weight decay included.
+
+    Attributes:
+        sparse: What becomes of sparse gradients.
     """
+
+    sparse: ClassVar[Literal["refused", "allowed"]] = "allowed"
 
     @property
     def measures(self) -> None:
@@ -58,8 +63,8 @@ class UpdateRule(ClippingRule):
                 "(FSDP1); use FSDP2 (ModelParallelStrategy) or a rule on norms"
             )
         self.check(optimizer)
-        parameters = [parameter for _, parameter in context.with_gradients()]
-        before = _copy(optimizer, [local_part(parameter) for parameter in parameters])
+        parameters = [parameter for _, parameter in context.with_gradients(sparse=self.sparse)]
+        before = _copy(optimizer, parameters)
         return ClipDecision(after_step=lambda: self._shorten_(optimizer, parameters, before))
 
     def check(self, optimizer: Optimizer) -> None:
@@ -136,6 +141,8 @@ class UpdateClip(UpdateRule):
         models", NeurIPS 2023, Algorithm 2. Shazeer & Stern, "Adafactor", ICML 2018, Sec. 6.
     """
 
+    sparse = "refused"  # it reads them
+
     max_rms: float = 1.0
 
     def __post_init__(self) -> None:
@@ -144,6 +151,9 @@ class UpdateClip(UpdateRule):
     def check(self, optimizer: Optimizer) -> None:
         """Refuses an optimiser that is not of the Adam family."""
         super().check(optimizer)
+        begun = next(filter(None, optimizer.state.values()), None)
+        if begun is not None:
+            _second_moment(begun, optimizer)
         if not all({"betas", "eps"} <= group.keys() for group in optimizer.param_groups):
             raise ValueError(
                 f"optimizer must be of the Adam family for UpdateClip, got "
@@ -160,7 +170,8 @@ class UpdateClip(UpdateRule):
             chosen = [parameters[index] for index in indices]
             norms.append(local_norms(_ratios(optimizer, chosen, settings), 2.0))
         whole = _whole(torch.cat(norms), parameters)
-        roots = [self.max_rms * max(parameter.numel(), 1) ** 0.5 for parameter in parameters]
+        sizes = [p.numel() * (2 if p.is_complex() else 1) for p in parameters]
+        roots = [self.max_rms * max(size, 1) ** 0.5 for size in sizes]
         return torch.stack([root / norm for root, norm in zip(roots, whole.unbind(), strict=True)])
 
 
@@ -169,20 +180,37 @@ def _ratios(
 ) -> list[Tensor]:
     """Gradients over the roots of their second moments; empty where there is no moment yet."""
     ratios = [torch.empty(0, device=local_part(parameter).device) for parameter in parameters]
-    kept = [i for i, p in enumerate(parameters) if "exp_avg_sq" in optimizer.state.get(p, {})]
+    kept = [i for i, p in enumerate(parameters) if optimizer.state.get(p)]
     if not kept:
         return ratios
     states = [optimizer.state[parameters[i]] for i in kept]
     groups = [settings[id(parameters[i])] for i in kept]
-    moments = [local_part(state["exp_avg_sq"]).float() for state in states]
+    moments = [_numbers(_second_moment(state, optimizer)).float() for state in states]
     scales = _divided(moments, [_correction(s, g) for s, g in zip(states, groups, strict=True)])
     torch._foreach_clamp_min_(scales, [group["eps"] ** 2 for group in groups])
     torch._foreach_sqrt_(scales)
     torch._foreach_reciprocal_(scales)
-    torch._foreach_mul_(scales, [local_part(settle_(parameters[i])) for i in kept])
+    torch._foreach_mul_(scales, [_numbers(settle_(parameters[i])) for i in kept])
     for index, scale in zip(kept, scales, strict=True):
         ratios[index] = scale
     return ratios
+
+
+def _second_moment(state: dict[str, Any], optimizer: Optimizer) -> Tensor:
+    """What the optimiser divides by, squared and not yet corrected."""
+    if not {"exp_avg_sq", "step"} <= state.keys():
+        raise ValueError(
+            "optimizer must keep exp_avg_sq and step for UpdateClip, got "
+            f"{type(optimizer).__name__}, which keeps {', '.join(state)}; use MaxUpdateRatio"
+        )
+    moment: Tensor = state.get("max_exp_avg_sq", state["exp_avg_sq"])  # the first with amsgrad
+    return moment
+
+
+def _numbers(tensor: Tensor) -> Tensor:
+    """The local numbers of a tensor, real and imaginary parts apart, as the optimiser sees them."""
+    local = local_part(tensor)
+    return torch.view_as_real(local) if local.is_complex() else local
 
 
 def _correction(state: dict[str, Any], group: dict[str, Any]) -> float | Tensor:
@@ -259,17 +287,24 @@ class MaxUpdateRatio(UpdateRule):
         return self.ratio * weights.clamp(min=self.eps) / moved
 
 
-def _copy(optimizer: Optimizer, tensors: list[Tensor]) -> list[Tensor]:
+def _copy(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     """A copy of the weights, in memory that is kept from one update to the next."""
-    kept = _copies.get(optimizer, [])
-    if [(t.shape, t.dtype, t.device) for t in kept] != [
-        (t.shape, t.dtype, t.device) for t in tensors
-    ]:
-        kept = _copies[optimizer] = [torch.empty_like(tensor) for tensor in tensors]
-    if tensors:
+    kept = _copies.setdefault(optimizer, {})
+    weights = [local_part(parameter) for parameter in parameters]
+    copies = []
+    for parameter, weight in zip(parameters, weights, strict=True):
+        found = kept.get(id(parameter))
+        if found is None or (found.shape, found.dtype, found.device) != (
+            weight.shape,
+            weight.dtype,
+            weight.device,
+        ):
+            found = kept[id(parameter)] = torch.empty_like(weight)
+        copies.append(found)
+    if copies:
         with torch.no_grad():
-            torch._foreach_copy_(kept, tensors)
-    return kept
+            torch._foreach_copy_(copies, weights)
+    return copies
 
 
 def _chunks(tensors: Sequence[Tensor]) -> Iterator[list[int]]:

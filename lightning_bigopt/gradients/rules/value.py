@@ -30,7 +30,8 @@ class ValueClip(ClippingRule):
         max_abs: The limit :math:`m`, positive.
 
     Raises:
-        ValueError: If ``max_abs`` is not positive and finite.
+        ValueError: If ``max_abs`` is not positive and finite; when it is used, if a gradient is
+            complex.
 
     Example:
         >>> ValueClip(max_abs=0.5)
@@ -49,7 +50,14 @@ class ValueClip(ClippingRule):
 
     def decide(self, context: ClipContext, state: RuleState) -> ClipDecision:
         """Writes element by element; does not synchronise."""
-        parameters = [parameter for _, parameter in context.with_gradients()]
+        named = context.with_gradients()
+        parameters = [parameter for _, parameter in named]
+        if any(parameter.is_complex() for parameter in parameters):
+            name = next(name for name, parameter in named if parameter.is_complex())
+            raise ValueError(
+                f"the gradient of {name} must be real for ValueClip, got a complex one; use "
+                "PerParameterNormClip"
+            )
         return ClipDecision(write=lambda: _clamp_(parameters, self.max_abs), threshold=self.max_abs)
 
 
