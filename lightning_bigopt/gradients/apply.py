@@ -43,7 +43,6 @@ def takes_grad_scale(optimizer: Optimizer) -> bool:
     )
 
 
-@torch.no_grad()
 def apply_(
     decision: ClipDecision,
     *,

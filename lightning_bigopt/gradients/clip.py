@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import is_
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -92,8 +93,10 @@ def _remembers(state: RuleState) -> bool:
 
 
 def _owns_exactly(optimizer: Optimizer, parameters: list[nn.Parameter]) -> bool:
-    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return owned == {id(parameter) for parameter in parameters}
+    owned = [p for group in optimizer.param_groups for p in group["params"]]
+    if len(owned) == len(parameters) and all(map(is_, owned, parameters)):
+        return True
+    return set(map(id, owned)) == set(map(id, parameters))
 
 
 def _named(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,7 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from lightning_bigopt.gradients.kernels import local_norms, wide_dtype
+from lightning_bigopt.gradients.kernels import (
+    all_on_cpu,
+    cpu_norms,
+    local_norms,
+    wide_dtype,
+)
 from lightning_bigopt.gradients.sharding import (
     ShardGroups,
     local_part,
@@ -140,21 +146,22 @@ def measure(
         tensor(6.)
     """
     order = check_norm_type(norm_type)
-    pairs = list(parameters)
-    if len({id(parameter) for _, parameter in pairs}) < len(pairs):
+    pairs = parameters if isinstance(parameters, list) else list(parameters)
+    if len(set(map(id, [parameter for _, parameter in pairs]))) < len(pairs):
         pairs = list({id(pair[1]): pair for pair in reversed(pairs)}.values())[::-1]
     gradients = [parameter.grad for _, parameter in pairs]
-    if type(None) in {type(gradient) for gradient in gradients}:
+    kinds = set(map(type, gradients))
+    if type(None) in kinds:
         if process_group is None:
             pairs = [pair for pair in pairs if pair[1].grad is not None]
         else:
             pairs = [pair for pair in pairs if pair[1].requires_grad]
         gradients = [parameter.grad for _, parameter in pairs]
+        kinds.discard(type(None))
     tensors = [
         parameter.new_empty(0) if gradient is None else gradient
         for (_, parameter), gradient in zip(pairs, gradients, strict=True)
     ]
-    check_dense(pairs, tensors)
     groups: list[ShardGroups] | None = None
     if process_group is not None:
         groups = [
@@ -162,15 +169,26 @@ def measure(
             or ((process_group,) if is_sharded is None or is_sharded(parameter) else ())
             for tensor, (_, parameter) in zip(tensors, pairs, strict=True)
         ]
-    each = _norms_of(tensors, order, groups)
-    total, finite = _total(each, order)
+    try:
+        if groups is None and kinds <= _PLAIN and all_on_cpu(tensors):
+            numbers = cpu_norms(tensors, order)
+            total, finite = _total_of(numbers, order)
+            each = _float32(numbers)
+        else:
+            norms = _norms_of(tensors, order, groups)
+            total, finite = _total(norms, order)
+            each = norms.float()
+    except (NotImplementedError, RuntimeError):
+        check_dense(pairs, tensors)  # which no kernel minds where they are
+        raise
+    names, owners = zip(*pairs, strict=True) if pairs else ((), ())
     return GradientNorms(
-        names=tuple([name for name, _ in pairs]),
-        per_tensor=each.float(),
+        names=names,
+        per_tensor=each,
         total=total,
         finite=finite,
         norm_type=order,
-        parameters=tuple([parameter for _, parameter in pairs]),
+        parameters=owners,
     )
 
 
@@ -201,7 +219,7 @@ def norms_of(
 def _norms_of(
     tensors: Sequence[Tensor], order: float, groups: Sequence[ShardGroups] | None
 ) -> Tensor:
-    if {type(tensor) for tensor in tensors} <= _PLAIN:
+    if set(map(type, tensors)) <= _PLAIN:
         found = local_norms(tensors, order)
         return found if groups is None else _whole(found, groups, order)
     settled = [without_partial(tensor) for tensor in tensors]
@@ -217,17 +235,12 @@ def check_dense(pairs: Sequence[tuple[str, nn.Parameter]], tensors: Sequence[Ten
     Raises:
         ValueError: With the parameter's name.
     """
-    if {tensor.layout for tensor in tensors} <= {torch.strided}:
-        return
-    name, layout = next(
-        (name, tensor.layout)
-        for (name, _), tensor in zip(pairs, tensors, strict=True)
-        if tensor.layout is not torch.strided
-    )
-    raise ValueError(
-        f"the gradient of {name} must be dense, got layout {layout}; pass sparse=False to the "
-        "embedding"
-    )
+    for (name, _), tensor in zip(pairs, tensors, strict=True):
+        if tensor.layout is not torch.strided:
+            raise ValueError(
+                f"the gradient of {name} must be dense, got layout {tensor.layout}; pass "
+                "sparse=False to the embedding"
+            )
 
 
 def check_norm_type(norm_type: float) -> float:
@@ -249,15 +262,23 @@ def _whole(norms: Tensor, groups: Sequence[ShardGroups], order: float) -> Tensor
 
 def _total(norms: Tensor, order: float) -> tuple[Tensor, Tensor]:
     """The norm of norms in float32, and whether it is finite in their own precision."""
-    if norms.is_cpu:  # where a few numbers are faster than a few tensors
-        values = norms.tolist()
-        total = math.hypot(*values) if order == 2.0 else sum(values)
-        if order == math.inf and math.isfinite(total):
-            total = max(values, default=0.0)
-        finite = torch.scalar_tensor(math.isfinite(total), dtype=torch.bool)
-        inside = not total > torch.finfo(torch.float32).max
-        return torch.scalar_tensor(total if inside else math.inf, dtype=torch.float32), finite
+    if norms.is_cpu:
+        return _total_of(norms.tolist(), order)
     if not len(norms):
         return norms.new_zeros((), dtype=torch.float32), norms.new_ones((), dtype=torch.bool)
     whole = torch.linalg.vector_norm(norms, order)
     return whole.float(), whole < math.inf
+
+
+def _total_of(values: list[float], order: float) -> tuple[Tensor, Tensor]:
+    """The same of numbers: on a CPU a few of them are faster than a few tensors."""
+    total = math.hypot(*values) if order == 2.0 else sum(values)
+    if order == math.inf and math.isfinite(total):
+        total = max(values, default=0.0)
+    finite = torch.scalar_tensor(math.isfinite(total), dtype=torch.bool)
+    inside = not total > torch.finfo(torch.float32).max
+    return torch.scalar_tensor(total if inside else math.inf, dtype=torch.float32), finite
+
+
+def _float32(values: list[float]) -> Tensor:
+    return torch.frombuffer(array("f", values), dtype=torch.float32) if values else torch.zeros(0)

@@ -96,32 +96,35 @@ class AGC(ClippingRule):
 @torch.no_grad()
 def clip_units_(parameters: Sequence[nn.Parameter], clip_factor: float, eps: float) -> None:
     """Limits the gradient of every unit in place with few kernels. Does not synchronise."""
-    devices: dict[torch.device, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        devices.setdefault(local_part(parameter).device, []).append(parameter)
+    weights = [local_part(parameter) for parameter in parameters]
+    gradients = [local_part(settle_(parameter)) for parameter in parameters]
+    devices: dict[torch.device, list[int]] = {}
+    for index, weight in enumerate(weights):
+        devices.setdefault(weight.device, []).append(index)
     for members in devices.values():
-        runs = _runs([local_part(parameter) for parameter in members])
-        ordered = [members[index] for run in runs for index in run]
-        weights = [local_part(parameter) for parameter in ordered]
-        gradients = [local_part(settle_(parameter)) for parameter in ordered]
-        lengths = [len(run) for run in runs]
-        both = [*weights, *gradients]
-        norms = _unit_norms(both, [*lengths, *lengths], wide=not both[0].is_cpu)
+        runs = _runs(members, weights)
+        ordered = [index for run in runs for index in run]
+        spread = [_unit_groups(parameters[index]) for index in ordered]
+        norms = _norms_of_runs(runs, weights, gradients, wide=not weights[members[0]].is_cpu)
         if norms.is_cpu and norms.isinf().any():  # perhaps only the squares are
-            norms = _unit_norms(both, [*lengths, *lengths], wide=True)
-        of_weights, of_gradients = _over_processes(norms, ordered, weights).chunk(2)
-        limits = clip_factor * of_weights.clamp(min=eps)
-        factors = (limits / of_gradients.clamp(min=1e-6)).clamp(max=1.0)
+            norms = _norms_of_runs(runs, weights, gradients, wide=True)
+        if any(spread):
+            norms = _over_processes(norms, spread, [weights[index] for index in ordered])
+        of_weights, of_gradients = norms
+        limits = of_weights.clamp(min=eps).mul_(clip_factor)
+        factors = limits.div_(of_gradients.clamp(min=1e-6)).clamp_(max=1.0)
         factors = torch.where(of_gradients < math.inf, factors, 1.0)  # NaN is not less either
-        _scale_units_(gradients, factors.float(), lengths)
+        lengths = [len(run) for run in runs]
+        _scale_units_([gradients[index] for index in ordered], factors.float(), lengths)
 
 
-def _runs(tensors: Sequence[Tensor]) -> list[list[int]]:
+def _runs(members: Sequence[int], tensors: Sequence[Tensor]) -> list[list[int]]:
     """Indices by the way in which norms are taken: tensors without units, equal shapes, others."""
     whole: list[int] = []
     alike: dict[torch.Size, list[int]] = {}
     runs: list[list[int]] = []
-    for index, tensor in enumerate(tensors):
+    for index in members:
+        tensor = tensors[index]
         if tensor.ndim < 2:
             whole.append(index)
         elif tensor.numel() > _SMALL:
@@ -132,19 +135,31 @@ def _runs(tensors: Sequence[Tensor]) -> list[list[int]]:
     return [whole, *runs] if whole else runs
 
 
-def _unit_norms(tensors: Sequence[Tensor], lengths: Sequence[int], *, wide: bool) -> Tensor:
-    """The norms of all units, run by run, tensor by tensor; ``wide`` for squares that overflow."""
-    found, start = [], 0
-    for length in lengths:
-        run = tensors[start : start + length]
-        start += length
-        if run[0].ndim < 2:
-            found.append(local_norms(run, 2.0))
-            continue
-        block = run[0] if length == 1 else torch.cat(list(run))
-        into = torch.promote_types(block.dtype, wide_dtype(block.device) if wide else torch.float32)
-        found.append(torch.linalg.vector_norm(block.flatten(1), dim=1, dtype=into))
-    return torch.cat(found)
+def _norms_of_runs(
+    runs: Sequence[Sequence[int]],
+    weights: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    *,
+    wide: bool,
+) -> Tensor:
+    """The norms of all units, run by run: shape (2, n), first of weights, then of gradients."""
+    found = []
+    for run in runs:
+        both = [*[weights[index] for index in run], *[gradients[index] for index in run]]
+        if both[0].ndim < 2:
+            norms = local_norms(both, 2.0)
+        elif len(run) == 1:
+            norms = torch.stack([_unit_norms(tensor, wide=wide) for tensor in both])
+        else:
+            norms = _unit_norms(torch.cat(both), wide=wide)
+        found.append(norms.view(2, -1))
+    return torch.cat(found, dim=1)
+
+
+def _unit_norms(block: Tensor, *, wide: bool) -> Tensor:
+    """The norms over the first dimension; ``wide`` for squares that overflow."""
+    into = torch.promote_types(block.dtype, wide_dtype(block.device) if wide else torch.float32)
+    return torch.linalg.vector_norm(block.flatten(1), dim=1, dtype=into)
 
 
 def _scale_units_(gradients: Sequence[Tensor], factors: Tensor, lengths: Sequence[int]) -> None:
@@ -174,15 +189,12 @@ def _column(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _over_processes(
-    norms: Tensor, parameters: Sequence[nn.Parameter], weights: Sequence[Tensor]
+    norms: Tensor, spread: Sequence[ShardGroups], weights: Sequence[Tensor]
 ) -> Tensor:
-    """Puts together the norms of units that are spread over processes, first of weights."""
-    spread = [_unit_groups(parameter) for parameter in parameters]
-    if not any(spread):
-        return norms
+    """Puts together the norms of units that are spread over processes; shape (2, n) as before."""
     units = [1 if weight.ndim < 2 else len(weight) for weight in weights]
-    parts = torch.split(norms.to(torch.float64), [*units, *units])
-    return torch.cat(reduce_norms(parts, [*spread, *spread], 2.0))
+    parts = torch.split(norms.to(torch.float64).flatten(), [*units, *units])
+    return torch.cat(reduce_norms(parts, [*spread, *spread], 2.0)).view(2, -1)
 
 
 def _unit_groups(parameter: nn.Parameter) -> ShardGroups:

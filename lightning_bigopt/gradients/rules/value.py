@@ -61,6 +61,7 @@ class ValueClip(ClippingRule):
         return ClipDecision(write=lambda: _clamp_(parameters, self.max_abs), threshold=self.max_abs)
 
 
+@torch.no_grad()
 def _clamp_(parameters: list[nn.Parameter], limit: float) -> None:
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for parameter in parameters:
