@@ -133,7 +133,11 @@ class ClipAudit:
         norms = torch.stack([norm for norm, _ in pending])
         finite = norms.isfinite()
         # A coefficient of 1 in float32 may stand for a norm a millionth above the threshold.
-        shares = torch.stack([(c < 1).float().mean() for _, c in pending])
+        factors = [coefficient for _, coefficient in pending]
+        if all(factor.ndim == 0 for factor in factors):
+            shares = (torch.stack(factors) < 1).float()
+        else:
+            shares = torch.stack([(factor < 1).float().mean() for factor in factors])
         self._updates = self._updates + finite.sum()
         self._clipped = self._clipped + (shares * finite).sum()
         marked = torch.where(finite, norms, _NOT_FINITE)

@@ -84,22 +84,26 @@ class GradientClippingController(Controller):
 
     def clip(self, step: OptimizerStep) -> None:
         """Decides once, and carries it out."""
-        label = step.label
+        optimizer, pipeline, label = step.optimizer, step.pipeline, step.label
         state = self._states.get(label)
         if state is None:
             state = self._states[label] = self._resolved.initial_state()
         context = ClipContext(
             parameters=step.parameters,
-            norms=step.coming_norms if self.wants_norms(step) else None,
-            optimizer=step.optimizer,
-            fraction=step.pipeline.fraction,
-            process_group=trainer_access.shard_group(step.pipeline.trainer),
-            all_names=step.pipeline.parameter_names,
+            norms=None if self.rule.measures is None else step.coming_norms,
+            optimizer=optimizer,
+            fraction=pipeline.fraction,
+            process_group=trainer_access.shard_group(pipeline.trainer),
+            all_names=pipeline.parameter_names,
         )
         step.decision = self._resolved.decide(context, state)
-        apply_(step.decision, optimizer=step.optimizer)
+        apply_(step.decision, optimizer=optimizer)
+        audits = self._audits.setdefault(label, {})
         for group, decision, _ in decisions_of(step.decision, self.rule):
-            self._audits.setdefault(label, {}).setdefault(group, ClipAudit()).add(decision)
+            audit = audits.get(group)
+            if audit is None:
+                audit = audits[group] = ClipAudit()
+            audit.add(decision)
 
     def reports(self) -> dict[tuple[str, str], ClipReport]:
         """What clipping has done so far, by optimiser and group. Synchronises."""

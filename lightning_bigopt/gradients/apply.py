@@ -168,7 +168,6 @@ def after_step_once(optimizer: Optimizer, run: Callable[[], None]) -> None:
         ...     optimizer.step()
         stepped
     """
-
     due = [run]
 
     def once(*_: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from operator import is_
+from typing import cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -117,5 +118,5 @@ def _named(
                 "parameters must be a module, parameters or pairs of name and parameter, got "
                 f"{parameter!r} among them; of a dict pass its items()"
             )
-        named.append((name, parameter))
+        named.append((name, cast("nn.Parameter", parameter)))
     return named

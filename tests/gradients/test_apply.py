@@ -230,7 +230,9 @@ def test_hooks_of_others_run_before_and_behind_ours(kind):
             named[0][1].grad = None
         pre.remove(), post.remove()
     clear_(optimizer)
-    assert len(optimizer._optimizer_step_post_hooks) == len(optimizer._optimizer_step_pre_hooks) == 1
+    assert (
+        len(optimizer._optimizer_step_post_hooks) == len(optimizer._optimizer_step_pre_hooks) == 1
+    )
     steps = 2 if kind == "limit on the update" else 4
     every = ["before step", "pre, behind ours", "before ours", "post, behind ours"]
     assert calls == every * steps

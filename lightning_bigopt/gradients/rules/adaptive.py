@@ -72,7 +72,6 @@ class AutoClip(ClippingRule):
             threshold=limit,
         )
 
-
     def _take(self, norm: float, state: RuleState) -> None:
         """A norm enters the window, and the oldest leaves a full one."""
         history: list[float] = state["norms"]

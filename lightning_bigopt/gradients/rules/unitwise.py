@@ -159,7 +159,8 @@ def _norms_of_runs(
 def _unit_norms(block: Tensor, *, wide: bool) -> Tensor:
     """The norms over the first dimension; ``wide`` for squares that overflow."""
     into = torch.promote_types(block.dtype, wide_dtype(block.device) if wide else torch.float32)
-    return torch.linalg.vector_norm(block.flatten(1), dim=1, dtype=into)
+    norms: Tensor = torch.linalg.vector_norm(block.flatten(1), dim=1, dtype=into)
+    return norms
 
 
 def _scale_units_(gradients: Sequence[Tensor], factors: Tensor, lengths: Sequence[int]) -> None:
