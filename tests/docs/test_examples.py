@@ -18,7 +18,10 @@ import pytest
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = [
     *(f"{name}.md" for name in ("index", "start", "errors", "algorithms")),
-    *(f"recipes/{name}.md" for name in ("huggingface_trainer", "timm", "megatron")),
+    *(
+        f"recipes/{name}.md"
+        for name in ("huggingface_trainer", "timm", "megatron", "gpt", "resnet", "speech")
+    ),
 ]
 _FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _ERROR = re.compile(r"[A-Z]\w*Error: ")
