@@ -1,0 +1,153 @@
+"""What ``python -m build`` makes installs and runs where no checkout is."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from markdown_it import MarkdownIt
+from packaging.metadata import Metadata
+from packaging.version import Version
+
+import lightning_bigopt
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+
+PROBE = """
+import lightning_bigopt, importlib.metadata, pathlib
+folder = pathlib.Path(lightning_bigopt.__file__).parent
+assert (folder / "py.typed").is_file()
+assert all(hasattr(lightning_bigopt, name) for name in lightning_bigopt.__all__)
+print(folder, importlib.metadata.version("lightning-bigopt"))
+"""
+
+
+def run(*command: object, cwd: Path) -> str:
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        list(map(str, command)), cwd=cwd, env=clean, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with sdist and wheel; the wheel is built from the sdist."""
+    folder = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT, cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    (path,) = built.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def sdist(built: Path) -> Path:
+    (path,) = built.glob("*.tar.gz")
+    return path
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel: Path) -> Metadata:
+    with zipfile.ZipFile(wheel) as files:
+        (name,) = (n for n in files.namelist() if n.endswith(".dist-info/METADATA"))
+        return Metadata.from_email(files.read(name), validate=True)
+
+
+def environment(folder: Path, package: Path) -> Path:
+    """The scripts of a fresh environment that holds the package, and sees our dependencies."""
+    venv.create(folder, with_pip=False, symlinks=True)
+    variables = {"base": str(folder), "platbase": str(folder)}
+    site = Path(sysconfig.get_path("purelib", "venv", vars=variables))
+    # A path in a .pth file makes modules visible, but does not read that folder's own .pth files:
+    # the editable installation of this checkout stays out.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    scripts = Path(sysconfig.get_path("scripts", "venv", vars=variables))
+    pip = [sys.executable, "-m", "pip", "--python", scripts / "python", "install", "--quiet"]
+    run(*pip, "--no-deps", "--no-index", "--no-build-isolation", package, cwd=folder)
+    return scripts
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_it_runs_in_a_fresh_environment(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    scripts = environment(tmp_path / "env", request.getfixturevalue(kind))
+    if kind == "wheel":
+        where, version = run(scripts / "python", "-c", PROBE, cwd=tmp_path).split()
+        assert (tmp_path / "env").resolve() in Path(where).resolve().parents
+        assert version == lightning_bigopt.__version__
+        printed = run(scripts / "bigopt", "demo", "--max-steps", "2", cwd=tmp_path)
+        assert "| validation loss (nats/byte) |" in printed
+        assert (tmp_path / "runs" / "demo" / "demo.png").is_file()
+    else:
+        assert "WarmupStableDecay" in run(scripts / "bigopt", "schedules", cwd=tmp_path)
+        assert list((tmp_path / "env").rglob("lightning_bigopt/py.typed"))
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as files:
+        names = set(files.namelist())
+    tracked = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "lightning_bigopt").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    inside = {name for name in names if not re.match(r"[^/]+\.dist-info/", name)}
+    assert inside == tracked
+    assert "lightning_bigopt/py.typed" in inside
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+def test_the_sdist_holds_what_tests_and_docs_need(sdist: Path) -> None:
+    with tarfile.open(sdist) as files:
+        names = {name.partition("/")[2] for name in files.getnames()}
+    wanted = {"README.md", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "Makefile"}
+    wanted |= {"constraints.txt", "examples/gpt.yaml", "docs/conf.py", "tests/conftest.py"}
+    assert wanted <= names
+    assert not [name for name in names if {"_build", "__pycache__"} & set(name.split("/"))]
+
+
+def test_the_metadata_are_complete(metadata: Metadata) -> None:
+    assert metadata.name == "lightning-bigopt"
+    assert metadata.version == Version(lightning_bigopt.__version__)
+    assert re.fullmatch(r"\d+\.\d+\.\d+", str(metadata.version))
+    assert metadata.summary
+    assert metadata.license_expression == "Apache-2.0"
+    assert metadata.license_files == ["LICENSE"]
+    assert str(metadata.requires_python) == ">=3.10"
+    assert {"cli", "plot", "docs"} <= set(metadata.provides_extra or [])
+    assert "Typing :: Typed" in (metadata.classifiers or [])
+    assert not metadata.project_urls  # none is known yet, and none is made up
+
+
+def test_the_readme_renders(metadata: Metadata) -> None:
+    assert metadata.description_content_type == "text/markdown"
+    assert metadata.description == (ROOT / "README.md").read_text(encoding="utf-8")
+    page = MarkdownIt("gfm-like", {"linkify": False}).render(metadata.description)
+    assert "<h1>lightning_bigopt</h1>" in page
+    assert page.count("<table>") >= 1
+    assert "```" not in page
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    headings = re.findall(
+        r"^## \[(.*?)\](?: - (\S+))?$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE
+    )
+    assert headings[0] == ("Unreleased", "")
+    version, date = headings[1]
+    assert version == lightning_bigopt.__version__
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", date)
