@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
+from lightning_bigopt import trainer_access
 from lightning_bigopt.callbacks.base import OptimizationCallback
 from lightning_bigopt.clock import BatchCount, ClockSettings
 from lightning_bigopt.controllers.layers import LayerValue
@@ -50,8 +52,10 @@ class OptimizationMonitor(OptimizationCallback):
         since the last logged update.
 
     Raises:
-        ValueError: If an argument is out of range; at train start where the x axis counts what
-            nobody counts, or a pattern matches no parameter.
+        ValueError: If an argument is out of range; at fit start for ``report`` without a logger
+            whose files can be read; at train start where the x axis counts what nobody counts, or
+            a pattern matches no parameter.
+        ImportError: At fit start for ``report`` without matplotlib or jinja2.
 
     Example:
         >>> from lightning_bigopt import OptimizationMonitor
@@ -86,6 +90,25 @@ class OptimizationMonitor(OptimizationCallback):
         )
         self.report = report
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Conflicts raise here, and a report that could not be written."""
+        super().on_fit_start(trainer, pl_module)
+        if self.report is None or trainer_access.is_fast_dev_run(trainer):
+            return
+        if trainer_access.log_folder(trainer) is None:
+            kinds = ", ".join(type(logger).__name__ for logger in trainer.loggers)
+            raise ValueError(
+                "logger must be a TensorBoardLogger or a CSVLogger with "
+                f"OptimizationMonitor(report=), got {kinds or 'none'}; give one to the Trainer, or "
+                "leave report out"
+            )
+        for module in ("jinja2", "matplotlib"):
+            if find_spec(module) is None:
+                raise ImportError(
+                    f"{module} must be installed for OptimizationMonitor(report=); run pip install "
+                    "'lightning-bigopt[plot]'"
+                )
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Undoes every patch, and writes the report."""
         super().teardown(trainer, pl_module, stage)
@@ -100,13 +123,16 @@ class OptimizationMonitor(OptimizationCallback):
         self._write_report(trainer)
 
     def _write_report(self, trainer: Trainer) -> None:
-        if self.report is None or not trainer.is_global_zero or trainer.log_dir is None:
+        folder = trainer_access.log_folder(trainer) if trainer.is_global_zero else None
+        if self.report is None or folder is None:
             return
         from lightning_bigopt.reporting.report import write_report
+        from lightning_bigopt.reporting.runs import holds_logs
 
         for logger in trainer.loggers:
             logger.save()
-        write_report([trainer.log_dir], self.report)
+        if holds_logs(folder):  # a run that died before its first logged step left none
+            write_report([folder], self.report)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validation is no part of a step's time."""

@@ -19,7 +19,7 @@ from lightning_bigopt.reporting.tags import tag_name
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["LayerMonitor", "LayerValue", "Layers", "block_of", "layer_names"]
+__all__ = ["LayerMonitor", "LayerValue", "Layers", "block_of", "check_layers", "layer_names"]
 
 Layers: TypeAlias = Literal["blocks", "parameters"] | Mapping[str, str] | None
 LayerValue: TypeAlias = Literal["grad_norm", "weight_norm", "update_ratio", "zeros"]
@@ -49,9 +49,6 @@ def layer_names(names: Sequence[str], layers: Layers) -> list[str | None]:
         layers: ``"blocks"`` by :func:`block_of`, ``"parameters"`` each alone, or a mapping from
             names of layers to patterns, of which the first that matches counts.
 
-    Raises:
-        ValueError: If a pattern matches no parameter.
-
     Example:
         >>> layer_names(["a.0.w", "a.0.b", "head.w"], {"head": "head.*"})
         [None, None, 'head']
@@ -62,10 +59,21 @@ def layer_names(names: Sequence[str], layers: Layers) -> list[str | None]:
         return list(names)
     if isinstance(layers, str):
         return [block_of(name) for name in names]
-    labels, patterns = list(layers), tuple(layers.values())
-    check_all_match(tuple(names), patterns)
-    matches = first_match(tuple(names), patterns)
+    labels = list(layers)
+    matches = first_match(tuple(names), tuple(layers.values()))
     return [None if match is None else labels[match] for match in matches]
+
+
+def check_layers(names: Sequence[str], layers: Layers) -> None:
+    """Refuses patterns that match none of a module's parameters.
+
+    One optimiser of several, and a module that is partly frozen, have fewer of them.
+
+    Raises:
+        ValueError: If a pattern matches no parameter.
+    """
+    if isinstance(layers, Mapping):
+        check_all_match(tuple(names), tuple(layers.values()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,12 +101,12 @@ class _Grouping:
     def sum(self, values: Tensor) -> Tensor:
         wide = values.double() if values.device.type != "mps" else values
         empty = torch.zeros(len(self.labels), dtype=wide.dtype, device=wide.device)
-        return empty.index_add_(0, self.layers, wide[self.members])
+        return empty.index_add_(0, self.layers, wide.index_select(0, self.members))
 
     def norm(self, norms: Tensor, order: float) -> Tensor:
         """The norm of each layer from those of its tensors."""
         if order == math.inf:
-            chosen = norms[self.members]
+            chosen = norms.index_select(0, self.members)
             return chosen.new_zeros(len(self.labels)).index_reduce_(0, self.layers, chosen, "amax")
         if len(self.labels) == len(self.names):
             return norms
@@ -133,6 +141,7 @@ class LayerMonitor:
         self._norms: GradientNorms | None = None
         self._before: list[Tensor] = []
         self._weights = torch.empty(0)
+        self._tags: dict[LayerValue, list[str]] = {}
 
     @torch.no_grad()
     def before_step(
@@ -148,7 +157,7 @@ class LayerMonitor:
         if self.layers is None or not norms.names:
             return
         if self._grouping is None or self._grouping.names != norms.names:
-            self._grouping = _Grouping.of(norms, self.layers)
+            self._grouping, self._tags = _Grouping.of(norms, self.layers), {}
         grouping, self._norms = self._grouping, norms
         shards = [shard_groups(p) or ((group,) if group else ()) for p in norms.parameters]
         if "grad_norm" in self.values:
@@ -189,4 +198,7 @@ class LayerMonitor:
 
     def _names(self, value: LayerValue) -> list[str]:
         assert self._grouping is not None  # measured before
-        return [tag_name(f"layers/{value}", name, self.label) for name in self._grouping.labels]
+        if value not in self._tags:
+            labels = self._grouping.labels
+            self._tags[value] = [tag_name(f"layers/{value}", name, self.label) for name in labels]
+        return self._tags[value]

@@ -12,7 +12,7 @@ from lightning_bigopt.clock import ClockSettings
 from lightning_bigopt.controllers import written
 from lightning_bigopt.controllers.base import Controller
 from lightning_bigopt.controllers.collected import Collected
-from lightning_bigopt.controllers.layers import LayerMonitor, Layers, LayerValue
+from lightning_bigopt.controllers.layers import LayerMonitor, Layers, LayerValue, check_layers
 from lightning_bigopt.controllers.throughput import StepTimer
 from lightning_bigopt.reporting.tags import tag_name
 
@@ -73,6 +73,7 @@ class MonitorController(Controller):
                 "tokens must be counted for x_axis='tokens', got nobody who does; pass tokens=a "
                 "function of the batch, or the name of its ids or mask"
             )
+        check_layers(pipeline.parameter_names, self.layers)
         self._start()
         clock = pipeline.clock
         self._timer.start(

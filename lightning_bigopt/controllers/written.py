@@ -41,7 +41,7 @@ def log_values(pipeline: Pipeline, values: Mapping[str, float], axis: Axis) -> N
             named = {prefix + tag: value for tag, value in values.items()} if prefix else values
             tensorboard.write_scalars(writer, named, step=step)
         else:
-            logger.log_metrics(dict(values), step=step)
+            trainer_access.log_metrics(logger, values, step=step)
 
 
 def write_start(pipeline: Pipeline, axis: Axis) -> None:
@@ -55,8 +55,7 @@ def write_start(pipeline: Pipeline, axis: Axis) -> None:
         if begun:
             step = first if axis == "updates" else int(getattr(pipeline.clock, axis)) + 1
             tensorboard.forget_after(writer, step)
-        else:
-            writer.add_text("plan", plan_text(pipeline))
+        writer.add_text("plan", plan_text(pipeline), first)
         tensorboard.write_dashboard(writer)
         curves = planned_curves(pipeline, axis, first=first if begun else 0)
         tensorboard.write_curves(writer, curves)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["plan"]
 
 _FUSABLE = frozenset({"Adam", "AdamW", "SGD", "Adagrad"})
+_UNLIMITED = "the Trainer has no limit and would run 1000 epochs; set max_steps or max_epochs"
 _STAGES = ("warmup", "decay")
 
 
@@ -75,6 +76,7 @@ def plan(
         >>> found.totals["updates"], found.rows[50].update, found.rows[50].learning_rates
         (100.0, 50, {'lr': 0.05})
     """
+    unlimited = trainer_access.is_unlimited(trainer)
     with trainer_access.data_in_place(trainer, module, train_dataloaders, datamodule=datamodule):
         callbacks = _callbacks(trainer, module)
         controllers = [c.controller for c in callbacks if isinstance(c, OptimizationCallback)]
@@ -87,7 +89,9 @@ def plan(
         horizon = clock.horizon = resolve_horizon(trainer, clock.settings.budget, simulate)
         found = next((c for c in controllers if isinstance(c, LearningRateController)), None)
         owner = copy.copy(found)
-        surprises = list(_warnings(trainer, optimizers, horizon, owner))
+        surprises = list(_warnings(optimizers, horizon, owner))
+        if unlimited:
+            surprises.insert(0, _UNLIMITED)
         boundaries: list[Boundary] = []
         if owner is not None:
             try:
@@ -134,7 +138,7 @@ def _row(
     progress, known = update.progress, horizon.total
     rates = {}
     for optimizer in optimizers:
-        label = type(optimizer).__name__ if len(optimizers) > 1 else ""
+        label = trainer_access.label_among(optimizers, optimizer)
         for name, group in zip(
             group_names(optimizer.param_groups), optimizer.param_groups, strict=True
         ):
@@ -186,13 +190,8 @@ def _boundaries(schedule: Schedule, horizon: Horizon) -> Iterator[Boundary]:
 
 
 def _warnings(
-    trainer: Trainer,
-    optimizers: list[Optimizer],
-    horizon: Horizon,
-    owner: LearningRateController | None,
+    optimizers: list[Optimizer], horizon: Horizon, owner: LearningRateController | None
 ) -> Iterator[str]:
-    if trainer.max_epochs == 1000 and trainer.max_steps == -1:
-        yield "the Trainer has no limit and would run 1000 epochs; set max_steps or max_epochs"
     if owner is None:
         yield "no LearningRateScheduler: the learning rate stays as configured, or is the module's"
     for optimizer in optimizers:

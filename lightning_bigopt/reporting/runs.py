@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
-__all__ = ["Curve", "Run", "read_run"]
+__all__ = ["Curve", "Run", "holds_logs", "read_run"]
 
 Curve: TypeAlias = list[tuple[int, float]]
 
@@ -71,6 +71,11 @@ def read_run(folder: str | Path) -> Run:
     events = any(path.name.startswith("events.out.") for path in home.iterdir())
     curves, texts = _from_events(home) if events else (_from_csv(home / "metrics.csv"), {})
     return Run(name=_name(home), curves=curves, texts=texts)
+
+
+def holds_logs(folder: str | Path) -> bool:
+    """Whether :func:`read_run` would find anything in a folder."""
+    return any(_is_log(path) for path in Path(folder).glob("*"))
 
 
 def _is_log(path: Path) -> bool:

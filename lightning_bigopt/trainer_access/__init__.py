@@ -14,6 +14,8 @@ from lightning_bigopt.trainer_access.loaders import (
     train_source,
 )
 from lightning_bigopt.trainer_access.logs import (
+    log_folder,
+    log_metrics,
     should_log,
     show_on_progress_bar,
     tensorboard_writers,
@@ -21,6 +23,7 @@ from lightning_bigopt.trainer_access.logs import (
 from lightning_bigopt.trainer_access.optimizers import (
     add_scheduler,
     is_private,
+    label_among,
     named_parameters,
     optimizer_label,
     parameter_names,
@@ -32,6 +35,7 @@ from lightning_bigopt.trainer_access.position import (
     closes_window,
     is_fast_dev_run,
     is_last_batch,
+    is_unlimited,
     ready_batches,
 )
 from lightning_bigopt.trainer_access.precision import (
@@ -78,7 +82,11 @@ __all__ = [
     "is_fast_dev_run",
     "is_last_batch",
     "is_private",
+    "is_unlimited",
+    "label_among",
     "last_batch_samples",
+    "log_folder",
+    "log_metrics",
     "loss_scale",
     "micro_batch_size",
     "named_parameters",

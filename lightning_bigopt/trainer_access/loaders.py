@@ -10,6 +10,7 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 
 from lightning_bigopt.batching import GlobalBatchLoader
+from lightning_bigopt.trainer_access.position import is_unlimited
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -45,7 +46,7 @@ def data_in_place(
                 owner.prepare_data()
                 owner.setup("fit")
         module.configure_model()
-        if loop.max_epochs is None and trainer.max_steps == -1:
+        if is_unlimited(trainer):
             loop.max_epochs = 1000  # as Lightning decides when the loop begins
         loop.setup_data()
         yield

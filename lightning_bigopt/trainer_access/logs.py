@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from lightning_bigopt.trainer_access.position import batches_that_stepped, is_fast_dev_run
 
@@ -13,7 +13,13 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from torch.utils.tensorboard import SummaryWriter
 
-__all__ = ["should_log", "show_on_progress_bar", "tensorboard_writers"]
+__all__ = [
+    "log_folder",
+    "log_metrics",
+    "should_log",
+    "show_on_progress_bar",
+    "tensorboard_writers",
+]
 
 
 def should_log(trainer: Trainer) -> bool:
@@ -27,6 +33,24 @@ def should_log(trainer: Trainer) -> bool:
     return every > 0 and (
         (batches_that_stepped(trainer) + 1) % every == 0 or bool(trainer.should_stop)
     )
+
+
+def log_folder(trainer: Trainer) -> str | None:
+    """The folder of the first logger whose files can be read again; None where there is none.
+
+    Not ``trainer.log_dir``, which every process must ask for.
+    """
+    for logger in trainer.loggers:
+        if isinstance(logger, (TensorBoardLogger, CSVLogger)):
+            return logger.log_dir
+    return None
+
+
+def log_metrics(logger: Logger, values: Mapping[str, float], *, step: int) -> None:
+    """Hands values to a logger, in its file at once: Lightning's CSVLogger keeps 100 steps back."""
+    logger.log_metrics(dict(values), step=step)
+    if isinstance(logger, CSVLogger):
+        logger.save()
 
 
 def tensorboard_writers(trainer: Trainer) -> dict[Logger, tuple[SummaryWriter, str]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import nn
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "add_scheduler",
     "is_private",
+    "label_among",
     "named_parameters",
     "optimizer_label",
     "parameter_names",
@@ -52,9 +54,14 @@ def named_parameters(module: nn.Module, optimizer: Optimizer) -> list[tuple[str,
 
 def optimizer_label(trainer: Trainer, optimizer: Optimizer) -> str:
     """``""`` for the only optimiser, its class's name for one of several (numbered if equal)."""
-    if len(trainer.optimizers) <= 1:
+    return label_among(trainer.optimizers, optimizer)
+
+
+def label_among(optimizers: Sequence[Any], optimizer: Optimizer) -> str:
+    """:func:`optimizer_label` where there is no Trainer yet that knows the optimisers."""
+    if len(optimizers) <= 1:
         return ""
-    raw = [getattr(o, "optimizer", o) for o in trainer.optimizers]
+    raw = [getattr(o, "optimizer", o) for o in optimizers]
     name = type(optimizer).__name__
     twins = [o for o in raw if type(o).__name__ == name]
     return name if len(twins) == 1 else f"{name}-{[id(o) for o in twins].index(id(optimizer))}"

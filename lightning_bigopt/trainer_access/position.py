@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lightning.pytorch.callbacks import Timer
+
+from lightning_bigopt.trainer_access.callbacks import callbacks_of
+
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
@@ -12,6 +16,7 @@ __all__ = [
     "closes_window",
     "is_fast_dev_run",
     "is_last_batch",
+    "is_unlimited",
     "ready_batches",
 ]
 
@@ -19,6 +24,12 @@ __all__ = [
 def is_fast_dev_run(trainer: Trainer) -> bool:
     """Whether the Trainer only tries a batch or a few."""
     return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def is_unlimited(trainer: Trainer) -> bool:
+    """Whether nothing limits the run, so that Lightning would make it 1000 epochs."""
+    timed = any(isinstance(callback, Timer) for callback in callbacks_of(trainer))
+    return trainer.fit_loop.max_epochs is None and trainer.max_steps == -1 and not timed
 
 
 def ready_batches(trainer: Trainer) -> int:

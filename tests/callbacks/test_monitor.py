@@ -297,10 +297,42 @@ def test_a_pattern_that_matches_nothing_is_refused(tmp_path: Path) -> None:
         fit(
             Watched(),
             loader(8, 4),
-            OptimizationMonitor(every=1, layers={"head": "haed.*"}),
+            OptimizationMonitor(every=50, layers={"head": "haed.*"}),
             max_epochs=1,
             logger=TensorBoardLogger(tmp_path),
         )
+
+
+def test_patterns_may_belong_to_one_of_several_optimisers(tmp_path: Path) -> None:
+    trainer = fit(
+        TwoOptimizers(),
+        loader(8, 2),
+        OptimizationMonitor(every=1, layers={"first": "one.*", "second": "two.*"}),
+        max_epochs=1,
+        logger=TensorBoardLogger(tmp_path),
+    )
+    found = {tag for tag in curves(trainer) if tag.startswith("layers/grad_norm")}
+    assert found == {"layers/grad_norm/first/SGD", "layers/grad_norm/second/AdamW"}
+
+
+def test_patterns_may_match_what_is_frozen_for_a_while(tmp_path: Path) -> None:
+    class Thawing(Watched):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.embed.requires_grad_(batch_idx >= 2)
+
+        def on_after_backward(self) -> None:
+            self.seen.append({})
+
+    trainer = fit(
+        Thawing(),
+        loader(16, 4),
+        OptimizationMonitor(every=1, layers={"embed": "embed.*", "head": "head.*"}),
+        max_epochs=1,
+        logger=TensorBoardLogger(tmp_path),
+    )
+    logged = curves(trainer)
+    assert [step for step, _ in logged["layers/grad_norm/head"]] == [0, 1, 2, 3]
+    assert [step for step, _ in logged["layers/grad_norm/embed"]] == [2, 3]
 
 
 class DiesAt(L.Callback):
@@ -516,6 +548,25 @@ def test_histograms_are_of_the_gradient_before_clipping(tmp_path: Path) -> None:
     truth = module.seen[1]["grads"]["head.weight"]
     assert found[0].histogram_value.num == truth.numel()
     assert found[0].histogram_value.max == pytest.approx(float(truth.max()), rel=1e-6)
+
+
+def test_a_run_resumed_into_another_folder_has_its_plan(tmp_path: Path) -> None:
+    save = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=2, save_top_k=-1)
+    options: dict[str, Any] = {"enable_checkpointing": True, "max_steps": 8}
+    schedule = WarmupCosine(warmup="20%")
+    fit(Watched(), ResumableLoader(16, 4), LearningRateScheduler(schedule), save, **options)
+    trainer = fit(
+        Watched(),
+        ResumableLoader(16, 4),
+        LearningRateScheduler(schedule),
+        OptimizationMonitor(every=1),
+        max_steps=8,
+        ckpt=tmp_path / "saved" / "epoch=0-step=2.ckpt",
+        logger=TensorBoardLogger(tmp_path, version="elsewhere"),
+    )
+    run = read_run(trainer.log_dir)
+    assert "WarmupCosine" in run.texts["plan"]
+    assert [step for step, _ in run.curves["plan/lr"]] == [2, 3, 4, 5, 6, 7]
 
 
 def test_the_plan_is_a_text_and_the_end_has_hyperparameters(tmp_path: Path) -> None:

@@ -315,14 +315,20 @@ def watched(out: Path) -> Any:
             module(name, lr=0.01, optimizer=torch.optim.AdamW),
             loader(32, 4, sampler=in_order(32)),
             GradientClipping(NormClip(max_norm=0.5)),
-            OptimizationMonitor(every=1, layers="parameters", histograms_every=2),
+            OptimizationMonitor(
+                every=1,
+                layers="parameters",
+                histograms_every=2,
+                report=str(out / f"{name}.html"),
+            ),
             max_epochs=2,
             use_distributed_sampler=False,
             logger=logger,
         )
         curves = read_run(logger.log_dir).curves if os.environ["RANK"] == "0" else {}
         files = len(list(Path(logger.log_dir).glob("events*")))
-        found[name] = {"curves": dict(curves), "files": files}
+        reported = (out / f"{name}.html").exists()
+        found[name] = {"curves": dict(curves), "files": files, "reported": reported}
     return found
 
 

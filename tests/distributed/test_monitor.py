@@ -14,6 +14,8 @@ def test_norms_are_those_of_whole_parameters_and_one_file_is_written(two_process
     first, second = two_processes("watched")
     assert second["ddp"]["curves"] == second["fsdp2"]["curves"] == {}
     assert first["ddp"]["files"] == first["fsdp2"]["files"] == 1
+    assert first["ddp"]["reported"]  # which one process writes alone
+    assert first["fsdp2"]["reported"]
     whole, sharded = first["ddp"]["curves"], first["fsdp2"]["curves"]
     values = ("grad_norm", "weight_norm", "update_ratio", "zeros")
     names = [

@@ -74,6 +74,34 @@ def test_a_trainer_without_a_limit_is_warned_of() -> None:
     assert "would run 1000 epochs" in warnings(L.Trainer(**QUIET), Probe())
 
 
+@pytest.mark.parametrize("limits", [{"max_epochs": 1000}, {"max_steps": 10}])
+def test_a_trainer_with_a_limit_is_not_warned_of(limits: dict[str, Any]) -> None:
+    assert "1000 epochs" not in warnings(L.Trainer(**QUIET, **limits), Probe())
+
+
+def test_a_limit_of_time_is_no_thousand_epochs() -> None:
+    trainer = L.Trainer(**QUIET, max_time="00:00:01:00")
+    with pytest.raises(ValueError, match="the length of the training must be known"):
+        plan(trainer, Probe(), loader(64, 4))
+
+
+def test_two_optimisers_of_one_class_have_a_rate_each() -> None:
+    class Twins(Probe):
+        def configure_optimizers(self) -> Any:
+            parameters = list(self.parameters())
+            return (
+                torch.optim.SGD(parameters[:2], lr=0.1),
+                torch.optim.SGD(parameters[2:], lr=0.2),
+            )
+
+    schedule = LearningRateScheduler(Linear(start=1.0, end=0.0), optimizers={"SGD-1": Constant()})
+    trainer = L.Trainer(**QUIET, max_steps=4, callbacks=[schedule])
+    module = Twins()
+    module.automatic_optimization = False
+    rows = plan(trainer, module, loader(64, 4)).rows
+    assert rows[2].learning_rates == {"SGD-0": 0.05, "SGD-1": 0.2}
+
+
 def test_a_warm_up_longer_than_the_run_is_warned_of() -> None:
     schedule = LearningRateScheduler(WarmupStableDecay(warmup="500 steps", decay="10%"))
     trainer = L.Trainer(**QUIET, max_steps=100, callbacks=[schedule])

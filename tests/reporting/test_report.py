@@ -16,6 +16,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 
 from lightning_bigopt import (
     GradientClipping,
@@ -118,6 +119,56 @@ def test_two_runs_stand_side_by_side_through_the_command(
 def test_the_report_at_the_end_of_fit(tmp_path: Path) -> None:
     train(TensorBoardLogger(tmp_path), report=tmp_path / "report.html")
     assert "train_loss" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("logger", [False, DummyLogger()])
+def test_a_report_without_logs_to_read_is_refused_before_training(
+    logger: Any, tmp_path: Path
+) -> None:
+    stops = DiesAt(0, AssertionError)
+    with pytest.raises(ValueError, match="logger must be a TensorBoardLogger or a CSVLogger"):
+        train(logger, stops, report=tmp_path / "report.html")
+
+
+def test_a_report_without_its_libraries_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_bigopt.callbacks.monitor.find_spec", lambda name: None)
+    with pytest.raises(
+        ImportError, match=r"jinja2 must be installed .* 'lightning-bigopt\[plot\]'"
+    ):
+        train(CSVLogger(tmp_path), DiesAt(0, AssertionError), report=tmp_path / "report.html")
+
+
+def test_a_trial_run_writes_no_report(tmp_path: Path) -> None:
+    train(False, report=tmp_path / "report.html", fast_dev_run=True)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_the_first_logger_whose_files_can_be_read_is_reported(tmp_path: Path) -> None:
+    train([DummyLogger(), CSVLogger(tmp_path)], report=tmp_path / "report.html")
+    assert "train_loss" in (tmp_path / "report.html").read_text()
+
+
+def test_a_run_that_dies_at_once_keeps_its_error(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        train(CSVLogger(tmp_path), DiesAt(0, ZeroDivisionError), report=tmp_path / "report.html")
+
+
+def test_a_csv_is_in_its_file_at_every_logged_step(tmp_path: Path) -> None:
+    class Reads(L.Callback):
+        seen: tuple[int, ...] = ()
+
+        def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+            if trainer.global_step > 1:
+                curve = read_run(trainer.log_dir).curves["grad_norm/total"]
+                self.seen = tuple(step for step, _ in curve)
+                last = (trainer.global_step - 2) // 2 * 2 + 1
+                assert self.seen == tuple(range(1, last + 1, 2))
+
+    reads = Reads()
+    train(CSVLogger(tmp_path), reads, max_epochs=1)
+    assert len(reads.seen) == 5
 
 
 class DiesAt(L.Callback):
