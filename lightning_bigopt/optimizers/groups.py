@@ -30,7 +30,7 @@ def parameter_groups(
     With ``layer_decay`` each layer has a learning rate of its own, the layer at the output the
     whole one:
 
-    .. math:: \eta_i = \eta \max(m, d^{L - i}), \quad i = 0, \dots, L
+    .. math:: \eta_i = \eta \max(m, d^{L - i}), \quad 0 \le i \le L
 
     Schedules multiply each group's own ``lr``, so these ratios last. A parameter that several
     modules share counts once, under its first name; frozen ones are left out.
