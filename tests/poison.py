@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor
 
-from tests.kit import Probe, full
+from tests.kit import QUIET, Probe, ResumableLoader, full
 
 KINDS = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 
@@ -92,3 +94,22 @@ def finite(value: Any) -> bool:
     if isinstance(value, Tensor):
         return bool(value.isfinite().all())
     return not isinstance(value, float) or math.isfinite(value)
+
+
+def fit(module: L.LightningModule, *callbacks: Any, size: int = 32, **options: Any) -> L.Trainer:
+    """One epoch over ``size`` samples in batches of two, on this process."""
+    ckpt = options.pop("ckpt_path", None)
+    trainer = L.Trainer(**{**QUIET, "max_epochs": 1, "callbacks": list(callbacks), **options})
+    trainer.fit(module, ResumableLoader(size, 2), ckpt_path=ckpt)
+    return trainer
+
+
+class SaveAt(L.Callback):
+    """Saves after one update."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)

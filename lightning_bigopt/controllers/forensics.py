@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import random
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,7 @@ from lightning_bigopt.gradients import GradientNorms, Verdict
 if TYPE_CHECKING:
     from lightning_bigopt.pipeline import OptimizerStep, Pipeline
 
-__all__ = ["RejectedUpdate", "WindowRecorder", "random_state"]
+__all__ = ["RejectedUpdate", "WindowRecorder", "random_state", "set_random_state"]
 
 _SHOWN = 5
 _MOST_FILES = 20
@@ -103,7 +105,7 @@ class _MicroBatch:
     samples: int
     loss: Tensor
     batch: Any = None
-    random: dict[str, Tensor] = field(default_factory=dict)
+    random: dict[str, Any] = field(default_factory=dict)
 
 
 class WindowRecorder:
@@ -117,19 +119,29 @@ class WindowRecorder:
         self.folder = folder
         self._files = 0
         self._window: list[_MicroBatch] = []
+        self._is_decided = False
         self._index = 0
         self._batch: Any = None
-        self._random: dict[str, Tensor] = {}
+        self._random: dict[str, Any] = {}
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the next batch opens a window."""
+        return self._is_decided or not self._window
 
     def begin(self, pipeline: Pipeline, batch: Any, index: int) -> None:
         """A batch is about to be trained."""
         self._index = index
         if self.folder is not None:
-            self._batch = batch
+            self._batch = _mapped(
+                batch, _copied
+            )  # a training step may write to it, or take fields out
             self._random = random_state(pipeline.trainer.strategy.root_device)
 
     def add(self, pipeline: Pipeline, loss: Tensor) -> None:
-        """Its loss is known."""
+        """Its loss is known; the first after a decision opens a window."""
+        if self._is_decided:
+            self._window, self._is_decided = [], False
         self._window.append(
             _MicroBatch(
                 index=self._index,
@@ -142,11 +154,12 @@ class WindowRecorder:
 
     def clear(self) -> None:
         """The window is over."""
-        self._window, self._index, self._batch, self._random = [], 0, None, {}
+        self._window, self._is_decided = [], False
+        self._index, self._batch, self._random = 0, None, {}
 
     def close(self) -> None:
-        """The update has been decided on; the batch under way may have more of them."""
-        self._window = []
+        """The update has been decided on; another optimiser may step with the same losses."""
+        self._is_decided = True
 
     def weighted_loss(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of the losses times samples, and the samples, on the device."""
@@ -210,7 +223,7 @@ class WindowRecorder:
                     {
                         "index": micro.index,
                         "samples": micro.samples,
-                        "batch": _on_cpu(micro.batch),
+                        "batch": _mapped(micro.batch, Tensor.cpu),
                         "random": micro.random,
                     }
                     for micro in self._window
@@ -220,23 +233,47 @@ class WindowRecorder:
         )
 
 
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The states of torch's generators: the CPU's, and that of a CUDA device."""
-    states = {"cpu": torch.get_rng_state()}
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The states of the generators that a training step may draw from, as plain data.
+
+    Torch's on the CPU and on a CUDA device, Python's, and NumPy's where anybody has imported it.
+    """
+    states: dict[str, Any] = {"cpu": torch.get_rng_state(), "python": random.getstate()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        name, keys, *rest = numpy.random.get_state()
+        states["numpy"] = (name, keys.tolist(), *rest)
     return states
 
 
-def _on_cpu(batch: Any) -> Any:
-    """A batch of tensors and plain containers, copied; a view would drag its storage along."""
+def set_random_state(states: Mapping[str, Any], device: torch.device) -> None:
+    """Puts the generators where :func:`random_state` found them, as far as they exist here."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+    if "python" in states:
+        random.setstate(states["python"])
+    numpy = sys.modules.get("numpy")
+    if "numpy" in states and numpy is not None:
+        numpy.random.set_state(tuple(states["numpy"]))
+
+
+def _mapped(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A batch with its tensors changed, in copies of the plain containers that hold them."""
     if isinstance(batch, Tensor):
-        return batch.detach().cpu().clone()
+        return change(batch)
     if isinstance(batch, Mapping):
-        return {key: _on_cpu(value) for key, value in batch.items()}
+        return {key: _mapped(value, change) for key, value in batch.items()}
     if type(batch) in (list, tuple):
-        return type(batch)(_on_cpu(value) for value in batch)
+        return type(batch)(_mapped(value, change) for value in batch)
     return batch
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """A copy that drags no storage along, as a view of a whole data set would."""
+    return tensor.detach().clone()
 
 
 def _worst(losses: Sequence[float], indices: Sequence[int]) -> tuple[float, int]:

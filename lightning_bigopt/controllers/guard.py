@@ -16,6 +16,7 @@ from lightning_bigopt import trainer_access
 from lightning_bigopt.controllers.base import Controller
 from lightning_bigopt.controllers.forensics import RejectedUpdate, WindowRecorder
 from lightning_bigopt.controllers.learning_rate import LearningRateController
+from lightning_bigopt.controllers.running_statistics import RunningStatistics
 from lightning_bigopt.durations import Progress
 from lightning_bigopt.gradients import (
     Abort,
@@ -36,6 +37,8 @@ from lightning_bigopt.gradients.guard import Quantity
 from lightning_bigopt.gradients.kernels import wide_dtype
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
     from lightning_bigopt.pipeline import OptimizerStep, Pipeline
 
 __all__ = ["StepGuardController"]
@@ -77,6 +80,7 @@ class StepGuardController(Controller):
         self._limit = min([max_consecutive, *(a.after for a in self._all(Abort))])
         self._keys = _numbered([type(detector).__name__ for detector in self.detectors])
         self._window = WindowRecorder(None if forensics is None else fspath(forensics))
+        self._statistics = RunningStatistics()
         self.reset()
 
     def _all(self, kind: type[Any]) -> list[Any]:
@@ -112,14 +116,22 @@ class StepGuardController(Controller):
     def on_train_start(self, pipeline: Pipeline) -> None:
         """No window is open: a checkpoint holds no gradients."""
         self._window.clear()
+        self._statistics.watch(pipeline.module)
 
     def on_batch_start(self, pipeline: Pipeline, batch: Any, index: int) -> None:
-        """Notes the batch, and keeps it where it may have to be written."""
+        """Notes the batch and what it may spoil, and keeps it where it may have to be written."""
+        if self._window.is_over:
+            self._statistics.remember()
         self._window.begin(pipeline, batch, index)
 
     def on_loss(self, pipeline: Pipeline, loss: Tensor) -> None:
         """Keeps the loss on the device."""
         self._window.add(pipeline, loss)
+
+    def on_batch_end(self, pipeline: Pipeline, outputs: Any, batch: Any) -> None:
+        """A window that is over without an update leaves nothing to the next."""
+        if pipeline.module.automatic_optimization and not pipeline.window_is_open:
+            self._window.clear()
 
     def on_epoch_end(self, pipeline: Pipeline) -> None:
         """No window crosses an epoch."""
@@ -128,6 +140,7 @@ class StepGuardController(Controller):
     def on_fit_end(self, pipeline: Pipeline) -> None:
         """Says what was rejected, and lets go of the batches."""
         self._window.clear()
+        self._statistics.forget()
         for optimizer in pipeline.trainer.optimizers:
             clear_(optimizer)
         if self.rejected:
@@ -143,7 +156,9 @@ class StepGuardController(Controller):
     def decide(self, step: OptimizerStep) -> None:
         """Reads the norm, and the loss where a detector wants it, once; then decides."""
         readings = self._read(step)
-        if readings is not None:
+        if readings is None:
+            self._statistics.mend_()
+        else:
             self._judge(step, readings)
         self._window.close()
 
@@ -191,6 +206,7 @@ class StepGuardController(Controller):
             return
         step.skipped = verdict.reason
         skip_update_(step.optimizer)
+        self._statistics.restore_()
 
     def _reject(
         self, step: OptimizerStep, guarded: dict[str, Any], verdict: Verdict, norm: float
@@ -203,13 +219,14 @@ class StepGuardController(Controller):
         self.rejections.append(rejected)
         rank_zero_info(str(rejected))
         if guarded["consecutive"] >= self._limit:
+            healthy = _still_there(guarded["checkpoint"], step.pipeline.trainer)
             raise RuntimeError(
                 f"updates must not be rejected {self._limit} times in a row, got: {rejected} "
                 + (
                     "No checkpoint was written before; lower the learning rate, or save more often"
-                    if guarded["checkpoint"] is None
-                    else f"The last healthy checkpoint is {guarded['checkpoint']}; resume from it "
-                    "with a lower learning rate or other data"
+                    if healthy is None
+                    else f"The last healthy checkpoint is {healthy}; resume from it with a lower "
+                    "learning rate or other data"
                 )
             )
         for backoff, state in zip(self._all(Backoff), self._backoffs, strict=True):
@@ -270,6 +287,13 @@ class StepGuardController(Controller):
             self._guarded[label] = {**fresh, **saved, "detectors": detectors}
         if len(state["backoffs"]) == len(self._backoffs):
             self._backoffs = copy.deepcopy(state["backoffs"])
+
+
+def _still_there(checkpoint: str | None, trainer: Trainer) -> str | None:
+    """The checkpoint, or one that has taken its place: a skip leaves weights as they were."""
+    if checkpoint is None or trainer_access.checkpoint_exists(checkpoint):
+        return checkpoint
+    return trainer_access.newest_checkpoint(trainer)
 
 
 def _numbered(names: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
+from lightning_bigopt.controllers.forensics import random_state, set_random_state
 from lightning_bigopt.gradients import GradientNorms, measure
 
 __all__ = ["Replay", "replay"]
@@ -69,7 +71,8 @@ def replay(
         Losses and gradient norms. Synchronises.
 
     Raises:
-        ValueError: If ``load`` is neither, or the file is not of this version.
+        ValueError: If ``load`` is neither, the file is not of this version, or ``"safe"`` does not
+            do for it.
 
     Example:
         >>> import tempfile
@@ -106,32 +109,28 @@ def replay(
     """
     if load not in ("safe", "pickle"):
         raise ValueError(f"load must be 'safe' or 'pickle', got {load!r}")
-    saved = torch.load(path, map_location="cpu", weights_only=load == "safe")
-    if saved.get("version") != 1:
-        raise ValueError(f"the file must have version 1, got {saved.get('version')!r} in {path}")
+    saved = _load(path, load)
     window = saved["window"]
     samples = sum(micro["samples"] for micro in window)
-    device = module.device
-    cuda = [device] if device.type == "cuda" else []
     mode = module.training
     module.train()
     module.zero_grad()
     losses = []
-    with (
-        torch.random.fork_rng(devices=cuda),
-        _autocast(saved["precision"], device),
-        _unlogged(module),
-    ):
-        for micro in window:
-            torch.set_rng_state(micro["random"]["cpu"])
-            if "cuda" in micro["random"] and cuda:
-                torch.cuda.set_rng_state(micro["random"]["cuda"], device)
-            loss = _loss(module, micro["batch"], micro["index"])
-            (loss * (micro["samples"] / samples)).backward()
-            losses.append(loss.item())
-    norms = measure(module.named_parameters())
-    module.zero_grad()
-    module.train(mode)
+    try:
+        with (
+            _random_state_kept(module.device),
+            _autocast(saved["precision"], module.device),
+            _unlogged(module),
+        ):
+            for micro in window:
+                set_random_state(micro["random"], module.device)
+                loss = _loss(module, micro["batch"], micro["index"])
+                (loss * (micro["samples"] / samples)).backward()
+                losses.append(loss.item())
+        norms = measure(module.named_parameters())
+    finally:
+        module.zero_grad()
+        module.train(mode)
     weights = [micro["samples"] / samples for micro in window]
     return Replay(
         loss=sum(weight * loss for weight, loss in zip(weights, losses, strict=True)),
@@ -139,6 +138,30 @@ def replay(
         norms=norms,
         rejected=saved["rejected"],
     )
+
+
+def _load(path: str | PathLike[str], load: Literal["safe", "pickle"]) -> dict[str, Any]:
+    try:
+        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=load == "safe")
+    except UnpicklingError as error:
+        if load == "pickle":
+            raise
+        raise ValueError(
+            f"load must be 'pickle' for {path}, got 'safe': its batch holds more than tensors in "
+            "plain containers; pass load='pickle' if you trust the file"
+        ) from error
+    if saved.get("version") != 1:
+        raise ValueError(f"the file must have version 1, got {saved.get('version')!r} in {path}")
+    return saved
+
+
+@contextlib.contextmanager
+def _random_state_kept(device: torch.device) -> Iterator[None]:
+    states = random_state(device)
+    try:
+        yield
+    finally:
+        set_random_state(states, device)
 
 
 def _loss(module: LightningModule, batch: Any, index: int) -> Tensor:

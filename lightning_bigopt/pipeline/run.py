@@ -57,6 +57,7 @@ class Pipeline:
         self.fitting = False
         self._clock_runs = False
         self._window_is_open = False
+        self._batch_has_loss = False
         self._first_update_pending = True
         self._steps_at_start = 0
         self.batch_samples = 0
@@ -254,6 +255,7 @@ class Pipeline:
             self._note_where_it_stands()
             self._window_is_open = True
             self._samples_before_window = self.clock.samples
+        self._batch_has_loss = False
         planner = self.find(BatchSizeController)
         served = None if planner is None else planner.served(self.trainer, index)
         self.batch_samples = self.clock.begin_batch(self.trainer, batch, served=served)
@@ -265,6 +267,7 @@ class Pipeline:
 
     def before_backward(self, loss: Tensor) -> None:
         """``on_before_backward``: a micro-batch's loss is known."""
+        self._batch_has_loss = True
         listeners = self.controllers.doing("on_loss")
         if listeners:
             plain = trainer_access.unscaled_loss(self.trainer, loss)
@@ -274,6 +277,8 @@ class Pipeline:
     def before_step(self, optimizer: Optimizer) -> None:
         """``on_before_optimizer_step``: rescale, measure, decide, clip, observe."""
         self._first_update_pending = False
+        if self._comes_to_nothing(optimizer):
+            return
         step = OptimizerStep(self, optimizer)
         for controller in self.controllers.doing("rescale"):
             controller.rescale(step)
@@ -288,6 +293,20 @@ class Pipeline:
                 controller.clip(step)
         for controller in self.controllers.doing("observe"):
             controller.observe(step)
+
+    def _comes_to_nothing(self, optimizer: Optimizer) -> bool:
+        """Whether Lightning calls for an update without a gradient, or for one that it leaves out.
+
+        ``training_step`` may return None. With a GradScaler, Lightning makes no update then, even
+        where earlier micro-batches of the window left gradients, which are still scaled.
+        """
+        trainer = self.trainer
+        is_scaled = trainer_access.gradient_scaler(trainer) is not None
+        if is_scaled and self.module.automatic_optimization:
+            return not self._batch_has_loss
+        if trainer_access.shard_group(trainer) is not None:
+            return False  # this process may have no shard of any gradient
+        return all(parameter.grad is None for _, parameter in self.parameters_of(optimizer))
 
     def batch_end(self, outputs: Any, batch: Any) -> None:
         """``on_train_batch_end``: the batch counts as consumed."""

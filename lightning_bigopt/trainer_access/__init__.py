@@ -2,6 +2,7 @@
 
 from lightning_bigopt.trainer_access.callbacks import (
     callbacks_of,
+    checkpoint_exists,
     checkpoint_interval,
     newest_checkpoint,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "add_scheduler",
     "batches_that_stepped",
     "callbacks_of",
+    "checkpoint_exists",
     "checkpoint_interval",
     "closes_window",
     "count_rows",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
 
-__all__ = ["callbacks_of", "checkpoint_interval", "newest_checkpoint"]
+__all__ = ["callbacks_of", "checkpoint_exists", "checkpoint_interval", "newest_checkpoint"]
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
@@ -27,6 +28,11 @@ def newest_checkpoint(trainer: Trainer) -> str | None:
     if saved:
         return str(max(saved)[1])
     return None if trainer.ckpt_path is None else str(trainer.ckpt_path)
+
+
+def checkpoint_exists(path: str) -> bool:
+    """Whether a checkpoint, a file or a folder of shards, is still there; paths may be remote."""
+    return bool(get_filesystem(path).exists(path))
 
 
 def checkpoint_interval(callback: ModelCheckpoint) -> str:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-import logging
 import math
 import pickle
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +14,9 @@ import pytest
 import schedulefree
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_bigopt import (
-    Abort,
     Backoff,
     ClipToMedian,
     Constant,
@@ -33,17 +29,9 @@ from lightning_bigopt import (
     Skip,
     StepGuard,
     ZClip,
-    replay,
 )
-from tests.kit import QUIET, Probe, ResumableLoader, cpu_precision
-from tests.poison import KINDS, Poisoned, finite
-
-
-def fit(module: L.LightningModule, *callbacks: Any, size: int = 32, **options: Any) -> L.Trainer:
-    ckpt = options.pop("ckpt_path", None)
-    trainer = L.Trainer(**{**QUIET, "max_epochs": 1, "callbacks": list(callbacks), **options})
-    trainer.fit(module, ResumableLoader(size, 2), ckpt_path=ckpt)
-    return trainer
+from tests.kit import Probe, ResumableLoader, cpu_precision
+from tests.poison import KINDS, Poisoned, SaveAt, finite, fit
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -243,34 +231,6 @@ def test_backoff_without_a_scheduler_names_the_way_out() -> None:
         fit(Probe(), StepGuard(actions=[Backoff()]))
 
 
-def test_after_max_consecutive_it_stops_and_names_the_last_healthy_checkpoint(
-    tmp_path: Path,
-) -> None:
-    module = Poisoned(dict.fromkeys(range(7, 99), math.nan))
-    saving = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
-    with pytest.raises(RuntimeError) as error:
-        fit(module, StepGuard(max_consecutive=3), saving, enable_checkpointing=True)
-    assert "3 times in a row" in str(error.value)
-    named = re.search(r"healthy checkpoint is (\S+);", str(error.value)).group(1)
-    assert Path(named) == tmp_path / "step=6.ckpt"
-    weights = torch.load(named, weights_only=True)["state_dict"]
-    assert finite(weights)
-    assert all(torch.isfinite(p).all() for p in module.parameters())
-    assert len(module.changed) == 9  # the third rejected update did not come to its end
-
-
-def test_the_checkpoint_resumed_from_is_named_where_none_was_written(tmp_path: Path) -> None:
-    fit(Poisoned({}), StepGuard(), SaveAt(tmp_path / "first.ckpt", 4))
-    with pytest.raises(RuntimeError, match=r"first\.ckpt"):
-        fit(
-            Poisoned(dict.fromkeys(range(4, 99), math.nan)),
-            StepGuard(actions=[Abort(after=2)]),
-            ckpt_path=tmp_path / "first.ckpt",
-        )
-    with pytest.raises(RuntimeError, match="No checkpoint was written"):
-        fit(Poisoned({0: math.nan}), StepGuard(max_consecutive=1))
-
-
 def test_an_accepted_update_breaks_the_row() -> None:
     module = Poisoned({u: math.nan for u in range(16) if u % 3})
     guard = StepGuard(max_consecutive=3)
@@ -315,15 +275,6 @@ def test_kill_and_resume_decides_the_same(kill: int, tmp_path: Path) -> None:
     assert states[0] == states[1]
     for mine, theirs in zip(resumed.parameters(), straight.parameters(), strict=True):
         assert torch.equal(mine, theirs)
-
-
-class SaveAt(L.Callback):
-    def __init__(self, path: Path, step: int) -> None:
-        self.path, self.step = path, step
-
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
 
 
 def test_other_detectors_after_a_resume_begin_anew(tmp_path: Path) -> None:
@@ -460,78 +411,3 @@ def test_it_is_written_in_yaml_and_read_from_what_was_saved() -> None:
         assert guard.controller.detectors == (NonFinite(), NormSpike(64, armed=16))
         assert guard.controller.actions == (ClipToMedian(), Backoff(factor=0.25, recover=50))
         assert repr(guard) == "StepGuard([NonFinite(), NormSpike(...)])"
-
-
-# -------------------------------------------------------------------------------- forensics
-
-
-def test_a_rejection_says_which_parameters(caplog: pytest.LogCaptureFixture) -> None:
-    class OneLayer(Poisoned):
-        def on_after_backward(self) -> None:
-            if self.trainer.global_step == 3:
-                self.net[2].bias.grad[1] = math.inf
-            if self.trainer.global_step == 6:
-                self.net[0].weight.grad.mul_(1e5)
-
-    module = OneLayer({})
-    guard = StepGuard([NonFinite(), NormSpike(armed=3)])
-    with caplog.at_level(logging.INFO):
-        fit(module, guard, size=16)
-    broken, large = guard.rejections
-    assert (broken.nonfinite, [name for name, _ in broken.parameters]) == (1, ["net.2.bias"])
-    assert (large.nonfinite, large.parameters[0][0]) == (0, "net.0.weight")
-    assert broken.rank is None
-    assert math.isfinite(broken.loss)
-    assert "Update 3 (epoch 0, batch 3) rejected" in caplog.text
-    assert "not finite in 1 parameter: net.2.bias" in caplog.text
-
-
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_replay_gives_the_loss_and_the_gradient_of_then(accumulate: int, tmp_path: Path) -> None:
-    class Random(Poisoned):
-        """Dropout and a field of the batch decide; ``self.log`` needs a Trainer."""
-
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            x, y, index = batch
-            loss = self.even_loss([nn.functional.dropout(x), y, index])
-            self.log("loss", loss)
-            return loss * (1e4 if batch_idx // accumulate == 6 else 1.0)
-
-    module = Random({}, lr=0.01)
-    guard = StepGuard([NormSpike(armed=4)], forensics=str(tmp_path / "new"), max_consecutive=1)
-    with pytest.raises(RuntimeError, match=r"update-00000006-rank0\.pt"):
-        fit(module, guard, size=20 * accumulate, accumulate_grad_batches=accumulate)
-    (rejected,) = guard.rejections
-    before = torch.get_rng_state()
-    again = replay(tmp_path / "new" / "update-00000006-rank0.pt", module)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert len(again.losses) == accumulate
-    assert again.loss == pytest.approx(rejected.loss, rel=1e-6)
-    assert again.norms.value == pytest.approx(rejected.norm, rel=1e-5)
-    assert again.rejected["update"] == 6
-    assert again.nonfinite == ()
-    assert all(p.grad is None for p in module.parameters())
-    size = Path(rejected.file).stat().st_size
-    assert size < 30_000 * accumulate  # a view of the data set is not written with its storage
-
-
-def test_no_more_than_twenty_files_are_written(tmp_path: Path) -> None:
-    module = Poisoned(dict.fromkeys(range(30), math.nan))
-    fit(module, StepGuard(forensics=str(tmp_path), max_consecutive=99), size=64)
-    assert len(list(tmp_path.iterdir())) == 20
-
-
-def test_batches_are_kept_only_on_request(tmp_path: Path) -> None:
-    class Looks(Poisoned):
-        kept: Any = None
-
-        def on_before_optimizer_step(self, optimizer: Any) -> None:
-            super().on_before_optimizer_step(optimizer)
-            self.kept = guard.controller._window._batch
-
-    for folder, expected in ((None, True), (str(tmp_path), False)):
-        guard = StepGuard(forensics=folder)
-        module = Looks({})
-        fit(module, guard, size=4)
-        assert (module.kept is None) is expected
-        assert guard.controller._window._batch is None
