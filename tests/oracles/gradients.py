@@ -156,13 +156,13 @@ class StableAdamW:
 
 
 class SpikeGuard:
-    """Median and MAD of the accepted log-norms, written as the rule is told."""
+    """Recent median and differences of the accepted log-norms, written as the rule is told."""
 
     def __init__(
-        self, window: int, armed: int, threshold: float, floor: float, patience: int
+        self, window: int, armed: int, threshold: float, ratio: float, patience: int
     ) -> None:
         self.window, self.armed, self.patience = window, armed, patience
-        self.threshold, self.floor = threshold, floor
+        self.threshold, self.ratio = threshold, ratio
         self.accepted: list[float] = []
         self.refused: list[float] = []
 
@@ -170,14 +170,16 @@ class SpikeGuard:
         if not math.isfinite(g):
             return False
         x = math.log(g)
-        recent = self.accepted[-self.window :]
-        if len(recent) >= self.armed:
-            ordered = sorted(recent)
-            n = len(ordered)
-            med = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
-            gaps = sorted(abs(y - med) for y in recent)
-            mad = 1.4826 * (gaps[(n - 1) // 2] + gaps[n // 2]) / 2
-            if x > med + self.threshold * max(mad, self.floor):
+        seen = self.accepted[-self.window :]
+        if len(seen) >= self.armed:
+            steps = [seen[i + 1] - seen[i] for i in range(len(seen) - 1)]
+            sigma = (
+                1.4826 * statistics.median(abs(step) for step in steps) / math.sqrt(2)
+                if steps
+                else 0.0
+            )
+            center = statistics.median(seen[-max(1, self.window // 4) :])
+            if x > center + self.threshold * sigma and g > self.ratio * math.exp(center):
                 if len(self.refused) < self.patience:
                     self.refused.append(x)
                     return False
