@@ -14,7 +14,7 @@ from tests.kit import QUIET, Probe, cpu_precision, loader
 pytestmark = pytest.mark.distributed
 
 
-@pytest.mark.parametrize("case", ["ddp 32-true", "ddp 16-mixed", "fsdp2 32-true"])
+@pytest.mark.parametrize("case", ["ddp 32-true", "ddp 16-mixed", "fsdp2 32-true", "fsdp2 16-mixed"])
 def test_every_gradient_is_the_mean_over_all_samples_of_its_window(
     two_processes: Any, case: str
 ) -> None:
@@ -30,7 +30,12 @@ def test_every_gradient_is_the_mean_over_all_samples_of_its_window(
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(
-    "case", ["ddp 32-true", "ddp bf16-mixed", "ddp 16-mixed", "fsdp2 32-true", "fsdp2 bf16-mixed"]
+    "case",
+    [
+        f"{strategy} {precision}"
+        for strategy in ("ddp", "fsdp2")
+        for precision in ("32-true", "bf16-mixed", "16-mixed")
+    ],
 )
 def test_the_clipped_norm_is_the_global_one(two_processes: Any, case: str, fused: bool) -> None:
     results = [result[f"{case} fused={fused}"] for result in two_processes("global_norms")]
