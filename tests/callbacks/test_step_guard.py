@@ -41,7 +41,7 @@ def test_a_spike_is_left_out_to_the_bit(precision: str, kind: str, accumulate: i
     module = Poisoned(
         {6: 100.0}, optimizer=torch.optim.AdamW, lr=0.01, weight_decay=0.5, **KINDS[kind]
     )
-    guard = StepGuard([NonFinite(), NormSpike(armed=4)])
+    guard = StepGuard([NonFinite(), NormSpike(armed=4, threshold=3.0)])
     fit(
         module,
         guard,
@@ -199,7 +199,9 @@ def test_clip_to_median_makes_the_update_at_the_typical_norm(kind: str, clip: An
             self.norms[-1] /= float(getattr(optimizer, "grad_scale", None) or 1.0)
 
     module = Gradients({6: 1e4}, optimizer=torch.optim.AdamW, lr=0.0, **KINDS[kind])
-    guard = StepGuard([NonFinite(), NormSpike(armed=4)], actions=[ClipToMedian(), Skip()])
+    guard = StepGuard(
+        [NonFinite(), NormSpike(armed=4, threshold=3.0)], actions=[ClipToMedian(), Skip()]
+    )
     fit(module, guard, *([GradientClipping(clip)] if clip else []), size=20)
     middle = sorted(module.norms[:6])
     assert [r.update for r in guard.rejections] == [6]
