@@ -277,7 +277,8 @@ class Pipeline:
     def before_step(self, optimizer: Optimizer) -> None:
         """``on_before_optimizer_step``: rescale, measure, decide, clip, observe."""
         self._first_update_pending = False
-        if self._comes_to_nothing(optimizer):
+        owned = self.parameters_of(optimizer)
+        if trainer_access.comes_to_nothing(self.trainer, owned, has_loss=self._batch_has_loss):
             return
         step = OptimizerStep(self, optimizer)
         for controller in self.controllers.doing("rescale"):
@@ -293,20 +294,6 @@ class Pipeline:
                 controller.clip(step)
         for controller in self.controllers.doing("observe"):
             controller.observe(step)
-
-    def _comes_to_nothing(self, optimizer: Optimizer) -> bool:
-        """Whether Lightning calls for an update without a gradient, or for one that it leaves out.
-
-        ``training_step`` may return None. With a GradScaler, Lightning makes no update then, even
-        where earlier micro-batches of the window left gradients, which are still scaled.
-        """
-        trainer = self.trainer
-        is_scaled = trainer_access.gradient_scaler(trainer) is not None
-        if is_scaled and self.module.automatic_optimization:
-            return not self._batch_has_loss
-        if trainer_access.shard_group(trainer) is not None:
-            return False  # this process may have no shard of any gradient
-        return all(parameter.grad is None for _, parameter in self.parameters_of(optimizer))
 
     def batch_end(self, outputs: Any, batch: Any) -> None:
         """``on_train_batch_end``: the batch counts as consumed."""

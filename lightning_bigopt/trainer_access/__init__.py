@@ -40,6 +40,7 @@ from lightning_bigopt.trainer_access.position import (
     ready_batches,
 )
 from lightning_bigopt.trainer_access.precision import (
+    comes_to_nothing,
     gradient_scaler,
     loss_scale,
     scaler_found_inf,
@@ -71,6 +72,7 @@ __all__ = [
     "checkpoint_exists",
     "checkpoint_interval",
     "closes_window",
+    "comes_to_nothing",
     "count_rows",
     "data_in_place",
     "data_parallel_size",
