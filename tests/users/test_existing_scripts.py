@@ -48,7 +48,7 @@ def series(folder: Path, tag: str) -> list[float]:
 
 def test_a_gan_in_manual_optimisation(tmp_path: Path) -> None:
     callbacks = [
-        LearningRateScheduler(WarmupCosine(warmup="25%")),
+        LearningRateScheduler(WarmupCosine(warmup="25%", end=0.0)),
         GradientClipping(NormClip(max_norm=0.05)),
         StepGuard(),
         OptimizationMonitor(),
