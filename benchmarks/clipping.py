@@ -92,12 +92,12 @@ def cases(*, quick: bool) -> list[Case]:
         Case(
             name=f"{count:,} small tensors",
             shapes=small(count),
-            rounds=max(9, min(2_000, 100_000 // count) // (6 if quick else 1)),
+            rounds=max(9, min(1_000, 60_000 // count) // (6 if quick else 1)),
         )
         for count in counts
     ]
     for size in sizes:
-        rounds = max(9, min(300, 500_000_000 // size) // (6 if quick else 1))
+        rounds = max(9, min(150, 400_000_000 // size) // (6 if quick else 1))
         found.append(
             Case(name=f"{size // 10**6}M parameters", shapes=transformer(size), rounds=rounds)
         )
@@ -436,8 +436,10 @@ def main() -> None:
         print(check_no_synchronisation(chosen[0]))
     else:
         for count in (10, 300):
-            few = {"fits": 3, "steps": 60} if arguments.quick else {"fits": 15, "steps": 200}
-            fits[f"{count} small tensors"] = in_a_trainer(count, clock, **few)
+            rounds = 2 if arguments.quick else 7
+            fits[f"{count} small tensors"] = in_a_trainer(
+                count, clock, fits=rounds, steps=150 if count == 10 else 60
+            )
         print("\n" + table(fits, "gradient_clip_val"))
     print("\n" + aims(results))
     if arguments.write:

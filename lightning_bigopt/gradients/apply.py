@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ __all__ = [
     "while_stepping",
 ]
 
-_pending: WeakKeyDictionary[Optimizer, list[RemovableHandle]] = WeakKeyDictionary()
+_PENDING = "_bigopt_pending"  # on the optimiser itself: neither copies nor pickles take it along
 
 
 def takes_grad_scale(optimizer: Optimizer) -> bool:
@@ -176,7 +175,7 @@ def after_step_once(optimizer: Optimizer, run: Callable[[], None]) -> None:
             due.pop()()
 
     handle = optimizer.register_step_post_hook(once)
-    waiting = _pending.setdefault(optimizer, [])
+    waiting = _waiting(optimizer)
     waiting.append(handle)
 
 
@@ -202,8 +201,14 @@ def while_stepping(optimizer: Optimizer, run: Callable[[], None]) -> None:
 
     at_end = optimizer.register_step_post_hook(end)
     at_beginning = optimizer.register_step_pre_hook(begin)
-    waiting = _pending.setdefault(optimizer, [])
+    waiting = _waiting(optimizer)
     waiting.extend((at_end, at_beginning))
+
+
+def _waiting(optimizer: Optimizer) -> list[RemovableHandle]:
+    """The handles of hooks that wait for a step."""
+    waiting: list[RemovableHandle] = optimizer.__dict__.setdefault(_PENDING, [])
+    return waiting
 
 
 def _retire(handle: RemovableHandle, waiting: list[RemovableHandle]) -> None:
@@ -227,7 +232,7 @@ def clear_(optimizer: Optimizer) -> None:
     Example:
         >>> clear_(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]))
     """
-    for handle in _pending.pop(optimizer, ()):
+    for handle in optimizer.__dict__.pop(_PENDING, ()):
         handle.remove()
     _forget(optimizer)
 

@@ -30,6 +30,8 @@ __all__ = ["GradientNorms", "check_dense", "check_norm_type", "measure", "norms_
 
 
 _PLAIN = {Tensor, nn.Parameter}
+# Nobody writes these, and to make a tensor costs as much as the norm of one.
+_FINITE, _NOT_FINITE = torch.ones((), dtype=torch.bool), torch.zeros((), dtype=torch.bool)
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,7 +277,7 @@ def _total_of(values: list[float], order: float) -> tuple[Tensor, Tensor]:
     total = math.hypot(*values) if order == 2.0 else sum(values)
     if order == math.inf and math.isfinite(total):
         total = max(values, default=0.0)
-    finite = torch.scalar_tensor(math.isfinite(total), dtype=torch.bool)
+    finite = _FINITE if math.isfinite(total) else _NOT_FINITE
     inside = not total > torch.finfo(torch.float32).max
     return torch.scalar_tensor(total if inside else math.inf, dtype=torch.float32), finite
 

@@ -1,6 +1,7 @@
 """No host synchronisation on an accelerator: proven on fake tensors, then on a real device.
 
-A fake tensor has a device and no numbers: whatever reads one from it raises.
+A fake tensor has a device and no numbers: whatever reads one from it raises. What it would not
+notice is a copy between host and device that the host waits for; a dispatch mode refuses those.
 """
 
 from __future__ import annotations
@@ -9,7 +10,10 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from lightning_bigopt.controllers.audit import ClipAudit, decisions_of
 from lightning_bigopt.gradients import (
     AGC,
     AdaGC,
@@ -38,6 +42,27 @@ FREE = (
     UpdateClip(),
     MaxUpdateRatio(),
 )
+
+
+class NoBlockingCopies(TorchDispatchMode):
+    """Refuses what a host waits for: a copy between devices, unless it is asked not to."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        given = [
+            x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.numel()
+        ]
+        made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor) and x.numel()]
+        name = func.overloadpacket.__name__
+        if name in {"_to_copy", "copy_", "_foreach_copy_"}:
+            devices = {x.device.type for x in [*given, *made]}
+            waits = not (kwargs.get("non_blocking") or any(x is True for x in args))
+            if len(devices) > 1 and waits:
+                raise AssertionError(f"{name} makes the host wait")
+        return result
+
+
 LOOPS = {"fused": {"fused": True}, "foreach": {"foreach": True}}
 
 
@@ -64,13 +89,17 @@ def clip_and_step(named, rule, loop):
 @pytest.mark.parametrize("loop", LOOPS)
 def test_no_number_is_read(rule, loop):
     with FakeTensorMode(), torch.no_grad():
-        clip_and_step(parameters("cuda"), rule, loop)
+        named = parameters("cuda")
+        with NoBlockingCopies():
+            clip_and_step(named, rule, loop)
 
 
 @pytest.mark.parametrize("order", [1.0, 2.0, float("inf")])
 def test_measuring_reads_no_number(order):
     with FakeTensorMode(), torch.no_grad():
-        norms = measure(parameters("cuda"), norm_type=order)
+        named = parameters("cuda")
+        with NoBlockingCopies():
+            norms = measure(named, norm_type=order)
         assert norms.per_tensor.device.type == norms.total.device.type == "cuda"
         assert norms.select([1, 3]).total.device.type == "cuda"
 
@@ -80,6 +109,34 @@ def test_an_adaptive_rule_does_read_one(rule):
     """So the tests above can fail."""
     with FakeTensorMode(), torch.no_grad(), pytest.raises(DataDependentOutputException):
         clip_gradients_(parameters("cuda"), rule, state=rule.initial_state())
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_copy_that_is_waited_for_is_noticed(wait):
+    with FakeTensorMode():
+        there = torch.ones(2, device="cuda")
+        with NoBlockingCopies():
+            if wait:
+                with pytest.raises(AssertionError, match="_to_copy makes the host wait"):
+                    there.to("cpu")
+            else:
+                there.to("cpu", non_blocking=True)
+
+
+@pytest.mark.parametrize("rule", FREE, ids=lambda rule: type(rule).__name__)
+def test_the_audit_reads_no_number_between_reports(rule):
+    """What the callback does beside the rule, over more updates than are put by."""
+    named, state, audits = parameters("meta"), rule.initial_state(), {}
+    optimizer = torch.optim.AdamW([p for _, p in named])
+    for _ in range(70):
+        decision = clip_gradients_(named, rule, state=state, optimizer=optimizer)
+        for group, part, _ in decisions_of(decision, rule):
+            audits.setdefault(group, ClipAudit()).add(part)
+    counting = [audit for audit in audits.values() if audit._norms is not None]
+    assert bool(counting) == (rule.measures is not None)
+    for audit in counting:
+        with pytest.raises(RuntimeError, match="item"):
+            audit.report()
 
 
 @pytest.mark.gpu
