@@ -9,7 +9,19 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_bigopt import GradientClipping, Groups, Linear, NormClip, ValueClip
+from lightning_bigopt import (
+    AGC,
+    ClippingRule,
+    GradientClipping,
+    GradientClippingMixin,
+    Groups,
+    Linear,
+    NormClip,
+    UpdateClip,
+    ValueClip,
+    ZClip,
+)
+from lightning_bigopt.gradients import clip_gradients_
 from tests.kit import QUIET, Probe, cpu_precision, loader
 
 
@@ -122,6 +134,61 @@ def test_manual_optimisation_clips_each_optimiser_by_itself() -> None:
     module = Manual()
     fit(module, loader(8, 2), GradientClipping(NormClip(max_norm=0.2)), max_epochs=1)
     assert module.norms == pytest.approx([0.2] * 8, rel=1e-4)
+
+
+class Owner(GradientClippingMixin, L.LightningModule):
+    """Two networks, two optimisers that step by hand, one every batch and one every second."""
+
+    def __init__(self, rule: ClippingRule) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.rule = rule
+        torch.manual_seed(0)
+        self.nets = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])
+
+    def configure_clipping_rule(self) -> ClippingRule:
+        return self.rule
+
+    def configure_optimizers(self) -> Any:
+        first, second = (net.parameters() for net in self.nets)
+        return [
+            torch.optim.AdamW(first, lr=0.1, fused=True),
+            torch.optim.Adam(second, lr=0.1, foreach=True),
+        ]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for index, (net, optimizer) in enumerate(zip(self.nets, self.optimizers(), strict=True)):
+            self.manual_backward(nn.functional.mse_loss(net(batch[0]), batch[1]))
+            if index == 0 or batch_idx % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [NormClip(0.2), ZClip(warmup=2, z_threshold=0.1), AGC(0.02), UpdateClip(0.3)],
+    ids=lambda rule: type(rule).__name__,
+)
+def test_a_module_that_steps_by_hand_owns_its_clipping(rule: ClippingRule) -> None:
+    module = Owner(rule)
+    data = loader(16, 2)
+    fit(module, data, max_epochs=1)
+    plain = Owner(rule)
+    optimizers = plain.configure_optimizers()
+    states = [rule.initial_state() for _ in optimizers]
+    for batch_idx, batch in enumerate(data):
+        for index, (net, optimizer) in enumerate(zip(plain.nets, optimizers, strict=True)):
+            nn.functional.mse_loss(net(batch[0]), batch[1]).backward()
+            if index == 0 or batch_idx % 2:
+                clip_gradients_(net, rule, state=states[index], optimizer=optimizer)
+                optimizer.step()
+                optimizer.zero_grad()
+    free = Owner(rule)
+    for mine, theirs, start in zip(
+        module.parameters(), plain.parameters(), free.parameters(), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+        assert not torch.equal(mine, start)
 
 
 def test_two_owners_of_clipping_raise_at_fit_start() -> None:
