@@ -154,11 +154,15 @@ def plan_text(pipeline: Pipeline) -> str:
             total = horizon.total(unit)
             if total is not None and unit != horizon.clock:
                 rows["updates" if unit == "steps" else unit] = f"{total:,.0f}"
+    bases = {tag: base for tag, _, _, base in _scheduled_groups(pipeline)}
     for optimizer in pipeline.trainer.optimizers:
         raw = getattr(optimizer, "optimizer", optimizer)
+        label = trainer_access.optimizer_label(pipeline.trainer, raw)
         for name, group in zip(group_names(raw.param_groups), raw.param_groups, strict=True):
-            rows[f"{type(raw).__name__} {name}".strip()] = ", ".join(
-                f"{key} {group[key]}" for key in ("lr", "weight_decay", "betas") if key in group
+            base = bases.get(tag_name("plan/lr", label, name), group["lr"])  # of the schedule
+            shown = {**group, "lr": base}
+            rows[f"{label or type(raw).__name__} {name}".strip()] = ", ".join(
+                f"{key} {shown[key]}" for key in ("lr", "weight_decay", "betas") if key in shown
             )
     lines = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
     return "\n".join(lines)

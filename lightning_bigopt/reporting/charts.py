@@ -84,6 +84,16 @@ CHARTS: tuple[Chart, ...] = (
         text="Samples per second over all processes, validation left out.",
         tags=("throughput/samples_per_second",),
     ),
+    Chart(
+        title="Seconds per step",
+        text="Median and 95th percentile of the last 128 steps at most, validation left out.",
+        tags=("time/step",),
+    ),
+    Chart(
+        title="GPU memory",
+        text="The most since the point before, in GiB: in tensors, and held by the allocator.",
+        tags=("memory/",),
+    ),
 )
 
 
@@ -148,8 +158,10 @@ def _lines(axis: Axes, solid: dict[str, Curve], dashed: dict[str, Curve]) -> Non
             label=tag,
         )
     axis.grid(alpha=0.25)
-    if 0 < len(solid) + len(dashed) <= _MANY:
-        axis.legend(fontsize=7, frameon=False)
+    if 0 < len(solid) + len(dashed) <= _MANY:  # below the axes, where it hides nothing
+        axis.legend(
+            fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2
+        )
 
 
 def new_picture(paint: Callable[[Sequence[Axes]], None], *, columns: int = 1) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -18,9 +18,8 @@ from lightning_bigopt.controllers.batch_supply import constant_plan
 from lightning_bigopt.controllers.learning_rate import LearningRateController
 from lightning_bigopt.controllers.outlook import PlannedUpdate, planned_updates
 from lightning_bigopt.controllers.written import group_names
-from lightning_bigopt.durations import Duration, Horizon
+from lightning_bigopt.durations import Horizon
 from lightning_bigopt.reporting.planned_run import Boundary, PlanRow, TrainingPlan
-from lightning_bigopt.schedules import Schedule
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -30,7 +29,6 @@ __all__ = ["plan"]
 
 _FUSABLE = frozenset({"Adam", "AdamW", "SGD", "Adagrad"})
 _UNLIMITED = "the Trainer has no limit and would run 1000 epochs; set max_steps or max_epochs"
-_STAGES = ("warmup", "decay")
 
 
 def plan(
@@ -96,7 +94,7 @@ def plan(
         if owner is not None:
             try:
                 owner.resolve(clock)
-                boundaries = list(_boundaries(owner.schedule, horizon))
+                boundaries = list(_boundaries(owner, horizon))
             except ValueError as error:
                 surprises.insert(0, str(error))
                 owner = None
@@ -170,23 +168,23 @@ def _totals(horizon: Horizon) -> dict[str, float]:
     return found
 
 
-def _boundaries(schedule: Schedule, horizon: Horizon) -> Iterator[Boundary]:
-    """The stages of recipes: what is called warmup, decay or cooldown among a schedule's fields."""
-    total = horizon.total("steps")
-    if total is None or not is_dataclass(schedule):
-        return
-    lengths = {
-        field.name: getattr(schedule, field.name)
-        for field in fields(schedule)
-        if field.name in _STAGES
-        and isinstance(getattr(schedule, field.name), (Duration, str, int, float))
-    }
-    for name, length in lengths.items():
-        share = horizon.fraction(length, name=name)
-        if share and name == "warmup":
-            yield Boundary(name="warmup ends", update=math.ceil(share * total))
-        elif share:
-            yield Boundary(name=f"{name} begins", update=math.floor((1 - share) * total))
+def _boundaries(owner: LearningRateController, horizon: Horizon) -> Iterator[Boundary]:
+    """The seams of the schedule, each at the first update that starts behind it."""
+    try:
+        axis = horizon.axis("1 step")
+    except ValueError:
+        return  # the batch adapts
+    for name, share in owner.schedule_of(None).boundaries().items():
+        yield Boundary(name=name, update=_first_update(share, axis))
+
+
+def _first_update(share: float, axis: Sequence[tuple[float, float]]) -> int:
+    """The first update that starts at a share of the budget or beyond."""
+    for (low, before), (high, after) in pairwise(axis):
+        if share <= high:
+            update = before + (after - before) * (share - low) / (high - low)
+            return math.ceil(round(update, 6))
+    return math.ceil(axis[-1][1])
 
 
 def _warnings(

@@ -138,7 +138,7 @@ class TrainingPlan:
             beside.step(updates, sizes, where="post", color="#dd6b20", linewidth=1, alpha=0.7)  # type: ignore[arg-type]
             beside.set_ylabel("global batch", color="#dd6b20")
             beside.set_ylim(bottom=0)
-        axis.legend(fontsize=8, frameon=False)
+        axis.legend(fontsize=8, frameon=False, loc="lower center")
 
 
 def _few(rows: Sequence[PlanRow], count: int) -> list[PlanRow]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,7 +28,7 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .2rem; }
 p.note { color: #4a5568; margin: .1rem 0 .6rem; }
 table { border-collapse: collapse; } td, th { padding: .25rem .9rem .25rem 0; text-align: left;
        border-bottom: 1px solid #e2e8f0; vertical-align: top; }
-svg { max-width: 100%; height: auto; } pre { background: #f7fafc; padding: .8rem; overflow: auto; }
+svg { max-width: 100%; height: auto; } code { overflow-wrap: anywhere; }
 </style>
 </head>
 <body>
@@ -50,9 +51,15 @@ svg { max-width: 100%; height: auto; } pre { background: #f7fafc; padding: .8rem
 <p class="note">{{ run.name }}</p>
 <ul>{% for line in audits[loop.index0] %}<li>{{ line }}</li>{% endfor %}</ul>
 {% endfor %}
-{% for run in runs if run.texts.get("plan") %}
+{% for run in runs %}
+{% if plans[loop.index0] %}
 <h2>Plan{% if runs | length > 1 %} of {{ run.name }}{% endif %}</h2>
-<pre>{{ run.texts["plan"] }}</pre>
+<table>
+{% for label, written in plans[loop.index0] %}
+<tr><td>{{ label }}</td><td><code>{{ written }}</code></td></tr>
+{% endfor %}
+</table>
+{% endif %}
 {% endfor %}
 <h2>What was logged</h2>
 <table>
@@ -88,6 +95,7 @@ def render_report(runs: Sequence[Run]) -> str:
         summary=_summary(runs),
         pictures=[(chart, picture) for chart, picture in pictures if picture is not None],
         audits=[clip_audit(run) for run in runs],
+        plans=[_rows(run.texts.get("plan", "")) for run in runs],
         tags=[tag for tag in TAGS if tag in logged],
     )
 
@@ -145,13 +153,24 @@ def clip_audit(run: Run) -> list[str]:
     return lines or ["Nothing was clipped, or clipping was not logged."]
 
 
+def _rows(text: str) -> list[list[str]]:
+    r"""The rows of a Markdown table of two columns, its head left out.
+
+    Example:
+        >>> _rows("| | |\n|---|---|\n| budget | `10 steps` |")
+        [['budget', '10 steps']]
+    """
+    rows = [line.strip("| ").split(" | ", 1) for line in text.splitlines()[2:]]
+    return [[cell.strip("` ") for cell in row] for row in rows if len(row) == 2]
+
+
 def _weighted_mean(fractions: Curve) -> float | None:
     """The mean over updates of shares that were taken over unequal stretches."""
-    total, weight, before = 0.0, 0, None
-    for step, share in fractions:
-        stretch = 1 if before is None else max(step - before, 1)
-        total, weight, before = total + share * stretch, weight + stretch, step
-    return total / weight if weight else None
+    steps = [step for step, _ in fractions]
+    stretches = [after - before for before, after in pairwise(steps)]
+    stretches = [*stretches[:1], *stretches] or [1]  # the first as long as the second
+    total = sum(s * share for s, (_, share) in zip(stretches, fractions, strict=False))
+    return total / sum(stretches) if fractions else None
 
 
 def _summary(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

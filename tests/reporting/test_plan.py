@@ -56,7 +56,7 @@ def test_boundaries_checkpoints_table_and_picture(tmp_path: Path) -> None:
     found = plan(trainer, Probe(), loader(64, 4))
     assert [(b.name, b.update) for b in found.boundaries] == [
         ("warmup ends", 200),
-        ("decay begins", 700),
+        ("cooldown starts", 700),
     ]
     assert found.checkpoints == ("every 250 updates",)
     text = str(found)
@@ -64,6 +64,19 @@ def test_boundaries_checkpoints_table_and_picture(tmp_path: Path) -> None:
         assert piece in text, piece
     for name in ("plan.png", "plan.svg"):
         assert found.picture(tmp_path / name).stat().st_size > 5_000
+
+
+@pytest.mark.parametrize("limits", [{"max_epochs": 8}, {"max_steps": 100}])
+def test_boundaries_are_where_the_rates_turn(limits: dict[str, Any]) -> None:
+    trainer = L.Trainer(**QUIET, callbacks=callbacks(), **limits)
+    found = plan(trainer, Probe(lr=1.0), loader(64, 2), points=10_000)
+    rates = [row.learning_rates["lr"] for row in found.rows]
+    peak = [update for update, rate in enumerate(rates) if rate == 1.0]
+    assert len(set(rates)) > 20  # it rises and falls
+    ends, starts = found.boundaries
+    assert (ends.name, starts.name) == ("warmup ends", "cooldown starts")
+    assert ends.update == peak[0]
+    assert starts.update - peak[-1] in (0, 1)  # where the cooldown starts the rate is still 1
 
 
 def warnings(trainer: L.Trainer, module: Any) -> str:

@@ -94,6 +94,7 @@ def test_the_report_is_one_file_with_every_chart(tmp_path: Path) -> None:
         "Global batch",
         "Update-to-weight ratio",
         "Throughput",
+        "Seconds per step",
         "Clip audit",
         "Plan",
     ):
@@ -169,6 +170,34 @@ def test_a_csv_is_in_its_file_at_every_logged_step(tmp_path: Path) -> None:
     reads = Reads()
     train(CSVLogger(tmp_path), reads, max_epochs=1)
     assert len(reads.seen) == 5
+
+
+def test_the_plan_is_a_table_with_the_rates_that_the_schedule_multiplies(tmp_path: Path) -> None:
+    run = read_run(train(TensorBoardLogger(tmp_path)).log_dir)
+    page = render_report([run])
+    assert "<td>SGD</td><td><code>lr 0.01, " in page  # not the warm-up's 0.0
+    assert "<td>gradient clipping</td><td><code>NormClip(max_norm=9.0" in page
+    assert "|---|" not in page
+
+
+def test_the_share_of_clipped_updates_is_that_of_the_run(tmp_path: Path) -> None:
+    module, threshold = Logging(lr=0.01), 9.0
+    norms: list[float] = []
+
+    class Notes(L.Callback):
+        def on_after_backward(self, *args: Any) -> None:
+            squares = [p.grad.double().square().sum() for p in module.parameters()]
+            norms.append(float(sum(squares)) ** 0.5)
+
+    trainer = L.Trainer(
+        **{**QUIET, "logger": CSVLogger(tmp_path), "log_every_n_steps": 4, "max_epochs": 2},
+        callbacks=[Notes(), GradientClipping(NormClip(max_norm=threshold)), OptimizationMonitor()],
+    )
+    trainer.fit(module, loader(24, 2))
+    share = sum(norm > threshold for norm in norms) / len(norms)
+    assert 0 < share < 1
+    (line, *_) = clip_audit(read_run(str(trainer.log_dir)))
+    assert line.startswith(f"clip: {100 * share:.1f} % of the updates")
 
 
 class DiesAt(L.Callback):
