@@ -203,7 +203,11 @@ class Pipeline:
     def batch_hooks(self) -> tuple[str, ...]:
         """Lightning's hooks of a batch in which this fit does something."""
         always = "on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end"
-        return (*always, "on_before_backward") if self.controllers.doing("on_loss") else always
+        # With a GradScaler it must be known whether a batch gave a loss: see ``comes_to_nothing``.
+        is_scaled = trainer_access.gradient_scaler(self.trainer) is not None
+        if is_scaled or self.controllers.doing("on_loss"):
+            return (*always, "on_before_backward")
+        return always
 
     def fit_start(self) -> None:
         """``on_fit_start``: conflicts are refused."""

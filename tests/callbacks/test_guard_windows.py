@@ -80,6 +80,18 @@ def test_a_batch_without_a_loss_is_no_update(
 
 
 @pytest.mark.filterwarnings("ignore:.*training_step.*None")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+def test_clipping_alone_knows_which_batches_had_a_loss(precision: str, kind: str) -> None:
+    module = Silent({}, optimizer=torch.optim.AdamW, **KINDS[kind])
+    module.silent = (0, 3)
+    clipping = GradientClipping(NormClip(max_norm=1e-3))
+    fit(module, clipping, size=12, **cpu_precision(precision))
+    (report,) = clipping.controller.reports().values()
+    assert (report.updates, report.clipped) == (4, 4)
+
+
+@pytest.mark.filterwarnings("ignore:.*training_step.*None")
 def test_a_window_left_out_leaves_no_loss_to_the_next() -> None:
     class Losses(Silent):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
