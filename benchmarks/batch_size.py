@@ -240,8 +240,9 @@ on another seed than those above, and on the same validation windows. What that 
 
 Seconds are the processor's, on one thread: the wall-clock of a core that has nothing else to do.
 `GlobalBatchLoader` serves every update in one micro-batch here, so they show what one process saves
-with larger matrices and fewer updates; on many devices, fewer updates save communication too. One
-tiny model and one text: a direction, not a law.
+with larger matrices and fewer updates; on many devices, fewer updates save communication too.
+
+One tiny model and one text: a direction, not a law.
 
 Measured with Python {platform.python_version()} and torch {torch.__version__} on one of
 {os.cpu_count()} cores ({platform.machine()}). Renew this page with

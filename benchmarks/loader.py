@@ -1,7 +1,8 @@
 """Throughput of GlobalBatchLoader beside torch's DataLoader with the same batch.
 
 One epoch a trial, the loaders in turn (so that a busy machine slows all of them alike), medians.
-``python benchmarks/loader.py --write`` renews docs/benchmarks/loader.md.
+``python benchmarks/loader.py --write`` renews docs/benchmarks/loader.md; ``--busy`` counts the
+processor's seconds instead of the wall's, for a machine that does other work at the same time.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import argparse
 import os
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -91,16 +92,24 @@ def contenders(dataset: Dataset[Any], workers: int) -> dict[str, Iterable[Any]]:
     }
 
 
-def samples_per_second(loader: Iterable[Any], samples: int) -> float:
-    """One epoch, the start of workers included."""
-    start, seen = time.perf_counter(), 0
+def processor_time() -> float:
+    """Seconds of this process and of the workers that it has waited for."""
+    found = os.times()
+    return time.process_time() + found.children_user + found.children_system
+
+
+def samples_per_second(loader: Iterable[Any], samples: int, clock: Callable[[], float]) -> float:
+    """One epoch, the start of workers and their end included."""
+    start, seen = clock(), 0
     for batch in loader:
         seen += len(batch[0])
     assert seen == samples
-    return seen / (time.perf_counter() - start)
+    return seen / (clock() - start)
 
 
-def measure(epochs: int) -> list[tuple[str, int, dict[str, float], dict[str, float]]]:
+def measure(
+    epochs: int, clock: Callable[[], float]
+) -> list[tuple[str, int, dict[str, float], dict[str, float]]]:
     """Rows: dataset, workers, each loader's median, and its median ratio to torch."""
     rows = []
     # Short epochs in quick turns see the same machine; with workers, their start must not rule.
@@ -110,7 +119,7 @@ def measure(epochs: int) -> list[tuple[str, int, dict[str, float], dict[str, flo
             speeds: dict[str, list[float]] = {kind: [] for kind in loaders}
             for trial in range(trials + 1):
                 order = list(loaders) if trial % 2 else list(loaders)[::-1]
-                found = {kind: samples_per_second(loaders[kind], samples) for kind in order}
+                found = {kind: samples_per_second(loaders[kind], samples, clock) for kind in order}
                 if trial:  # the first one warms up
                     for kind, speed in found.items():
                         speeds[kind].append(speed)
@@ -138,8 +147,13 @@ def table(rows: list[tuple[str, int, dict[str, float], dict[str, float]]]) -> st
     return "\n".join(lines)
 
 
-def page(body: str, epochs: int) -> str:
+def page(body: str, epochs: int, *, busy: bool) -> str:
     """The page that holds the table."""
+    seconds = (
+        "A second is one of processor time, workers included: the machine did other work too"
+        if busy
+        else "A second is one on the wall"
+    )
     return f"""# The exact loader beside torch's
 
 What does it cost that `GlobalBatchLoader` may change the batch at any update and resumes at any
@@ -147,7 +161,7 @@ sample? One epoch a trial in micro-batches of {MICRO}: 4,096 samples and {3 * ep
 without workers, 24,576 samples and {epochs} trials with two, their start included. The ratios are
 medians of (samples a second) / (those of `DataLoader(batch_size={MICRO}, shuffle=True)` in the same
 trial). The loaders take turns, and *torch again*, a second loader of torch's, shows how far the
-ratios can be trusted.
+ratios can be trusted. {seconds}.
 
 {body}
 
@@ -168,12 +182,15 @@ def main() -> None:
         "--epochs", type=int, default=15, help="trials with workers; thrice as many without"
     )
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
+    parser.add_argument("--busy", action="store_true", help="processor time: for a busy machine")
     arguments = parser.parse_args()
-    body = table(measure(arguments.epochs))
+    torch.set_num_threads(1)
+    clock = processor_time if arguments.busy else time.perf_counter
+    body = table(measure(arguments.epochs, clock))
     print(body)
     if arguments.write:
         PAGE.parent.mkdir(parents=True, exist_ok=True)
-        PAGE.write_text(page(body, arguments.epochs), encoding="utf-8")
+        PAGE.write_text(page(body, arguments.epochs, busy=arguments.busy), encoding="utf-8")
 
 
 if __name__ == "__main__":
