@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import random
+import sys
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +18,9 @@ __all__ = ["Snapshot"]
 
 class Snapshot:
     """Remembers attributes, what is in their containers, and the content of every tensor in them.
+
+    Arrays of NumPy and generators of random numbers are put back too; of other objects only that
+    they were there.
 
     Everything is restored in place, so that whoever holds a parameter, a state or a learning rate
     held as a tensor goes on holding it.
@@ -36,7 +43,7 @@ class Snapshot:
     def __init__(self, *objects: object, device: str | None = None) -> None:
         self._device = device
         self._seen: dict[int, object] = {}  # keeps what it knows alive, so that ids stay its own
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], object]] = []
         for thing in objects:
             self._keep(vars(thing))
 
@@ -60,6 +67,9 @@ class Snapshot:
             self._undo.append(lambda: value.__setitem__(slice(None), items))
             for item in items:
                 self._keep(item)
+        elif (undo := _undo_of(value)) is not None:
+            self._seen[id(value)] = value
+            self._undo.append(undo)
 
     def _keep_tensor(self, tensor: Tensor) -> None:
         if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
@@ -85,3 +95,29 @@ class Snapshot:
         self._undo.append(undo)
         for item in items.values():
             self._keep(item)
+
+
+def _undo_of(value: Any) -> Callable[[], object] | None:
+    """How to put back what a queue, a set, an array or a generator is now; None for the rest."""
+    undo: Callable[[], object] | None = None
+    numpy = sys.modules.get("numpy")  # what holds an array has imported it
+    if isinstance(value, deque | set):
+        undo = partial(_refill, value, list(value))
+    elif isinstance(value, torch.Generator):
+        undo = partial(value.set_state, value.get_state())
+    elif isinstance(value, random.Random):
+        undo = partial(value.setstate, value.getstate())
+    elif numpy is None:
+        pass
+    elif isinstance(value, numpy.ndarray) and value.flags.writeable:
+        undo = partial(numpy.copyto, value, value.copy())
+    elif isinstance(value, numpy.random.Generator):
+        undo = partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+    elif isinstance(value, numpy.random.RandomState):
+        undo = partial(value.set_state, value.get_state())
+    return undo
+
+
+def _refill(value: deque[Any] | set[Any], items: list[Any]) -> None:
+    value.clear()
+    (value.extend if isinstance(value, deque) else value.update)(items)

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import collections
 import copy
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -72,3 +75,34 @@ def test_everything_is_put_back_in_place(optimizer: Any, warm: bool):
     )
     assert module.training
     torch.testing.assert_close(opt.state_dict(), state, rtol=0, atol=0)
+
+
+class Remembers:
+    """What steps keep besides tensors: queues, sets, arrays and generators of their own."""
+
+    def __init__(self) -> None:
+        self.recent = collections.deque([1.0, 2.0], maxlen=2)
+        self.seen = {1}
+        self.mean = np.zeros(2)
+        self.torch = torch.Generator().manual_seed(1)
+        self.random = random.Random(2)
+        self.numpy = np.random.default_rng(3)
+
+    def step(self) -> list[object]:
+        self.recent.append(3.0)
+        self.seen.add(2)
+        self.mean += 1
+        draws = (torch.rand(1, generator=self.torch), self.random.random(), self.numpy.random())
+        return [list(self.recent), set(self.seen), self.mean.tolist(), *map(float, draws)]
+
+
+def test_queues_sets_arrays_and_generators_are_as_they_were() -> None:
+    first, holder = Remembers().step(), Remembers()
+    recent, mean = holder.recent, holder.mean
+    snapshot = Snapshot(holder)
+    assert holder.step() == first
+    holder.step()
+    snapshot.restore()
+    assert holder.recent is recent
+    assert holder.mean is mean
+    assert holder.step() == first
