@@ -34,8 +34,9 @@ class GlobalBatchFinder(Callback):
 
     Every trial accumulates two micro-batches and takes an optimiser step, on each process for
     itself and without gradient synchronisation; then all processes agree on the worst verdict, so
-    that one that runs out of memory leaves none waiting. Afterwards weights, buffers, optimiser,
-    metrics and random generators are as they were. Only sizes that ran are ever chosen.
+    that one that runs out of memory leaves none waiting (a training step that gathers over the
+    processes by itself would). Afterwards weights, buffers, optimiser, metrics and random
+    generators are as they were. Only sizes that ran are ever chosen.
 
     The size is written into a :class:`GlobalBatchLoader`, or into ``attribute`` of the datamodule
     or module whose ``train_dataloader`` reads it.
@@ -53,8 +54,8 @@ class GlobalBatchFinder(Callback):
         found: What the last search found; None before.
 
     Raises:
-        ValueError: At fit start for sharded strategies and manual optimisation, for loaders whose
-            batch cannot be set, and where not even one sample fits.
+        ValueError: At fit start for sharded strategies, SyncBatchNorm and manual optimisation, for
+            loaders whose batch cannot be set, and where not even one sample fits.
 
     Example:
         >>> from lightning_bigopt import GlobalBatchFinder
@@ -131,6 +132,13 @@ class GlobalBatchFinder(Callback):
                 "strategy must keep the whole model on each process with GlobalBatchFinder, got "
                 f"{type(trainer.strategy).__name__}, whose forward waits for all processes; set "
                 "the micro-batch by hand"
+            )
+        waits = any(isinstance(part, torch.nn.SyncBatchNorm) for part in module.modules())
+        if waits and trainer.world_size > 1:
+            raise ValueError(
+                "the module must hold no SyncBatchNorm with GlobalBatchFinder, got one and "
+                f"{trainer.world_size} processes, for all of which its forward waits; set the "
+                "micro-batch by hand"
             )
         if not module.automatic_optimization:
             raise ValueError(
