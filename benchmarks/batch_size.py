@@ -1,20 +1,22 @@
 """Batch policies side by side on the demo's GPT: the same samples in the same order.
 
-Each policy first looks for its own best peak learning rate, on a seed of its own; what is reported
-is other seeds at that rate. ``python benchmarks/batch_size.py --write`` renews
-docs/benchmarks/batch_size.md; ``--quick`` only shows that it runs.
+Each policy first looks for its own best peak learning rate in short runs on a seed of its own; what
+is reported is other seeds at that rate. ``python benchmarks/batch_size.py --write`` renews
+docs/benchmarks/batch_size.md; ``--quick`` only shows that it runs, and with ``--keep FILE`` a run
+that was interrupted goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -162,31 +164,50 @@ def train(contender: Contender, *, rate: float, samples: int, seed: int) -> Run:
     return Run(loss=float(loss), updates=trainer.global_step, seconds=seconds)
 
 
-def tune(contender: Contender, *, samples: int) -> dict[float, float]:
+class Runs:
+    """Makes each run once, also where the benchmark was interrupted in between."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.known: dict[str, dict[str, Any]] = {}
+        if path is not None and path.exists():
+            self.known = json.loads(path.read_text(encoding="utf-8"))
+
+    def __call__(self, contender: Contender, *, rate: float, samples: int, seed: int) -> Run:
+        """The run, from the file if it is there."""
+        key = f"{contender.title}, {rate:g}, {samples} samples, seed {seed}"
+        if key not in self.known:
+            run = train(contender, rate=rate, samples=samples, seed=seed)
+            self.known[key] = asdict(run)
+            if self.path is not None:
+                self.path.write_text(json.dumps(self.known, indent=1), encoding="utf-8")
+        print(f"# {key}: {self.known[key]}", flush=True)
+        return Run(**self.known[key])
+
+
+def tune(contender: Contender, runs: Runs, *, samples: int) -> dict[float, float]:
     """Losses by rate: down or up the grid until both neighbours of the best are worse."""
     tried: dict[float, float] = {}
     at = RATES.index(contender.first_rate)
     while True:
         for near in (at, at - 1, at + 1):
             if 0 <= near < len(RATES) and RATES[near] not in tried:
-                run = train(contender, rate=RATES[near], samples=samples, seed=TUNING_SEED)
+                run = runs(contender, rate=RATES[near], samples=samples, seed=TUNING_SEED)
                 tried[RATES[near]] = run.loss
-                print(f"# {contender.title}, {RATES[near]:g}: {run}", flush=True)
         best = RATES.index(min(tried, key=lambda rate: tried[rate]))
         if best == at:
             return tried
         at = best
 
 
-def measure(samples: int, seeds: int) -> Iterator[dict[str, Found]]:
+def measure(runs: Runs, *, samples: int, tuning: int, seeds: int) -> Iterator[dict[str, Found]]:
     """By title, after every seed; in the runs that are reported, the contenders take turns."""
-    found = {c.title: Found(tried=tune(c, samples=samples)) for c in CONTENDERS}
+    found = {c.title: Found(tried=tune(c, runs, samples=tuning)) for c in CONTENDERS}
     for seed in range(TUNING_SEED + 1, TUNING_SEED + 1 + seeds):
         for contender in CONTENDERS:
             mine = found[contender.title]
-            run = train(contender, rate=mine.rate, samples=samples, seed=seed)
+            run = runs(contender, rate=mine.rate, samples=samples, seed=seed)
             mine.runs.append(run)
-            print(f"# {contender.title}, seed {seed}: {run}", flush=True)
         yield found
 
 
@@ -222,7 +243,7 @@ def searches(found: dict[str, Found]) -> str:
     return "\n".join(lines)
 
 
-def page(found: dict[str, Found], samples: int, seeds: int) -> str:
+def page(found: dict[str, Found], *, samples: int, tuning: int, seeds: int) -> str:
     """The page that holds the tables."""
     return f"""# What a growing batch is worth
 
@@ -233,8 +254,9 @@ Means over {seeds} seed(s), lowest and highest in brackets; Δ and ratio are to 
 
 {table(found)}
 
-The rates were looked for on a grid of factors of two until both neighbours of the best were worse,
-on another seed than those above, and on the same validation windows. What that search saw:
+The rates were looked for in runs of {tuning:,} samples, on a grid of factors of two until both
+neighbours of the best were worse, on another seed than those above, and on the same validation
+windows. What that search saw:
 
 {searches(found)}
 
@@ -253,7 +275,9 @@ Measured with Python {platform.python_version()} and torch {torch.__version__} o
 def main() -> None:
     """Prints the tables, and writes the page on request."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=8_000)
+    parser.add_argument("--samples", type=int, default=40_000)
+    parser.add_argument("--tuning", type=int, default=8_000, help="samples in a run of the search")
+    parser.add_argument("--keep", type=Path, help="a file that keeps what every run found")
     parser.add_argument("--seeds", type=int, default=2, help="besides the one of the search")
     parser.add_argument("--quick", action="store_true", help="1,024 samples, to see that it runs")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
@@ -261,12 +285,15 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    samples = 1024 if arguments.quick else arguments.samples
-    for done, found in enumerate(measure(samples, arguments.seeds), start=1):
+    samples, tuning = (1024, 512) if arguments.quick else (arguments.samples, arguments.tuning)
+    measured = measure(Runs(arguments.keep), samples=samples, tuning=tuning, seeds=arguments.seeds)
+    for done, found in enumerate(measured, start=1):
         print(table(found), searches(found), sep="\n\n", flush=True)
         if arguments.write:
             PAGE.parent.mkdir(parents=True, exist_ok=True)
-            PAGE.write_text(page(found, samples, done), encoding="utf-8")
+            PAGE.write_text(
+                page(found, samples=samples, tuning=tuning, seeds=done), encoding="utf-8"
+            )
 
 
 if __name__ == "__main__":
