@@ -175,8 +175,12 @@ class TrainingClock:
             mine, everywhere = served
         elif self._pinned_samples is not None:
             full, last = self._pinned_samples
-            mine = last if last != full and trainer_access.is_last_batch(trainer) else full
+            differs = last != full or self._world > 1
+            is_last = differs and trainer_access.is_last_batch(trainer)
+            mine = last if is_last else full
             everywhere = mine * self._world
+            if is_last:  # shards that the user cut may differ by a sample
+                everywhere = round(trainer_access.sum_over_data(trainer, mine))
         else:
             # Processes that counted differently would open different windows, and wait for ever.
             mine = count(batch, self.settings.samples, name="samples")

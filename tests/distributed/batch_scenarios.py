@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.fsdp import fully_shard
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from lightning_bigopt import (
     BatchSizeScheduler,
@@ -139,6 +139,17 @@ def from_one(out: Path) -> Any:
     return found
 
 
+def uneven_shards(out: Path) -> Any:
+    """Shards that the user cut, of 13 and 14 samples, and a batch that grows after 27 samples."""
+    rank = int(os.environ["RANK"])
+    mine = Subset(Regression(27), range(13 * rank, 13 + 14 * rank))
+    model = Probe(lr=0.01)
+    scheduler = BatchSizeScheduler(BatchSizeSteps({"0%": 4, "27 samples": 8}))
+    data = DataLoader(mine, batch_size=2)
+    fit("ddp", model, data, scheduler, max_epochs=2, use_distributed_sampler=False)
+    return {"windows": [len(w) for w in model.windows], "errors": model.errors}
+
+
 def noise_scales(out: Path) -> Any:
     """The noise scale by the hook, and from the first micro-batch under DDP and FSDP2."""
     rank, found = int(os.environ["RANK"]), {}
@@ -225,4 +236,12 @@ def finder(out: Path) -> Any:
     return found
 
 
-NAMES = ["token_means", "exact_order", "exact_loader", "from_one", "noise_scales", "finder"]
+NAMES = [
+    "token_means",
+    "exact_order",
+    "exact_loader",
+    "from_one",
+    "uneven_shards",
+    "noise_scales",
+    "finder",
+]

@@ -83,6 +83,13 @@ def test_a_run_on_two_goes_on_on_one(two_with_batches: Any) -> None:
         assert flat(resumed) == pytest.approx(found["weights"], rel=1e-5, abs=1e-5)
 
 
+def test_shards_that_differ_by_a_sample_open_the_same_windows(two_with_batches: Any) -> None:
+    first, second = two_with_batches("uneven_shards")
+    assert first["windows"] == [2, 2, 2, 2, 2, 2, 1, 4, 4, 4, 1]
+    assert second["windows"] == [2, 2, 2, 2, 2, 2, 2, 4, 4, 4, 2]
+    assert max(first["errors"] + second["errors"]) <= 1e-6
+
+
 def from_the_data(case: str, *, updates: int = 300, decay: float = 0.999) -> tuple[float, float]:
     """Noise and signal by the formulas, from the very samples that the two processes drew."""
     strategy, accumulate = case.split()
