@@ -203,6 +203,11 @@ def tune(contender: Contender, runs: Runs, *, samples: int) -> dict[float, float
 def measure(runs: Runs, *, samples: int, tuning: int, seeds: int) -> Iterator[dict[str, Found]]:
     """By title, after every seed; in the runs that are reported, the contenders take turns."""
     found = {c.title: Found(tried=tune(c, runs, samples=tuning)) for c in CONTENDERS}
+    if not seeds:  # the search itself is all there is
+        for contender in CONTENDERS:
+            mine = found[contender.title]
+            mine.runs.append(runs(contender, rate=mine.rate, samples=tuning, seed=TUNING_SEED))
+        yield found
     for seed in range(TUNING_SEED + 1, TUNING_SEED + 1 + seeds):
         for contender in CONTENDERS:
             mine = found[contender.title]
@@ -245,18 +250,27 @@ def searches(found: dict[str, Found]) -> str:
 
 def page(found: dict[str, Found], *, samples: int, tuning: int, seeds: int) -> str:
     """The page that holds the tables."""
+    seeds_in_words = (
+        f"Means over {seeds} seed(s), lowest and highest in brackets"
+        if seeds
+        else "One seed, that of the search below"
+    )
+    search = (
+        "on another seed than those above, and on the same validation windows"
+        if seeds
+        else "whose best runs are the ones above"
+    )
     return f"""# What a growing batch is worth
 
 The demo's byte-level GPT (0.4M parameters) on Python's own source, {samples:,} samples of 64 bytes
 for every policy, the same ones in the same order; AdamW, linear decay to zero after 2 % of warm-up
 (Seesaw: the same decay, half of it paid in batch). Every policy at its own best peak learning rate.
-Means over {seeds} seed(s), lowest and highest in brackets; Δ and ratio are to the small batch.
+{seeds_in_words}; Δ and ratio are to the small batch.
 
 {table(found)}
 
 The rates were looked for in runs of {tuning:,} samples, on a grid of factors of two until both
-neighbours of the best were worse, on another seed than those above, and on the same validation
-windows. What that search saw:
+neighbours of the best were worse, {search}. What that search saw:
 
 {searches(found)}
 
@@ -278,7 +292,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=40_000)
     parser.add_argument("--tuning", type=int, default=8_000, help="samples in a run of the search")
     parser.add_argument("--keep", type=Path, help="a file that keeps what every run found")
-    parser.add_argument("--seeds", type=int, default=2, help="besides the one of the search")
+    parser.add_argument("--seeds", type=int, default=2, help="besides the search's; 0: only that")
     parser.add_argument("--quick", action="store_true", help="1,024 samples, to see that it runs")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
     arguments = parser.parse_args()
@@ -286,8 +300,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     samples, tuning = (1024, 512) if arguments.quick else (arguments.samples, arguments.tuning)
+    samples = samples if arguments.seeds else tuning
     measured = measure(Runs(arguments.keep), samples=samples, tuning=tuning, seeds=arguments.seeds)
-    for done, found in enumerate(measured, start=1):
+    for done, found in enumerate(measured, start=min(1, arguments.seeds)):
         print(table(found), searches(found), sep="\n\n", flush=True)
         if arguments.write:
             PAGE.parent.mkdir(parents=True, exist_ok=True)
