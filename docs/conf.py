@@ -28,6 +28,7 @@ extensions = [
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "mathml",
+    "chart_pictures",
     "schedule_pictures",
 ]
 exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
