@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -35,18 +33,6 @@ def test_every_public_name_is_documented_once():
     names = documented()
     assert len(names) == len(set(names))
     assert {f"lightning_bigopt.{name}" for name in lightning_bigopt.__all__} <= set(names)
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("site")
-    command = ["sphinx", "--fail-on-warning", "--keep-going", "-q", "-b", "html"]
-    command += ["-d", str(folder / "doctrees"), str(DOCS), str(folder / "html")]
-    done = subprocess.run(
-        [sys.executable, "-m", *command], capture_output=True, text=True, check=False, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr
-    return folder / "html"
 
 
 @pytest.mark.slow

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import os
-import shutil
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +25,7 @@ from lightning_bigopt import (
     WarmupCosine,
 )
 from lightning_bigopt.reporting.tensorboard import DASHBOARD
+from tests.browser import Browser, chromium, free_port, wait_for
 from tests.kit import QUIET, Probe, loader
 
 
@@ -42,92 +38,11 @@ class Logging(Probe):
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--window-size=1500,1250",
-]
-# TensorBoard's charts live in shadow roots, which neither the page's source nor its text holds.
-TEXT = """
-    const walk = node => [...node.childNodes].map(child =>
-        child.nodeType === 3 ? child.textContent :
-        child.nodeType !== 1 || ["STYLE", "SCRIPT"].includes(child.tagName) ? "" :
-        (child.shadowRoot ? walk(child.shadowRoot) : "") + " " + walk(child)).join(" ");
-    return walk(document.body);
-"""
-
-
-class Browser:
-    """Chromium through the WebDriver protocol."""
-
-    def __init__(self, driver: str, profile: Path) -> None:
-        flags = [*FLAGS, f"--user-data-dir={profile}"]
-        wanted = {"browserName": "chrome", "goog:chromeOptions": {"args": flags}}
-        self.driver = driver
-        self.session = ""
-        answer = self.ask("", {"capabilities": {"alwaysMatch": wanted}})
-        self.session = f"/{answer['sessionId']}"
-
-    def ask(self, what: str, body: Any = None, method: str = "POST") -> Any:
-        request = urllib.request.Request(
-            f"{self.driver}/session{self.session}{what}",
-            data=None if method != "POST" else json.dumps(body or {}).encode(),
-            method=method,
-            headers={"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            return json.loads(answer.read())["value"]
-
-    def text(self, url: str, *words: str) -> str:
-        """The text of a page, once it holds some words or has had time enough."""
-        self.ask("/url", {"url": "about:blank"})
-        self.ask("/url", {"url": url})
-        for _ in range(60):
-            found: str = self.ask("/execute/sync", {"script": TEXT, "args": []})
-            if all(word in found for word in words) and "Matches (0)" not in found:
-                break
-            time.sleep(0.5)
-        return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    driver = shutil.which("chromedriver")
-    assert driver, "chromedriver must be installed; apt-get install -y chromium chromium-driver"
-    port = free_port()
-    server = subprocess.Popen([driver, f"--port={port}"], stdout=subprocess.DEVNULL)
-    try:
-        wait_for(f"http://127.0.0.1:{port}/status", b'"ready":true')
-        browser = Browser(f"http://127.0.0.1:{port}", tmp_path_factory.mktemp("profile"))
-        yield browser
-        browser.ask("", method="DELETE")
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def wait_for(url: str, word: bytes) -> None:
-    for _ in range(120):
-        try:
-            with urllib.request.urlopen(url) as answer:
-                if word in answer.read():
-                    return
-        except OSError:
-            pass
-        time.sleep(0.5)
-    pytest.fail(f"{url} did not come up")
+    with chromium(tmp_path_factory.mktemp("profile")) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +84,7 @@ def test_the_dashboard_shows_its_charts(browser: Browser, address: str, tmp_path
     assert [title for title in TITLES if title not in page] == []
     assert "Matches (0)" not in page  # every chart has curves
     time.sleep(2)  # the curves are drawn
-    picture = base64.b64decode(browser.ask("/screenshot", method="GET"))
+    picture = browser.picture()
     target = Path(os.environ.get("SCREENSHOT") or tmp_path / "tensorboard.png")
     target.write_bytes(picture)
     assert len(picture) > 60_000
