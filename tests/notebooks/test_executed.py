@@ -41,6 +41,7 @@ def executions(request, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # about a minute each, and several where the machine is shared
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
 def test_stored_outputs_are_those_of_the_code(executions, path):
     folder, futures = executions
