@@ -23,7 +23,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import lightning as L
@@ -417,11 +417,17 @@ def main() -> None:
     parser.add_argument(
         "--busy", action="store_true", help="one thread and its processor time: for a busy machine"
     )
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="of the rounds, where time is short"
+    )
     arguments = parser.parse_args()
     clock = time.thread_time if arguments.busy else time.perf_counter
     if arguments.busy:
         torch.set_num_threads(1)
-    chosen = cases(quick=arguments.quick)
+    chosen = [
+        replace(case, rounds=max(5, round(case.rounds * arguments.share)))
+        for case in cases(quick=arguments.quick)
+    ]
     results: dict[str, Times] = {}
     fits: dict[str, Times] = {}
     for case in chosen:
@@ -436,7 +442,7 @@ def main() -> None:
         print(check_no_synchronisation(chosen[0]))
     else:
         for count in (10, 300):
-            rounds = 2 if arguments.quick else 7
+            rounds = 2 if arguments.quick else max(3, round(7 * arguments.share))
             fits[f"{count} small tensors"] = in_a_trainer(
                 count, clock, fits=rounds, steps=150 if count == 10 else 60
             )
