@@ -106,7 +106,7 @@ def clip_units_(parameters: Sequence[nn.Parameter], clip_factor: float, eps: flo
         ordered = [index for run in runs for index in run]
         spread = [_unit_groups(parameters[index]) for index in ordered]
         norms = _norms_of_runs(runs, weights, gradients, wide=not weights[members[0]].is_cpu)
-        if norms.is_cpu and norms.isinf().any():  # perhaps only the squares are
+        if norms.is_cpu and not math.isfinite(norms.sum()):  # perhaps the squares alone
             norms = _norms_of_runs(runs, weights, gradients, wide=True)
         if any(spread):
             norms = _over_processes(norms, spread, [weights[index] for index in ordered])
@@ -143,17 +143,18 @@ def _norms_of_runs(
     wide: bool,
 ) -> Tensor:
     """The norms of all units, run by run: shape (2, n), first of weights, then of gradients."""
-    found = []
+    of_weights, of_gradients = [], []
     for run in runs:
         both = [*[weights[index] for index in run], *[gradients[index] for index in run]]
         if both[0].ndim < 2:
-            norms = local_norms(both, 2.0)
+            halves: Sequence[Tensor] = local_norms(both, 2.0).tensor_split(2)
         elif len(run) == 1:
-            norms = torch.stack([_unit_norms(tensor, wide=wide) for tensor in both])
+            halves = [_unit_norms(tensor, wide=wide) for tensor in both]
         else:
-            norms = _unit_norms(torch.cat(both), wide=wide)
-        found.append(norms.view(2, -1))
-    return torch.cat(found, dim=1)
+            halves = _unit_norms(torch.cat(both), wide=wide).tensor_split(2)
+        of_weights.append(halves[0])
+        of_gradients.append(halves[1])
+    return torch.cat([*of_weights, *of_gradients]).view(2, -1)
 
 
 def _unit_norms(block: Tensor, *, wide: bool) -> Tensor:
