@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
@@ -35,7 +34,8 @@ class OptimizationCallback(Callback):
     """Hands every hook to the Trainer's pipeline, which runs each once whatever the list's order.
 
     The first of ours in the Trainer's list hands over the hooks of a batch, and only those in which
-    somebody does something; the others are silent there while they fit.
+    somebody does something; the others are silent there while they fit. A subclass with a hook of
+    its own is called there in any case, and another of ours besides.
 
     Args:
         controller: What the callback does.
@@ -54,6 +54,7 @@ class OptimizationCallback(Callback):
         """Registers with the pipeline of a Trainer that is about to fit."""
         if stage != "fit":
             return
+        self._speak_again()  # somebody else's error may have hidden the end of a former fit
         self._pipeline = Pipeline.of(trainer)
         if self._last_run not in (None, self._pipeline.number):
             self.controller.reset()  # a callback object used again with another Trainer
@@ -68,15 +69,20 @@ class OptimizationCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """All state is restored; the horizon is fixed."""
         pipeline = self._bound()
-        speaks = pipeline.once("train_start", self, pipeline.train_start)
-        if any(callback is self for callback in trainer_access.callbacks_of(trainer)):
-            self._fall_silent(but_in=pipeline.batch_hooks() if speaks else ())
+        pipeline.once("train_start", self, pipeline.train_start)
+        self._fall_silent(trainer, pipeline)
 
-    def _fall_silent(self, but_in: Collection[str] = ()) -> None:
-        """Has Lightning pass over hooks in which a subclass does nothing of its own."""
+    def _fall_silent(self, trainer: Trainer, pipeline: Pipeline) -> None:
+        """Has Lightning pass over hooks that are empty, or that another callback hands over."""
+        self._speak_again()
+        callbacks = trainer_access.callbacks_of(trainer)
+        ours = [c for c in callbacks if isinstance(c, OptimizationCallback)]
+        needed = pipeline.batch_hooks()
         for hook in _BATCH_HOOKS:
-            ours = getattr(OptimizationCallback, hook)
-            if hook not in but_in and getattr(type(self), hook) is ours:
+            inherited = getattr(OptimizationCallback, hook)
+            plain = [callback for callback in ours if getattr(type(callback), hook) is inherited]
+            speaks = hook in needed and plain[:1] == [self]
+            if self in plain and not speaks:
                 self.__dict__[hook] = None
 
     def _speak_again(self) -> None:
@@ -109,8 +115,9 @@ class OptimizationCallback(Callback):
     # ----------------------------------------------------------------------------------- loop
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """An epoch begins."""
+        """An epoch begins, perhaps with fewer callbacks."""
         pipeline = self._bound()
+        self._fall_silent(trainer, pipeline)
         pipeline.once("epoch_start", self, pipeline.epoch_start)
 
     def on_train_batch_start(

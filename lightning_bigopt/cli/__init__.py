@@ -6,6 +6,7 @@ import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from traceback import walk_tb
 from typing import TYPE_CHECKING
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -38,6 +39,7 @@ exit codes:
   0 fine, 1 an error that its message tells how to mend, 2 a wrong command line, 130 Ctrl-C
 """
 _OURS = frozenset({"jsonargparse", "lightning", "lightning_bigopt", "matplotlib"})
+_LIBRARIES = _OURS | sys.stdlib_module_names | {"fsspec", "torch", "yaml"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,11 +107,12 @@ def _parse(arguments: Sequence[str] | None) -> tuple[str, Namespace]:
 
 def _is_for_the_user(error: Exception) -> bool:
     """Whether a message says enough: ours or Lightning's, not that of a model's own code."""
-    if isinstance(error, MissingExtraError | MisconfigurationException | OSError):
+    if isinstance(error, MissingExtraError | MisconfigurationException):
         return True
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and (
-        trace.tb_frame.f_globals.get("__name__", "").split(".")[0] in _OURS
-    )
+    packages = [
+        frame.f_globals.get("__name__", "").split(".")[0]
+        for frame, _ in walk_tb(error.__traceback__)
+    ]
+    if isinstance(error, OSError):  # a path on the command line, not a file that a model reads
+        return _LIBRARIES.issuperset(packages)
+    return packages[-1] in _OURS

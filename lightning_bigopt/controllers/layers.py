@@ -93,10 +93,10 @@ class _Grouping:
         number = {label: index for index, label in enumerate(labels)}
         members = [index for index, label in enumerate(found) if label is not None]
         device = norms.per_tensor.device
-        which = torch.tensor([number[found[i] or ""] for i in members], device=device)
+        which = _indices([number[found[i] or ""] for i in members], device)
         each = torch.tensor([float(norms.parameters[i].numel()) for i in members], device=device)
         sizes = torch.zeros(len(labels), device=device).index_add_(0, which, each)
-        return cls(norms.names, labels, torch.tensor(members, device=device), which, sizes)
+        return cls(norms.names, labels, _indices(members, device), which, sizes)
 
     def sum(self, values: Tensor) -> Tensor:
         wide = values.double() if values.device.type != "mps" else values
@@ -107,10 +107,16 @@ class _Grouping:
         """The norm of each layer from those of its tensors."""
         if order == math.inf:
             chosen = norms.index_select(0, self.members)
-            return chosen.new_zeros(len(self.labels)).index_reduce_(0, self.layers, chosen, "amax")
+            return chosen.new_zeros(len(self.labels)).scatter_reduce_(
+                0, self.layers, chosen, "amax"
+            )
         if len(self.labels) == len(self.names):
             return norms
         return self.sum(norms.double().pow(order)).pow(1.0 / order)
+
+
+def _indices(numbers: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.long, device=device)  # of none too
 
 
 class LayerMonitor:

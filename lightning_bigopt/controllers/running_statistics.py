@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.lazy import LazyModuleMixin
 
 __all__ = ["RunningStatistics"]
 
@@ -40,8 +41,12 @@ class RunningStatistics:
 
     @torch.no_grad()
     def remember(self) -> None:
-        """Copies the statistics of those layers that train."""
-        training = [layer for layer in self._layers if layer.training]
+        """Copies the statistics of those layers that train; lazy ones have none as yet."""
+        training = [
+            layer
+            for layer in self._layers
+            if layer.training and not isinstance(layer, LazyModuleMixin)
+        ]
         buffers = [buffer for layer in training for buffer in layer.buffers(recurse=False)]
         if [id(b) for b in buffers] != [id(b) for b in self._buffers]:
             self._buffers = buffers

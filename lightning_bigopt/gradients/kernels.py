@@ -88,7 +88,7 @@ def cpu_norms(tensors: Sequence[Tensor], order: float) -> list[float]:
         found = [each_alone(tensor) for tensor in tensors]
     else:
         found = _euclidean(tensors)
-    if math.isfinite(math.fsum(found)):
+    if math.isfinite(sum(found)):
         return found
     return [
         norm if math.isfinite(norm) else _exact(tensor, order)

@@ -248,7 +248,9 @@ class Pipeline:
         return planner.simulator(self.trainer)
 
     def epoch_start(self) -> None:
-        """``on_train_epoch_start``: Lightning may have made the loaders anew."""
+        """``on_train_epoch_start``: loaders may be new, and who hands the batches over."""
+        for event in ("batch_start", "before_backward", "before_step", "batch_end"):
+            self._callers.pop(event, None)
         self.clock.pin_samples(self.trainer)
         for controller in self.controllers:
             controller.on_epoch_start(self)

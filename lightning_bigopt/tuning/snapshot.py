@@ -70,6 +70,9 @@ class Snapshot:
         elif (undo := _undo_of(value)) is not None:
             self._seen[id(value)] = value
             self._undo.append(undo)
+            if isinstance(value, deque | set):
+                for item in list(value):
+                    self._keep(item)
 
     def _keep_tensor(self, tensor: Tensor) -> None:
         if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
@@ -105,7 +108,7 @@ def _undo_of(value: Any) -> Callable[[], object] | None:
         undo = partial(_refill, value, list(value))
     elif isinstance(value, torch.Generator):
         undo = partial(value.set_state, value.get_state())
-    elif isinstance(value, random.Random):
+    elif isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
         undo = partial(value.setstate, value.getstate())
     elif numpy is None:
         pass

@@ -13,8 +13,11 @@ import torch
 from lightning.pytorch.profilers import PassThroughProfiler
 
 from lightning_bigopt import (
+    BatchSizeScheduler,
+    ConstantBatchSize,
     GradientClipping,
     LearningRateScheduler,
+    Linear,
     NormClip,
     OptimizationMonitor,
     StepGuard,
@@ -135,3 +138,53 @@ def test_nothing_of_it_is_left(fails: bool) -> None:
         fit(callbacks)
     for callback in callbacks[:3]:
         assert not [name for name in vars(callback) if name.startswith("on_")]
+
+
+def ignoring(hook: str) -> OptimizationMonitor:
+    """A user's subclass with a hook that does not call ours."""
+    kind = type("Ignoring", (OptimizationMonitor,), {hook: lambda *arguments, **options: None})
+    callback: OptimizationMonitor = kind(every=2)
+    return callback
+
+
+@pytest.mark.parametrize(
+    "hook", ["on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end"]
+)
+def test_a_subclass_that_keeps_a_hook_to_itself_silences_nobody(hook: str) -> None:
+    seen = []
+    for first in (OptimizationMonitor(every=2), ignoring(hook)):
+        others = [
+            BatchSizeScheduler(ConstantBatchSize(8)),
+            GradientClipping(NormClip(max_norm=1e-3)),
+            LearningRateScheduler(Linear(start=1.0, end=0.0), budget="24 samples"),
+        ]
+        module = fit([first, *others], max_steps=-1, max_epochs=1)[1]
+        seen.append((module.lrs, module.norms, module.windows))
+    assert seen[0] == seen[1]
+    assert [len(window) for window in seen[0][2]] == [8, 8, 8]
+
+
+def test_the_others_go_on_when_the_first_is_removed() -> None:
+    class Removes(L.Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            trainer.callbacks = [c for c in trainer.callbacks if c is not first]
+
+    first = OptimizationMonitor(every=2)
+    clipping = GradientClipping(NormClip(max_norm=1e-3))
+    module = fit([first, clipping, Removes()], max_epochs=4, max_steps=16)[1]
+    assert len(module.norms) == 16
+    assert max(module.norms) < 1.001e-3
+
+
+def test_a_callback_speaks_again_after_an_error_that_hid_the_end_of_its_fit() -> None:
+    class Fails(L.Callback):
+        def on_train_batch_end(self, *arguments: Any) -> None:
+            raise ZeroDivisionError
+
+        def on_exception(self, *arguments: Any) -> None:
+            raise ArithmeticError
+
+    clipping = GradientClipping(NormClip(max_norm=1e-3))
+    with pytest.raises(ArithmeticError):
+        fit([Fails(), LearningRateScheduler(WarmupCosine(warmup="20%")), clipping])
+    assert max(fit([clipping])[1].norms) < 1.001e-3

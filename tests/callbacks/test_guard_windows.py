@@ -234,3 +234,11 @@ def test_a_refused_batch_leaves_no_trace_in_running_statistics(
     ]
     assert changed == [update != 4 for update in range(1, 8) for _ in range(2)]
     assert finite(module.state_dict())
+
+
+def test_a_lazy_layer_has_no_statistics_before_its_first_batch() -> None:
+    module = Normalised({4: math.nan})
+    module.net = nn.Sequential(nn.Linear(4, 4), nn.LazyBatchNorm1d(), nn.Linear(4, 3))
+    fit(module, StepGuard(), size=16)
+    assert module.net[1].num_batches_tracked == 7
+    assert finite(module.state_dict())

@@ -431,6 +431,27 @@ def test_manual_optimisation_of_several_optimisers(tmp_path: Path) -> None:
         assert find_tag(tag) is not None
 
 
+@pytest.mark.parametrize("norm_type", [2.0, math.inf])
+def test_layers_may_all_belong_to_one_of_several_optimisers(
+    tmp_path: Path, norm_type: float
+) -> None:
+    trainer = fit(
+        TwoOptimizers(),
+        loader(8, 2),
+        OptimizationMonitor(
+            every=1,
+            layers={"first": "one.*"},
+            per_layer=("grad_norm", "weight_norm", "update_ratio", "zeros"),
+        ),
+        GradientClipping(NormClip(max_norm=1.0, norm_type=norm_type)),
+        max_epochs=1,
+        logger=TensorBoardLogger(tmp_path),
+    )
+    layers = {tag for tag in curves(trainer) if tag.startswith("layers/")}
+    values = ("grad_norm", "weight_norm", "update_ratio", "zeros")
+    assert layers == {f"layers/{value}/first/SGD" for value in values}
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -141,6 +141,13 @@ class Faulty(Probe):
         raise ValueError("a mistake in the model")
 
 
+class Forgetful(Probe):
+    """A model that reads a file which is not there."""
+
+    def on_train_start(self) -> None:
+        Path("vocabulary.txt").read_text(encoding="utf-8")
+
+
 class Rows(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(Regression(8), batch_size=2)
@@ -176,6 +183,16 @@ def test_ctrl_c_outside_of_training_exits_with_130(monkeypatch: pytest.MonkeyPat
 def test_a_mistake_in_a_users_model_keeps_its_traceback(tmp_path: Path):
     with pytest.raises(ValueError, match="a mistake in the model"):
         fit("Faulty", tmp_path)
+
+
+def test_a_file_that_a_users_model_misses_keeps_its_traceback(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"vocabulary\.txt"):
+        fit("Forgetful", tmp_path)
+
+
+def test_a_missing_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert fit("Probe", tmp_path, "--ckpt_path", str(tmp_path / "none.ckpt")) == 1
+    assert "none.ckpt" in capsys.readouterr().err
 
 
 def test_what_lightning_refuses_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

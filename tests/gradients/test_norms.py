@@ -80,6 +80,15 @@ def test_large_numbers_are_finite(order, size, scale):
         assert norms.value == math.inf
 
 
+@pytest.mark.parametrize("order", [1.0, 2.0, math.inf])
+def test_norms_whose_sum_overflows_raise_nothing(order):
+    parameters = [nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2)]
+    for parameter in parameters:
+        parameter.grad = torch.full((1,), 1.5e308, dtype=torch.float64)
+    norms = measure([(str(i), p) for i, p in enumerate(parameters)], norm_type=order)
+    assert norms.value == math.inf  # as float32 has it
+
+
 def test_finite_float64_gradients_beyond_float32_are_finite():
     norms = measure(named(torch.full((3,), 1e200, dtype=torch.float64)))
     assert norms.finite

@@ -106,3 +106,16 @@ def test_queues_sets_arrays_and_generators_are_as_they_were() -> None:
     assert holder.recent is recent
     assert holder.mean is mean
     assert holder.step() == first
+
+
+def test_tensors_in_queues_and_a_generator_without_a_state() -> None:
+    class Holder:
+        def __init__(self) -> None:
+            self.recent = collections.deque([torch.zeros(2)])
+            self.random = random.SystemRandom()
+
+    holder = Holder()
+    snapshot = Snapshot(holder)
+    holder.recent[0].add_(1.0)
+    snapshot.restore()
+    assert holder.recent[0].tolist() == [0.0, 0.0]
