@@ -50,7 +50,7 @@ def write_start(pipeline: Pipeline, axis: Axis) -> None:
     if not trainer.is_global_zero:
         return
     begun = trainer.global_step > 0
-    first = trainer_access.batches_that_stepped(trainer)
+    first = trainer_access.coming_step(trainer)
     for writer, _ in trainer_access.tensorboard_writers(trainer).values():
         if begun:
             step = first if axis == "updates" else int(getattr(pipeline.clock, axis)) + 1

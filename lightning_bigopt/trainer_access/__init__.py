@@ -34,6 +34,7 @@ from lightning_bigopt.trainer_access.optimizers import (
 from lightning_bigopt.trainer_access.position import (
     batches_that_stepped,
     closes_window,
+    coming_step,
     is_fast_dev_run,
     is_last_batch,
     is_unlimited,
@@ -72,6 +73,7 @@ __all__ = [
     "checkpoint_exists",
     "checkpoint_interval",
     "closes_window",
+    "coming_step",
     "comes_to_nothing",
     "count_rows",
     "data_in_place",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = [
     "batches_that_stepped",
     "closes_window",
+    "coming_step",
     "is_fast_dev_run",
     "is_last_batch",
     "is_unlimited",
@@ -50,3 +51,18 @@ def closes_window(trainer: Trainer) -> bool:
 def batches_that_stepped(trainer: Trainer) -> int:
     """The x coordinate that Lightning gives to training metrics."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def coming_step(trainer: Trainer) -> int:
+    """The same for the next update, from ``on_train_start`` on.
+
+    A checkpoint holds the count of the update before: Lightning counts on only when it begins an
+    epoch after it, by the rule that is repeated here.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    is_behind = (
+        loop.restarting
+        and not loop._should_accumulate()
+        and (loop.restarted_on_train_batch_end or not loop.restarted_on_last)
+    )
+    return batches_that_stepped(trainer) + is_behind

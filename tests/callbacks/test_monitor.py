@@ -346,14 +346,24 @@ class DiesAt(L.Callback):
             raise self.error
 
 
-@pytest.mark.parametrize("axis", ["updates", "samples"])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_resumed_run_continues_its_curves(axis: Any, accumulate: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("axis", "accumulate", "every", "saved"),
+    [
+        ("updates", 1, 1, 7),
+        ("updates", 1, 1, 6),  # at the end of an epoch
+        ("updates", 2, 1, 7),
+        ("samples", 1, 1, 7),
+        ("samples", 2, 2, 7),
+    ],
+)
+def test_a_resumed_run_continues_its_curves(
+    axis: Any, accumulate: int, every: int, saved: int, tmp_path: Path
+) -> None:
     def callbacks() -> list[Any]:
         return [
             LearningRateScheduler(Linear(start=1.0, end=0.1)),
             GradientClipping(NormClip(max_norm=6.0)),
-            OptimizationMonitor(every=2, x_axis=axis),
+            OptimizationMonitor(every=every, x_axis=axis),
         ]
 
     options = {"max_epochs": 2, "accumulate_grad_batches": accumulate}
@@ -365,7 +375,7 @@ def test_a_resumed_run_continues_its_curves(axis: Any, accumulate: int, tmp_path
         logger=TensorBoardLogger(tmp_path, version="straight"),
         **options,
     )
-    save = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=7, save_top_k=-1)
+    save = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=saved, save_top_k=-1)
     with pytest.raises(ZeroDivisionError):
         fit(
             Watched(),
@@ -377,7 +387,7 @@ def test_a_resumed_run_continues_its_curves(axis: Any, accumulate: int, tmp_path
             enable_checkpointing=True,
             **options,
         )
-    (checkpoint,) = (tmp_path / "saved").glob("*.ckpt")
+    (checkpoint,) = (tmp_path / "saved").glob(f"*step={saved}.ckpt")
     resumed = fit(
         Watched(),
         ResumableLoader(*data),
@@ -394,7 +404,7 @@ def test_a_resumed_run_continues_its_curves(axis: Any, accumulate: int, tmp_path
             assert found[tag] == curve, tag
             compared += 1
     assert compared > 25
-    assert len(expected["grad_norm/total"]) == 12
+    assert len(expected["grad_norm/total"]) == 24 // every
 
 
 class TwoOptimizers(L.LightningModule):
