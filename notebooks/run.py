@@ -22,7 +22,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
 NOTEBOOKS = Path(__file__).resolve().parent
 METADATA = {
@@ -31,7 +31,7 @@ METADATA = {
 }
 
 
-def execute(notebook: nbformat.NotebookNode, *, timeout: int = 240) -> nbformat.NotebookNode:
+def execute(notebook: nbformat.NotebookNode, *, timeout: int = 800) -> nbformat.NotebookNode:
     """The notebook with fresh outputs, from a kernel of its own.
 
     Args:
@@ -43,6 +43,7 @@ def execute(notebook: nbformat.NotebookNode, *, timeout: int = 240) -> nbformat.
 
     Raises:
         CellExecutionError: If a cell raises.
+        CellTimeoutError: If a cell takes longer.
     """
     notebook = nbformat.from_dict(notebook)  # a deep copy
     env = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
@@ -97,7 +98,7 @@ def run(path: Path, target: Path) -> str | None:
     began = time.monotonic()
     try:
         notebook = execute(nbformat.read(path, as_version=4))
-    except CellExecutionError as error:
+    except (CellExecutionError, CellTimeoutError) as error:
         return f"{path.name}: {error}"
     nbformat.write(notebook, target)
     print(f"{path.name}: {time.monotonic() - began:.0f} s, {target.stat().st_size / 1024:.0f} KiB")
