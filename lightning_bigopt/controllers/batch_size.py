@@ -126,7 +126,8 @@ class BatchSizeController(Controller):
         """Lays the run out in advance; None for a policy that measures as it goes."""
         if self.policy.adaptive:
             return None
-        return simulator(trainer, self.policy, self.micro_batch_size)
+        most = self.max_micro_batch_size
+        return simulator(trainer, self.policy, self.micro_batch_size, most=most)
 
     def on_train_start(self, pipeline: Pipeline) -> None:
         """Works the first plan out, says it, and refuses a batch that no window can hold."""

@@ -234,7 +234,11 @@ def constant_plan(trainer: Trainer) -> Simulate:
 
 
 def simulator(
-    trainer: Trainer, policy: BatchSizePolicy, micro_batch_size: int | None = None
+    trainer: Trainer,
+    policy: BatchSizePolicy,
+    micro_batch_size: int | None = None,
+    *,
+    most: int | None = None,
 ) -> Simulate:
     """Lays a run out in advance, update by update."""
     said = trainer_access.micro_batch_size(trainer)
@@ -248,7 +252,7 @@ def simulator(
                 policy,
                 clock=clock,
                 budget=budget,
-                micro_batch_size=exact.micro_batch_size,
+                micro_batch_size=min(exact.micro_batch_size, most or exact.micro_batch_size),
                 world_size=world,
                 samples_per_epoch=exact.samples,
             )

@@ -16,6 +16,8 @@ from lightning_bigopt import (
     BatchSizeScheduler,
     BatchSizeSteps,
     Constant,
+    ConstantBatchSize,
+    GlobalBatchLoader,
     LearningRateScheduler,
     Linear,
     WarmupStableDecay,
@@ -134,6 +136,20 @@ def test_an_optimiser_that_could_be_fused_is_warned_of(options: Any, warned: boo
     trainer = L.Trainer(**QUIET, max_steps=100)
     text = warnings(trainer, Probe(optimizer=torch.optim.AdamW, **options))
     assert ("could be fused" in text) is warned
+
+
+def test_a_capped_micro_batch_is_planned_as_it_is_trained() -> None:
+    def trainer() -> L.Trainer:
+        capped = BatchSizeScheduler(ConstantBatchSize(16), max_micro_batch_size=4)
+        return L.Trainer(**QUIET, max_epochs=1, callbacks=[capped])
+
+    def data() -> GlobalBatchLoader:
+        return GlobalBatchLoader(Regression(32), micro_batch_size=8)
+
+    planned, module = plan(trainer(), Probe(), data()), Probe()
+    trainer().fit(module, data())
+    assert [row.accumulate for row in planned.rows] == [4] * len(planned.rows)
+    assert module.accumulations == [4] * 8
 
 
 def test_several_processes_are_counted_but_not_started() -> None:
