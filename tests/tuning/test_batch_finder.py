@@ -148,3 +148,16 @@ def test_other_errors_are_not_mistaken_for_memory() -> None:
 
     with pytest.raises(ArithmeticError, match="on purpose"):
         search(Broken())
+
+
+def test_batch_norm_over_processes_is_refused_where_there_are_several(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # DDP itself takes SyncBatchNorm on GPUs only, so no fit of two processes gets here on a CPU.
+    module, finder = Tight(), GlobalBatchFinder(global_batch_size=24)
+    module.norm = torch.nn.SyncBatchNorm(4)
+    trainer = L.Trainer(**QUIET)
+    finder._refuse(trainer, module)
+    monkeypatch.setattr(L.Trainer, "world_size", 2)
+    with pytest.raises(ValueError, match="hold no SyncBatchNorm .* got one and 2 processes"):
+        finder._refuse(trainer, module)
