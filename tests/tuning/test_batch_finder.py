@@ -159,5 +159,5 @@ def test_batch_norm_over_processes_is_refused_where_there_are_several(
     trainer = L.Trainer(**QUIET)
     finder._refuse(trainer, module)
     monkeypatch.setattr(L.Trainer, "world_size", 2)
-    with pytest.raises(ValueError, match="hold no SyncBatchNorm .* got one and 2 processes"):
+    with pytest.raises(ValueError, match=r"hold no SyncBatchNorm .* got one and 2 processes"):
         finder._refuse(trainer, module)
