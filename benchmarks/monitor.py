@@ -204,6 +204,8 @@ values, and TensorBoard gets one call for each of them. The monitor keeps what i
 device, fetches it with one transfer on logged steps, and hands TensorBoard one event. Three empty
 callbacks show what Lightning's own dispatch of hooks costs; of ours one takes part in a batch, in
 three or four of its six hooks. The clipping of the bare Trainer is torch's own, a part of its time.
+Nothing can be faster than the same with less: where a row of three empty callbacks differs from the
+bare Trainer by some percent, so far reaches the noise. At 3,000 tensors it is one round.
 
 Measured with Python {platform.python_version()}, torch {torch.__version__} and Lightning
 {L.__version__} on {os.cpu_count()} cores ({platform.machine()}), one thread. Renew this page with
