@@ -29,7 +29,7 @@ def run(options: Namespace) -> None:
 FIT = Command(
     summary="Trains what a LightningCLI config describes; our classes go by their bare names.",
     examples=[
-        ("bigopt fit --config examples/gpt.yaml", "under a minute on two cores"),
+        ("bigopt fit --config examples/gpt.yaml", "a few minutes on two cores"),
         ("bigopt fit --config examples/gpt.yaml --trainer.max_steps 20", "overrides the file"),
         ("bigopt fit --config examples/gpt.yaml --trainer.callbacks+ StepGuard", "adds to it"),
         ("bigopt fit --config runs/gpt/version_0/config.yaml", "trains again as saved"),
