@@ -175,7 +175,7 @@ def measure(work: Workload, rounds: int) -> dict[str, float]:
 def table(work: Workload, found: Mapping[str, float]) -> str:
     """The rows in Markdown."""
     lines = [
-        f"### {work.title}",
+        f"## {work.title}",
         "",
         "| | over the bare Trainer | share of c |",
         "|---|---|---|",
