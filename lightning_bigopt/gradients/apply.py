@@ -119,7 +119,7 @@ def scale_(gradients: Sequence[Tensor | None], coefficient: Tensor) -> None:
     single = coefficient.ndim == 0
     # A CPU reads its own numbers for nothing, and a pass over the gradients is not nothing.
     idle = coefficient.device.type == "cpu"
-    if idle and bool((coefficient == 1).all()):
+    if idle and (coefficient.item() == 1.0 if single else bool((coefficient == 1).all())):
         return
     each = None if single else coefficient.unbind()
     keep = [1.0] * len(gradients) if single or not idle else coefficient.tolist()

@@ -6,7 +6,6 @@ import math
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -61,10 +60,14 @@ class GradientNorms:
     norm_type: float = 2.0
     parameters: tuple[nn.Parameter, ...] = field(default=(), repr=False)
 
-    @cached_property
+    @property
     def value(self) -> float:
         """The total as a number. Synchronises, once however many ask."""
-        return self.total.item()
+        found: float | None = vars(self).get("_value")  # no cached_property: it takes a lock
+        if found is None:
+            found = self.total.item()
+            self.take_value(found)
+        return found
 
     def take_value(self, value: float) -> None:
         """Takes the total as somebody has read it already, so that :attr:`value` need not.
@@ -75,7 +78,7 @@ class GradientNorms:
             >>> norms.value
             0.0
         """
-        vars(self)["value"] = value
+        vars(self)["_value"] = value
 
     def scaled(self, factor: float) -> GradientNorms:
         """The norms of the gradients times a factor. Does not synchronise.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import TYPE_CHECKING
 
-from torch import nn
 from torch.optim import Optimizer
 
 from lightning_bigopt import trainer_access
@@ -25,51 +23,49 @@ class OptimizerStep:
     Attributes:
         pipeline: The pipeline that runs it.
         optimizer: The optimiser about to step.
+        parameters: Names and parameters of the optimiser.
+        label: The optimiser's name, where there are several.
         overflow_is_handled: Whether a GradScaler skips non-finite gradients by itself.
         skipped: Why the update is refused, or None.
         decision: What clipping did, or None.
-        coming_norms: The norms as they are when clipping looks at them.
     """
 
     def __init__(self, pipeline: Pipeline, optimizer: Optimizer) -> None:
         self.pipeline = pipeline
         self.optimizer = optimizer
+        self.parameters = pipeline.parameters_of(optimizer)
+        self.label = trainer_access.optimizer_label(pipeline.trainer, optimizer)
         self.overflow_is_handled = trainer_access.unscale_gradients_(pipeline.trainer, optimizer)
         self.skipped: str | None = None
         self.decision: ClipDecision | None = None
+        # No cached_property: it takes a lock at every look, and these are looked at often.
+        self._norms: GradientNorms | None = None
+        self._shrunk: GradientNorms | None = None
 
     @property
     def progress(self) -> Progress:
         """What had been consumed when the update's first batch began."""
         return self.pipeline.progress
 
-    @cached_property
-    def label(self) -> str:
-        """The optimiser's name, where there are several."""
-        return trainer_access.optimizer_label(self.pipeline.trainer, self.optimizer)
-
-    @cached_property
-    def parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Names and parameters of the optimiser."""
-        return self.pipeline.parameters_of(self.optimizer)
-
-    @cached_property
+    @property
     def norms(self) -> GradientNorms:
         """The one look at the gradients; every process must ask for it, or none."""
-        clipping = self.pipeline.find(GradientClippingController)
-        return measure(
-            self.parameters,
-            norm_type=2.0 if clipping is None else clipping.norm_type,
-            process_group=trainer_access.shard_group(self.pipeline.trainer),
-        )
+        if self._norms is None:
+            clipping = self.pipeline.find(GradientClippingController)
+            self._norms = measure(
+                self.parameters,
+                norm_type=2.0 if clipping is None else clipping.norm_type,
+                process_group=trainer_access.shard_group(self.pipeline.trainer),
+            )
+        return self._norms
 
-    @cached_property
+    @property
     def coming_norms(self) -> GradientNorms:
         """The norms after the guard, which may have shrunk the gradients."""
-        return self.norms
+        return self._shrunk or self.norms
 
     def shrink_(self, factor: float) -> None:
         """Multiplies the gradients; :attr:`norms` stays what was found."""
         gradients = [parameter.grad for _, parameter in self.parameters]
         scale_(gradients, self.norms.total.new_full((), factor))
-        self.coming_norms = self.coming_norms.scaled(factor)
+        self._shrunk = self.coming_norms.scaled(factor)
