@@ -54,7 +54,7 @@ class Workload:
 
 
 WORKLOADS = (
-    Workload(title="tiny perceptron, 4 tensors", blocks=0, steps=400, slow_steps=200, rounds=7),
+    Workload(title="tiny perceptron, 4 tensors", blocks=0, steps=150, slow_steps=50, rounds=41),
     Workload(title="GPT of 300 tensors", blocks=30, steps=50, slow_steps=15, rounds=3),
     Workload(
         title="GPT of 3,000 tensors",

@@ -286,7 +286,7 @@ class Pipeline:
         owned = self.parameters_of(optimizer)
         if trainer_access.comes_to_nothing(self.trainer, owned, has_loss=self._batch_has_loss):
             return
-        step = OptimizerStep(self, optimizer)
+        step = OptimizerStep(self, optimizer, owned)
         for controller in self.controllers.doing("rescale"):
             controller.rescale(step)
         if any(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_bigopt import trainer_access
@@ -30,10 +31,15 @@ class OptimizerStep:
         decision: What clipping did, or None.
     """
 
-    def __init__(self, pipeline: Pipeline, optimizer: Optimizer) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        optimizer: Optimizer,
+        parameters: list[tuple[str, nn.Parameter]],
+    ) -> None:
         self.pipeline = pipeline
         self.optimizer = optimizer
-        self.parameters = pipeline.parameters_of(optimizer)
+        self.parameters = parameters
         self.label = trainer_access.optimizer_label(pipeline.trainer, optimizer)
         self.overflow_is_handled = trainer_access.unscale_gradients_(pipeline.trainer, optimizer)
         self.skipped: str | None = None

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -170,6 +172,14 @@ def test_a_selection_has_a_total_of_its_own(order):
     assert part.finite
     assert not norms.select([2]).finite
     assert norms.select([]).value == 0.0
+
+
+def test_the_total_is_read_from_the_device_once():
+    total = Mock(spec=torch.Tensor)
+    total.item.return_value = 3.0
+    norms = replace(measure(named(torch.ones(1))), total=total)
+    assert [norms.value, norms.value] == [3.0, 3.0]
+    total.item.assert_called_once_with()
 
 
 def test_the_gradients_are_only_read():
