@@ -106,7 +106,7 @@ class ClipAudit:
     """
 
     def __init__(self) -> None:
-        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._pending: list[tuple[Tensor | float, Tensor | float]] = []
         self._threshold: Tensor | float | None = None
         self._updates: Tensor | int = 0
         self._clipped: Tensor | float = 0.0
@@ -121,7 +121,12 @@ class ClipAudit:
             coefficient = decision.coefficients
         if decision.norms is None or coefficient is None or not coefficient.numel():
             return
-        self._pending.append((decision.norms.total, coefficient))
+        norms = decision.norms
+        self._pending.append(
+            (norms.value, coefficient.item())
+            if norms.is_on_host and coefficient.is_cpu and not coefficient.ndim
+            else (norms.total, coefficient)
+        )
         self._threshold = decision.threshold
         if len(self._pending) >= _FOLD_EVERY:
             self._fold()
@@ -130,14 +135,15 @@ class ClipAudit:
         if not self._pending:
             return
         pending, self._pending = self._pending, []
-        norms = torch.stack([norm for norm, _ in pending])
+        norms = _stack([norm for norm, _ in pending])
         finite = norms.isfinite()
         # A coefficient of 1 in float32 may stand for a norm a millionth above the threshold.
         factors = [coefficient for _, coefficient in pending]
-        if all(factor.ndim == 0 for factor in factors):
-            shares = (torch.stack(factors) < 1).float()
+        if any(isinstance(factor, Tensor) and factor.ndim for factor in factors):
+            factors = [(torch.as_tensor(factor) < 1).float().mean() for factor in factors]
+            shares = _stack(factors)
         else:
-            shares = torch.stack([(factor < 1).float().mean() for factor in factors])
+            shares = (_stack(factors) < 1).float()
         self._updates = self._updates + finite.sum()
         self._clipped = self._clipped + (shares * finite).sum()
         marked = torch.where(finite, norms, _NOT_FINITE)
@@ -184,3 +190,10 @@ class ClipAudit:
         self._updates, self._clipped = state["updates"], state["clipped"]
         self._norms = torch.tensor(state["norms"]) if state["norms"] else None
         self._stride, self._seen = state["stride"], state["seen"]
+
+
+def _stack(values: list[Tensor | float]) -> Tensor:
+    """Numbers, or tensors of shape (), as a vector; a few numbers cost less than a few tensors."""
+    if all(isinstance(value, float) for value in values):
+        return torch.tensor(values)
+    return torch.stack([torch.as_tensor(value) for value in values])

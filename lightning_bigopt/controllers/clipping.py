@@ -93,7 +93,7 @@ class GradientClippingController(Controller):
             norms=None if self.rule.measures is None else step.coming_norms,
             optimizer=optimizer,
             fraction=pipeline.fraction,
-            process_group=trainer_access.shard_group(pipeline.trainer),
+            process_group=pipeline.shard_group,
             all_names=pipeline.parameter_names,
         )
         step.decision = self._resolved.decide(context, state)

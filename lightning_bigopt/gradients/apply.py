@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_bigopt.gradients.sharding import local_part
 
 if TYPE_CHECKING:
+    from lightning_bigopt.gradients.norms import GradientNorms
     from lightning_bigopt.gradients.rules.base import ClipDecision
 
 __all__ = [
@@ -82,7 +84,7 @@ def _carry_out(
     decision: ClipDecision, optimizer: Optimizer | None, scaler: Optimizer | None
 ) -> None:
     norms, coefficient = decision.norms, decision.coefficient
-    if norms is not None and coefficient is not None:
+    if norms is not None and coefficient is not None and not _leaves_all(norms, coefficient):
         if scaler is not None and takes_grad_scale(scaler):
             _scale_in_kernel(scaler, coefficient, norms.finite)
         else:
@@ -102,6 +104,12 @@ def _carry_out(
         _carry_out(part, optimizer, None)  # a kernel takes one scale for all parameters
 
 
+def _leaves_all(norms: GradientNorms, coefficient: Tensor) -> bool:
+    """Whether finite gradients stay as they are, as far as is known without a look at a device."""
+    # Without a scale, a fused kernel need not write the gradients back.
+    return norms.is_on_host and coefficient.item() == 1.0 and math.isfinite(norms.value)
+
+
 @torch.no_grad()
 def scale_(gradients: Sequence[Tensor | None], coefficient: Tensor) -> None:
     """Multiplies gradients in place with multi-tensor kernels. Does not synchronise.
@@ -118,7 +126,7 @@ def scale_(gradients: Sequence[Tensor | None], coefficient: Tensor) -> None:
     """
     single = coefficient.ndim == 0
     # A CPU reads its own numbers for nothing, and a pass over the gradients is not nothing.
-    idle = coefficient.device.type == "cpu"
+    idle = coefficient.is_cpu
     if idle and (coefficient.item() == 1.0 if single else bool((coefficient == 1).all())):
         return
     each = None if single else coefficient.unbind()
@@ -141,11 +149,8 @@ def scale_(gradients: Sequence[Tensor | None], coefficient: Tensor) -> None:
 
 
 def _scale_in_kernel(optimizer: Any, coefficient: Tensor, finite: Tensor) -> None:
-    known = coefficient.is_cpu and finite.item() is True  # read for nothing
-    if known and coefficient.item() == 1.0:
-        return  # without a scale the kernel need not write the gradients back
     optimizer.grad_scale = coefficient.reciprocal()
-    if not known:
+    if not (finite.is_cpu and finite.item()):
         optimizer.found_inf = finite.logical_not().float()
     ours = getattr(optimizer, "found_inf", None)
 

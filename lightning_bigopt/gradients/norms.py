@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from lightning_bigopt.gradients.sharding import (
 __all__ = ["GradientNorms", "check_dense", "check_norm_type", "measure", "norms_of"]
 
 
+_LARGEST = torch.finfo(torch.float32).max
 _PLAIN = {Tensor, nn.Parameter}
 # Nobody writes these, and to make a tensor costs as much as the norm of one.
 _FINITE, _NOT_FINITE = torch.ones((), dtype=torch.bool), torch.zeros((), dtype=torch.bool)
@@ -58,7 +60,48 @@ class GradientNorms:
     total: Tensor
     finite: Tensor
     norm_type: float = 2.0
-    parameters: tuple[nn.Parameter, ...] = field(default=(), repr=False)
+    # A factory, so that the class has no attribute of this name in the way of ``__getattr__``.
+    parameters: tuple[nn.Parameter, ...] = field(default_factory=tuple, repr=False)
+    is_on_host: ClassVar[bool] = False
+    """Whether :attr:`value` was never on a device, so that a look at it costs nothing."""
+
+    @classmethod
+    def of_numbers(
+        cls, pairs: Sequence[tuple[str, nn.Parameter]], numbers: list[float], norm_type: float
+    ) -> GradientNorms:
+        """Norms that are numbers already, as on a CPU; tensors are made where one is looked at.
+
+        Most updates look at the total only, and to make a tensor costs as much as the norm of one.
+
+        Args:
+            pairs: Names and parameters.
+            numbers: The norm of each gradient.
+            norm_type: 1, 2 or ``inf``.
+
+        Example:
+            >>> weight = nn.Parameter(torch.zeros(2))
+            >>> GradientNorms.of_numbers([("weight", weight)], [5.0], 2.0).per_tensor
+            tensor([5.])
+        """
+        norms = cls.__new__(cls)
+        total = _norm_of_numbers(numbers, norm_type)
+        vars(norms).update(
+            is_on_host=True,
+            norm_type=norm_type,
+            _value=math.inf if total > _LARGEST else total,
+            _total=total,
+            _pairs=pairs,
+            _numbers=numbers,
+        )
+        return norms
+
+    def __getattr__(self, name: str) -> Any:
+        # Only for what ``of_numbers`` left to be made on demand.
+        make = _ON_DEMAND.get(name)
+        if make is None or not self.is_on_host:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        found = vars(self)[name] = make(vars(self))
+        return found
 
     @property
     def value(self) -> float:
@@ -163,12 +206,13 @@ def measure(
             pairs = [pair for pair in pairs if pair[1].requires_grad]
         gradients = [parameter.grad for _, parameter in pairs]
         kinds.discard(type(None))
-    tensors = [
-        parameter.new_empty(0) if gradient is None else gradient
-        for (_, parameter), gradient in zip(pairs, gradients, strict=True)
-    ]
+    tensors = cast("list[Tensor]", gradients)
     groups: list[ShardGroups] | None = None
     if process_group is not None:
+        tensors = [
+            parameter.new_empty(0) if gradient is None else gradient
+            for (_, parameter), gradient in zip(pairs, gradients, strict=True)
+        ]
         groups = [
             shard_groups(tensor)
             or ((process_group,) if is_sharded is None or is_sharded(parameter) else ())
@@ -176,24 +220,19 @@ def measure(
         ]
     try:
         if groups is None and kinds <= _PLAIN and all_on_cpu(tensors):
-            numbers = cpu_norms(tensors, order)
-            total, finite = _total_of(numbers, order)
-            each = _float32(numbers)
-        else:
-            norms = _norms_of(tensors, order, groups)
-            total, finite = _total(norms, order)
-            each = norms.float()
+            return GradientNorms.of_numbers(pairs, cpu_norms(tensors, order), order)
+        norms = _norms_of(tensors, order, groups)
+        total, finite = _total(norms, order)
     except (NotImplementedError, RuntimeError):
         check_dense(pairs, tensors)  # which no kernel minds where they are
         raise
-    names, owners = zip(*pairs, strict=True) if pairs else ((), ())
     return GradientNorms(
-        names=names,
-        per_tensor=each,
+        names=_names(pairs),
+        per_tensor=norms.float(),
         total=total,
         finite=finite,
         norm_type=order,
-        parameters=owners,
+        parameters=_owners(pairs),
     )
 
 
@@ -277,13 +316,43 @@ def _total(norms: Tensor, order: float) -> tuple[Tensor, Tensor]:
 
 def _total_of(values: list[float], order: float) -> tuple[Tensor, Tensor]:
     """The same of numbers: on a CPU a few of them are faster than a few tensors."""
+    total = _norm_of_numbers(values, order)
+    return _scalar(total), _is_finite(total)
+
+
+def _norm_of_numbers(values: list[float], order: float) -> float:
+    """The norm of norms; NaN and infinity go through."""
     total = math.hypot(*values) if order == 2.0 else sum(values)
     if order == math.inf and math.isfinite(total):
-        total = max(values, default=0.0)
-    finite = _FINITE if math.isfinite(total) else _NOT_FINITE
-    inside = not total > torch.finfo(torch.float32).max
-    return torch.scalar_tensor(total if inside else math.inf, dtype=torch.float32), finite
+        return max(values, default=0.0)
+    return total
+
+
+def _scalar(total: float) -> Tensor:
+    # As float32 holds it: what is beyond its largest number makes scalar_tensor raise.
+    return torch.scalar_tensor(math.inf if total > _LARGEST else total, dtype=torch.float32)
+
+
+def _is_finite(total: float) -> Tensor:
+    return _FINITE if math.isfinite(total) else _NOT_FINITE
 
 
 def _float32(values: list[float]) -> Tensor:
     return torch.frombuffer(array("f", values), dtype=torch.float32) if values else torch.zeros(0)
+
+
+def _names(pairs: Sequence[tuple[str, nn.Parameter]]) -> tuple[str, ...]:
+    return tuple([name for name, _ in pairs])
+
+
+def _owners(pairs: Sequence[tuple[str, nn.Parameter]]) -> tuple[nn.Parameter, ...]:
+    return tuple([parameter for _, parameter in pairs])
+
+
+_ON_DEMAND: Mapping[str, Callable[[dict[str, Any]], Any]] = {
+    "names": lambda known: _names(known["_pairs"]),
+    "parameters": lambda known: _owners(known["_pairs"]),
+    "per_tensor": lambda known: _float32(known["_numbers"]),
+    "total": lambda known: _scalar(known["_value"]),
+    "finite": lambda known: _is_finite(known["_total"]),
+}

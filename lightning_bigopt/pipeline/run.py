@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from lightning_bigopt import trainer_access
@@ -16,6 +17,7 @@ from lightning_bigopt.clock import ClockSettings, TrainingClock
 from lightning_bigopt.controllers.base import Controller
 from lightning_bigopt.controllers.batch_size import BatchSizeController, constant_plan
 from lightning_bigopt.durations import Progress
+from lightning_bigopt.pipeline.owned import Owned, Ownership
 from lightning_bigopt.pipeline.roster import ControllerT, Roster
 from lightning_bigopt.pipeline.step import OptimizerStep
 
@@ -44,10 +46,9 @@ class Pipeline:
         self._trainer = weakref.ref(trainer)
         self.number = next(_numbers)
         self._callers: dict[str, set[int]] = {}
-        self._parameters: weakref.WeakKeyDictionary[Any, list[tuple[str, nn.Parameter]]] = (
-            weakref.WeakKeyDictionary()
-        )
-        self._names: tuple[str, ...] | None = None
+        self._ownership = Ownership()
+        self.shard_group: ProcessGroup | None = None
+        self._has_scaler = False
         self.controllers = Roster()
         self.clock = TrainingClock()
         self.clock.bind(trainer)
@@ -140,19 +141,12 @@ class Pipeline:
 
     def parameters_of(self, optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
         """Names and parameters of an optimiser, looked up again when its groups change."""
-        found = self._parameters.get(optimizer)
-        size = sum(len(group["params"]) for group in optimizer.param_groups)
-        if found is None or len(found) != size:
-            found = trainer_access.named_parameters(self.module, optimizer)
-            self._parameters[optimizer] = found
-        return found
+        return self._ownership.of(self.trainer, optimizer).parameters
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
         """The names of all the module's parameters, looked up once a fit."""
-        if self._names is None:
-            self._names = trainer_access.parameter_names(self.module)
-        return self._names
+        return self._ownership.all_names(self.trainer)
 
     # ------------------------------------------------------------------------------ lifetime
 
@@ -166,7 +160,7 @@ class Pipeline:
             self.fitting = True
             self._clock_runs = False
             self.controllers = Roster()
-            self._names = None
+            self._ownership = Ownership()
             self.clock.settings = ClockSettings()
             self._callers = {}
         self.controllers.refuse_twin(controller)
@@ -183,6 +177,7 @@ class Pipeline:
             self.fitting = False
             for controller in self.controllers:
                 controller.on_fit_end(self)
+            self._ownership = Ownership()
 
     # --------------------------------------------------------------------------------- events
 
@@ -203,9 +198,8 @@ class Pipeline:
     def batch_hooks(self) -> tuple[str, ...]:
         """Lightning's hooks of a batch in which this fit does something."""
         always = "on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end"
-        # With a GradScaler it must be known whether a batch gave a loss: see ``comes_to_nothing``.
-        is_scaled = trainer_access.gradient_scaler(self.trainer) is not None
-        if is_scaled or self.controllers.doing("on_loss"):
+        # With a GradScaler it must be known whether a batch gave a loss: see ``_comes_to_nothing``.
+        if self._has_scaler or self.controllers.doing("on_loss"):
             return (*always, "on_before_backward")
         return always
 
@@ -218,6 +212,8 @@ class Pipeline:
         """``on_train_start``: all state is restored, the horizon is fixed."""
         self.start_clock()
         self._clock_runs = False
+        self._has_scaler = trainer_access.gradient_scaler(self.trainer) is not None
+        self.shard_group = trainer_access.shard_group(self.trainer)
         self._note_where_it_stands()
         self._window_is_open = False
         self._steps_at_start = self.trainer.global_step
@@ -283,16 +279,16 @@ class Pipeline:
     def before_step(self, optimizer: Optimizer) -> None:
         """``on_before_optimizer_step``: rescale, measure, decide, clip, observe."""
         self._first_update_pending = False
-        owned = self.parameters_of(optimizer)
-        if trainer_access.comes_to_nothing(self.trainer, owned, has_loss=self._batch_has_loss):
+        owned = self._ownership.of(self.trainer, optimizer)
+        if self._comes_to_nothing(owned):
             return
-        step = OptimizerStep(self, optimizer, owned)
+        step = OptimizerStep(self, owned, has_scaler=self._has_scaler)
         for controller in self.controllers.doing("rescale"):
             controller.rescale(step)
-        if any(
-            controller.wants_norms(step) for controller in self.controllers.doing("wants_norms")
-        ):
-            _ = step.norms
+        for controller in self.controllers.doing("wants_norms"):
+            if controller.wants_norms(step):
+                step.measure()
+                break
         for controller in self.controllers.doing("decide"):
             controller.decide(step)
         if step.skipped is None:
@@ -300,6 +296,18 @@ class Pipeline:
                 controller.clip(step)
         for controller in self.controllers.doing("observe"):
             controller.observe(step)
+
+    def _comes_to_nothing(self, owned: Owned) -> bool:
+        """Whether Lightning calls for an update without a gradient, or for one that it leaves out.
+
+        ``training_step`` may return None. With a GradScaler, Lightning makes no update then, even
+        where earlier micro-batches of the window left gradients, which are still scaled.
+        """
+        if self._has_scaler and self.module.automatic_optimization:
+            return not self._batch_has_loss
+        if self.shard_group is not None:
+            return False  # this process may have no shard of any gradient
+        return all([parameter.grad is None for _, parameter in owned.parameters])
 
     def batch_end(self, outputs: Any, batch: Any) -> None:
         """``on_train_batch_end``: the batch counts as consumed."""

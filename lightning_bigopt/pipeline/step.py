@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import nn
-from torch.optim import Optimizer
-
 from lightning_bigopt import trainer_access
 from lightning_bigopt.controllers.clipping import GradientClippingController
 from lightning_bigopt.durations import Progress
 from lightning_bigopt.gradients import ClipDecision, GradientNorms, measure, scale_
 
 if TYPE_CHECKING:
+    from lightning_bigopt.pipeline.owned import Owned
     from lightning_bigopt.pipeline.run import Pipeline
 
 __all__ = ["OptimizerStep"]
@@ -31,17 +29,12 @@ class OptimizerStep:
         decision: What clipping did, or None.
     """
 
-    def __init__(
-        self,
-        pipeline: Pipeline,
-        optimizer: Optimizer,
-        parameters: list[tuple[str, nn.Parameter]],
-    ) -> None:
+    def __init__(self, pipeline: Pipeline, owned: Owned, *, has_scaler: bool) -> None:
         self.pipeline = pipeline
-        self.optimizer = optimizer
-        self.parameters = parameters
-        self.label = trainer_access.optimizer_label(pipeline.trainer, optimizer)
-        self.overflow_is_handled = trainer_access.unscale_gradients_(pipeline.trainer, optimizer)
+        self.optimizer, self.parameters, self.label = owned
+        self.overflow_is_handled = has_scaler
+        if has_scaler:
+            trainer_access.unscale_gradients_(pipeline.trainer, self.optimizer)
         self.skipped: str | None = None
         self.decision: ClipDecision | None = None
         # No cached_property: it takes a lock at every look, and these are looked at often.
@@ -56,13 +49,16 @@ class OptimizerStep:
     @property
     def norms(self) -> GradientNorms:
         """The one look at the gradients; every process must ask for it, or none."""
-        if self._norms is None:
-            clipping = self.pipeline.find(GradientClippingController)
-            self._norms = measure(
-                self.parameters,
-                norm_type=2.0 if clipping is None else clipping.norm_type,
-                process_group=trainer_access.shard_group(self.pipeline.trainer),
-            )
+        return self._norms or self.measure()
+
+    def measure(self) -> GradientNorms:
+        """Looks at the gradients."""
+        clipping = self.pipeline.find(GradientClippingController)
+        self._norms = measure(
+            self.parameters,
+            norm_type=2.0 if clipping is None else clipping.norm_type,
+            process_group=self.pipeline.shard_group,
+        )
         return self._norms
 
     @property

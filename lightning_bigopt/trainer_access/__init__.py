@@ -41,7 +41,6 @@ from lightning_bigopt.trainer_access.position import (
     ready_batches,
 )
 from lightning_bigopt.trainer_access.precision import (
-    comes_to_nothing,
     gradient_scaler,
     loss_scale,
     scaler_found_inf,
@@ -73,7 +72,6 @@ __all__ = [
     "checkpoint_exists",
     "checkpoint_interval",
     "closes_window",
-    "comes_to_nothing",
     "coming_step",
     "count_rows",
     "data_in_place",

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
-
-from lightning_bigopt.trainer_access.strategies import shard_group
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 __all__ = [
-    "comes_to_nothing",
     "gradient_scaler",
     "loss_scale",
     "scaler_found_inf",
@@ -30,38 +26,11 @@ def gradient_scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
     return scaler if scaler is not None and scaler.is_enabled() else None
 
 
-def comes_to_nothing(
-    trainer: Trainer, parameters: Sequence[tuple[str, nn.Parameter]], *, has_loss: bool
-) -> bool:
-    """Whether Lightning calls for an update without a gradient, or for one that it leaves out.
-
-    ``training_step`` may return None. With a GradScaler, Lightning makes no update then, even where
-    earlier micro-batches of the window left gradients, which are still scaled.
-
-    Args:
-        trainer: The Trainer.
-        parameters: Those that the update would change.
-        has_loss: Whether the batch under way gave a loss.
-    """
-    if gradient_scaler(trainer) is not None and trainer.lightning_module.automatic_optimization:
-        return not has_loss
-    if shard_group(trainer) is not None:
-        return False  # this process may have no shard of any gradient
-    return all(parameter.grad is None for _, parameter in parameters)
-
-
-def unscale_gradients_(trainer: Trainer, optimizer: Optimizer) -> bool:
-    """Undoes the loss scale where Lightning left it to a fused optimiser.
-
-    Returns:
-        Whether a GradScaler is at work, whose own check will skip non-finite gradients.
-    """
+def unscale_gradients_(trainer: Trainer, optimizer: Optimizer) -> None:
+    """Undoes the loss scale where Lightning left it to a fused optimiser."""
     scaler = gradient_scaler(trainer)
-    if scaler is None:
-        return False
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
+    if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
         scaler.unscale_(optimizer)
-    return True
 
 
 def scaler_found_inf(trainer: Trainer, optimizer: Optimizer) -> Tensor | None:

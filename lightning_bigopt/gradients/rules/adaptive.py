@@ -15,7 +15,7 @@ from lightning_bigopt.gradients.rules.base import (
     check_between,
     check_count,
     check_positive,
-    clip_coefficient,
+    total_coefficient,
 )
 
 __all__ = ["AutoClip", "ZClip"]
@@ -68,7 +68,7 @@ class AutoClip(ClippingRule):
         limit = percentile(ordered, self.percentile) if ordered else math.inf
         return ClipDecision(
             norms=norms,
-            coefficient=clip_coefficient(norms.total, limit, finite=norms.finite),
+            coefficient=total_coefficient(norms, limit),
             threshold=limit,
         )
 
@@ -152,7 +152,7 @@ class ZClip(ClippingRule):
         limit, threshold = self._limit(norms.value, state)
         return ClipDecision(
             norms=norms,
-            coefficient=clip_coefficient(norms.total, min(limit, fixed), finite=norms.finite),
+            coefficient=total_coefficient(norms, min(limit, fixed)),
             threshold=min(threshold, fixed),
         )
 

@@ -25,13 +25,18 @@ __all__ = [
     "check_count",
     "check_positive",
     "clip_coefficient",
+    "total_coefficient",
 ]
 
 RuleState: TypeAlias = dict[str, Any]
 """What a rule remembers: numbers, strings, lists, dicts and tensors, changed in place."""
 
+# Nobody writes it, and to make a tensor costs as much as the rest of a decision.
+_ONE = torch.ones(())
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+
+# One of each of these is made every update, and a frozen one takes three times as long to make.
+@dataclass(kw_only=True, eq=False)
 class ClipContext:
     """What a rule may look at.
 
@@ -92,7 +97,7 @@ class ClipContext:
         return pairs
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class ClipDecision:
     """What a rule wants done; ``apply_`` does it. No field was read back from the device.
 
@@ -177,15 +182,26 @@ def clip_coefficient(
         >>> clip_coefficient(torch.tensor([0.5, 4.0, float("nan")]), 2.0)
         tensor([1.0000, 0.5000, 1.0000])
     """
-    if norm.is_cpu and not norm.ndim and not isinstance(threshold, Tensor):
-        value = norm.item()  # a few numbers are faster than a few tensors
-        if not (math.isfinite(value) if finite is None else finite):
-            return torch.scalar_tensor(1.0)
-        return torch.scalar_tensor(min(1.0, threshold / (value + 1e-6)))
     if not isinstance(threshold, Tensor) and threshold == math.inf:
         return torch.ones_like(norm)  # of a norm that is infinite too, the quotient is NaN
     finite = norm.isfinite() if finite is None else finite
     return torch.where(finite, (threshold / (norm + 1e-6)).clamp(max=1.0), 1.0)
+
+
+def total_coefficient(norms: GradientNorms, threshold: float) -> Tensor:
+    """:func:`clip_coefficient` of the total, by arithmetic alone where it is a number already.
+
+    Example:
+        >>> weight = nn.Parameter(torch.zeros(2))
+        >>> total_coefficient(GradientNorms.of_numbers([("weight", weight)], [4.0], 2.0), 2.0)
+        tensor(0.5000)
+    """
+    if not norms.is_on_host:
+        return clip_coefficient(norms.total, threshold, finite=norms.finite)
+    norm = norms.value
+    if not norm + 1e-6 > threshold or not norms.finite:
+        return _ONE
+    return torch.scalar_tensor(threshold / (norm + 1e-6))
 
 
 def check_positive(name: str, value: float, *, hint: str = "") -> None:

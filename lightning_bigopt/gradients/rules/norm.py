@@ -13,6 +13,7 @@ from lightning_bigopt.gradients.rules.base import (
     RuleState,
     check_positive,
     clip_coefficient,
+    total_coefficient,
 )
 from lightning_bigopt.schedules import Schedule
 
@@ -73,7 +74,7 @@ class NormClip(ClippingRule):
         norms = context.norms_of_type(self.norm_type)
         return ClipDecision(
             norms=norms,
-            coefficient=clip_coefficient(norms.total, limit, finite=norms.finite),
+            coefficient=total_coefficient(norms, limit),
             threshold=limit,
         )
 

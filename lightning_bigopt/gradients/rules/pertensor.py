@@ -17,7 +17,7 @@ from lightning_bigopt.gradients.rules.base import (
     check_between,
     check_count,
     check_positive,
-    clip_coefficient,
+    total_coefficient,
 )
 
 __all__ = ["AdaGC"]
@@ -80,7 +80,7 @@ class AdaGC(ClippingRule):
         gamma, each = _recall(state, norms), norms.per_tensor
         state["updates"] += 1
         if state["updates"] <= self.warmup:
-            coefficient = clip_coefficient(norms.total, self.max_norm, finite=norms.finite)
+            coefficient = total_coefficient(norms, self.max_norm)
             _remember(
                 state, norms, torch.where(_counts(each), gamma.minimum(each * coefficient), gamma)
             )

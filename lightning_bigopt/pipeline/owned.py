@@ -1,0 +1,59 @@
+"""What an optimiser owns: its parameters with their names, and its own name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_bigopt import trainer_access
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+__all__ = ["Owned", "Ownership"]
+
+
+class Owned(NamedTuple):
+    """What is known of an optimiser.
+
+    Attributes:
+        optimizer: The optimiser.
+        parameters: Names and parameters, each tensor once, in the order of its groups.
+        label: Its name where there are several optimisers; ``""`` else.
+    """
+
+    optimizer: Optimizer
+    parameters: list[tuple[str, nn.Parameter]]
+    label: str
+
+
+class Ownership:
+    """Looks names up once a fit, and again where an optimiser's groups have changed."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[int, Owned]] = {}
+        self._names: tuple[str, ...] | None = None
+
+    def of(self, trainer: Trainer, optimizer: Optimizer) -> Owned:
+        """What an optimiser owns; asked every update."""
+        size = 0
+        for group in optimizer.param_groups:
+            size += len(group["params"])
+        found = self._known.get(id(optimizer))
+        if found is not None and found[0] == size and found[1].optimizer is optimizer:
+            return found[1]
+        owned = Owned(
+            optimizer,
+            trainer_access.named_parameters(trainer.lightning_module, optimizer),
+            trainer_access.optimizer_label(trainer, optimizer),
+        )
+        self._known[id(optimizer)] = size, owned
+        return owned
+
+    def all_names(self, trainer: Trainer) -> tuple[str, ...]:
+        """The names of all the module's parameters."""
+        if self._names is None:
+            self._names = trainer_access.parameter_names(trainer.lightning_module)
+        return self._names
