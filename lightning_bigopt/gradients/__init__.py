@@ -24,7 +24,8 @@ from lightning_bigopt.gradients.apply import (
 from lightning_bigopt.gradients.clip import clip_gradients_
 from lightning_bigopt.gradients.detectors import LossSpike, NonFinite, NormSpike
 from lightning_bigopt.gradients.guard import Detector, Verdict, inspect, record
-from lightning_bigopt.gradients.norms import GradientNorms, measure, norms_of
+from lightning_bigopt.gradients.measuring import measure, norms_of
+from lightning_bigopt.gradients.norms import GradientNorms
 from lightning_bigopt.gradients.rules import (
     AGC,
     AdaGC,

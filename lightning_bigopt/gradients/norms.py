@@ -1,36 +1,21 @@
-"""The one look at the gradients: every norm that anybody needs, in one pass and in float32."""
+"""The norms of the gradients of one update, as every consumer reads them."""
 
 from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
-from lightning_bigopt.gradients.kernels import (
-    all_on_cpu,
-    cpu_norms,
-    local_norms,
-    wide_dtype,
-)
-from lightning_bigopt.gradients.sharding import (
-    ShardGroups,
-    local_part,
-    reduce_norms,
-    shard_groups,
-    without_partial,
-)
+from lightning_bigopt.gradients.kernels import wide_dtype
 
-__all__ = ["GradientNorms", "check_dense", "check_norm_type", "measure", "norms_of"]
-
+__all__ = ["GradientNorms"]
 
 _LARGEST = torch.finfo(torch.float32).max
-_PLAIN = {Tensor, nn.Parameter}
 # Nobody writes these, and to make a tensor costs as much as the norm of one.
 _FINITE, _NOT_FINITE = torch.ones((), dtype=torch.bool), torch.zeros((), dtype=torch.bool)
 
@@ -50,6 +35,7 @@ class GradientNorms:
     Example:
         >>> model = nn.Linear(2, 1, bias=False)
         >>> model.weight.grad = torch.tensor([[3.0, 4.0]])
+        >>> from lightning_bigopt.gradients import measure
         >>> norms = measure(list(model.named_parameters()))
         >>> norms.names, norms.per_tensor, norms.value
         (('weight',), tensor([5.]), 5.0)
@@ -90,10 +76,38 @@ class GradientNorms:
             norm_type=norm_type,
             _value=math.inf if total > _LARGEST else total,
             _total=total,
-            _pairs=pairs,
+            _pairs=tuple(pairs),
             _numbers=numbers,
         )
         return norms
+
+    @classmethod
+    def of_vector(
+        cls, pairs: Sequence[tuple[str, nn.Parameter]], norms: Tensor, norm_type: float
+    ) -> GradientNorms:
+        """Norms that lie on a device. Does not synchronise, but where that device is the CPU.
+
+        Args:
+            pairs: Names and parameters.
+            norms: Shape (n,), in the precision in which they are put together.
+            norm_type: 1, 2 or ``inf``.
+
+        Example:
+            >>> weight = nn.Parameter(torch.zeros(2))
+            >>> GradientNorms.of_vector([("weight", weight)], torch.tensor([5.0]), 2.0).total
+            tensor(5.)
+        """
+        if norms.is_cpu:
+            return cls.of_numbers(pairs, norms.tolist(), norm_type)
+        total = torch.linalg.vector_norm(norms, norm_type) if len(norms) else norms.new_zeros(())
+        return cls(
+            names=_names(pairs),
+            per_tensor=norms.float(),
+            total=total.float(),
+            finite=total < math.inf,
+            norm_type=norm_type,
+            parameters=_owners(pairs),
+        )
 
     def __getattr__(self, name: str) -> Any:
         # Only for what ``of_numbers`` left to be made on demand.
@@ -116,6 +130,7 @@ class GradientNorms:
         """Takes the total as somebody has read it already, so that :attr:`value` need not.
 
         Example:
+            >>> from lightning_bigopt.gradients import measure
             >>> norms = measure([])
             >>> norms.take_value(0.0)
             >>> norms.value
@@ -129,9 +144,14 @@ class GradientNorms:
         Example:
             >>> model = nn.Linear(2, 1, bias=False)
             >>> model.weight.grad = torch.tensor([[3.0, 4.0]])
+            >>> from lightning_bigopt.gradients import measure
             >>> measure(list(model.named_parameters())).scaled(0.5).value
             2.5
         """
+        if self.is_on_host:
+            known = vars(self)
+            scaled = [number * factor for number in known["_numbers"]]
+            return GradientNorms.of_numbers(known["_pairs"], scaled, self.norm_type)
         return replace(self, per_tensor=self.per_tensor * factor, total=self.total * factor)
 
     def select(self, indices: Sequence[int]) -> GradientNorms:
@@ -140,184 +160,26 @@ class GradientNorms:
         Example:
             >>> model = nn.Linear(2, 1)
             >>> model.weight.grad, model.bias.grad = torch.ones(1, 2), torch.tensor([7.0])
+            >>> from lightning_bigopt.gradients import measure
             >>> measure(list(model.named_parameters())).select([1]).value
             7.0
         """
+        if self.is_on_host:
+            known = vars(self)
+            return GradientNorms.of_numbers(
+                [known["_pairs"][index] for index in indices],
+                [known["_numbers"][index] for index in indices],
+                self.norm_type,
+            )
         parts = self.per_tensor.unbind()
         chosen = (
             torch.stack([parts[index] for index in indices]) if indices else self.per_tensor[:0]
         )
-        total, finite = _total(chosen.to(wide_dtype(chosen.device)), self.norm_type)
-        return GradientNorms(
-            names=tuple([self.names[index] for index in indices]),
-            per_tensor=chosen,
-            total=total,
-            finite=finite,
-            norm_type=self.norm_type,
-            parameters=tuple([self.parameters[index] for index in indices]),
+        return GradientNorms.of_vector(
+            [(self.names[index], self.parameters[index]) for index in indices],
+            chosen.to(wide_dtype(chosen.device)),
+            self.norm_type,
         )
-
-
-@torch.no_grad()
-def measure(
-    parameters: Iterable[tuple[str, nn.Parameter]],
-    *,
-    norm_type: float = 2.0,
-    process_group: ProcessGroup | None = None,
-    is_sharded: Callable[[nn.Parameter], bool] | None = None,
-) -> GradientNorms:
-    """Takes the norm of every gradient and of all of them. Does not synchronise with the host.
-
-    Sums are carried in float64 where the device has it (over rows in float32 on a CPU), so that
-    squares of finite numbers do not overflow. DTensors of any mesh and placement count as whole
-    tensors: one all-reduce of n numbers for each sharded mesh dimension.
-
-    Args:
-        parameters: Names and parameters. Those without a gradient are left out, tied ones count
-            once. The same on every process where DTensors are among them.
-        norm_type: 1, 2 or ``inf``.
-        process_group: Where plain parameters are flat shards (FSDP1): the group over which they
-            are sharded. Every trainable parameter is listed then, with norm 0 where no process
-            holds a gradient, so that the processes agree.
-        is_sharded: With ``process_group``: which plain parameters are shards; all by default.
-
-    Returns:
-        The norms, of the whole gradients, the same on every process.
-
-    Raises:
-        ValueError: If a gradient is sparse or ``norm_type`` is not supported.
-
-    Example:
-        >>> model = nn.Linear(2, 2)
-        >>> model(torch.ones(1, 2)).sum().backward()
-        >>> measure(list(model.named_parameters()), norm_type=1.0).total
-        tensor(6.)
-    """
-    order = check_norm_type(norm_type)
-    pairs = parameters if isinstance(parameters, list) else list(parameters)
-    if len(set(map(id, [parameter for _, parameter in pairs]))) < len(pairs):
-        pairs = list({id(pair[1]): pair for pair in reversed(pairs)}.values())[::-1]
-    gradients = [parameter.grad for _, parameter in pairs]
-    kinds = set(map(type, gradients))
-    if type(None) in kinds:
-        if process_group is None:
-            pairs = [pair for pair in pairs if pair[1].grad is not None]
-        else:
-            pairs = [pair for pair in pairs if pair[1].requires_grad]
-        gradients = [parameter.grad for _, parameter in pairs]
-        kinds.discard(type(None))
-    tensors = cast("list[Tensor]", gradients)
-    groups: list[ShardGroups] | None = None
-    if process_group is not None:
-        tensors = [
-            parameter.new_empty(0) if gradient is None else gradient
-            for (_, parameter), gradient in zip(pairs, gradients, strict=True)
-        ]
-        groups = [
-            shard_groups(tensor)
-            or ((process_group,) if is_sharded is None or is_sharded(parameter) else ())
-            for tensor, (_, parameter) in zip(tensors, pairs, strict=True)
-        ]
-    try:
-        if groups is None and kinds <= _PLAIN and all_on_cpu(tensors):
-            return GradientNorms.of_numbers(pairs, cpu_norms(tensors, order), order)
-        norms = _norms_of(tensors, order, groups)
-        total, finite = _total(norms, order)
-    except (NotImplementedError, RuntimeError):
-        check_dense(pairs, tensors)  # which no kernel minds where they are
-        raise
-    return GradientNorms(
-        names=_names(pairs),
-        per_tensor=norms.float(),
-        total=total,
-        finite=finite,
-        norm_type=order,
-        parameters=_owners(pairs),
-    )
-
-
-@torch.no_grad()
-def norms_of(
-    tensors: Sequence[Tensor],
-    norm_type: float = 2.0,
-    *,
-    groups: Sequence[ShardGroups] | None = None,
-) -> Tensor:
-    """The norms of whole tensors, plain and DTensors alike. Does not synchronise.
-
-    Args:
-        tensors: The tensors; the same on every process where DTensors are among them.
-        norm_type: 1, 2 or ``inf``.
-        groups: The groups over which each is sharded; asked of DTensors by default.
-
-    Returns:
-        Shape (n,), float64 where the device has it.
-
-    Example:
-        >>> norms_of([torch.ones(4), torch.tensor(-3.0)]).tolist()
-        [2.0, 3.0]
-    """
-    return _norms_of(tensors, check_norm_type(norm_type), groups)
-
-
-def _norms_of(
-    tensors: Sequence[Tensor], order: float, groups: Sequence[ShardGroups] | None
-) -> Tensor:
-    if set(map(type, tensors)) <= _PLAIN:
-        found = local_norms(tensors, order)
-        return found if groups is None else _whole(found, groups, order)
-    settled = [without_partial(tensor) for tensor in tensors]
-    if groups is None:
-        groups = [shard_groups(tensor) for tensor in settled]
-    found = local_norms([local_part(tensor) for tensor in settled], order)
-    return _whole(found, groups, order)
-
-
-def check_dense(pairs: Sequence[tuple[str, nn.Parameter]], tensors: Sequence[Tensor]) -> None:
-    """Raises where a gradient is sparse.
-
-    Raises:
-        ValueError: With the parameter's name.
-    """
-    for (name, _), tensor in zip(pairs, tensors, strict=True):
-        if tensor.layout is not torch.strided:
-            raise ValueError(
-                f"the gradient of {name} must be dense, got layout {tensor.layout}; pass "
-                "sparse=False to the embedding"
-            )
-
-
-def check_norm_type(norm_type: float) -> float:
-    """The order of a norm as a float.
-
-    Raises:
-        ValueError: If it is not 1, 2 or ``inf``.
-    """
-    if norm_type not in (1, 2, math.inf):
-        raise ValueError(f"norm_type must be 1, 2 or inf, got {norm_type!r}")
-    return float(norm_type)
-
-
-def _whole(norms: Tensor, groups: Sequence[ShardGroups], order: float) -> Tensor:
-    if not any(groups):
-        return norms
-    return torch.cat(reduce_norms(torch.split(norms, 1), groups, order))
-
-
-def _total(norms: Tensor, order: float) -> tuple[Tensor, Tensor]:
-    """The norm of norms in float32, and whether it is finite in their own precision."""
-    if norms.is_cpu:
-        return _total_of(norms.tolist(), order)
-    if not len(norms):
-        return norms.new_zeros((), dtype=torch.float32), norms.new_ones((), dtype=torch.bool)
-    whole = torch.linalg.vector_norm(norms, order)
-    return whole.float(), whole < math.inf
-
-
-def _total_of(values: list[float], order: float) -> tuple[Tensor, Tensor]:
-    """The same of numbers: on a CPU a few of them are faster than a few tensors."""
-    total = _norm_of_numbers(values, order)
-    return _scalar(total), _is_finite(total)
 
 
 def _norm_of_numbers(values: list[float], order: float) -> float:

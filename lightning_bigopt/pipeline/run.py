@@ -307,7 +307,7 @@ class Pipeline:
             return not self._batch_has_loss
         if self.shard_group is not None:
             return False  # this process may have no shard of any gradient
-        return all([parameter.grad is None for _, parameter in owned.parameters])
+        return all(parameter.grad is None for _, parameter in owned.parameters)
 
     def batch_end(self, outputs: Any, batch: Any) -> None:
         """``on_train_batch_end``: the batch counts as consumed."""

@@ -29,7 +29,7 @@ from lightning_bigopt.gradients import (
     norms_of,
     skip_update_,
 )
-from lightning_bigopt.gradients.norms import check_norm_type
+from lightning_bigopt.gradients.measuring import check_norm_type
 
 ORDERS = (1.0, 2.0, math.inf)
 RULES = {

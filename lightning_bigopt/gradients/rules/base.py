@@ -14,7 +14,8 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from lightning_bigopt.durations import Horizon
-from lightning_bigopt.gradients.norms import GradientNorms, check_dense, measure
+from lightning_bigopt.gradients.measuring import check_dense, measure
+from lightning_bigopt.gradients.norms import GradientNorms
 
 __all__ = [
     "ClipContext",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass, replace
 
 from lightning_bigopt.durations import Horizon
-from lightning_bigopt.gradients.norms import check_norm_type
+from lightning_bigopt.gradients.measuring import check_norm_type
 from lightning_bigopt.gradients.rules.base import (
     ClipContext,
     ClipDecision,
