@@ -34,8 +34,9 @@ class OptimizationCallback(Callback):
     """Hands every hook to the Trainer's pipeline, which runs each once whatever the list's order.
 
     The first of ours in the Trainer's list hands over the hooks of a batch, and only those in which
-    somebody does something; the others are silent there while they fit. A subclass with a hook of
-    its own is called there in any case, and another of ours besides.
+    somebody does something; the others are silent there while they fit. Where batches need not be
+    looked at, so is the first after an epoch's first batch has begun. A subclass with a hook of its
+    own is called there in any case, and another of ours besides.
 
     Args:
         controller: What the callback does.
@@ -79,8 +80,7 @@ class OptimizationCallback(Callback):
         ours = [c for c in callbacks if isinstance(c, OptimizationCallback)]
         needed = pipeline.batch_hooks()
         for hook in _BATCH_HOOKS:
-            inherited = getattr(OptimizationCallback, hook)
-            plain = [callback for callback in ours if getattr(type(callback), hook) is inherited]
+            plain = [callback for callback in ours if _is_ours(callback, hook)]
             speaks = hook in needed and plain[:1] == [self]
             if self in plain and not speaks:
                 self.__dict__[hook] = None
@@ -126,6 +126,8 @@ class OptimizationCallback(Callback):
         """A window may open."""
         pipeline = self._bound()
         pipeline.once("batch_start", self, pipeline.batch_start, batch, batch_idx)
+        if not pipeline.hears_of_batches and _is_ours(self, "on_train_batch_start"):
+            self.__dict__["on_train_batch_start"] = None  # until the next epoch begins
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
@@ -186,3 +188,9 @@ class OptimizationCallback(Callback):
             "_pipeline": None,
             "_last_run": None,
         }
+
+
+def _is_ours(callback: OptimizationCallback, hook: str) -> bool:
+    """Whether a hook is not a subclass's own."""
+    inherited: object = getattr(OptimizationCallback, hook)
+    return getattr(type(callback), hook) is inherited

@@ -158,6 +158,12 @@ class TrainingClock:
 
     # ------------------------------------------------------------------------------ counting
 
+    @property
+    def looks_at_batches(self) -> bool:
+        """Whether :meth:`begin_batch` must see each batch, at the same time on every process."""
+        is_counted = self._pinned_samples is None or self.settings.tokens is not None
+        return is_counted or self._world > 1
+
     def begin_batch(
         self, trainer: Trainer, batch: Any, *, served: tuple[int, int] | None = None
     ) -> int:

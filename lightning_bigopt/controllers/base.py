@@ -28,12 +28,15 @@ class Controller:
         rank: Its place among the controllers, lower first.
         settings: What it asks of the Trainer's one clock.
         needs_horizon: Whether it cannot work where the length of the run is unknown.
+        hears_of_batches: Whether its ``on_batch_start`` is needed on every batch, or only on the
+            first of an epoch.
     """
 
     role: ClassVar[str]
     rank: ClassVar[int]
     settings: ClockSettings = ClockSettings()
     needs_horizon: bool = False
+    hears_of_batches: bool = True
 
     def on_fit_start(self, pipeline: Pipeline) -> None:
         """Refuses conflicts; the horizon and restored state are not known yet."""
@@ -46,6 +49,9 @@ class Controller:
 
     def on_batch_start(self, pipeline: Pipeline, batch: Any, index: int) -> None:
         """A batch is about to be trained; ``pipeline.progress`` is that of its update."""
+
+    def on_new_parameters(self, pipeline: Pipeline) -> None:
+        """An optimiser is about to make its first update, or its groups have changed."""
 
     def on_loss(self, pipeline: Pipeline, loss: Tensor) -> None:
         """A micro-batch's loss, 0-d, as the training step returned it; before its backward."""

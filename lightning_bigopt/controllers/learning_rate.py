@@ -116,6 +116,7 @@ class LearningRateController(Controller):
 
     def on_train_start(self, pipeline: Pipeline) -> None:
         """Resolves the schedules on the horizon and writes the first learning rates."""
+        self.hears_of_batches = not pipeline.module.automatic_optimization
         schedulers = _schedulers(pipeline)
         groups = [group for scheduler in schedulers for group in scheduler.optimizer.param_groups]
         refuse_unknown(
@@ -177,11 +178,13 @@ class LearningRateController(Controller):
         Lightning steps no scheduler in manual optimisation, and BackboneFinetuning adds a group
         and sets its learning rate when an epoch begins.
         """
-        all_of_them = self._epoch_is_new or not pipeline.module.automatic_optimization
-        for scheduler in _schedulers(pipeline):
-            if all_of_them or len(scheduler.optimizer.param_groups) > len(scheduler.bases):
-                scheduler.write(pipeline.progress)
+        if self._epoch_is_new or self.hears_of_batches:
+            self.rewrite(pipeline)
         self._epoch_is_new = False
+
+    def on_new_parameters(self, pipeline: Pipeline) -> None:
+        """Writes the learning rates of groups that arrived within an epoch."""
+        self.rewrite(pipeline)
 
     @staticmethod
     def rewrite(pipeline: Pipeline) -> None:

@@ -53,6 +53,7 @@ class ScheduledLearningRate(LRScheduler):
     def step(self, epoch: int | None = None) -> None:
         """Writes the learning rates of the coming update."""
         self.last_epoch += 1
+        self._pipeline.begin_batch()
         clock = self._pipeline.clock
         if self._multipliers:
             self.write(clock.progress())

@@ -36,20 +36,24 @@ class Ownership:
         self._known: dict[int, tuple[int, Owned]] = {}
         self._names: tuple[str, ...] | None = None
 
-    def of(self, trainer: Trainer, optimizer: Optimizer) -> Owned:
-        """What an optimiser owns; asked every update."""
-        size = 0
-        for group in optimizer.param_groups:
-            size += len(group["params"])
+    def known(self, optimizer: Optimizer) -> Owned | None:
+        """What an optimiser owns; None before it was looked up, and when its groups have changed.
+
+        Asked every update.
+        """
         found = self._known.get(id(optimizer))
-        if found is not None and found[0] == size and found[1].optimizer is optimizer:
-            return found[1]
+        if found is None or found[1].optimizer is not optimizer:
+            return None
+        return found[1] if found[0] == _size(optimizer) else None
+
+    def look_up(self, trainer: Trainer, optimizer: Optimizer) -> Owned:
+        """What an optimiser owns now."""
         owned = Owned(
             optimizer,
             trainer_access.named_parameters(trainer.lightning_module, optimizer),
             trainer_access.optimizer_label(trainer, optimizer),
         )
-        self._known[id(optimizer)] = size, owned
+        self._known[id(optimizer)] = _size(optimizer), owned
         return owned
 
     def all_names(self, trainer: Trainer) -> tuple[str, ...]:
@@ -57,3 +61,7 @@ class Ownership:
         if self._names is None:
             self._names = trainer_access.parameter_names(trainer.lightning_module)
         return self._names
+
+
+def _size(optimizer: Optimizer) -> int:
+    return sum([len(group["params"]) for group in optimizer.param_groups])  # faster than without []

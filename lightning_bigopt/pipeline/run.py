@@ -58,7 +58,9 @@ class Pipeline:
         self.fitting = False
         self._clock_runs = False
         self._window_is_open = False
-        self._batch_has_loss = False
+        self._batch_is_begun = self._batch_has_loss = False
+        # Whether every ``on_train_batch_start`` is needed, or none after an epoch's first.
+        self.hears_of_batches = True
         self._first_update_pending = True
         self._steps_at_start = 0
         self.batch_samples = 0
@@ -141,7 +143,15 @@ class Pipeline:
 
     def parameters_of(self, optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
         """Names and parameters of an optimiser, looked up again when its groups change."""
-        return self._ownership.of(self.trainer, optimizer).parameters
+        return self._owned_by(optimizer).parameters
+
+    def _owned_by(self, optimizer: Optimizer) -> Owned:
+        owned = self._ownership.known(optimizer)
+        if owned is None:
+            owned = self._ownership.look_up(self.trainer, optimizer)
+            for controller in self.controllers.doing("on_new_parameters"):
+                controller.on_new_parameters(self)
+        return owned
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
@@ -215,11 +225,12 @@ class Pipeline:
         self._has_scaler = trainer_access.gradient_scaler(self.trainer) is not None
         self.shard_group = trainer_access.shard_group(self.trainer)
         self._note_where_it_stands()
-        self._window_is_open = False
+        self._window_is_open = self._batch_is_begun = self._batch_has_loss = False
         self._steps_at_start = self.trainer.global_step
         self._first_update_pending = True
         for controller in self.controllers:
             controller.on_train_start(self)
+        self._note_who_hears_of_batches()
 
     def start_clock(self) -> None:
         """Fixes the horizon, once a fit; an exact loader is asked for batches before it begins."""
@@ -250,19 +261,38 @@ class Pipeline:
         self.clock.pin_samples(self.trainer)
         for controller in self.controllers:
             controller.on_epoch_start(self)
+        self._batch_is_begun = False  # the batch before may never have ended
+        self._note_who_hears_of_batches()
 
     def batch_start(self, batch: Any, index: int) -> None:
         """``on_train_batch_start``: a window may open."""
+        self._batch_is_begun = False
+        self.begin_batch(batch, index)
+        for controller in self.controllers.doing("on_batch_start"):
+            controller.on_batch_start(self, batch, index)
+
+    def _note_who_hears_of_batches(self) -> None:
+        self.hears_of_batches = (
+            self.clock.looks_at_batches
+            or self.find(BatchSizeController) is not None
+            or any(c.hears_of_batches for c in self.controllers.doing("on_batch_start"))
+        )
+
+    def begin_batch(self, batch: Any = None, index: int = 0) -> None:
+        """Counts the batch under way; whoever comes first in a batch calls it.
+
+        Batch and index are needed where :attr:`hears_of_batches`.
+        """
+        if self._batch_is_begun:
+            return
+        self._batch_is_begun = True
         if not self._window_is_open:
             self._note_where_it_stands()
             self._window_is_open = True
             self._samples_before_window = self.clock.samples
-        self._batch_has_loss = False
         planner = self.find(BatchSizeController)
         served = None if planner is None else planner.served(self.trainer, index)
         self.batch_samples = self.clock.begin_batch(self.trainer, batch, served=served)
-        for controller in self.controllers.doing("on_batch_start"):
-            controller.on_batch_start(self, batch, index)
 
     def _note_where_it_stands(self) -> None:
         self._opened, self._progress = self.clock.counts(), None
@@ -279,7 +309,8 @@ class Pipeline:
     def before_step(self, optimizer: Optimizer) -> None:
         """``on_before_optimizer_step``: rescale, measure, decide, clip, observe."""
         self._first_update_pending = False
-        owned = self._ownership.of(self.trainer, optimizer)
+        self.begin_batch()
+        owned = self._owned_by(optimizer)
         if self._comes_to_nothing(owned):
             return
         step = OptimizerStep(self, owned, has_scaler=self._has_scaler)
@@ -312,6 +343,8 @@ class Pipeline:
     def batch_end(self, outputs: Any, batch: Any) -> None:
         """``on_train_batch_end``: the batch counts as consumed."""
         trainer = self.trainer
+        self.begin_batch()
+        self._batch_is_begun = self._batch_has_loss = False
         self.clock.end_batch()
         self._window_is_open = not trainer_access.closes_window(trainer)
         if not self._window_is_open:

@@ -66,9 +66,54 @@ def in_batches(counting: Counting) -> Counter[str]:
 
 
 def test_one_of_three_callbacks_is_called_on_every_batch() -> None:
-    _, _, counting = fit(three())
-    hooks = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end")
-    assert in_batches(counting) == dict.fromkeys(hooks, 8)
+    _, _, counting = fit(three(), max_steps=24, max_epochs=3)
+    counts = in_batches(counting)
+    hooks = ("on_before_optimizer_step", "on_train_batch_end")
+    assert counts == dict.fromkeys(hooks, 24)
+    begun = {k: n for k, n in counting.calls.items() if k.endswith(".on_train_batch_start")}
+    assert sum(n for name, n in begun.items() if name.startswith("[Callback]")) == 3  # an epoch
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        lambda: BatchSizeScheduler(ConstantBatchSize(4)),
+        StepGuard,
+        lambda: OptimizationMonitor(every=2, tokens=lambda batch: batch[0].numel()),
+        lambda: OptimizationMonitor(every=2, samples=lambda batch: len(batch[0])),
+    ],
+    ids=["batch size", "guard", "tokens", "samples"],
+)
+def test_who_looks_at_batches_is_called_when_each_begins(added: Any) -> None:
+    _, _, counting = fit([added(), *three()[:2]])
+    assert in_batches(counting)["on_train_batch_start"] == 8
+
+
+class BeginsMidEpoch(L.Callback):
+    """Adds a parameter group in the middle of an epoch."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *arguments: Any) -> None:
+        if trainer.global_step == 3:
+            pl_module.late = torch.nn.Parameter(torch.ones(2))
+            trainer.optimizers[0].add_param_group({"params": [pl_module.late], "lr": 0.5})
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_group_that_arrives_within_an_epoch_is_scheduled_at_its_first_update(first: bool) -> None:
+    seen = []
+
+    class Sees(Probe):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            seen.append([group["lr"] for group in optimizer.param_groups])
+
+    scheduler = LearningRateScheduler(Linear(start=1.0, end=0.0))
+    callbacks = [scheduler, BeginsMidEpoch()] if first else [BeginsMidEpoch(), scheduler]
+    trainer = L.Trainer(**{**QUIET, "max_steps": 8}, callbacks=callbacks)
+    module = Sees()
+    trainer.fit(module, loader(32, 4))
+    base = seen[0][0]
+    assert seen[:3] == [[base * (1 - t / 8)] for t in range(3)]
+    assert seen[3:] == [[base * (1 - t / 8), 0.5 * (1 - t / 8)] for t in range(3, 8)]
 
 
 def test_losses_are_handed_over_where_somebody_wants_them() -> None:
