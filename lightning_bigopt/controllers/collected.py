@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -46,9 +47,12 @@ class Collected:
         if not self._tensors:
             return found
         tensors = [tensor for _, tensor in self._tensors]
-        device = next((t.device for t in tensors if t.device.type != "cpu"), None)
-        wide = torch.float32 if device is not None and device.type == "mps" else torch.float64
-        numbers = iter(torch.cat([tensor.to(device, wide) for tensor in tensors]).tolist())
+        device = next((tensor.device for tensor in tensors if not tensor.is_cpu), None)
+        if device is None:  # there is nothing to transfer
+            numbers: Iterator[float] = chain.from_iterable(map(Tensor.tolist, tensors))
+        else:
+            wide = torch.float32 if device.type == "mps" else torch.float64
+            numbers = iter(torch.cat([tensor.to(device, wide) for tensor in tensors]).tolist())
         for names, _ in self._tensors:
             found.update(zip(names, numbers, strict=False))  # takes len(names) of them
         return found

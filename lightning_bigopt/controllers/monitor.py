@@ -112,7 +112,9 @@ class MonitorController(Controller):
         if not self.wants_norms(step):
             return
         values = self._values
-        values.add(tag_name("grad_norm/total", label), step.norms.total)
+        norms = step.norms
+        total = norms.value if norms.is_on_host else norms.total
+        values.add(tag_name("grad_norm/total", label), total)
         groups = step.optimizer.param_groups
         for name, group in zip(written.group_names(groups), groups, strict=True):
             for tag, value in _hyperparameters(group).items():

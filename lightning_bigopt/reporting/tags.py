@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 
 __all__ = ["TAGS", "Tag", "find_tag", "tag_name"]
 
@@ -51,6 +52,7 @@ def find_tag(name: str) -> Tag | None:
     return next((tag for tag in TAGS if tag.matches(name)), None)
 
 
+@cache  # asked again at every logged update
 def tag_name(*parts: str) -> str:
     """A name in the logger, empty parts left out and odd characters replaced.
 
