@@ -1,21 +1,24 @@
 """The price of seeing: our callbacks beside Lightning's own logging, over a bare Trainer.
 
 Every contender trains the same model in turn (so that a busy machine slows all of them alike);
-the differences to the bare Trainer of the same round are put together by their median. Times are
-processor seconds of the whole process, TensorBoard's writing thread included, so that other work on
-the machine does not count.
-``python benchmarks/monitor.py --write`` renews docs/benchmarks/monitor.md.
+the differences to the bare Trainer of the same round are put together by their median, with an
+interval that holds it nine times in ten. Times are processor seconds of the whole process,
+TensorBoard's writing thread included, so that other work on the machine does not count.
+``python benchmarks/monitor.py --write`` renews docs/benchmarks/monitor.md; with ``--only N`` one
+table of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
+import re
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -27,6 +30,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import disable_possible_user_warnings, grad_norm
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_bigopt import (
     GradientClipping,
@@ -43,28 +47,46 @@ WARM_UP = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """A model, and how long it is trained."""
+    """A model, how long it is trained, and how often.
+
+    Contenders that cost much are seen in every few rounds only.
+    """
 
     title: str
     blocks: int
     steps: int
     slow_steps: int
     rounds: int
+    slow_every: int = 4
     contenders: tuple[str, ...] = ("bare", "empty", "a", "a-csv", "b", "b-full", "c")
+    has_length: bool = True
 
 
 WORKLOADS = (
-    Workload(title="tiny perceptron, 4 tensors", blocks=0, steps=150, slow_steps=50, rounds=41),
-    Workload(title="GPT of 300 tensors", blocks=30, steps=50, slow_steps=15, rounds=3),
+    Workload(title="Tiny perceptron, 4 tensors", blocks=0, steps=150, slow_steps=50, rounds=60),
+    Workload(
+        title="The same on a loader without a length",
+        blocks=0,
+        steps=150,
+        slow_steps=50,
+        rounds=60,
+        contenders=("bare", "empty", "b"),
+        has_length=False,
+    ),
+    Workload(
+        title="GPT of 300 tensors", blocks=30, steps=50, slow_steps=15, rounds=24, slow_every=8
+    ),
     Workload(
         title="GPT of 3,000 tensors",
         blocks=300,
         steps=10,
         slow_steps=5,
-        rounds=1,
+        rounds=3,
+        slow_every=1,
         contenders=("bare", "a", "a-csv", "c"),
     ),
 )
+SLOW = {"a", "a-csv", "c"}
 CONTENDERS = {
     "bare": "bare Trainer, `gradient_clip_val`",
     "empty": "the same with three empty callbacks",
@@ -76,8 +98,21 @@ CONTENDERS = {
 }
 
 
+class Same(Dataset[Tensor]):
+    """The same batch again and again, at no cost of its own."""
+
+    def __init__(self, batch: Tensor) -> None:
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return 1_000_000
+
+    def __getitems__(self, indices: Sequence[int]) -> Tensor:
+        return self.batch
+
+
 class Endless:
-    """The same batch again and again, without the cost of a loader."""
+    """The same from a loader that does not know how long it is."""
 
     def __init__(self, batch: Tensor) -> None:
         self.batch, self.batch_size = batch, len(batch)
@@ -85,6 +120,12 @@ class Endless:
     def __iter__(self) -> Iterator[Tensor]:
         while True:
             yield self.batch
+
+
+def loader(batch: Tensor, *, has_length: bool) -> Any:
+    if has_length:
+        return DataLoader(Same(batch), batch_size=len(batch), collate_fn=lambda found: found)
+    return Endless(batch)
 
 
 class Model(L.LightningModule):
@@ -149,43 +190,74 @@ def seconds_per_step(contender: str, work: Workload, folder: str) -> float:
     )
     model = Model(work.blocks, log_norms=contender == "c")
     batch = torch.randn(8, 8, 32) if work.blocks else torch.randn(8, 32)
-    trainer.fit(model, Endless(batch))
+    trainer.fit(model, loader(batch, has_length=work.has_length))
     return (model.began[-1] - model.began[WARM_UP]) / (len(model.began) - 1 - WARM_UP)
 
 
-def measure(work: Workload, rounds: int) -> dict[str, float]:
-    """For each contender the median over rounds of its time over the bare Trainer's, in ms.
+Found = Mapping[str, tuple[float, float, float]]
+
+
+def measure(work: Workload, rounds: int) -> Found:
+    """For each contender the median of its time over the bare Trainer's, in ms, and its interval.
 
     The bare Trainer's own time comes under its name.
     """
-    times: dict[str, list[float]] = {name: [] for name in work.contenders}
+    differences: dict[str, list[float]] = {name: [] for name in work.contenders}
     for trial in range(rounds):
-        for name in work.contenders if trial % 2 else work.contenders[::-1]:
+        names = [n for n in work.contenders if n not in SLOW or trial % work.slow_every == 0]
+        times: dict[str, float] = {}
+        for name in names if trial % 2 else names[::-1]:
             with tempfile.TemporaryDirectory() as folder:
-                times[name].append(1e3 * seconds_per_step(name, work, folder))
-    bare = times["bare"]
-    return {
-        name: median(bare)
-        if name == "bare"
-        else median([mine - theirs for mine, theirs in zip(found, bare, strict=True)])
-        for name, found in times.items()
-    }
+                times[name] = 1e3 * seconds_per_step(name, work, folder)
+        for name, found in times.items():
+            differences[name].append(found - (0.0 if name == "bare" else times["bare"]))
+    return {name: with_interval(values) for name, values in differences.items()}
 
 
-def table(work: Workload, found: Mapping[str, float]) -> str:
+def with_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """The median with an interval that holds it with a probability of 0.9, by order statistics.
+
+    The whole range where there are too few values for that.
+    """
+    ordered, count = sorted(values), len(values)
+    outside, low = 2.0 * 0.5**count, 0
+    while low + 1 < (count + 1) // 2:
+        outside += 2.0 * math.comb(count, low + 1) * 0.5**count
+        if outside > 0.1:
+            break
+        low += 1
+    return median(ordered), ordered[low], ordered[count - 1 - low]
+
+
+def table(work: Workload, found: Found) -> str:
     """The rows in Markdown."""
+    bare, low, high = found["bare"]
     lines = [
         f"## {work.title}",
         "",
-        "| | over the bare Trainer | share of c |",
-        "|---|---|---|",
-        f"| {CONTENDERS['bare']} | {found['bare']:.3f} ms a step | |",
+        "| | over the bare Trainer | nine times in ten | share of c |",
+        "|---|---|---|---|",
+        f"| {CONTENDERS['bare']} | {bare:.3f} ms a step | {low:.3f} to {high:.3f} | |",
     ]
     for name in work.contenders[1:]:
-        share = f"{found[name] / found['c']:.3f}" if name != "c" else "1"
-        percent = 100 * found[name] / found["bare"]
-        lines.append(f"| {CONTENDERS[name]} | {found[name]:+.3f} ms ({percent:+.1f} %) | {share} |")
+        middle, low, high = found[name]
+        share = f"{middle / found['c'][0]:.3f}" if "c" in found else ""
+        lines.append(
+            f"| {CONTENDERS[name]} | {middle:+.3f} ms ({100 * middle / bare:+.1f} %) | "
+            f"{low:+.3f} to {high:+.3f} | {share} |"
+        )
     return "\n".join(lines)
+
+
+def renewed(tables: Mapping[str, str]) -> str:
+    """The tables of the page, those that were measured now in place of the former ones."""
+    former = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+    known = {
+        match[1]: match[0].strip()
+        for match in re.finditer(r"^## (.+)\n(?:\n?\|.*\n)+", former, flags=re.MULTILINE)
+    }
+    known.update(tables)
+    return "\n\n".join(known[work.title] for work in WORKLOADS if work.title in known)
 
 
 def page(body: str) -> str:
@@ -195,7 +267,8 @@ def page(body: str) -> str:
 What do schedule, adaptive clipping and monitor cost over a bare Trainer with `gradient_clip_val`,
 beside what Lightning itself offers for the same curves? The contenders take turns; a number is the
 median over rounds of the difference to the bare Trainer in the same round, in processor time of the
-whole process (the thread that writes TensorBoard's file included).
+whole process (the thread that writes TensorBoard's file included), and beside it the interval that
+holds this median nine times in ten (the whole range where there were only a few rounds).
 
 {body}
 
@@ -203,9 +276,8 @@ Lightning's `log_dict` costs its time on every step, logged or not: `self.log` k
 values, and TensorBoard gets one call for each of them. The monitor keeps what it measures on the
 device, fetches it with one transfer on logged steps, and hands TensorBoard one event. Three empty
 callbacks show what Lightning's own dispatch of hooks costs; of ours one takes part in a batch, in
-three or four of its six hooks. The clipping of the bare Trainer is torch's own, a part of its time.
-Nothing can be faster than the same with less: where a row of three empty callbacks differs from the
-bare Trainer by some percent, so far reaches the noise. At 3,000 tensors it is one round.
+two of its six hooks, or three where the batches must be counted because the loader has no length.
+The clipping of the bare Trainer is torch's own, a part of its time; with ours it falls away.
 
 Measured with Python {platform.python_version()}, torch {torch.__version__} and Lightning
 {L.__version__} on {os.cpu_count()} cores ({platform.machine()}), one thread. Renew this page with
@@ -227,16 +299,15 @@ def main() -> None:
 
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    works = WORKLOADS[:2] if arguments.quick else WORKLOADS
+    works = WORKLOADS[:3] if arguments.quick else WORKLOADS
     if arguments.only is not None:
         works = WORKLOADS[arguments.only : arguments.only + 1]
-    tables = []
+    tables = {}
     for work in works:
-        tables.append(table(work, measure(work, 1 if arguments.quick else work.rounds)))
-        print(tables[-1], flush=True)
+        tables[work.title] = table(work, measure(work, 1 if arguments.quick else work.rounds))
+        print(tables[work.title], flush=True)
     if arguments.write:
-        PAGE.parent.mkdir(parents=True, exist_ok=True)
-        PAGE.write_text(page("\n\n".join(tables)), encoding="utf-8")
+        PAGE.write_text(page(renewed(tables)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -246,9 +246,9 @@ class BatchSizeController(Controller):
     def on_batch_end(self, pipeline: Pipeline, outputs: Any, batch: Any) -> None:
         """An exact loader hears of every update that was trained."""
         served, exact = self._served, trainer_access.exact_loader(pipeline.trainer)
-        if served is not None and exact is not None and not pipeline.window_is_open:
+        if served is not None and exact is not None and not pipeline.window.is_open:
             exact.advance(served.window.samples)
-        if not pipeline.window_is_open:
+        if not pipeline.window.is_open:
             log_alone(self, pipeline)
 
     def on_epoch_end(self, pipeline: Pipeline) -> None:

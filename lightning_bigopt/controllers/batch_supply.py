@@ -226,7 +226,17 @@ def hand_over(
 
 
 def constant_plan(trainer: Trainer) -> Simulate:
-    """The run under the Trainer's own accumulation."""
+    """The run under the Trainer's own accumulation.
+
+    Raises:
+        ValueError: If the loader is a GlobalBatchLoader, which needs somebody to plan for it.
+    """
+    if trainer_access.exact_loader(trainer) is not None:
+        raise ValueError(
+            "callbacks must hold BatchSizeScheduler with GlobalBatchLoader, got none, and the "
+            "loader would serve every process all samples; add "
+            "BatchSizeScheduler(ConstantBatchSize(256))"
+        )
     micro = trainer_access.micro_batch_size(trainer) or 1
     world = trainer_access.data_parallel_size(trainer)
     size = micro * world * int(trainer.accumulate_grad_batches)

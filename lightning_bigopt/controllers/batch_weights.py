@@ -66,7 +66,7 @@ class LossWeights:
             served: What an exact loader says of it.
         """
         if self.weight is None:
-            mine = pipeline.batch_samples
+            mine = pipeline.window.batch_samples
             self.factor = mine / self._full if served is None else served.weight
             self._sum = self._sum + mine
             return

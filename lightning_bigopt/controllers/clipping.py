@@ -92,7 +92,7 @@ class GradientClippingController(Controller):
             parameters=step.parameters,
             norms=None if self.rule.measures is None else step.coming_norms,
             optimizer=optimizer,
-            fraction=pipeline.fraction,
+            fraction=pipeline.window.fraction,
             process_group=pipeline.shard_group,
             all_names=pipeline.parameter_names,
         )

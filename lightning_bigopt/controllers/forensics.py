@@ -145,7 +145,7 @@ class WindowRecorder:
         self._window.append(
             _MicroBatch(
                 index=self._index,
-                samples=pipeline.batch_samples,
+                samples=pipeline.window.batch_samples,
                 loss=loss,
                 batch=self._batch,
                 random=self._random,

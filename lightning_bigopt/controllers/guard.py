@@ -130,7 +130,7 @@ class StepGuardController(Controller):
 
     def on_batch_end(self, pipeline: Pipeline, outputs: Any, batch: Any) -> None:
         """A window that is over without an update leaves nothing to the next."""
-        if pipeline.module.automatic_optimization and not pipeline.window_is_open:
+        if pipeline.module.automatic_optimization and not pipeline.window.is_open:
             self._window.clear()
 
     def on_epoch_end(self, pipeline: Pipeline) -> None:

@@ -171,7 +171,7 @@ class MonitorController(Controller):
         if not trainer.is_global_zero:
             return
         clock = pipeline.clock
-        values.add("batch/global_size", float(pipeline.window_samples))
+        values.add("batch/global_size", float(pipeline.window.samples))
         found = values.fetch()
         trainer_access.show_on_progress_bar(trainer, self._shown(found))
         if due:
@@ -194,7 +194,7 @@ class MonitorController(Controller):
         """What it knows of the whole run."""
         clock = pipeline.clock
         known = {
-            "batch/micro_size": float(pipeline.batch_samples),
+            "batch/micro_size": float(pipeline.window.batch_samples),
             "batch/accumulate": float(int(pipeline.trainer.accumulate_grad_batches)),
             "guard/skipped": float(self.skipped),
             "progress/samples": float(clock.samples),

@@ -103,7 +103,7 @@ class NoiseScaleController(Controller):
             return
         if self._small is None:
             assert self._squares is not None  # wants_norms
-            square, count = self._squares.take(), float(pipeline.batch_samples)
+            square, count = self._squares.take(), float(pipeline.window.batch_samples)
             scale = trainer_access.loss_scale(trainer)
             small = (square / scale**2, count, float(self._weight))
         else:
@@ -138,7 +138,7 @@ class NoiseScaleController(Controller):
             small_size = sample_sum
         else:
             small_square, small_size = square_sum / parts, parts / inverse_sum
-        whole = float(pipeline.window_samples)
+        whole = float(pipeline.window.samples)
         if not small_size < whole:
             return
         noise, signal = noise_scale_terms(
@@ -151,7 +151,7 @@ class NoiseScaleController(Controller):
 
     def on_batch_end(self, pipeline: Pipeline, outputs: Any, batch: Any) -> None:
         """The gradient of the first micro-batch is there, and no other."""
-        if self._is_first and pipeline.window_is_open:
+        if self._is_first and pipeline.window.is_open:
             trainer = pipeline.trainer
             parameters = [
                 pair
@@ -162,12 +162,12 @@ class NoiseScaleController(Controller):
             norm = measure(parameters, process_group=group).total.double()
             length = int(trainer.accumulate_grad_batches)
             square = (norm * length / trainer_access.loss_scale(trainer)) ** 2
-            self._small = square, float(pipeline.batch_samples), float(self._weight)
+            self._small = square, float(pipeline.window.batch_samples), float(self._weight)
         if self._squares is not None:
             self._squares.clear()
-        if not pipeline.window_is_open:
+        if not pipeline.window.is_open:
             self._small = self._big = None
-        self._is_first = not pipeline.window_is_open
+        self._is_first = not pipeline.window.is_open
         if self._is_first:
             log_alone(self, pipeline)
 

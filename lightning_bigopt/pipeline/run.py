@@ -19,12 +19,14 @@ from lightning_bigopt.controllers.batch_size import BatchSizeController, constan
 from lightning_bigopt.durations import Progress
 from lightning_bigopt.pipeline.owned import Owned, Ownership
 from lightning_bigopt.pipeline.roster import ControllerT, Roster
+from lightning_bigopt.pipeline.rounds import Rounds
 from lightning_bigopt.pipeline.step import OptimizerStep
+from lightning_bigopt.pipeline.window import Window
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-    from lightning_bigopt.clock import Counts, Simulate
+    from lightning_bigopt.clock import Simulate
 
 __all__ = ["Pipeline"]
 
@@ -35,9 +37,12 @@ class Pipeline:
     """Runs the controllers of one Trainer.
 
     Every callback of ours hands every hook over. The first to do so for an event runs all
-    controllers, the others find it done. A new round of an event begins when a callback that has
-    already called comes again, which needs no counter of Lightning's and holds for manual
-    optimisation, several optimisers and closures that run more than once.
+    controllers, the others find it done.
+
+    Attributes:
+        shard_group: As :func:`~lightning_bigopt.trainer_access.shard_group`, from train start on.
+        hears_of_batches: Whether every ``on_train_batch_start`` is needed, or none after an epoch's
+            first.
     """
 
     _of: ClassVar[weakref.WeakKeyDictionary[Trainer, Pipeline]] = weakref.WeakKeyDictionary()
@@ -45,25 +50,20 @@ class Pipeline:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = weakref.ref(trainer)
         self.number = next(_numbers)
-        self._callers: dict[str, set[int]] = {}
+        self._rounds = Rounds()
         self._ownership = Ownership()
         self.shard_group: ProcessGroup | None = None
         self._has_scaler = False
         self.controllers = Roster()
         self.clock = TrainingClock()
         self.clock.bind(trainer)
-        self._opened: Counts = (0, 0, 0, 0)
-        self._progress: Progress | None = Progress(fraction=0.0)
-        self._samples_before_window = 0
+        self.window = Window(self.clock)
         self.fitting = False
         self._clock_runs = False
-        self._window_is_open = False
-        self._batch_is_begun = self._batch_has_loss = False
-        # Whether every ``on_train_batch_start`` is needed, or none after an epoch's first.
+        self._batch_has_loss = False
         self.hears_of_batches = True
         self._first_update_pending = True
         self._steps_at_start = 0
-        self.batch_samples = 0
 
     @classmethod
     def of(cls, trainer: Trainer) -> Pipeline:
@@ -100,31 +100,9 @@ class Pipeline:
         return self.trainer.lightning_module
 
     @property
-    def samples(self) -> int:
-        """Samples consumed over all processes, the batch under way included."""
-        return self.clock.counts()[2]
-
-    @property
-    def window_is_open(self) -> bool:
-        """Whether micro-batches of an update were begun, and others of it are to come."""
-        return self._window_is_open
-
-    @property
-    def window_samples(self) -> int:
-        """Samples over all processes in the window under way, the batch under way included."""
-        return self.samples - self._samples_before_window
-
-    @property
     def progress(self) -> Progress:
         """What the update under way started from."""
-        if self._progress is None:
-            self._progress = self.clock.progress_at(self._opened)
-        return self._progress
-
-    @property
-    def fraction(self) -> float:
-        """``progress.fraction``, for who needs no more and asks once an update."""
-        return self.clock.fraction_at(self._opened)
+        return self.window.progress
 
     @property
     def loss_factor(self) -> float | Tensor:
@@ -135,7 +113,7 @@ class Pipeline:
     @property
     def coming_progress(self) -> Progress:
         """What the update under way started from; between updates, what the next starts from."""
-        return self.progress if self._window_is_open else self.clock.progress()
+        return self.progress if self.window.is_open else self.clock.progress()
 
     def find(self, kind: type[ControllerT]) -> ControllerT | None:
         """The controller of a class, where this fit has one."""
@@ -172,7 +150,7 @@ class Pipeline:
             self.controllers = Roster()
             self._ownership = Ownership()
             self.clock.settings = ClockSettings()
-            self._callers = {}
+            self._rounds = Rounds()
         self.controllers.refuse_twin(controller)
         self.clock.settings = self.clock.settings.merge(controller.settings)
         self.add(controller)
@@ -193,14 +171,7 @@ class Pipeline:
 
     def once(self, event: str, caller: object, run: Callable[..., None], *arguments: Any) -> bool:
         """Runs ``run`` for the first caller of a round of ``event``; whether this one was it."""
-        callers = self._callers.get(event)
-        if callers is None:
-            callers = self._callers[event] = set()
-        caller_id = id(caller)
-        if caller_id in callers:
-            callers.clear()
-        first = not callers
-        callers.add(caller_id)
+        first = self._rounds.is_first(event, caller)
         if first:
             run(*arguments)
         return first
@@ -224,8 +195,7 @@ class Pipeline:
         self._clock_runs = False
         self._has_scaler = trainer_access.gradient_scaler(self.trainer) is not None
         self.shard_group = trainer_access.shard_group(self.trainer)
-        self._note_where_it_stands()
-        self._window_is_open = self._batch_is_begun = self._batch_has_loss = False
+        self.window.start()
         self._steps_at_start = self.trainer.global_step
         self._first_update_pending = True
         for controller in self.controllers:
@@ -243,30 +213,21 @@ class Pipeline:
         self._clock_runs = True
 
     def _simulator(self) -> Simulate | None:
-        planner = self.find(BatchSizeController)
-        if planner is None:
-            if trainer_access.exact_loader(self.trainer) is not None:
-                raise ValueError(
-                    "callbacks must hold BatchSizeScheduler with GlobalBatchLoader, got none, and "
-                    "the loader would serve every process all samples; add "
-                    "BatchSizeScheduler(ConstantBatchSize(256))"
-                )
-            return constant_plan(self.trainer)
-        return planner.simulator(self.trainer)
+        planner, trainer = self.find(BatchSizeController), self.trainer
+        return constant_plan(trainer) if planner is None else planner.simulator(trainer)
 
     def epoch_start(self) -> None:
         """``on_train_epoch_start``: loaders may be new, and who hands the batches over."""
-        for event in ("batch_start", "before_backward", "before_step", "batch_end"):
-            self._callers.pop(event, None)
+        self._rounds.forget("batch_start", "before_backward", "before_step", "batch_end")
         self.clock.pin_samples(self.trainer)
         for controller in self.controllers:
             controller.on_epoch_start(self)
-        self._batch_is_begun = False  # the batch before may never have ended
+        self.window.batch_is_begun = False  # the last one of before may never have ended
         self._note_who_hears_of_batches()
 
     def batch_start(self, batch: Any, index: int) -> None:
         """``on_train_batch_start``: a window may open."""
-        self._batch_is_begun = False
+        self.window.batch_is_begun = False  # the one before may never have ended
         self.begin_batch(batch, index)
         for controller in self.controllers.doing("on_batch_start"):
             controller.on_batch_start(self, batch, index)
@@ -283,22 +244,16 @@ class Pipeline:
 
         Batch and index are needed where :attr:`hears_of_batches`.
         """
-        if self._batch_is_begun:
+        if self.window.batch_is_begun:
             return
-        self._batch_is_begun = True
-        if not self._window_is_open:
-            self._note_where_it_stands()
-            self._window_is_open = True
-            self._samples_before_window = self.clock.samples
         planner = self.find(BatchSizeController)
         served = None if planner is None else planner.served(self.trainer, index)
-        self.batch_samples = self.clock.begin_batch(self.trainer, batch, served=served)
-
-    def _note_where_it_stands(self) -> None:
-        self._opened, self._progress = self.clock.counts(), None
+        self.window.begin_batch(self.trainer, batch, served=served)
+        self._batch_has_loss = False
 
     def before_backward(self, loss: Tensor) -> None:
         """``on_before_backward``: a micro-batch's loss is known."""
+        self.begin_batch()
         self._batch_has_loss = True
         listeners = self.controllers.doing("on_loss")
         if listeners:
@@ -343,12 +298,8 @@ class Pipeline:
     def batch_end(self, outputs: Any, batch: Any) -> None:
         """``on_train_batch_end``: the batch counts as consumed."""
         trainer = self.trainer
-        self.begin_batch()
-        self._batch_is_begun = self._batch_has_loss = False
-        self.clock.end_batch()
-        self._window_is_open = not trainer_access.closes_window(trainer)
-        if not self._window_is_open:
-            self.clock.close_window()
+        self.begin_batch(batch)
+        self.window.end_batch(closes=trainer_access.closes_window(trainer))
         if self._first_update_pending and trainer.global_step > self._steps_at_start:
             raise RuntimeError(
                 "on_before_optimizer_step must reach the callbacks, got an update without it: the "
@@ -357,11 +308,11 @@ class Pipeline:
             )
         for controller in self.controllers.doing("on_batch_end"):
             controller.on_batch_end(self, outputs, batch)
-        if not self._window_is_open and self.clock.exhausted:
+        if not self.window.is_open and self.clock.exhausted:
             trainer.should_stop = True
 
     def epoch_end(self) -> None:
         """``on_train_epoch_end``."""
-        self._window_is_open = False
+        self.window.forget()
         for controller in self.controllers:
             controller.on_epoch_end(self)
