@@ -250,6 +250,9 @@ class TrainingClock:
     @property
     def fraction(self) -> float:
         """``progress().fraction``, for who needs no more and asks once an update."""
+        horizon = self.horizon
+        if horizon is not None and horizon.clock == "steps":
+            return self._global_step() / horizon.budget
         return self.fraction_at(self.counts())
 
     def fraction_at(self, counts: Counts) -> float:

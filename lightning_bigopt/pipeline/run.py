@@ -227,8 +227,7 @@ class Pipeline:
 
     def batch_start(self, batch: Any, index: int) -> None:
         """``on_train_batch_start``: a window may open."""
-        self.window.batch_is_begun = False  # the one before may never have ended
-        self.begin_batch(batch, index)
+        self._begin_batch(batch, index)
         for controller in self.controllers.doing("on_batch_start"):
             controller.on_batch_start(self, batch, index)
 
@@ -239,13 +238,15 @@ class Pipeline:
             or any(c.hears_of_batches for c in self.controllers.doing("on_batch_start"))
         )
 
-    def begin_batch(self, batch: Any = None, index: int = 0) -> None:
-        """Counts the batch under way; whoever comes first in a batch calls it.
+    def begin_batch(self) -> None:
+        """Counts the batch under way where nobody hears of its beginning.
 
-        Batch and index are needed where :attr:`hears_of_batches`.
+        Whoever comes first in a batch calls it.
         """
-        if self.window.batch_is_begun:
-            return
+        if not (self.hears_of_batches or self.window.batch_is_begun):
+            self._begin_batch(None, 0)
+
+    def _begin_batch(self, batch: Any, index: int) -> None:
         planner = self.find(BatchSizeController)
         served = None if planner is None else planner.served(self.trainer, index)
         self.window.begin_batch(self.trainer, batch, served=served)
@@ -298,7 +299,7 @@ class Pipeline:
     def batch_end(self, outputs: Any, batch: Any) -> None:
         """``on_train_batch_end``: the batch counts as consumed."""
         trainer = self.trainer
-        self.begin_batch(batch)
+        self.begin_batch()
         self.window.end_batch(closes=trainer_access.closes_window(trainer))
         if self._first_update_pending and trainer.global_step > self._steps_at_start:
             raise RuntimeError(
