@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import pickle
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.profilers import PassThroughProfiler
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bigopt import (
     BatchSizeScheduler,
@@ -23,6 +26,7 @@ from lightning_bigopt import (
     StepGuard,
     WarmupCosine,
 )
+from lightning_bigopt.reporting.runs import read_run
 from tests.kit import QUIET, Probe, loader
 
 
@@ -233,3 +237,54 @@ def test_a_callback_speaks_again_after_an_error_that_hid_the_end_of_its_fit() ->
     with pytest.raises(ArithmeticError):
         fit([Fails(), LearningRateScheduler(WarmupCosine(warmup="20%")), clipping])
     assert max(fit([clipping])[1].norms) < 1.001e-3
+
+
+class Unloved(L.LightningModule):
+    """Gives no loss for one batch of every epoch."""
+
+    def __init__(self, *, without: int | None) -> None:
+        super().__init__()
+        self.layer, self.without = torch.nn.Linear(3, 1), without
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return None if batch_idx == self.without else self.layer(batch[0]).mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+@pytest.mark.parametrize("without", [None, 1, 2])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_batches_that_nobody_hears_of_are_counted(
+    tmp_path: Path, accumulate: int, without: int | None
+) -> None:
+    """Batches of 4, 4 and 2 samples, in windows of ``accumulate``, twice."""
+    trainer = L.Trainer(
+        **{**QUIET, "logger": CSVLogger(tmp_path), "max_epochs": 2, "max_steps": -1},
+        log_every_n_steps=1,
+        accumulate_grad_batches=accumulate,
+        callbacks=[
+            LearningRateScheduler(Linear(start=1.0, end=0.0)),
+            OptimizationMonitor(layers=None),
+        ],
+    )
+    data = TensorDataset(torch.randn(10, 3))
+    trainer.fit(Unloved(without=without), DataLoader(data, batch_size=4))
+    expected = []
+    for epoch in range(2):
+        windows = [(0,), (1,), (2,)] if accumulate == 1 else [(0, 1), (2,)]
+        for number, window in enumerate(windows):
+            if window == (without,):
+                continue  # Lightning makes no update of it, or one that changes nothing
+            batches = 3 * epoch + window[0]
+            size = sum((4, 4, 2)[batch] for batch in window)
+            before = 10 * epoch + 4 * window[0]
+            step = len(windows) * epoch + number
+            expected.append((step, size, before + size, 1 - batches / 6))
+    curves = read_run(str(trainer.log_dir)).curves
+    tags = ("batch/global_size", "progress/samples", "optim/lr")
+    found = zip(*(curves[tag] for tag in tags), strict=True)
+    assert [(points[0][0], *(value for _, value in points)) for points in found] == [
+        pytest.approx(row) for row in expected
+    ]
