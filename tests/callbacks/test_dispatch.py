@@ -293,3 +293,30 @@ def test_batches_that_nobody_hears_of_are_counted(
     assert [(points[0][0], *(value for _, value in points)) for points in found] == [
         pytest.approx(row) for row in expected
     ]
+
+
+class EverySecond(Unloved):
+    """Makes an update of every second batch only, in its own way."""
+
+    def __init__(self) -> None:
+        super().__init__(without=None)
+        self.rates: list[float] = []
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
+        if batch_idx % 2:
+            optimizer_closure()
+        else:
+            optimizer.step(closure=optimizer_closure)
+
+
+def test_the_rate_counts_batches_that_the_module_makes_no_update_of() -> None:
+    module = EverySecond()
+    trainer = L.Trainer(
+        **{**QUIET, "max_epochs": 2, "max_steps": -1},
+        callbacks=[LearningRateScheduler(Linear(start=1.0, end=0.0))],
+    )
+    trainer.fit(module, DataLoader(TensorDataset(torch.randn(16, 3)), batch_size=4))
+    assert module.rates == [1 - batch / 8 for batch in range(8)]
