@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from lightning_bigopt.trainer_access.position import batches_that_stepped, is_fast_dev_run
@@ -74,6 +75,15 @@ def show_on_progress_bar(trainer: Trainer, values: Mapping[str, float]) -> None:
     """Shows values on the progress bar until they are shown again.
 
     ``LightningModule.log(prog_bar=True)`` costs about 0.4 ms a key on every step; this is a
-    dictionary update.
+    dictionary update. A RichProgressBar rounds numbers to three decimals, a learning rate of 3e-4
+    to nothing, and shows words as they are.
     """
-    trainer._logger_connector._progress_bar_metrics.update(values)
+    shown: dict[str, Any] = {
+        name: int(value) if value.is_integer() else value for name, value in values.items()
+    }
+    if isinstance(trainer.progress_bar_callback, RichProgressBar):
+        shown = {
+            name: str(value) if isinstance(value, int) else f"{value:.3g}"
+            for name, value in shown.items()
+        }
+    trainer._logger_connector._progress_bar_metrics.update(shown)
