@@ -33,6 +33,10 @@ class StepGuard(OptimizationCallback):
             rejected update, of 20 at most, for :func:`~lightning_bigopt.replay`; None to write
             nothing. The micro-batches of a window stay in memory until its update then.
 
+    Logs:
+        With an OptimizationMonitor ``guard/skipped``, ``guard/rejected/<detector>``, and to
+        TensorBoard as text why each update was rejected.
+
     Raises:
         ValueError: At fit start with DeepSpeed, with LBFGS, with an optimiser of Opacus, and for
             a :class:`~lightning_bigopt.gradients.Backoff` without a LearningRateScheduler.
@@ -40,7 +44,8 @@ class StepGuard(OptimizationCallback):
 
     State:
         ``clock``: what has been consumed; ``guarded``: for each optimiser what its detectors have
-        seen, rejections in all and in a row; ``backoffs``: the factors on the learning rate.
+        seen, rejections in all, by detector and in a row; ``backoffs``: the factors on the
+        learning rate.
 
     Example:
         >>> from lightning_bigopt import LossSpike, NonFinite, NormSpike, StepGuard

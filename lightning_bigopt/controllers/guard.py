@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_bigopt import trainer_access
+from lightning_bigopt.controllers import written
 from lightning_bigopt.controllers.base import Controller
 from lightning_bigopt.controllers.forensics import RejectedUpdate, WindowRecorder
 from lightning_bigopt.controllers.learning_rate import LearningRateController
@@ -35,6 +36,7 @@ from lightning_bigopt.gradients import (
 )
 from lightning_bigopt.gradients.guard import Quantity
 from lightning_bigopt.gradients.kernels import wide_dtype
+from lightning_bigopt.reporting.tags import tag_name
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -215,9 +217,12 @@ class StepGuardController(Controller):
             guarded["checkpoint"] = trainer_access.newest_checkpoint(step.pipeline.trainer)
         guarded["consecutive"] += 1
         guarded["rejected"] += 1
+        by = guarded["detected"]
+        by[verdict.detector] = by.get(verdict.detector, 0) + 1
         rejected = self._window.report(step, verdict, norm)
         self.rejections.append(rejected)
         rank_zero_info(str(rejected))
+        written.write_rejection(step.pipeline, str(rejected))
         if guarded["consecutive"] >= self._limit:
             healthy = _still_there(guarded["checkpoint"], step.pipeline.trainer)
             raise RuntimeError(
@@ -251,6 +256,16 @@ class StepGuardController(Controller):
             factor *= state["level"]
         return factor
 
+    def metrics(self, pipeline: Pipeline) -> Mapping[str, float | Tensor]:
+        """What each detector has objected to."""
+        names = dict.fromkeys(type(detector).__name__ for detector in self.detectors)
+        return {
+            tag_name("guard/rejected", name): float(
+                sum(guarded["detected"].get(name, 0) for guarded in self._guarded.values())
+            )
+            for name in names
+        }
+
     # --------------------------------------------------------------------------------- state
 
     @property
@@ -264,6 +279,7 @@ class StepGuardController(Controller):
             "detectors": dict(zip(self._keys, states, strict=True)),
             "consecutive": 0,
             "rejected": 0,
+            "detected": {},
             "checkpoint": None,
         }
 

@@ -19,9 +19,17 @@ from lightning_bigopt.reporting import tensorboard
 from lightning_bigopt.reporting.tags import tag_name
 
 if TYPE_CHECKING:
+    from lightning_bigopt.controllers.monitor import MonitorController
     from lightning_bigopt.pipeline import OptimizerStep, Pipeline
 
-__all__ = ["group_names", "log_values", "write_end", "write_histograms", "write_start"]
+__all__ = [
+    "group_names",
+    "log_values",
+    "write_end",
+    "write_histograms",
+    "write_rejection",
+    "write_start",
+]
 
 Axis = Literal["updates", "samples", "tokens"]
 
@@ -118,12 +126,7 @@ def group_names(groups: list[dict[str, Any]]) -> list[str]:
 def write_histograms(step: OptimizerStep, axis: Axis) -> None:
     """Writes the histogram of every gradient to TensorBoard; every process joins."""
     pipeline = step.pipeline
-    trainer = pipeline.trainer
-    at = (
-        trainer_access.batches_that_stepped(trainer)
-        if axis == "updates"
-        else int(getattr(pipeline.clock.progress(), axis))
-    )
+    trainer, at = pipeline.trainer, _place(pipeline, axis)
     for name, parameter in step.parameters:
         gradient = parameter.grad
         if gradient is None:
@@ -134,14 +137,36 @@ def write_histograms(step: OptimizerStep, axis: Axis) -> None:
                 writer.add_histogram(tag_name("histograms/grad", name), whole.float().cpu(), at)
 
 
+def write_rejection(pipeline: Pipeline, why: str) -> None:
+    """Writes why the guard objects to the update under way, where a monitor watches."""
+    monitor = _monitor(pipeline)
+    if monitor is None:
+        return
+    for writer, _ in trainer_access.tensorboard_writers(pipeline.trainer).values():
+        writer.add_text("guard/rejected", why, _place(pipeline, monitor.x_axis))
+
+
+def _place(pipeline: Pipeline, axis: Axis) -> int:
+    """Where on the axis the update under way belongs, before it is made."""
+    if axis == "updates":
+        return trainer_access.batches_that_stepped(pipeline.trainer)
+    return int(getattr(pipeline.clock.progress(), axis))
+
+
+def _monitor(pipeline: Pipeline) -> MonitorController | None:
+    return next((c for c in pipeline.controllers if c.role == "monitor"), None)  # type: ignore[return-value]
+
+
 def specifications(pipeline: Pipeline) -> dict[str, str]:
     """What the user asked of each controller, as written."""
-    found = {}
+    found: dict[str, list[str]] = {}
     for controller in pipeline.controllers:
-        for field in ("schedule", "rule", "policy"):
+        for field in ("schedule", "rule", "policy", "detectors", "actions"):
             if hasattr(controller, field):
-                found[controller.role] = repr(getattr(controller, field))
-    return found
+                parts = getattr(controller, field)
+                parts = parts if isinstance(parts, tuple) else (parts,)
+                found.setdefault(controller.role, []).extend(map(repr, parts))
+    return {role: ", ".join(parts) for role, parts in found.items()}
 
 
 def plan_text(pipeline: Pipeline) -> str:

@@ -64,8 +64,9 @@ CHARTS: tuple[Chart, ...] = (
     ),
     Chart(
         title="Refused updates",
-        text="Updates that the guard refused since the beginning.",
-        tags=("guard/skipped",),
+        text="Updates that the guard refused since the beginning, and those that each detector "
+        "objected to.",
+        tags=("guard/",),
     ),
     Chart(
         title="Global batch",

@@ -15,6 +15,7 @@ from lightning_bigopt.reporting.tags import TAGS, find_tag
 
 __all__ = ["clip_audit", "render_report", "write_report"]
 
+_REFUSALS = 20
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -45,6 +46,13 @@ svg { max-width: 100%; height: auto; } code { overflow-wrap: anywhere; }
 <p class="note">{{ chart.text }}</p>
 {{ picture | safe }}
 </section>
+{% endfor %}
+{% for run in runs if run.refusals %}
+<h2>Why updates were refused{% if runs | length > 1 %} in {{ run.name }}{% endif %}</h2>
+<ul>{% for line in run.refusals[:shown] %}<li>{{ line }}</li>{% endfor %}</ul>
+{% if run.refusals | length > shown %}
+<p class="note">… and {{ run.refusals | length - shown }} more.</p>
+{% endif %}
 {% endfor %}
 <h2>Clip audit</h2>
 {% for run in runs %}
@@ -97,6 +105,7 @@ def render_report(runs: Sequence[Run]) -> str:
         audits=[clip_audit(run) for run in runs],
         plans=[_rows(run.texts.get("plan", "")) for run in runs],
         tags=[tag for tag in TAGS if tag in logged],
+        shown=_REFUSALS,
     )
 
 

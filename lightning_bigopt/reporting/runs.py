@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -20,7 +20,8 @@ class Run:
     Args:
         name: What to call it.
         curves: By tag, pairs of step and value in ascending order, one for each step.
-        texts: By tag, what was logged as text.
+        texts: By tag, what was logged last as text.
+        refusals: Why updates were refused, as far as it was logged.
 
     Example:
         >>> run = Run(name="a", curves={"loss": [(0, 2.0), (1, 1.0)]})
@@ -31,6 +32,7 @@ class Run:
     name: str
     curves: Mapping[str, Curve]
     texts: Mapping[str, str] = field(default_factory=dict)
+    refusals: Sequence[str] = ()
 
     def select(self, *prefixes: str) -> dict[str, Curve]:
         """The curves whose tags begin with one of some prefixes."""
@@ -69,8 +71,15 @@ def read_run(folder: str | Path) -> Run:
         )
     home = root if root in found else found[0]
     events = any(path.name.startswith("events.out.") for path in home.iterdir())
-    curves, texts = _from_events(home) if events else (_from_csv(home / "metrics.csv"), {})
-    return Run(name=_name(home), curves=curves, texts=texts)
+    if not events:
+        return Run(name=_name(home), curves=_from_csv(home / "metrics.csv"))
+    curves, texts = _from_events(home)
+    return Run(
+        name=_name(home),
+        curves=curves,
+        texts={tag: written[-1] for tag, written in texts.items()},
+        refusals=texts.get("guard/rejected", ()),
+    )
 
 
 def holds_logs(folder: str | Path) -> bool:
@@ -86,14 +95,14 @@ def _name(home: Path) -> str:
     return home.name if not home.name.startswith("version_") else f"{home.parent.name}/{home.name}"
 
 
-def _from_events(home: Path) -> tuple[dict[str, Curve], dict[str, str]]:
+def _from_events(home: Path) -> tuple[dict[str, Curve], dict[str, list[str]]]:
     from tensorboard.backend.event_processing.event_accumulator import (
         SCALARS,
         TENSORS,
         EventAccumulator,
     )
 
-    events = EventAccumulator(str(home), size_guidance={SCALARS: 0, TENSORS: 10})
+    events = EventAccumulator(str(home), size_guidance={SCALARS: 0, TENSORS: 1000})
     events.Reload()
     tags = events.Tags()
     curves = {
@@ -103,8 +112,10 @@ def _from_events(home: Path) -> tuple[dict[str, Curve], dict[str, str]]:
     texts = {}
     for tag in tags["tensors"]:
         if tag.endswith("/text_summary"):
-            content = events.Tensors(tag)[-1].tensor_proto.string_val
-            texts[tag.removesuffix("/text_summary")] = content[0].decode() if content else ""
+            texts[tag.removesuffix("/text_summary")] = [
+                b"".join(event.tensor_proto.string_val[:1]).decode()
+                for event in events.Tensors(tag)
+            ]
     return curves, texts
 
 

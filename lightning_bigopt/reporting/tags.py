@@ -158,6 +158,12 @@ TAGS: tuple[Tag, ...] = (
         "Updates that the guard has refused since the beginning of the run.",
     ),
     _tag(
+        "guard/rejected/<detector>",
+        "updates",
+        "Updates that a detector of the guard has objected to since the beginning of the run, "
+        "refused or shrunk.",
+    ),
+    _tag(
         "progress/samples",
         "samples",
         "Samples over all processes consumed, this update included.",

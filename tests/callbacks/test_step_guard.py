@@ -14,6 +14,8 @@ import pytest
 import schedulefree
 import torch
 from jsonargparse import ArgumentParser
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 from lightning_bigopt import (
@@ -26,10 +28,13 @@ from lightning_bigopt import (
     NonFinite,
     NormClip,
     NormSpike,
+    OptimizationMonitor,
     Skip,
     StepGuard,
     ZClip,
 )
+from lightning_bigopt.reporting.report import render_report
+from lightning_bigopt.reporting.runs import read_run
 from tests.kit import Probe, ResumableLoader, cpu_precision
 from tests.poison import KINDS, Poisoned, SaveAt, finite, fit
 
@@ -92,6 +97,32 @@ def test_a_skipped_update_trains_as_if_its_data_had_not_been_there() -> None:
             optimizer.step()
     for mine, theirs in zip(ours.parameters(), plain.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_the_monitor_logs_what_each_detector_objected_to_and_why(tmp_path: Path) -> None:
+    module = Poisoned({2: math.nan, 6: 100.0, 8: math.inf}, lr=0.01)
+    guard = StepGuard(
+        [NonFinite(), NormSpike(armed=4, threshold=3.0)], actions=[ClipToMedian(), Skip()]
+    )
+    logger = TensorBoardLogger(tmp_path)
+    fit(module, guard, OptimizationMonitor(every=1), size=20, logger=logger)
+    run = read_run(logger.log_dir)
+    expected = {
+        "guard/skipped": [0, 0, 1, 1, 1, 1, 1, 1, 2, 2],
+        "guard/rejected/NonFinite": [0, 0, 1, 1, 1, 1, 1, 1, 2, 2],
+        "guard/rejected/NormSpike": [0, 0, 0, 0, 0, 0, 1, 1, 1, 1],  # made, with a shorter gradient
+    }
+    for tag, counts in expected.items():
+        assert run.curves[tag] == list(enumerate(counts)), tag
+    assert [why.split(":")[0] for why in run.refusals] == [
+        f"Update {update} (epoch 0, batch {update}) rejected" for update in (2, 6, 8)
+    ]
+    events = EventAccumulator(logger.log_dir).Reload()
+    places = [event.step for event in events.Tensors("guard/rejected/text_summary")]
+    assert places == [2, 6, 8]
+    assert "step guard | `NonFinite(), NormSpike(" in run.texts["plan"]
+    page = render_report([run])
+    assert "<li>Update 2 (epoch 0, batch 2) rejected: the gradient norm is nan" in page
 
 
 # ------------------------------------------------------------------------------- GradScaler
