@@ -48,6 +48,7 @@ def log_values(pipeline: Pipeline, values: Mapping[str, float], axis: Axis) -> N
             writer, prefix = writers[logger]
             named = {prefix + tag: value for tag, value in values.items()} if prefix else values
             tensorboard.write_scalars(writer, named, step=step)
+            tensorboard.write_dashboard(writer, named, prefix=prefix)
         else:
             trainer_access.log_metrics(logger, values, step=step)
 
@@ -59,14 +60,15 @@ def write_start(pipeline: Pipeline, axis: Axis) -> None:
         return
     begun = trainer.global_step > 0
     first = trainer_access.coming_step(trainer)
-    for writer, _ in trainer_access.tensorboard_writers(trainer).values():
+    for writer, prefix in trainer_access.tensorboard_writers(trainer).values():
         if begun:
             step = first if axis == "updates" else int(getattr(pipeline.clock, axis)) + 1
             tensorboard.forget_after(writer, step)
         writer.add_text("plan", plan_text(pipeline), first)
-        tensorboard.write_dashboard(writer)
-        curves = planned_curves(pipeline, axis, first=first if begun else 0)
+        planned = planned_curves(pipeline, axis, first=first if begun else 0)
+        curves = [(at, {prefix + tag: v for tag, v in values.items()}) for at, values in planned]
         tensorboard.write_curves(writer, curves)
+        tensorboard.write_dashboard(writer, {tag for _, v in curves for tag in v}, prefix=prefix)
 
 
 def planned_curves(

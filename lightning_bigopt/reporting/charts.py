@@ -64,9 +64,8 @@ CHARTS: tuple[Chart, ...] = (
     ),
     Chart(
         title="Refused updates",
-        text="Updates that the guard refused since the beginning, and those that each detector "
-        "objected to.",
-        tags=("guard/",),
+        text="Updates that each detector of the guard has objected to since the beginning.",
+        tags=("guard/rejected/",),
     ),
     Chart(
         title="Global batch",
@@ -84,6 +83,11 @@ CHARTS: tuple[Chart, ...] = (
         title="Throughput",
         text="Samples per second over all processes, validation left out.",
         tags=("throughput/samples_per_second",),
+    ),
+    Chart(
+        title="Tokens per second",
+        text="Over all processes, validation left out.",
+        tags=("throughput/tokens_per_second",),
     ),
     Chart(
         title="Seconds per step",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -24,16 +27,33 @@ DASHBOARD: Mapping[str, Mapping[str, Sequence[str]]] = {
         "learning rate, planned and used": ("plan/lr.*", "optim/lr.*"),
         "gradient norm and clip threshold": ("grad_norm/total.*", "clip/threshold.*"),
         "share of updates clipped": ("clip/fraction.*",),
-        "global batch, planned and used": ("plan/global_size", "batch/global_size"),
+        "global batch, planned and used": (
+            "plan/global_size",
+            "batch/global_size",
+            "noise_scale/simple",
+        ),
         "update-to-weight ratio": ("layers/update_ratio/.*",),
-        "updates refused": ("guard/skipped",),
+        "updates refused": ("guard/rejected/.*",),
     },
     "speed": {
         "samples per second": ("throughput/samples_per_second",),
+        "tokens per second": ("throughput/tokens_per_second",),
         "seconds per step": ("time/.*",),
+        "GPU memory, GiB": ("memory/.*",),
     },
 }
 """The custom-scalars dashboard: charts by category, and the tags that each shows."""
+
+
+@dataclass
+class _Layout:
+    """The charts that a writer has laid out, and how many tags there were then."""
+
+    tags: int = 0
+    charts: dict[str, list[str]] = field(default_factory=dict)
+
+
+_layouts: WeakKeyDictionary[SummaryWriter, _Layout] = WeakKeyDictionary()
 
 
 def write_scalars(writer: SummaryWriter, values: Mapping[str, float], *, step: int) -> None:
@@ -70,12 +90,41 @@ def forget_after(writer: SummaryWriter, step: int) -> None:
     _files(writer).add_event(event, step)
 
 
-def write_dashboard(writer: SummaryWriter) -> None:
-    """Lays the charts of :data:`DASHBOARD` out in the custom-scalars tab."""
+def write_dashboard(writer: SummaryWriter, tags: Collection[str], *, prefix: str = "") -> None:
+    """Lays out the charts of :data:`DASHBOARD` that have something to show.
+
+    TensorBoard shows an empty chart for tags that do not exist, takes the last layout of a run,
+    and puts together those of several runs by equal charts: so a chart is whole or left out.
+
+    Args:
+        writer: Where to.
+        tags: What has been logged now; looked at where there is more or less of it than before.
+        prefix: What the logger put before each tag.
+    """
+    layout = _layouts.get(writer)
+    if layout is None:
+        layout = _layouts[writer] = _Layout()
+    if len(tags) == layout.tags:
+        return
+    layout.tags = len(tags)
+    found = {
+        title: [re.escape(prefix) + pattern for pattern in patterns]
+        for charts in DASHBOARD.values()
+        for title, patterns in charts.items()
+        if any(re.match(re.escape(prefix) + p, tag) for p in patterns for tag in tags)
+    }
+    if found.keys() <= layout.charts.keys():
+        return
+    layout.charts.update(found)
     writer.add_custom_scalars(
         {
-            category: {title: ["Multiline", list(tags)] for title, tags in charts.items()}
+            category: {
+                title: ["Multiline", layout.charts[title]]
+                for title in charts
+                if title in layout.charts
+            }
             for category, charts in DASHBOARD.items()
+            if not layout.charts.keys().isdisjoint(charts)
         }
     )
 
