@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.tensor import DTensor
 
 from lightning_bigopt import trainer_access
@@ -58,6 +59,11 @@ def write_start(pipeline: Pipeline, axis: Axis) -> None:
     trainer = pipeline.trainer
     if not trainer.is_global_zero:
         return
+    if trainer_access.placeholder_hides_metrics(trainer):
+        rank_zero_info(
+            "TensorBoard's HParams tab will show Lightning's placeholder hp_metric and no final "
+            "metrics; pass TensorBoardLogger(..., default_hp_metric=False)."
+        )
     begun = trainer.global_step > 0
     first = trainer_access.coming_step(trainer)
     for writer, prefix in trainer_access.tensorboard_writers(trainer).values():

@@ -17,6 +17,7 @@ from lightning_bigopt.trainer_access.loaders import (
 from lightning_bigopt.trainer_access.logs import (
     log_folder,
     log_metrics,
+    placeholder_hides_metrics,
     should_log,
     show_on_progress_bar,
     tensorboard_writers,
@@ -97,6 +98,7 @@ __all__ = [
     "newest_checkpoint",
     "optimizer_label",
     "parameter_names",
+    "placeholder_hides_metrics",
     "plain_name",
     "ready_batches",
     "remove_schedulers",

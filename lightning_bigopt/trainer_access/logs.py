@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "log_folder",
     "log_metrics",
+    "placeholder_hides_metrics",
     "should_log",
     "show_on_progress_bar",
     "tensorboard_writers",
@@ -69,6 +70,22 @@ def tensorboard_writers(trainer: Trainer) -> dict[Logger, tuple[SummaryWriter, s
         for logger in trainer.loggers
         if isinstance(logger, TensorBoardLogger)
     }
+
+
+def placeholder_hides_metrics(trainer: Trainer) -> bool:
+    """Whether Lightning writes a row of its own for TensorBoard's HParams tab.
+
+    It does where a module or datamodule saves its hyperparameters. TensorBoard takes its columns
+    from the first such row that it finds, and this one has ``hp_metric`` alone.
+    """
+    saving = any(
+        getattr(source, "_log_hyperparams", False) and source.hparams_initial
+        for source in (trainer.lightning_module, trainer.datamodule)  # type: ignore[attr-defined]
+    )
+    return saving and any(
+        isinstance(logger, TensorBoardLogger) and logger._default_hp_metric
+        for logger in trainer.loggers
+    )
 
 
 def show_on_progress_bar(trainer: Trainer, values: Mapping[str, float]) -> None:

@@ -31,12 +31,14 @@ def charts_of(folder: str | Path) -> dict[str, list[str]]:
     }
 
 
-def train(logger: TensorBoardLogger, *callbacks: Any, **options: Any) -> None:
+def train(
+    logger: TensorBoardLogger, *callbacks: Any, module: Probe | None = None, **options: Any
+) -> None:
     trainer = L.Trainer(
         **{**QUIET, "logger": logger, "max_steps": 4},
         callbacks=[*callbacks, OptimizationMonitor(every=1, **options)],
     )
-    trainer.fit(Probe(), loader(16, 2))
+    trainer.fit(module or Probe(), loader(16, 2))
 
 
 ALWAYS = {
@@ -70,6 +72,24 @@ def test_a_chart_comes_with_its_first_value(tmp_path: Path) -> None:
         write_dashboard(writer, ["optim/lr", "memory/allocated_peak", "memory/reserved_peak"])
         write_dashboard(writer, ["optim/lr"])
     assert set(charts_of(tmp_path)) == {"learning rate, planned and used", "GPU memory, GiB"}
+
+
+@pytest.mark.parametrize(
+    ("saves", "options", "told"),
+    [(True, {}, True), (True, {"default_hp_metric": False}, False), (False, {}, False)],
+)
+def test_who_hides_the_final_metrics_behind_a_placeholder_is_told(
+    saves: bool, options: Any, told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Saving(Probe):
+        def __init__(self, width: int = 3) -> None:
+            super().__init__()
+            if saves:
+                self.save_hyperparameters()
+
+    with caplog.at_level("INFO"):
+        train(TensorBoardLogger(tmp_path, **options), module=Saving())
+    assert ("default_hp_metric=False" in caplog.text) is told
 
 
 @pytest.mark.parametrize("prefix", ["", "trial", "a+b"])

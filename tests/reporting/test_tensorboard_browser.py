@@ -31,6 +31,10 @@ from tests.kit import QUIET, Probe, loader
 
 
 class Logging(Probe):
+    def __init__(self, lr: float) -> None:
+        super().__init__(lr=lr, optimizer=torch.optim.AdamW)
+        self.save_hyperparameters()
+
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         loss = super().training_step(batch, batch_idx)
         self.log("train_loss", loss)
@@ -49,8 +53,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("logs")
+    logger = TensorBoardLogger(folder, version="one", default_hp_metric=False)
     trainer = L.Trainer(
-        **{**QUIET, "logger": TensorBoardLogger(folder, version="one"), "log_every_n_steps": 1},
+        **{**QUIET, "logger": logger, "log_every_n_steps": 1},
         max_epochs=10,
         callbacks=[
             LearningRateScheduler(WarmupCosine(warmup="20%")),
@@ -60,7 +65,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             OptimizationMonitor(histograms_every=10, tokens=lambda batch: batch[0].numel()),
         ],
     )
-    trainer.fit(Logging(lr=0.01, optimizer=torch.optim.AdamW), loader(32, 4))
+    trainer.fit(Logging(lr=0.01), loader(32, 4))
     port = free_port()
     options = ["--logdir", ".", "--host", "127.0.0.1", "--port", str(port), "--load_fast", "false"]
     server = subprocess.Popen(
@@ -99,7 +104,7 @@ def test_the_dashboard_shows_its_charts(browser: Browser, address: str, tmp_path
         ("timeseries", ["optim", "grad_norm", "layers"]),
         ("text", ["WarmupCosine", "budget"]),
         ("histograms", ["net.0.weight"]),
-        ("hparams", ["base lr", "train_loss"]),
+        ("hparams", ["base lr", "train_loss", "NormClip(max_norm=6.0"]),
     ],
 )
 def test_the_other_tabs_have_content(
