@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lightning_bigopt.controllers.base import Controller
     from lightning_bigopt.controllers.learning_rate import LearningRateController
 
-__all__ = ["PlannedUpdate", "planned_rate", "planned_updates"]
+__all__ = ["PlannedUpdate", "planned_rate", "planned_shares", "planned_updates"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +68,30 @@ def planned_updates(
             global_batch_size=span.samples,
             batches=span.batches,
         )
+
+
+def planned_shares(
+    horizon: Horizon, *, points: int = 200, first: float = 0.0
+) -> Iterator[Progress]:
+    """Shares spread evenly over a budget whose updates are not known in advance.
+
+    What has been consumed then is known in the unit of the budget only.
+
+    Args:
+        horizon: The run.
+        points: Into how many parts it is cut.
+        first: The share that has been spent; only what comes is given, and the beginning.
+
+    Example:
+        >>> horizon = Horizon(clock="tokens", budget=2e9)
+        >>> [p.tokens for p in planned_shares(horizon, points=2)]
+        [0, 1000000000, 2000000000]
+    """
+    for index in range(points + 1):
+        share = index / points
+        if share > first or share == first == 0:
+            consumed = {horizon.clock: round(share * horizon.budget)}
+            yield Progress(fraction=share, **consumed)
 
 
 def planned_rate(

@@ -11,16 +11,18 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.tensor import DTensor
 
 from lightning_bigopt import trainer_access
+from lightning_bigopt.controllers.batch_size import BatchSizeController
 from lightning_bigopt.controllers.learning_rate import (
     LearningRateController,
     ScheduledLearningRate,
 )
-from lightning_bigopt.controllers.outlook import planned_rate, planned_updates
+from lightning_bigopt.controllers.outlook import planned_rate, planned_shares, planned_updates
 from lightning_bigopt.reporting import tensorboard
 from lightning_bigopt.reporting.tags import tag_name
 
 if TYPE_CHECKING:
     from lightning_bigopt.controllers.monitor import MonitorController
+    from lightning_bigopt.durations import Progress
     from lightning_bigopt.pipeline import OptimizerStep, Pipeline
 
 __all__ = [
@@ -80,29 +82,49 @@ def write_start(pipeline: Pipeline, axis: Axis) -> None:
 def planned_curves(
     pipeline: Pipeline, axis: Axis, *, first: int
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """The planned learning rates and batches at some updates, by their place on the axis."""
-    horizon, owner = pipeline.clock.horizon, pipeline.find(LearningRateController)
+    """The planned learning rates and batches at some updates, by their place on the axis.
+
+    A budget whose updates are not known in advance, such as one in tokens, has its learning rates
+    by the share that is spent, on the axis that counts it; other axes have no curve then.
+    """
+    horizon = pipeline.clock.horizon
     if horizon is None:
         return
+    if axis == horizon.clock and not horizon.spans:
+        if not _waits_for_the_batch(pipeline, axis):
+            for progress in planned_shares(horizon, first=pipeline.clock.fraction):
+                yield int(getattr(progress, axis)), _planned_rates(pipeline, progress)
+        return
     for update in planned_updates(horizon, first=first):
-        values: dict[str, float] = {}
         progress = update.progress
-        if owner is not None:
-            for tag, label, group, base in _scheduled_groups(pipeline):
-                values[tag] = planned_rate(
-                    owner,
-                    pipeline.controllers,
-                    progress,
-                    group=group,
-                    base=base,
-                    optimizer=label,
-                )
+        values = _planned_rates(pipeline, progress)
         if update.global_batch_size is not None:
             values["plan/global_size"] = update.global_batch_size
         if axis == "updates":
             yield progress.steps, values
         elif axis == "samples" and update.global_batch_size is not None:
             yield progress.samples + int(update.global_batch_size), values
+
+
+def _planned_rates(pipeline: Pipeline, progress: Progress) -> dict[str, float]:
+    """The learning rate of every group on a schedule, by tag."""
+    owner = pipeline.find(LearningRateController)
+    if owner is None:
+        return {}
+    return {
+        tag: planned_rate(
+            owner, pipeline.controllers, progress, group=group, base=base, optimizer=label
+        )
+        for tag, label, group, base in _scheduled_groups(pipeline)
+    }
+
+
+def _waits_for_the_batch(pipeline: Pipeline, axis: Axis) -> bool:
+    """Whether learning rates follow a batch that the share of the budget does not tell."""
+    batch = pipeline.find(BatchSizeController)
+    if batch is None or batch.coupling.lr_scaling is None:
+        return False
+    return batch.policy.adaptive or not batch.policy.units <= {"fraction", axis}
 
 
 def _scheduled_groups(pipeline: Pipeline) -> Iterator[tuple[str, str, str | None, float]]:

@@ -285,6 +285,52 @@ def test_the_x_axis_counts_what_was_consumed(axis: Any, each: int, tmp_path: Pat
     assert steps == [each, 2 * each, 3 * each, 4 * each]
 
 
+def test_a_budget_in_tokens_is_planned_on_the_axis_of_tokens(tmp_path: Path) -> None:
+    def run(version: str, *more: Any, **options: Any) -> L.Trainer:
+        schedule = LearningRateScheduler(
+            WarmupCosine(warmup="25%"), budget="320 tokens", tokens=batch_tokens
+        )
+        return fit(
+            Watched(),
+            ResumableLoader(64, 4),
+            schedule,
+            OptimizationMonitor(every=1, x_axis="tokens"),
+            *more,
+            max_epochs=-1,
+            logger=TensorBoardLogger(tmp_path, version=version),
+            **options,
+        )
+
+    straight = curves(run("straight"))
+    planned, used = dict(straight["plan/lr"]), straight["optim/lr"]
+    assert (min(planned), max(planned), len(planned)) == (0, 320, 201)
+    assert [at for at, _ in used] == [40 * update for update in range(1, 9)]
+    # A logged update stands where it ended, and used the rate of the share where it began.
+    assert [rate for _, rate in used] == [pytest.approx(planned[at - 40]) for at, _ in used]
+    save = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=3, save_top_k=-1)
+    with pytest.raises(ZeroDivisionError):
+        run("died", save, DiesAt(5, ZeroDivisionError()), enable_checkpointing=True)
+    time.sleep(1 - time.time() % 1)
+    resumed = run("died", ckpt=tmp_path / "saved" / "epoch=0-step=3.ckpt")
+    found = curves_in_tensorboard(resumed)
+    for tag in ("plan/lr", "optim/lr"):
+        assert found[tag] == straight[tag], tag
+
+
+def test_tokens_that_only_counting_tells_have_no_plan_on_their_axis(tmp_path: Path) -> None:
+    trainer = fit(
+        Watched(),
+        loader(16, 4),
+        LearningRateScheduler(WarmupCosine(warmup="25%")),
+        OptimizationMonitor(every=1, x_axis="tokens", tokens=batch_tokens),
+        max_epochs=1,
+        logger=TensorBoardLogger(tmp_path),
+    )
+    found = curves(trainer)
+    assert len(found["optim/lr"]) == 4
+    assert not [tag for tag in found if tag.startswith("plan/")]
+
+
 def test_an_x_axis_that_nobody_counts_is_refused() -> None:
     with pytest.raises(ValueError, match="tokens must be counted for x_axis='tokens'"):
         fit(Watched(), loader(8, 4), OptimizationMonitor(x_axis="tokens"), max_epochs=1)
