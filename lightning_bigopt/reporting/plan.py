@@ -16,9 +16,9 @@ from lightning_bigopt.clock import TrainingClock, resolve_horizon
 from lightning_bigopt.controllers.batch_size import BatchSizeController
 from lightning_bigopt.controllers.batch_supply import constant_plan
 from lightning_bigopt.controllers.learning_rate import LearningRateController
-from lightning_bigopt.controllers.outlook import PlannedUpdate, planned_updates
+from lightning_bigopt.controllers.outlook import PlannedUpdate, planned_shares, planned_updates
 from lightning_bigopt.controllers.written import group_names
-from lightning_bigopt.durations import Horizon
+from lightning_bigopt.durations import Horizon, Progress
 from lightning_bigopt.reporting.planned_run import Boundary, PlanRow, TrainingPlan
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def plan(
                 owner = None
         rows = [
             _row(u, horizon, optimizers, owner) for u in planned_updates(horizon, points=points)
-        ]
+        ] or [_share(p, horizon, optimizers, owner) for p in planned_shares(horizon, points=points)]
         if owner is not None:
             surprises += _about_rates(rows)
         return TrainingPlan(
@@ -134,6 +134,40 @@ def _row(
     owner: LearningRateController | None,
 ) -> PlanRow:
     progress, known = update.progress, horizon.total
+    return PlanRow(
+        update=progress.steps,
+        fraction=progress.fraction,
+        epoch=progress.epochs if horizon.batches_per_epoch else None,
+        samples=progress.samples if known("samples") is not None else None,
+        tokens=progress.tokens if known("tokens") is not None else None,
+        learning_rates=_rates(progress.fraction, optimizers, owner),
+        global_batch_size=update.global_batch_size,
+        accumulate=update.batches,
+    )
+
+
+def _share(
+    progress: Progress,
+    horizon: Horizon,
+    optimizers: list[Optimizer],
+    owner: LearningRateController | None,
+) -> PlanRow:
+    """What is known where only counting will tell the updates."""
+    return PlanRow(
+        update=None,
+        fraction=progress.fraction,
+        epoch=None,
+        samples=progress.samples if horizon.clock == "samples" else None,
+        tokens=progress.tokens if horizon.clock == "tokens" else None,
+        learning_rates=_rates(progress.fraction, optimizers, owner),
+        global_batch_size=None,
+        accumulate=None,
+    )
+
+
+def _rates(
+    fraction: float, optimizers: list[Optimizer], owner: LearningRateController | None
+) -> dict[str, float]:
     rates = {}
     for optimizer in optimizers:
         label = trainer_access.label_among(optimizers, optimizer)
@@ -142,18 +176,9 @@ def _row(
         ):
             base = float(group["lr"])
             if owner is not None:
-                base = owner.value(group.get("name"), progress.fraction, base, optimizer=label)
+                base = owner.value(group.get("name"), fraction, base, optimizer=label)
             rates["/".join(part for part in (label, name) if part) or "lr"] = base
-    return PlanRow(
-        update=progress.steps,
-        fraction=progress.fraction,
-        epoch=progress.epochs if horizon.batches_per_epoch else None,
-        samples=progress.samples if known("samples") is not None else None,
-        tokens=progress.tokens if known("tokens") is not None else None,
-        learning_rates=rates,
-        global_batch_size=update.global_batch_size,
-        accumulate=update.batches,
-    )
+    return rates
 
 
 def _totals(horizon: Horizon) -> dict[str, float]:
@@ -173,9 +198,10 @@ def _boundaries(owner: LearningRateController, horizon: Horizon) -> Iterator[Bou
     try:
         axis = horizon.axis("1 step")
     except ValueError:
-        return  # the batch adapts
+        axis = ()  # the batch adapts, or only counting will tell
     for name, share in owner.schedule_of(None).boundaries().items():
-        yield Boundary(name=name, update=_first_update(share, axis))
+        update = _first_update(share, axis) if axis else None
+        yield Boundary(name=name, update=update, fraction=share)
 
 
 def _first_update(share: float, axis: Sequence[tuple[float, float]]) -> int:
@@ -197,7 +223,13 @@ def _warnings(
         if name in _FUSABLE and not any(group.get("fused") for group in optimizer.param_groups):
             yield f"{name} could be fused: pass fused=True, and clipping costs next to nothing"
     if not horizon.spans:
-        yield "updates and samples are not known in advance: the batch adapts, or nobody says it"
+        known = "updates and samples" if horizon.clock != "samples" else "updates"
+        why = (
+            "tokens are only counted as they come"
+            if horizon.clock == "tokens"
+            else "the batch adapts, or nobody says it"
+        )
+        yield f"{known} are not known in advance: {why}"
 
 
 def _about_rates(rows: Sequence[PlanRow]) -> Iterator[str]:

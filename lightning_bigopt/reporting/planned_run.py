@@ -15,29 +15,37 @@ if TYPE_CHECKING:
 __all__ = ["Boundary", "PlanRow", "TrainingPlan"]
 
 
+_GREY = "#718096"  # no colour of a learning rate's
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlanRow:
-    """One update of the plan.
+    """One update of the plan, or one share of a budget whose updates are not known.
 
     Args:
-        update: Its number, from 0.
+        update: Its number, from 0; None where unknown.
         fraction: The share of the budget spent before it.
         epoch: Passes over the data before it; None for a loader without length.
         samples: Samples over all processes before it; None where unknown.
         tokens: Tokens before it; None where unknown.
         learning_rates: By parameter group.
         global_batch_size: Samples in it over all processes; None where unknown.
-        accumulate: Its micro-batches of one process.
+        accumulate: Its micro-batches of one process; None where unknown.
     """
 
-    update: int
+    update: int | None
     fraction: float
     epoch: float | None
     samples: int | None
     tokens: int | None
     learning_rates: dict[str, float]
     global_batch_size: float | None
-    accumulate: int
+    accumulate: int | None
+
+    @property
+    def percent(self) -> float:
+        """The share of the budget in percent."""
+        return 100 * self.fraction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +54,17 @@ class Boundary:
 
     Args:
         name: Such as ``"warmup ends"``.
-        update: The first update behind it.
+        update: The first update behind it; None where updates are not known in advance.
+        fraction: The share of the budget at which it lies.
     """
 
     name: str
-    update: int
+    update: int | None
+    fraction: float
+
+    def __str__(self) -> str:
+        at = f"{100 * self.fraction:.1f} %" if self.update is None else f"update {self.update:,}"
+        return f"{self.name}: {at}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,19 +104,22 @@ class TrainingPlan:
 
     def __str__(self) -> str:
         lines = [f"{unit}: {_number(total)}" for unit, total in self.totals.items()]
-        lines += [f"{stage.name}: update {stage.update:,}" for stage in self.boundaries]
+        lines += [str(stage) for stage in self.boundaries]
         lines += [f"checkpoint: {line}" for line in self.checkpoints]
         if self.rows:
-            groups = list(self.rows[0].learning_rates)
-            head = f"{'update':>6}  {'%':>5}  {'epoch':>7}  {'samples':>10}  {'batch':>5}  accum."
-            lines += ["", "  ".join([head, *(f"{group:<9}" for group in groups)]).rstrip()]
-            lines += [_line(row) for row in _few(self.rows, 12)]
+            rows = _few(self.rows, 12)
+            columns = [column for column in _COLUMNS if any(map(column.write, rows))]
+            head = [f"{column.name:>{column.width}}" for column in columns]
+            head += [f"{group:<9}" for group in self.rows[0].learning_rates]
+            lines += ["", "  ".join(head).rstrip(), *(_line(row, columns) for row in rows)]
         if self.warnings:
             lines += ["", *(f"warning: {text}" for text in self.warnings)]
         return "\n".join(lines)
 
     def picture(self, path: str | Path) -> Path:
-        """Draws learning rates and batch over the updates; the suffix chooses the format.
+        """Draws learning rates and batch; the suffix chooses the format.
+
+        They are drawn over the updates, or over the share of the budget where these are not known.
 
         Args:
             path: Such as ``"plan.png"`` or ``"plan.svg"``.
@@ -117,15 +134,17 @@ class TrainingPlan:
         return target
 
     def _paint(self, axis: Axes) -> None:
-        updates = [row.update for row in self.rows]
+        counted = all(row.update is not None for row in self.rows)
+        places = [_place(row) for row in self.rows]
         for group in self.rows[0].learning_rates if self.rows else ():
-            axis.plot(updates, [row.learning_rates[group] for row in self.rows], label=group)
-        axis.set_xlabel("update")
+            axis.plot(places, [row.learning_rates[group] for row in self.rows], label=group)
+        axis.set_xlabel("update" if counted else "share of the budget, %")
         axis.set_ylabel("learning rate")
         for stage in self.boundaries:
-            axis.axvline(stage.update, color="#a0aec0", linestyle=":", linewidth=1)
+            at = _place(stage)
+            axis.axvline(at, color="#a0aec0", linestyle=":", linewidth=1)
             axis.text(
-                stage.update,
+                at,
                 1.01,
                 stage.name,
                 fontsize=7,
@@ -135,10 +154,15 @@ class TrainingPlan:
         sizes = [row.global_batch_size for row in self.rows]
         if None not in sizes:
             beside = axis.twinx()
-            beside.step(updates, sizes, where="post", color="#dd6b20", linewidth=1, alpha=0.7)  # type: ignore[arg-type]
-            beside.set_ylabel("global batch", color="#dd6b20")
+            beside.step(places, sizes, where="post", color=_GREY, linewidth=1)  # type: ignore[arg-type]
+            beside.set_ylabel("global batch, samples", color=_GREY)
             beside.set_ylim(bottom=0)
         axis.legend(fontsize=8, frameon=False, loc="lower center")
+
+
+def _place(item: PlanRow | Boundary) -> float:
+    """Where it is drawn: at its update, or at its share in percent."""
+    return 100 * item.fraction if item.update is None else item.update
 
 
 def _few(rows: Sequence[PlanRow], count: int) -> list[PlanRow]:
@@ -147,15 +171,34 @@ def _few(rows: Sequence[PlanRow], count: int) -> list[PlanRow]:
     return [rows[round(i * (len(rows) - 1) / (count - 1))] for i in range(count)]
 
 
-def _line(row: PlanRow) -> str:
-    epoch = "" if row.epoch is None else f"{row.epoch:.2f}"
-    samples = "" if row.samples is None else f"{row.samples:,}"
-    size = "" if row.global_batch_size is None else f"{row.global_batch_size:,.0f}"
-    rates = "  ".join(f"{rate:.3e}" for rate in row.learning_rates.values())
-    return (
-        f"{row.update:>6}  {100 * row.fraction:>5.1f}  {epoch:>7}  {samples:>10}  {size:>5}  "
-        f"{row.accumulate:>6}  {rates}"
-    )
+@dataclass(frozen=True)
+class _Column:
+    """A column of the table, left out where nothing is known of it."""
+
+    name: str
+    width: int
+    field: str
+    form: str
+
+    def write(self, row: PlanRow) -> str:
+        value = getattr(row, self.field)
+        return "" if value is None else format(value, self.form)
+
+
+_COLUMNS = (
+    _Column("update", 6, "update", "d"),
+    _Column("%", 5, "percent", ".1f"),
+    _Column("epoch", 7, "epoch", ".2f"),
+    _Column("samples", 10, "samples", ",d"),
+    _Column("tokens", 14, "tokens", ",d"),
+    _Column("batch", 5, "global_batch_size", ",.0f"),
+    _Column("accum.", 6, "accumulate", "d"),
+)
+
+
+def _line(row: PlanRow, columns: Sequence[_Column]) -> str:
+    rates = [f"{rate:.3e}" for rate in row.learning_rates.values()]
+    return "  ".join([*(f"{c.write(row):>{c.width}}" for c in columns), *rates])
 
 
 def _number(value: float) -> str:

@@ -68,6 +68,26 @@ def test_boundaries_checkpoints_table_and_picture(tmp_path: Path) -> None:
         assert found.picture(tmp_path / name).stat().st_size > 5_000
 
 
+def test_a_budget_in_tokens_is_planned_by_its_share(tmp_path: Path) -> None:
+    schedule = LearningRateScheduler(
+        WarmupStableDecay(warmup="20%", decay="30%"),
+        budget="1000 tokens",
+        tokens=lambda batch: 10 * len(batch[0]),
+    )
+    trainer = L.Trainer(**QUIET, callbacks=[schedule], max_epochs=-1)
+    found = plan(trainer, Probe(lr=1.0), loader(64, 5), points=20)
+    assert found.totals == {"tokens": 1000}
+    module = Probe(lr=1.0)
+    trainer.fit(module, loader(64, 5))  # 50 tokens an update, but for the last of an epoch
+    rates = {row.tokens: row.learning_rates["lr"] for row in found.rows}
+    assert module.lrs[:12] == [pytest.approx(rates[50 * update]) for update in range(12)]
+    text = str(found)
+    for piece in ("warmup ends: 20.0 %", "cooldown starts: 70.0 %", "tokens  lr", "as they come"):
+        assert piece in text, piece
+    assert "update  " not in text
+    assert found.picture(tmp_path / "plan.png").stat().st_size > 5_000
+
+
 @pytest.mark.parametrize("limits", [{"max_epochs": 8}, {"max_steps": 100}])
 def test_boundaries_are_where_the_rates_turn(limits: dict[str, Any]) -> None:
     trainer = L.Trainer(**QUIET, callbacks=callbacks(), **limits)
