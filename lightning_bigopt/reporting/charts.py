@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from lightning_bigopt.reporting.runs import Curve, Run
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 __all__ = ["CHARTS", "Chart", "draw", "new_picture", "to_svg"]
 
 _COLOURS = ("#2b6cb0", "#dd6b20", "#2f855a", "#805ad5", "#b83280", "#4a5568")
+_GREY, _RED = "#a0aec0", "#c53030"
 _MANY = 8
+_LOSSES = ("*loss*",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +29,15 @@ class Chart:
     Args:
         title: Its heading.
         text: How to read it.
+        unit: What the upright axis counts.
         tags: Prefixes of the tags that are drawn as lines.
         planned: Prefixes of those drawn dashed, as plan or limit.
-        log: Whether values are on a logarithmic axis where they are all positive.
+        log: Whether values are on a logarithmic axis; zeros are marked at its lower edge.
     """
 
     title: str
     text: str
+    unit: str
     tags: tuple[str, ...]
     planned: tuple[str, ...] = ()
     log: bool = False
@@ -42,17 +47,20 @@ CHARTS: tuple[Chart, ...] = (
     Chart(
         title="Loss",
         text="Everything logged whose name has the word loss in it.",
-        tags=("*loss*",),
+        unit="loss",
+        tags=_LOSSES,
     ),
     Chart(
         title="Learning rate",
         text="Dashed: as planned before the first update. Solid: as used.",
+        unit="learning rate",
         tags=("optim/lr",),
         planned=("plan/lr",),
     ),
     Chart(
         title="Gradient norm",
         text="Before clipping. Dashed: the norm from which on clipping acted.",
+        unit="norm",
         tags=("grad_norm/total",),
         planned=("clip/threshold",),
         log=True,
@@ -60,43 +68,51 @@ CHARTS: tuple[Chart, ...] = (
     Chart(
         title="Clipping",
         text="Share of the updates between two points that were clipped.",
+        unit="share of the updates",
         tags=("clip/fraction",),
     ),
     Chart(
         title="Refused updates",
         text="Updates that each detector of the guard has objected to since the beginning.",
+        unit="updates",
         tags=("guard/rejected/",),
     ),
     Chart(
         title="Global batch",
         text="Samples in an update over all processes. Dashed: as planned.",
+        unit="samples",
         tags=("batch/global_size", "noise_scale/simple"),
         planned=("plan/global_size",),
     ),
     Chart(
         title="Update-to-weight ratio",
         text="How far one update moved the weights, relative to their norm, by layer.",
+        unit="ratio",
         tags=("layers/update_ratio",),
         log=True,
     ),
     Chart(
         title="Throughput",
         text="Samples per second over all processes, validation left out.",
+        unit="samples/s",
         tags=("throughput/samples_per_second",),
     ),
     Chart(
         title="Tokens per second",
         text="Over all processes, validation left out.",
+        unit="tokens/s",
         tags=("throughput/tokens_per_second",),
     ),
     Chart(
         title="Seconds per step",
         text="Median and 95th percentile of the last 128 steps at most, validation left out.",
+        unit="s",
         tags=("time/step",),
     ),
     Chart(
         title="GPU memory",
         text="The most since the point before, in GiB: in tensors, and held by the allocator.",
+        unit="GiB",
         tags=("memory/",),
     ),
 )
@@ -112,68 +128,114 @@ def draw(chart: Chart, runs: Sequence[Run]) -> str | None:
     Returns:
         The picture; None where no run has anything to show.
     """
-    drawn = [[_wanted(run, chart.tags), _wanted(run, chart.planned)] for run in runs]
-    if not any(solid for solid, _ in drawn):
+    solid = [_wanted(run, chart.tags) for run in runs]
+    dashed = [_wanted(run, chart.planned) for run in runs]
+    if not any(solid):
         return None
+    colours = _colours(solid)
+    values = [v for curves in solid for curve in curves.values() for _, v in curve]
+    is_log = chart.log and any(math.isfinite(v) and v > 0 for v in values)
 
     def paint(axes: Sequence[Axes]) -> None:
-        for axis, run, (solid, dashed) in zip(axes, runs, drawn, strict=True):
-            _lines(axis, solid, dashed)
-            values = [v for curve in solid.values() for _, v in curve if math.isfinite(v)]
-            if chart.log and values and min(values) > 0:
+        for axis, run, lines, plan in zip(axes, runs, solid, dashed, strict=True):
+            if is_log:
                 axis.set_yscale("log")
+            _lines(axis, lines, colours, is_log=is_log)
+            _plan(axis, plan)
+            axis.grid(alpha=0.25)
             axis.set_title(run.name if len(runs) > 1 else chart.title, fontsize=10)
-            axis.set_xlabel("step")
+            axis.set_xlabel("update" if chart.tags == _LOSSES else run.axis)
+            if axis.get_legend_handles_labels()[1]:  # below the axes, where it hides nothing
+                axis.legend(
+                    fontsize=8,
+                    frameon=False,
+                    loc="upper center",
+                    bbox_to_anchor=(0.5, -0.2),
+                    ncols=2,
+                )
+        axes[0].set_ylabel(chart.unit)
 
-    return to_svg(new_picture(paint, columns=len(runs)))
+    entries = max(
+        min(len(lines), _MANY) + len(plan) for lines, plan in zip(solid, dashed, strict=True)
+    )
+    return to_svg(new_picture(paint, columns=len(runs), rows_below=math.ceil(entries / 2)))
 
 
 def _wanted(run: Run, prefixes: Sequence[str]) -> dict[str, Curve]:
-    if prefixes == ("*loss*",):
+    if prefixes == _LOSSES:
         return {tag: curve for tag, curve in run.curves.items() if "loss" in tag.lower()}
     return run.select(*prefixes) if prefixes else {}
 
 
-def _lines(axis: Axes, solid: dict[str, Curve], dashed: dict[str, Curve]) -> None:
-    for number, (tag, curve) in enumerate(solid.items()):
-        finite = [(x, y) for x, y in curve if math.isfinite(y)]
-        xs, ys = [x for x, _ in finite], [y for _, y in finite]
-        marker = "o" if len(finite) == 1 else None
-        colour = _COLOURS[number % len(_COLOURS)]
-        axis.plot(xs, ys, color=colour, linewidth=1.2, label=tag, marker=marker)
-        lost = [x for x, y in curve if not math.isfinite(y)]
-        if lost:
-            axis.plot(
-                lost,
-                [0.02] * len(lost),
-                "x",
-                color="#c53030",
-                label=f"{tag} not finite",
-                transform=axis.get_xaxis_transform(),
-            )
-    for number, (tag, curve) in enumerate(dashed.items()):
+def _colours(runs: Sequence[Mapping[str, Curve]]) -> dict[str, str]:
+    """The colour of each tag, the same in every run; of many only the extremes have one."""
+    tags = list(dict.fromkeys(tag for curves in runs for tag in curves))
+    if len(tags) > _MANY:
+        tags.sort(key=lambda tag: -_typical([curves.get(tag, []) for curves in runs]))
+        tags = [*tags[:3], *tags[-3:]]
+    return {tag: _COLOURS[number % len(_COLOURS)] for number, tag in enumerate(tags)}
+
+
+def _typical(curves: Sequence[Curve]) -> float:
+    return median([v for curve in curves for _, v in curve if math.isfinite(v)] or [0.0])
+
+
+def _lines(
+    axis: Axes, curves: Mapping[str, Curve], colours: Mapping[str, str], *, is_log: bool
+) -> None:
+    others = [tag for tag in curves if tag not in colours]
+    for tag in others:
+        label = f"{len(others)} between them" if tag == others[0] else None
+        _line(axis, curves[tag], label, _GREY, is_log=is_log, alpha=0.5)
+    for tag in sorted(curves.keys() & colours.keys(), key=list(colours).index):
+        _line(axis, curves[tag], tag, colours[tag], is_log=is_log)
+        _mark(axis, [x for x, y in curves[tag] if not math.isfinite(y)], "x", f"{tag} not finite")
+        zeros = [x for x, y in curves[tag] if y == 0]
+        if is_log and zeros:
+            is_named = "zero" in axis.get_legend_handles_labels()[1]
+            _mark(axis, zeros, "v", "_zero" if is_named else "zero", colours[tag])
+
+
+def _line(
+    axis: Axes, curve: Curve, label: str | None, colour: str, *, is_log: bool, alpha: float = 1.0
+) -> None:
+    shown = [(x, y if y > 0 or not is_log else math.nan) for x, y in curve if math.isfinite(y)]
+    xs, ys = [x for x, _ in shown], [y for _, y in shown]
+    marker = "o" if len(shown) == 1 else None
+    axis.plot(xs, ys, color=colour, linewidth=1.2, label=label, marker=marker, alpha=alpha)
+
+
+def _mark(axis: Axes, places: Sequence[float], sign: str, label: str, colour: str = _RED) -> None:
+    """Marks at the lower edge what has no place on the axis."""
+    if places:
+        edge = axis.get_xaxis_transform()
+        axis.plot(
+            places, [0.02] * len(places), sign, color=colour, label=label, transform=edge, ms=4
+        )
+
+
+def _plan(axis: Axes, curves: Mapping[str, Curve]) -> None:
+    for number, (tag, curve) in enumerate(curves.items()):
         finite = [(x, y) for x, y in curve if math.isfinite(y)]
         axis.plot(
             [x for x, _ in finite],
             [y for _, y in finite],
-            color=_COLOURS[number % 6],
+            color=_COLOURS[number % len(_COLOURS)],
             linestyle="--",
             linewidth=1.0,
             alpha=0.6,
             label=tag,
         )
-    axis.grid(alpha=0.25)
-    if 0 < len(solid) + len(dashed) <= _MANY:  # below the axes, where it hides nothing
-        axis.legend(
-            fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2
-        )
 
 
-def new_picture(paint: Callable[[Sequence[Axes]], None], *, columns: int = 1) -> Any:
+def new_picture(
+    paint: Callable[[Sequence[Axes]], None], *, columns: int = 1, rows_below: int = 2
+) -> Any:
     """A matplotlib figure of some axes in a row with a common scale, painted; no display needed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4 * columns if columns > 1 else 8.0, 3.0), layout="constrained")
+    size = (6.4 * columns if columns > 1 else 8.0, 3.0 + 0.17 * max(0, rows_below - 2))
+    figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(1, columns, sharex=True, sharey=True, squeeze=False)
     paint(list(grid[0]))
     return figure

@@ -29,7 +29,8 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .2rem; }
 p.note { color: #4a5568; margin: .1rem 0 .6rem; }
 table { border-collapse: collapse; } td, th { padding: .25rem .9rem .25rem 0; text-align: left;
        border-bottom: 1px solid #e2e8f0; vertical-align: top; }
-svg { max-width: 100%; height: auto; } code { overflow-wrap: anywhere; }
+figure { margin: 0; overflow-x: auto; } svg { max-width: 100%; height: auto; }
+figure.beside svg { min-width: 48rem; } code { overflow-wrap: anywhere; }
 </style>
 </head>
 <body>
@@ -44,7 +45,7 @@ svg { max-width: 100%; height: auto; } code { overflow-wrap: anywhere; }
 <section>
 <h2>{{ chart.title }}</h2>
 <p class="note">{{ chart.text }}</p>
-{{ picture | safe }}
+<figure{% if runs | length > 1 %} class="beside"{% endif %}>{{ picture | safe }}</figure>
 </section>
 {% endfor %}
 {% for run in runs if run.refusals %}
@@ -197,8 +198,10 @@ def _summary(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 
 def _last_step(run: Run) -> str:
-    used = [c[-1][0] for tag, c in run.curves.items() if c and not tag.startswith("plan/")]
-    return f"{max(used):,}" if used else ""
+    used = [c[-1][0] for tag, c in run.curves.items() if c and find_tag(tag) and tag[:5] != "plan/"]
+    used = used or [curve[-1][0] for curve in run.curves.values() if curve]  # nothing of ours
+    unit = "" if run.axis == "update" else f" {run.axis}"
+    return f"{max(used):,}{unit}" if used else ""
 
 
 def _typical(run: Run, tag: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,15 @@ class Run:
     curves: Mapping[str, Curve]
     texts: Mapping[str, str] = field(default_factory=dict)
     refusals: Sequence[str] = ()
+
+    @property
+    def axis(self) -> str:
+        """What our curves are drawn over: ``"update"``, ``"samples"`` or ``"tokens"``."""
+        for unit in ("samples", "tokens"):
+            counted = self.curves.get(f"progress/{unit}", [])
+            if counted and all(math.isclose(x, y, rel_tol=1e-6) for x, y in counted):
+                return unit
+        return "update"
 
     def select(self, *prefixes: str) -> dict[str, Curve]:
         """The curves whose tags begin with one of some prefixes."""
