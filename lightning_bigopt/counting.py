@@ -28,7 +28,7 @@ def named_function(how: BatchWeight, *, name: str) -> BatchWeight:
         The function for a dotted name; anything else as it is.
 
     Raises:
-        ValueError: If a dotted name names no function.
+        ValueError: If it is none of these, or a dotted name names no function.
 
     Example:
         >>> named_function("math.prod", name="tokens")
@@ -36,6 +36,11 @@ def named_function(how: BatchWeight, *, name: str) -> BatchWeight:
         >>> named_function("input_ids", name="tokens")
         'input_ids'
     """
+    if how is not None and not isinstance(how, str) and not callable(how):
+        raise ValueError(
+            f"{name} must be a function of the batch, its dotted name, or the name of one of the "
+            f"batch's fields, got {how!r}; write lambda batch: ..."
+        )
     if not isinstance(how, str) or "." not in how:
         return how
     try:

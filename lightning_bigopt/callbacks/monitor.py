@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from os import PathLike, fspath
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lightning_bigopt import trainer_access
@@ -52,9 +54,9 @@ class OptimizationMonitor(OptimizationCallback):
         since the last logged update.
 
     Raises:
-        ValueError: If an argument is out of range; at fit start for ``report`` without a logger
-            whose files can be read; at train start where the x axis counts what nobody counts, or
-            a pattern matches no parameter.
+        ValueError: If an argument is out of range; at fit start for ``report`` where that is a
+            folder, or without a logger whose files can be read; at train start where the x axis
+            counts what nobody counts, or a pattern matches no parameter.
         ImportError: At fit start for ``report`` without matplotlib or jinja2.
 
     Example:
@@ -88,6 +90,10 @@ class OptimizationMonitor(OptimizationCallback):
                 settings=ClockSettings(samples=samples, tokens=tokens),
             )
         )
+        if report is not None and not _names_a_file(report):
+            raise ValueError(
+                f"report must be the name of a file or None, got {report!r}; write 'report.html'"
+            )
         self.report = report
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -95,6 +101,11 @@ class OptimizationMonitor(OptimizationCallback):
         super().on_fit_start(trainer, pl_module)
         if self.report is None or trainer_access.is_fast_dev_run(trainer):
             return
+        if Path(self.report).is_dir():
+            raise ValueError(
+                f"report must be the name of a file, got the folder {str(self.report)!r}; write "
+                f"{str(Path(self.report, 'report.html'))!r}"
+            )
         if trainer_access.log_folder(trainer) is None:
             kinds = ", ".join(type(logger).__name__ for logger in trainer.loggers)
             raise ValueError(
@@ -141,3 +152,7 @@ class OptimizationMonitor(OptimizationCallback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The next step begins."""
         self.controller.resume()
+
+
+def _names_a_file(path: object) -> bool:
+    return isinstance(path, (str, PathLike)) and bool(fspath(path))

@@ -132,15 +132,20 @@ class LayerMonitor:
     """
 
     def __init__(self, layers: Layers, values: Sequence[LayerValue], *, label: str = "") -> None:
-        for value in values:
-            if value not in get_args(LayerValue):
-                raise ValueError(
-                    f"per_layer must hold {', '.join(map(repr, get_args(LayerValue)))}, got "
-                    f"{value!r}"
-                )
-        if isinstance(layers, str) and layers not in ("blocks", "parameters"):
+        known = get_args(LayerValue)
+        wrong = [values] if isinstance(values, str) else [v for v in values if v not in known]
+        if wrong:
+            raise ValueError(
+                f"per_layer must be a list of {', '.join(map(repr, known))}, got {wrong[0]!r}; try "
+                "['grad_norm', 'update_ratio'], or None for all"
+            )
+        is_map = isinstance(layers, Mapping) and all(
+            isinstance(text, str) for pair in layers.items() for text in pair
+        )
+        if layers not in ("blocks", "parameters", None) and not is_map:
             raise ValueError(
                 f"layers must be 'blocks', 'parameters', patterns by layer or None, got {layers!r}"
+                "; write patterns as {'attention': '*.attn.*', 'mlp': '*.mlp.*'}"
             )
         self.layers, self.values, self.label = layers, frozenset(values), label
         self._grouping: _Grouping | None = None

@@ -57,7 +57,7 @@ def plan(
         The plan.
 
     Raises:
-        ValueError: If the length of the run cannot be known.
+        ValueError: If the length of the run cannot be known, or ``points`` is not positive.
 
     Example:
         >>> import lightning as L
@@ -74,6 +74,8 @@ def plan(
         >>> found.totals["updates"], found.rows[50].update, found.rows[50].learning_rates
         (100.0, 50, {'lr': 0.05})
     """
+    if type(points) is not int or points < 1:
+        raise ValueError(f"points must be a positive number of updates, got {points!r}; try 200")
     unlimited = trainer_access.is_unlimited(trainer)
     with trainer_access.data_in_place(trainer, module, train_dataloaders, datamodule=datamodule):
         callbacks = _callbacks(trainer, module)

@@ -126,9 +126,17 @@ class TrainingPlan:
 
         Returns:
             The path.
+
+        Raises:
+            ValueError: If it is a folder, or of a format that matplotlib does not write.
         """
-        figure = new_picture(lambda axes: self._paint(axes[0]))
         target = Path(path)
+        if target.is_dir():
+            raise ValueError(
+                f"path must be the name of a file, got the folder {str(target)!r}; write "
+                f"{str(target / 'plan.png')!r}"
+            )
+        figure = new_picture(lambda axes: self._paint(axes[0]))
         target.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(target, dpi=120)
         return target

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from os import PathLike
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -110,21 +111,31 @@ def render_report(runs: Sequence[Run]) -> str:
     )
 
 
-def write_report(folders: Sequence[str | Path], output: str | Path) -> Path:
+def write_report(
+    folders: str | PathLike[str] | Sequence[str | PathLike[str]], output: str | Path
+) -> Path:
     """Reads runs and writes their report.
 
     Args:
-        folders: The folders of one run, or of several to be shown side by side.
+        folders: The folder of one run, or those of several to be shown side by side.
         output: The HTML file to be written.
 
     Returns:
         Its path.
 
     Raises:
-        ValueError: If a folder holds no logs.
+        ValueError: If there is no folder or one holds no logs, or if ``output`` is a folder.
     """
-    page = render_report([read_run(folder) for folder in folders])
+    several = [folders] if isinstance(folders, (str, PathLike)) else folders
+    if not several:
+        raise ValueError("folders must be those of one run or more, got none; pass the logger's")
     path = Path(output)
+    if path.is_dir():
+        raise ValueError(
+            f"output must be the name of a file, got the folder {str(path)!r}; write "
+            f"{str(path / 'report.html')!r}"
+        )
+    page = render_report([read_run(folder) for folder in several])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path

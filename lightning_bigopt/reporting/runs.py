@@ -6,6 +6,7 @@ import csv
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import TypeAlias
 
@@ -54,7 +55,7 @@ class Run:
         return curve[-1][1] if curve else None
 
 
-def read_run(folder: str | Path) -> Run:
+def read_run(folder: str | PathLike[str]) -> Run:
     """Reads the TensorBoard events in a folder, or the ``metrics.csv`` of a CSVLogger.
 
     Where a run was resumed, what its killed predecessor logged beyond the checkpoint gives way, as
@@ -64,9 +65,12 @@ def read_run(folder: str | Path) -> Run:
         folder: The logger's folder of one run, or one above that holds a single run.
 
     Raises:
-        ValueError: If there are no logs in it, or those of several runs.
+        ValueError: If it is no folder, if there are no logs in it, or those of several runs.
     """
     root = Path(folder)
+    if not root.is_dir():
+        what = "a file" if root.exists() else "nothing there"
+        raise ValueError(f"logdir must be a folder, got {str(root)!r}, {what}; pass the logger's")
     found = sorted({path.parent for path in root.rglob("*") if _is_log(path)})
     found = [path for path in found if path == root or path.name != "hyperparameters"]
     if not found:

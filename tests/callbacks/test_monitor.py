@@ -343,7 +343,13 @@ def test_an_x_axis_that_nobody_counts_is_refused() -> None:
         ({"histograms_every": 1.5}, "histograms_every must be a positive"),
         ({"x_axis": "epochs"}, "x_axis must be"),
         ({"layers": "block"}, "layers must be 'blocks', 'parameters'"),
-        ({"per_layer": ["norm"]}, "per_layer must hold 'grad_norm'"),
+        ({"layers": True}, "layers must be .* got True; write patterns as"),
+        ({"layers": {"head": 3}}, "layers must be .* got {'head': 3}"),
+        ({"per_layer": ["norm"]}, "per_layer must be a list of 'grad_norm', .* got 'norm'"),
+        ({"per_layer": "grad_norm"}, "per_layer must be a list of .* got 'grad_norm'"),
+        ({"tokens": 3}, "tokens must be a function of the batch, .* got 3"),
+        ({"report": True}, "report must be the name of a file or None, got True"),
+        ({"report": ""}, "report must be the name of a file or None, got ''"),
     ],
 )
 def test_wrong_arguments_are_refused(options: dict[str, Any], message: str) -> None:

@@ -172,6 +172,14 @@ def test_a_capped_micro_batch_is_planned_as_it_is_trained() -> None:
     assert module.accumulations == [4] * 8
 
 
+def test_a_plan_of_no_points_and_a_picture_into_a_folder_are_refused(tmp_path: Path) -> None:
+    trainer = L.Trainer(**QUIET, max_steps=3)
+    with pytest.raises(ValueError, match="points must be a positive number of updates, got 0"):
+        plan(trainer, Probe(), loader(8, 2), points=0)
+    with pytest.raises(ValueError, match=r"path must be the name of a file, got the folder"):
+        plan(trainer, Probe(), loader(8, 2)).picture(tmp_path)
+
+
 def test_several_processes_are_counted_but_not_started() -> None:
     trainer = L.Trainer(
         **QUIET, max_epochs=1, devices=2, strategy=DDPStrategy(), accumulate_grad_batches=2

@@ -264,6 +264,29 @@ def test_a_folder_without_logs_is_an_error_with_a_way_out(
     assert "logdir must hold TensorBoard events or a metrics.csv" in capsys.readouterr().err
 
 
+def test_what_is_no_folder_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "events.out.tfevents.1"
+    file.touch()
+    for path, what in ((file, "a file"), (tmp_path / "nowhere", "nothing there")):
+        with pytest.raises(ValueError, match=rf"logdir must be a folder, got .*{what}; pass"):
+            read_run(path)
+
+
+def test_a_report_may_be_asked_for_by_one_path_and_not_by_none(tmp_path: Path) -> None:
+    trainer = train(CSVLogger(tmp_path), max_epochs=1)
+    page = write_report(str(trainer.log_dir), tmp_path / "report.html")
+    assert "train_loss" in page.read_text()
+    with pytest.raises(ValueError, match=r"folders must be .* got none"):
+        write_report([], tmp_path / "none.html")
+
+
+def test_a_report_into_a_folder_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"report must be the name of a file, got the folder"):
+        train(CSVLogger(tmp_path), DiesAt(0, AssertionError), report=tmp_path)
+    with pytest.raises(ValueError, match=r"output must be the name of a file, got the folder"):
+        write_report([tmp_path], tmp_path)
+
+
 def test_the_folder_of_several_runs_names_them(tmp_path: Path) -> None:
     for version in ("a", "b"):
         train(CSVLogger(tmp_path, version=version), max_epochs=1)
