@@ -95,7 +95,7 @@ def train(*, is_well: bool, folder: str) -> Run:
     callbacks: list[L.Callback] = [
         LearningRateScheduler(WarmupStableDecay(warmup="10%", decay="30%")),
         GradientClipping(NormClip(max_norm=3.0 if is_well else 0.05)),
-        OptimizationMonitor(every=3, per_layer=["update_ratio"]),
+        OptimizationMonitor(every=3, per_layer=["update_ratio"], tokens=lambda b: b[0].numel()),
     ]
     if is_well:
         callbacks += [StepGuard(), BatchSizeScheduler(BatchSizeSteps({"0%": 16, "50%": 32}))]

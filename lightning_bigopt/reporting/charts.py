@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_bigopt.reporting.runs import Curve, Run
 
@@ -19,6 +19,7 @@ __all__ = ["CHARTS", "Chart", "draw", "new_picture", "to_svg"]
 _COLOURS = ("#2b6cb0", "#dd6b20", "#2f855a", "#805ad5", "#b83280", "#4a5568")
 _GREY, _RED = "#a0aec0", "#c53030"
 _MANY = 8
+_SPIKE = 20
 _LOSSES = ("*loss*",)
 
 
@@ -32,7 +33,8 @@ class Chart:
         unit: What the upright axis counts.
         tags: Prefixes of the tags that are drawn as lines.
         planned: Prefixes of those drawn dashed, as plan or limit.
-        log: Whether values are on a logarithmic axis; zeros are marked at its lower edge.
+        scale: ``"log"`` for a logarithmic axis, with zeros marked at its lower edge;
+            ``"log where it spikes"`` where one value would press all others to the floor.
     """
 
     title: str
@@ -40,7 +42,7 @@ class Chart:
     unit: str
     tags: tuple[str, ...]
     planned: tuple[str, ...] = ()
-    log: bool = False
+    scale: Literal["linear", "log", "log where it spikes"] = "linear"
 
 
 CHARTS: tuple[Chart, ...] = (
@@ -49,6 +51,7 @@ CHARTS: tuple[Chart, ...] = (
         text="Everything logged whose name has the word loss in it.",
         unit="loss",
         tags=_LOSSES,
+        scale="log where it spikes",
     ),
     Chart(
         title="Learning rate",
@@ -63,7 +66,7 @@ CHARTS: tuple[Chart, ...] = (
         unit="norm",
         tags=("grad_norm/total",),
         planned=("clip/threshold",),
-        log=True,
+        scale="log",
     ),
     Chart(
         title="Clipping",
@@ -89,7 +92,7 @@ CHARTS: tuple[Chart, ...] = (
         text="How far one update moved the weights, relative to their norm, by layer.",
         unit="ratio",
         tags=("layers/update_ratio",),
-        log=True,
+        scale="log",
     ),
     Chart(
         title="Throughput",
@@ -133,8 +136,7 @@ def draw(chart: Chart, runs: Sequence[Run]) -> str | None:
     if not any(solid):
         return None
     colours = _colours(solid)
-    values = [v for curves in solid for curve in curves.values() for _, v in curve]
-    is_log = chart.log and any(math.isfinite(v) and v > 0 for v in values)
+    is_log = _is_log(chart, [v for curves in solid for curve in curves.values() for _, v in curve])
 
     def paint(axes: Sequence[Axes]) -> None:
         for axis, run, lines, plan in zip(axes, runs, solid, dashed, strict=True):
@@ -159,6 +161,14 @@ def draw(chart: Chart, runs: Sequence[Run]) -> str | None:
         min(len(lines), _MANY) + len(plan) for lines, plan in zip(solid, dashed, strict=True)
     )
     return to_svg(new_picture(paint, columns=len(runs), rows_below=math.ceil(entries / 2)))
+
+
+def _is_log(chart: Chart, values: Sequence[float]) -> bool:
+    finite = [v for v in values if math.isfinite(v)]
+    if chart.scale == "log":
+        return any(v > 0 for v in finite)
+    spikes = chart.scale == "log where it spikes" and bool(finite)
+    return spikes and min(finite) > 0 and max(finite) > _SPIKE * median(finite)
 
 
 def _wanted(run: Run, prefixes: Sequence[str]) -> dict[str, Curve]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import lightning_bigopt
+from lightning_bigopt.reporting.charts import CHARTS
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -33,6 +34,16 @@ def test_every_public_name_is_documented_once():
     names = documented()
     assert len(names) == len(set(names))
     assert {f"lightning_bigopt.{name}" for name in lightning_bigopt.__all__} <= set(names)
+
+
+def test_every_chart_is_explained():
+    page = (DOCS / "guides" / "reading_charts.md").read_text()
+    shown = re.findall(r"^```{chart} (.+)$", page, re.MULTILINE)
+    titles = [chart.title for chart in CHARTS]
+    without_picture = ["GPU memory"]  # the page is built without a GPU
+    assert sorted([*shown, *without_picture]) == sorted(titles)
+    for tag in ("memory/allocated_peak", "memory/reserved_peak", "guard/rejected"):
+        assert tag in page, tag
 
 
 @pytest.mark.slow

@@ -62,6 +62,22 @@ def test_a_zero_does_not_take_the_logarithmic_axis_away(axes: Any) -> None:
     assert marks == [[1], [0, 1, 2]]
 
 
+@pytest.mark.parametrize(
+    ("losses", "scale"),
+    [
+        ([3.0, 2.0, 1.0], "linear"),
+        ([3.0, 2.0, 800.0, 1.0], "log"),
+        ([3.0, 2.0, 800.0, -1.0], "linear"),
+        ([float("nan")], "linear"),
+    ],
+)
+def test_a_spike_does_not_press_the_loss_to_the_floor(
+    losses: list[float], scale: str, axes: Any
+) -> None:
+    (axis,) = axes(CHARTS[0], run_of({"train_loss": losses}))
+    assert axis.get_yscale() == scale
+
+
 @pytest.mark.parametrize("unit", ["samples", "tokens"])
 def test_axes_are_named_with_their_units(unit: str, axes: Any) -> None:
     throughput = next(chart for chart in CHARTS if chart.title == "Throughput")
