@@ -27,13 +27,10 @@ DASHBOARD: Mapping[str, Mapping[str, Sequence[str]]] = {
         "learning rate, planned and used": ("plan/lr.*", "optim/lr.*"),
         "gradient norm and clip threshold": ("grad_norm/total.*", "clip/threshold.*"),
         "share of updates clipped": ("clip/fraction.*",),
-        "global batch, planned and used": (
-            "plan/global_size",
-            "batch/global_size",
-            "noise_scale/simple",
-        ),
+        "global batch, planned and used": ("plan/global_size", "batch/global_size"),
+        "noise scale, samples": ("noise_scale/simple",),
         "update-to-weight ratio": ("layers/update_ratio/.*",),
-        "updates refused": ("guard/rejected/.*",),
+        "updates refused, by detector": ("guard/rejected/.*",),
     },
     "speed": {
         "samples per second": ("throughput/samples_per_second",),
@@ -42,7 +39,10 @@ DASHBOARD: Mapping[str, Mapping[str, Sequence[str]]] = {
         "GPU memory, GiB": ("memory/.*",),
     },
 }
-"""The custom-scalars dashboard: charts by category, and the tags that each shows."""
+"""The custom-scalars dashboard: charts by category, and the tags that each shows.
+
+A chart whose tags change needs a new title: beside older runs TensorBoard would show both.
+"""
 
 
 @dataclass
