@@ -8,6 +8,8 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from lightning_bigopt import trainer_access
 from lightning_bigopt.callbacks.base import OptimizationCallback
 from lightning_bigopt.clock import BatchCount, ClockSettings
@@ -142,8 +144,10 @@ class OptimizationMonitor(OptimizationCallback):
 
         for logger in trainer.loggers:
             logger.save()
-        if holds_logs(folder):  # a run that died before its first logged step left none
+        if holds_logs(folder):
             write_report([folder], self.report)
+        else:
+            rank_zero_info(f"No report was written: nothing had been logged in {folder!r}.")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validation is no part of a step's time."""

@@ -130,7 +130,7 @@ def _from_events(home: Path) -> tuple[dict[str, Curve], dict[str, list[str]]]:
                 b"".join(event.tensor_proto.string_val[:1]).decode()
                 for event in events.Tensors(tag)
             ]
-    return curves, texts
+    return _without_prefix(curves), texts
 
 
 def _from_csv(path: Path) -> dict[str, Curve]:
@@ -138,9 +138,20 @@ def _from_csv(path: Path) -> dict[str, Curve]:
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             for tag, value in row.items():
-                if tag not in (None, "step", "epoch") and value:
+                if tag not in (None, "step") and value:
                     points.setdefault(tag, []).append((int(row["step"]), float(value)))
-    return {tag: _in_order(curve) for tag, curve in points.items()}
+    curves = _without_prefix({tag: _in_order(curve) for tag, curve in points.items()})
+    return {tag: curve for tag, curve in curves.items() if tag != "epoch"}
+
+
+def _without_prefix(curves: dict[str, Curve]) -> dict[str, Curve]:
+    """The curves by our tags, where the logger puts something before each."""
+    norm = "grad_norm/total"  # which a monitor always logs
+    prefixes = {tag.partition(norm)[0] for tag in curves if norm in tag}
+    if len(prefixes) != 1:
+        return curves
+    (prefix,) = prefixes
+    return {tag.removeprefix(prefix): curve for tag, curve in curves.items()}
 
 
 def _in_order(points: Iterable[tuple[int, float]]) -> Curve:

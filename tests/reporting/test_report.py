@@ -151,6 +151,20 @@ def test_the_first_logger_whose_files_can_be_read_is_reported(tmp_path: Path) ->
     assert "train_loss" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])
+def test_a_prefix_of_the_logger_is_no_part_of_the_tags(kind: Any, tmp_path: Path) -> None:
+    plain, other = (train(kind(tmp_path, version=p, prefix=p), max_epochs=1) for p in ("", "x"))
+    assert read_run(other.log_dir).curves.keys() == read_run(plain.log_dir).curves.keys()
+
+
+def test_a_run_too_short_to_be_logged_says_that_it_has_no_report(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        train(CSVLogger(tmp_path), report=tmp_path / "r.html", max_epochs=1, log_every_n_steps=500)
+    assert "No report was written: nothing had been logged" in caplog.text
+
+
 def test_a_run_that_dies_at_once_keeps_its_error(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         train(CSVLogger(tmp_path), DiesAt(0, ZeroDivisionError), report=tmp_path / "report.html")

@@ -14,7 +14,6 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_bigopt import GradientClipping, NormClip, OptimizationMonitor, StepGuard
-from lightning_bigopt.reporting.runs import read_run
 from lightning_bigopt.reporting.tensorboard import DASHBOARD, write_dashboard
 from tests.kit import QUIET, Probe, loader
 
@@ -99,7 +98,7 @@ def test_who_hides_the_final_metrics_behind_a_placeholder_is_told(
 def test_the_dashboard_finds_tags_behind_a_prefix(prefix: str, tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path, prefix=prefix)
     train(logger, layers=None)
-    tags = list(read_run(logger.log_dir).curves)
+    tags = EventAccumulator(logger.log_dir).Reload().Tags()["scalars"]
     for title, patterns in charts_of(logger.log_dir).items():
         found = [tag for tag in tags if any(re.match(pattern, tag) for pattern in patterns)]
         assert found, title
