@@ -12,8 +12,14 @@ from torch import Tensor
 
 from lightning_bigopt.controllers.collected import Collected
 from lightning_bigopt.gradients import GradientNorms, norms_of
+from lightning_bigopt.gradients.kernels import wide_dtype
 from lightning_bigopt.gradients.patterns import check_all_match, first_match
-from lightning_bigopt.gradients.sharding import local_part, reduce_norms, shard_groups
+from lightning_bigopt.gradients.sharding import (
+    ShardGroups,
+    local_part,
+    reduce_norms,
+    shard_groups,
+)
 from lightning_bigopt.reporting.tags import tag_name
 
 if TYPE_CHECKING:
@@ -84,7 +90,6 @@ class _Grouping:
     labels: tuple[str, ...]
     members: Tensor
     layers: Tensor
-    sizes: Tensor
 
     @classmethod
     def of(cls, norms: GradientNorms, layers: Layers) -> _Grouping:
@@ -94,9 +99,7 @@ class _Grouping:
         members = [index for index, label in enumerate(found) if label is not None]
         device = norms.per_tensor.device
         which = _indices([number[found[i] or ""] for i in members], device)
-        each = torch.tensor([float(norms.parameters[i].numel()) for i in members], device=device)
-        sizes = torch.zeros(len(labels), device=device).index_add_(0, which, each)
-        return cls(norms.names, labels, _indices(members, device), which, sizes)
+        return cls(norms.names, labels, _indices(members, device), which)
 
     def sum(self, values: Tensor) -> Tensor:
         wide = values.double() if values.device.type != "mps" else values
@@ -152,11 +155,17 @@ class LayerMonitor:
         self._norms: GradientNorms | None = None
         self._before: list[Tensor] = []
         self._weights = torch.empty(0)
+        self._sizes: Tensor | None = None
         self._tags: dict[LayerValue, list[str]] = {}
 
     @torch.no_grad()
     def before_step(
-        self, norms: GradientNorms, *, group: ProcessGroup | None, into: Collected
+        self,
+        norms: GradientNorms,
+        *,
+        group: ProcessGroup | None,
+        into: Collected,
+        is_refused: bool = False,
     ) -> None:
         """Measures gradients and weights, and copies the weights where updates are wanted.
 
@@ -164,26 +173,20 @@ class LayerMonitor:
             norms: Of the gradients before clipping.
             group: Over which plain parameters are flat shards (FSDP1).
             into: Takes the values.
+            is_refused: Whether the update is refused, and its gradients may be gone.
         """
         if self.layers is None or not norms.names:
             return
         if self._grouping is None or self._grouping.names != norms.names:
-            self._grouping, self._tags = _Grouping.of(norms, self.layers), {}
+            self._grouping, self._sizes = _Grouping.of(norms, self.layers), None
+            self._tags = {}
         grouping, self._norms = self._grouping, norms
         shards = [shard_groups(p) or ((group,) if group else ()) for p in norms.parameters]
         if "grad_norm" in self.values:
             found = grouping.norm(norms.per_tensor, norms.norm_type)
             into.add_vector(self._names("grad_norm"), found)
-        if "zeros" in self.values:
-            gradients = [p.grad for p in norms.parameters]
-            counts = [
-                torch.count_nonzero(local_part(g)).reshape(1) for g in gradients if g is not None
-            ]
-            if len(counts) == len(gradients):  # a refused update has no gradients left
-                home = norms.per_tensor.device
-                whole = reduce_norms([c.to(home).double() for c in counts], shards, 1.0)
-                filled = grouping.sum(torch.cat(whole)) / grouping.sizes
-                into.add_vector(self._names("zeros"), 1.0 - filled)
+        if "zeros" in self.values and not is_refused:
+            into.add_vector(self._names("zeros"), self._zeros(norms, grouping, shards))
         if not self.values & {"weight_norm", "update_ratio"}:
             return
         locals_ = [local_part(p.detach()) for p in norms.parameters]
@@ -193,6 +196,28 @@ class LayerMonitor:
         if "update_ratio" in self.values:
             self._before = [torch.empty_like(part) for part in locals_]
             torch._foreach_copy_(self._before, locals_)
+
+    def _zeros(
+        self, norms: GradientNorms, grouping: _Grouping, shards: Sequence[ShardGroups]
+    ) -> Tensor:
+        """The share of zeros in each layer's gradient.
+
+        A process that holds no part of a parameter has no gradient of it, and joins all the same.
+        """
+        device = norms.per_tensor.device
+        wide = wide_dtype(device)
+        if self._sizes is None:
+            sizes = [local_part(p.detach()).numel() for p in norms.parameters]
+            each = torch.split(torch.tensor(sizes, dtype=wide, device=device), 1)
+            self._sizes = grouping.sum(torch.cat(reduce_norms(each, shards, 1.0)))
+        counts = [
+            torch.zeros(1, dtype=wide, device=device)
+            if p.grad is None
+            else torch.count_nonzero(local_part(p.grad)).reshape(1).to(device, wide)
+            for p in norms.parameters
+        ]
+        filled = grouping.sum(torch.cat(reduce_norms(counts, shards, 1.0)))
+        return 1.0 - filled / self._sizes
 
     @torch.no_grad()
     def after_step(self, *, group: ProcessGroup | None, into: Collected) -> None:

@@ -127,7 +127,8 @@ class MonitorController(Controller):
                 monitor = LayerMonitor(self.layers, self.per_layer, label=label)
                 self._layers[label] = monitor
             shards = trainer_access.shard_group(step.pipeline.trainer)
-            monitor.before_step(step.norms, group=shards, into=values)
+            refused = step.skipped is not None
+            monitor.before_step(step.norms, group=shards, into=values, is_refused=refused)
 
     def _watch(self, decision: ClipDecision, label: str) -> None:
         """Counts clips without looking at them."""

@@ -63,6 +63,8 @@ class Sharded(Probe):
 def strategy(name: str) -> Any:
     if name == "ddp":
         return DDPStrategy()
+    if name == "fsdp1":
+        return FlatShards()
     return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
 
 
@@ -276,6 +278,13 @@ class Norms(L.Callback):
                 self.weights = weights(module)
 
 
+class Unchecked(Probe):
+    """Makes no comparison of its own, which flat shards do not allow."""
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Nothing."""
+
+
 class Listener(Controller):
     """Sees what all controllers see."""
 
@@ -310,11 +319,12 @@ def schedules(out: Path) -> Any:
 def watched(out: Path) -> Any:
     """What the monitor logs of layers, and which processes wrote files."""
     found = {}
-    for name in ("ddp", "fsdp2"):
+    for name in ("ddp", "fsdp2", "fsdp1"):
         logger = TensorBoardLogger(out, name=name, version="watched")
+        build = functools.partial(module, name) if name != "fsdp1" else Unchecked
         fit(
             name,
-            module(name, lr=0.01, optimizer=torch.optim.AdamW),
+            build(lr=0.01, optimizer=torch.optim.AdamW),
             loader(32, 4, sampler=in_order(32)),
             GradientClipping(NormClip(max_norm=0.5)),
             OptimizationMonitor(

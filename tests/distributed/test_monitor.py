@@ -10,13 +10,16 @@ import pytest
 pytestmark = pytest.mark.distributed
 
 
-def test_norms_are_those_of_whole_parameters_and_one_file_is_written(two_processes: Any) -> None:
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp1"])
+def test_norms_are_those_of_whole_parameters_and_one_file_is_written(
+    strategy: str, two_processes: Any
+) -> None:
     first, second = two_processes("watched")
-    assert second["ddp"]["curves"] == second["fsdp2"]["curves"] == {}
-    assert first["ddp"]["files"] == first["fsdp2"]["files"] == 1
+    assert second["ddp"]["curves"] == second[strategy]["curves"] == {}
+    assert first["ddp"]["files"] == first[strategy]["files"] == 1
     assert first["ddp"]["reported"]  # which one process writes alone
-    assert first["fsdp2"]["reported"]
-    whole, sharded = first["ddp"]["curves"], first["fsdp2"]["curves"]
+    assert first[strategy]["reported"]
+    whole, sharded = first["ddp"]["curves"], first[strategy]["curves"]
     values = ("grad_norm", "weight_norm", "update_ratio", "zeros")
     names = [
         f"layers/{value}/net.{layer}.{kind}"
