@@ -102,7 +102,7 @@ class _Grouping:
         return cls(norms.names, labels, _indices(members, device), which)
 
     def sum(self, values: Tensor) -> Tensor:
-        wide = values.double() if values.device.type != "mps" else values
+        wide = values.to(wide_dtype(values.device))
         empty = torch.zeros(len(self.labels), dtype=wide.dtype, device=wide.device)
         return empty.index_add_(0, self.layers, wide.index_select(0, self.members))
 
@@ -115,7 +115,7 @@ class _Grouping:
             )
         if len(self.labels) == len(self.names):
             return norms
-        return self.sum(norms.double().pow(order)).pow(1.0 / order)
+        return self.sum(norms.to(wide_dtype(norms.device)).pow(order)).pow(1.0 / order)
 
 
 def _indices(numbers: list[int], device: torch.device) -> Tensor:

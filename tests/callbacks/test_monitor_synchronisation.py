@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_bigopt import (
     Constant,
@@ -32,10 +33,10 @@ RULES = pytest.mark.parametrize(
 )
 
 
-def a_step(rule: ClippingRule) -> Any:
+def a_step(rule: ClippingRule, device: str = "cuda") -> Any:
     """An update of parameters on a device that holds no numbers: to read one raises."""
     named = [
-        (f"blocks.{index}", nn.Parameter(torch.randn(3, 4, device="cuda"))) for index in range(4)
+        (f"blocks.{index}", nn.Parameter(torch.randn(3, 4, device=device))) for index in range(4)
     ]
     for _, parameter in named:
         parameter.grad = torch.randn_like(parameter)
@@ -66,6 +67,31 @@ def test_nothing_is_read_before_it_is_fetched(rule: Any, layers: Any, logged: bo
         if logged:
             with pytest.raises(DataDependentOutputException):
                 monitor._values.fetch()
+
+
+class NoFloat64(TorchDispatchMode):
+    """Refuses what a device of the kind "mps" does not have."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (list, tuple)) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "mps":
+                assert tensor.dtype is not torch.float64, func
+        return out
+
+
+@RULES
+@pytest.mark.parametrize("layers", ["blocks", "parameters", {"all": "*"}])
+def test_a_device_without_float64_is_not_asked_for_it(rule: Any, layers: Any) -> None:
+    monitor = OptimizationMonitor(layers=layers).controller
+    monitor._due = True
+    with FakeTensorMode(), NoFloat64(), torch.no_grad():
+        step = a_step(rule, device="mps")
+        monitor.observe(step)
+        for layer in monitor._layers.values():
+            layer.after_step(group=None, into=monitor._values)
+        with pytest.raises(DataDependentOutputException):
+            monitor._values.fetch()
 
 
 @pytest.mark.gpu
