@@ -268,7 +268,10 @@ class _ClipCount:
 
 
 def _hyperparameters(group: Mapping[str, Any]) -> dict[str, float | Tensor]:
-    """What of a parameter group is worth a curve."""
+    """What of a parameter group is worth a curve.
+
+    Schedulers write into tensors in place, before the values of an update are fetched.
+    """
     found = {"optim/lr": group["lr"]}
     if "weight_decay" in group:
         found["optim/weight_decay"] = group["weight_decay"]
@@ -276,4 +279,7 @@ def _hyperparameters(group: Mapping[str, Any]) -> dict[str, float | Tensor]:
         found["optim/momentum"] = group["momentum"]
     elif group.get("betas"):
         found["optim/momentum"] = group["betas"][0]
-    return found
+    return {
+        tag: value.detach().clone() if isinstance(value, Tensor) else value
+        for tag, value in found.items()
+    }

@@ -220,6 +220,32 @@ def test_groups_by_name_with_the_values_used_for_the_update(tmp_path: Path) -> N
     assert [v for _, v in logged["optim/momentum/group1"]] == pytest.approx([0.8] * 4)
 
 
+@pytest.mark.parametrize("scheduled_by", ["us", "torch"])
+def test_a_rate_in_a_tensor_is_the_one_that_the_update_used(
+    scheduled_by: str, tmp_path: Path
+) -> None:
+    class Tensors(Watched):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            self.used.append(float(optimizer.param_groups[0]["lr"]))
+
+        def configure_optimizers(self) -> Any:
+            self.used: list[float] = []
+            rate = torch.tensor(0.1)
+            optimizer = torch.optim.Adam(self.parameters(), lr=rate, foreach=False)
+            if scheduled_by == "us":
+                return optimizer
+            falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+            return [optimizer], [{"scheduler": falling, "interval": "step"}]
+
+    module, callbacks = Tensors(), [OptimizationMonitor(every=1, layers=None)]
+    if scheduled_by == "us":
+        callbacks.append(LearningRateScheduler(Linear(start=1.0, end=0.0)))
+    logger = TensorBoardLogger(tmp_path)
+    trainer = fit(module, loader(16, 4), *callbacks, max_steps=4, logger=logger)
+    assert len(set(module.used)) == 4
+    assert [v for _, v in curves(trainer)["optim/lr"]] == pytest.approx(module.used)
+
+
 def batch_tokens(batch: Any) -> int:
     return 10 * len(batch[0])
 
