@@ -183,10 +183,12 @@ class MonitorController(Controller):
 
     def _shown(self, found: Mapping[str, float]) -> dict[str, float]:
         shown = {
-            "lr": next(v for k, v in found.items() if k.startswith("optim/lr")),
             "grad_norm": next(v for k, v in found.items() if k.startswith("grad_norm/total")),
             "global_batch": found["batch/global_size"],
         }
+        rate = next((v for k, v in found.items() if k.startswith("optim/lr")), None)
+        if rate is not None:
+            shown = {"lr": rate, **shown}
         if self.skipped:
             shown["skipped"] = float(self.skipped)
         return shown
@@ -272,14 +274,16 @@ def _hyperparameters(group: Mapping[str, Any]) -> dict[str, float | Tensor]:
 
     Schedulers write into tensors in place, before the values of an update are fetched.
     """
-    found = {"optim/lr": group["lr"]}
-    if "weight_decay" in group:
-        found["optim/weight_decay"] = group["weight_decay"]
-    if "momentum" in group:
-        found["optim/momentum"] = group["momentum"]
-    elif group.get("betas"):
-        found["optim/momentum"] = group["betas"][0]
+    momentum = group.get("momentum")
+    if momentum is None and group.get("betas"):
+        momentum = group["betas"][0]
+    found = {
+        "optim/lr": group.get("lr"),
+        "optim/weight_decay": group.get("weight_decay"),
+        "optim/momentum": momentum,
+    }
     return {
         tag: value.detach().clone() if isinstance(value, Tensor) else value
         for tag, value in found.items()
+        if value is not None  # an optimiser may find its own, as Adafactor does
     }

@@ -214,10 +214,12 @@ def plan_text(pipeline: Pipeline) -> str:
         raw = getattr(optimizer, "optimizer", optimizer)
         label = trainer_access.optimizer_label(pipeline.trainer, raw)
         for name, group in zip(group_names(raw.param_groups), raw.param_groups, strict=True):
-            base = bases.get(tag_name("plan/lr", label, name), group["lr"])  # of the schedule
+            base = bases.get(tag_name("plan/lr", label, name), group.get("lr"))  # of the schedule
             shown = {**group, "lr": base}
             rows[f"{label or type(raw).__name__} {name}".strip()] = ", ".join(
-                f"{key} {shown[key]}" for key in ("lr", "weight_decay", "betas") if key in shown
+                f"{key} {shown[key]}"
+                for key in ("lr", "weight_decay", "betas")
+                if shown.get(key) is not None
             )
     lines = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
     return "\n".join(lines)
@@ -239,7 +241,9 @@ def write_end(pipeline: Pipeline) -> None:
         raw = getattr(optimizer, "optimizer", optimizer)
         values["optimizer"] = type(raw).__name__
         group = raw.param_groups[0]
-        values["base lr"] = float(group.get("initial_lr", raw.defaults.get("lr", group["lr"])))
+        rate = group.get("initial_lr", raw.defaults.get("lr", group.get("lr")))
+        if rate is not None:
+            values["base lr"] = float(rate)
     values.update(pipeline.module.hparams)
     for writer, _ in writers.values():
         folder = Path(writer.log_dir) / "hyperparameters"

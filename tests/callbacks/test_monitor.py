@@ -246,6 +246,45 @@ def test_a_rate_in_a_tensor_is_the_one_that_the_update_used(
     assert [v for _, v in curves(trainer)["optim/lr"]] == pytest.approx(module.used)
 
 
+class FindsItsOwn(torch.optim.SGD):
+    """Needs no learning rate, as Adafactor with relative steps."""
+
+    def __init__(self, params: Any, **written: Any) -> None:
+        super().__init__(params, lr=0.01)
+        for group in self.param_groups:
+            group.update(written)
+            for key in [key for key, value in written.items() if value == "none at all"]:
+                del group[key]
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            return closure()
+
+
+@pytest.mark.parametrize(
+    ("written", "missing"),
+    [
+        ({"lr": None}, "optim/lr"),
+        ({"lr": "none at all"}, "optim/lr"),
+        ({"weight_decay": None}, "optim/weight_decay"),
+        ({"momentum": None, "betas": (None, 0.999)}, "optim/momentum"),
+    ],
+)
+def test_what_an_optimiser_does_not_have_is_left_out(
+    written: dict[str, Any], missing: str, tmp_path: Path
+) -> None:
+    trainer = fit(
+        Watched(kind=FindsItsOwn, **written),
+        loader(8, 4),
+        OptimizationMonitor(every=1),
+        max_epochs=1,
+        logger=TensorBoardLogger(tmp_path),
+    )
+    logged = {tag for tag in curves(trainer) if tag.startswith("optim/")}
+    assert logged == {"optim/lr", "optim/weight_decay", "optim/momentum"} - {missing}
+    assert "grad_norm" in trainer.progress_bar_metrics
+
+
 def batch_tokens(batch: Any) -> int:
     return 10 * len(batch[0])
 
