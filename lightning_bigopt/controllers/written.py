@@ -72,7 +72,7 @@ def write_start(pipeline: Pipeline, axis: Axis) -> None:
         if begun:
             step = first if axis == "updates" else int(getattr(pipeline.clock, axis)) + 1
             tensorboard.forget_after(writer, step)
-        writer.add_text("plan", plan_text(pipeline), first)
+        writer.add_text(prefix + "plan", plan_text(pipeline), first)
         planned = planned_curves(pipeline, axis, first=first if begun else 0)
         curves = [(at, {prefix + tag: v for tag, v in values.items()}) for at, values in planned]
         tensorboard.write_curves(writer, curves)
@@ -163,8 +163,9 @@ def write_histograms(step: OptimizerStep, axis: Axis) -> None:
             continue
         whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
         if trainer.is_global_zero and whole.numel() and bool(whole.isfinite().all()):
-            for writer, _ in trainer_access.tensorboard_writers(trainer).values():
-                writer.add_histogram(tag_name("histograms/grad", name), whole.float().cpu(), at)
+            for writer, prefix in trainer_access.tensorboard_writers(trainer).values():
+                tag = prefix + tag_name("histograms/grad", name)
+                writer.add_histogram(tag, whole.float().cpu(), at)
 
 
 def write_rejection(pipeline: Pipeline, why: str) -> None:
@@ -172,8 +173,8 @@ def write_rejection(pipeline: Pipeline, why: str) -> None:
     monitor = _monitor(pipeline)
     if monitor is None:
         return
-    for writer, _ in trainer_access.tensorboard_writers(pipeline.trainer).values():
-        writer.add_text("guard/rejected", why, _place(pipeline, monitor.x_axis))
+    for writer, prefix in trainer_access.tensorboard_writers(pipeline.trainer).values():
+        writer.add_text(prefix + "guard/rejected", why, _place(pipeline, monitor.x_axis))
 
 
 def _place(pipeline: Pipeline, axis: Axis) -> int:

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMPr
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.plugins.custom_scalar import layout_pb2
 from torch import Tensor, nn
 
 from lightning_bigopt import (
@@ -643,6 +644,32 @@ def test_every_logger_gets_the_same_numbers(tmp_path: Path) -> None:
     assert len(shared) > 15
     for tag in shared:
         assert events[tag] == [(step, pytest.approx(value)) for step, value in table[tag]]
+
+
+def test_a_loggers_prefix_is_on_all_that_is_written(tmp_path: Path) -> None:
+    trainer = fit(
+        Watched(),
+        loader(16, 4),
+        LearningRateScheduler(WarmupCosine(warmup="20%")),
+        OptimizationMonitor(every=1, histograms_every=2),
+        max_epochs=1,
+        log_every_n_steps=1,
+        logger=TensorBoardLogger(tmp_path, prefix="G+"),
+    )
+    events = EventAccumulator(trainer.log_dir).Reload()
+    tags = events.Tags()
+    texts = [tag for tag in tags["tensors"] if tag.endswith("text_summary")]
+    assert all(tag.startswith("G+-") for tag in tags["scalars"] + tags["histograms"] + texts)
+    assert texts
+    assert tags["histograms"]
+    layout = layout_pb2.Layout.FromString(
+        events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]
+    )
+    patterns = [t for c in layout.category for chart in c.chart for t in chart.multiline.tag]
+    assert re.escape("G+-") + "optim/lr.*" in patterns
+    for pattern in patterns:
+        if "clip/threshold" not in pattern:  # beside the norm; nothing is clipped here
+            assert any(re.match(pattern, tag) for tag in tags["scalars"]), pattern
 
 
 @pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
