@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -85,9 +86,11 @@ def read_run(folder: str | PathLike[str]) -> Run:
         )
     home = root if root in found else found[0]
     events = any(path.name.startswith("events.out.") for path in home.iterdir())
-    if not events:
-        return Run(name=_name(home), curves=_from_csv(home / "metrics.csv"))
-    curves, texts = _from_events(home)
+    curves, texts = _from_events(home) if events else (_from_csv(home / "metrics.csv"), {})
+    prefix = _prefix_of(curves)
+    curves = {tag.removeprefix(prefix): curve for tag, curve in curves.items()}
+    curves.pop("epoch", None)  # Lightning's own, which is an axis
+    texts = {tag.removeprefix(prefix): text for tag, text in texts.items()}
     return Run(
         name=_name(home),
         curves=curves,
@@ -107,6 +110,12 @@ def _is_log(path: Path) -> bool:
 
 def _name(home: Path) -> str:
     return home.name if not home.name.startswith("version_") else f"{home.parent.name}/{home.name}"
+
+
+def _prefix_of(tags: Iterable[str]) -> str:
+    """What the logger put before every tag; the monitor logs a total norm in any case."""
+    found = [match for tag in tags if (match := re.match(r"(.*-)?grad_norm/total", tag))]
+    return min((match[1] or "" for match in found), default="")
 
 
 def _from_events(home: Path) -> tuple[dict[str, Curve], dict[str, list[str]]]:
@@ -130,7 +139,7 @@ def _from_events(home: Path) -> tuple[dict[str, Curve], dict[str, list[str]]]:
                 b"".join(event.tensor_proto.string_val[:1]).decode()
                 for event in events.Tensors(tag)
             ]
-    return _without_prefix(curves), texts
+    return curves, texts
 
 
 def _from_csv(path: Path) -> dict[str, Curve]:
@@ -140,18 +149,7 @@ def _from_csv(path: Path) -> dict[str, Curve]:
             for tag, value in row.items():
                 if tag not in (None, "step") and value:
                     points.setdefault(tag, []).append((int(row["step"]), float(value)))
-    curves = _without_prefix({tag: _in_order(curve) for tag, curve in points.items()})
-    return {tag: curve for tag, curve in curves.items() if tag != "epoch"}
-
-
-def _without_prefix(curves: dict[str, Curve]) -> dict[str, Curve]:
-    """The curves by our tags, where the logger puts something before each."""
-    norm = "grad_norm/total"  # which a monitor always logs
-    prefixes = {tag.partition(norm)[0] for tag in curves if norm in tag}
-    if len(prefixes) != 1:
-        return curves
-    (prefix,) = prefixes
-    return {tag.removeprefix(prefix): curve for tag, curve in curves.items()}
+    return {tag: _in_order(curve) for tag, curve in points.items()}
 
 
 def _in_order(points: Iterable[tuple[int, float]]) -> Curve:

@@ -170,6 +170,17 @@ def test_a_run_that_dies_at_once_keeps_its_error(tmp_path: Path) -> None:
         train(CSVLogger(tmp_path), DiesAt(0, ZeroDivisionError), report=tmp_path / "report.html")
 
 
+@pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])
+def test_a_loggers_prefix_leaves_the_report_as_it_is(kind: Any, tmp_path: Path) -> None:
+    plain, prefixed = (
+        read_run(train(kind(tmp_path, name=f"run{prefix}", prefix=prefix)).log_dir)
+        for prefix in ("", "my-model")
+    )
+    assert set(prefixed.curves) - {"epoch"} == set(plain.curves) - {"epoch"}
+    assert prefixed.texts == plain.texts
+    assert look(render_report([prefixed])).headings[1:] == look(render_report([plain])).headings[1:]
+
+
 def test_a_csv_is_in_its_file_at_every_logged_step(tmp_path: Path) -> None:
     class Reads(L.Callback):
         seen: tuple[int, ...] = ()
