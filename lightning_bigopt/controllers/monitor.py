@@ -163,6 +163,8 @@ class MonitorController(Controller):
         trainer, due = pipeline.trainer, self._due
         self._bar_is_empty = False
         if due:
+            for count in self._clips.values():
+                count.begin_anew()
             group = trainer_access.shard_group(trainer)
             for monitor in self._layers.values():
                 monitor.after_step(group=group, into=values)
@@ -198,7 +200,7 @@ class MonitorController(Controller):
         clock = pipeline.clock
         known = {
             "batch/micro_size": float(pipeline.window.batch_samples),
-            "batch/accumulate": float(int(pipeline.trainer.accumulate_grad_batches)),
+            "batch/accumulate": float(clock.batches - pipeline.progress.batches),
             "guard/skipped": float(self.skipped),
             "progress/samples": float(clock.samples),
         }
@@ -244,6 +246,7 @@ class _ClipCount:
 
     def __init__(self, clipped: float | Tensor = 0.0, updates: int = 0) -> None:
         self.clipped, self.updates = clipped, updates
+        self._is_logged = False
 
     def see(self, coefficients: Tensor | None) -> None:
         """One more update. Does not synchronise."""
@@ -256,7 +259,7 @@ class _ClipCount:
             self.clipped = self.clipped + (coefficients < 1.0).float().mean()
 
     def log(self, part: ClipDecision, key: str, values: Collected) -> None:
-        """Hands the share over and begins anew."""
+        """Hands the share over; a batch's next update of the same optimiser does so again."""
         if part.coefficient is not None:
             values.add(f"clip/coefficient{key}", part.coefficient)
         elif part.coefficients is not None:
@@ -266,7 +269,12 @@ class _ClipCount:
             values.add(f"clip/threshold{key}", threshold)
         if part.coefficient is not None or part.coefficients is not None:
             values.add(f"clip/fraction{key}", self.clipped / self.updates)
-        self.clipped, self.updates = 0.0, 0
+        self._is_logged = True
+
+    def begin_anew(self) -> None:
+        """Forgets what has been logged."""
+        if self._is_logged:
+            self.clipped, self.updates, self._is_logged = 0.0, 0, False
 
 
 def _hyperparameters(group: Mapping[str, Any]) -> dict[str, float | Tensor]:

@@ -542,6 +542,47 @@ def test_a_resumed_run_continues_its_curves(
     assert len(expected["grad_norm/total"]) == 24 // every
 
 
+def test_the_micro_batches_of_an_epochs_last_update_are_those_it_had(tmp_path: Path) -> None:
+    trainer = fit(
+        Watched(),
+        loader(12, 2),
+        OptimizationMonitor(every=1),
+        max_epochs=2,
+        accumulate_grad_batches=4,
+        logger=TensorBoardLogger(tmp_path),
+    )
+    logged = curves(trainer)
+    assert [value for _, value in logged["batch/accumulate"]] == [4, 2, 4, 2]
+    assert [value for _, value in logged["batch/global_size"]] == [8, 4, 8, 4]
+
+
+class SeveralSteps(Watched):
+    """Several updates a batch, the last of which is too small to be clipped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        for factor in (1.0, 1.0, 1.0, 1e-9):
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx) * factor)
+            optimizer.step()
+
+
+def test_the_share_clipped_counts_every_update_of_a_batch(tmp_path: Path) -> None:
+    trainer = fit(
+        SeveralSteps(),
+        loader(16, 4),
+        GradientClipping(NormClip(max_norm=1e-3)),
+        OptimizationMonitor(every=2),
+        max_epochs=1,
+        logger=TensorBoardLogger(tmp_path),
+    )
+    assert curves(trainer)["clip/fraction"] == [(1, 0.75), (3, 0.75)]
+
+
 class TwoOptimizers(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
