@@ -142,14 +142,23 @@ def _scheduled_groups(pipeline: Pipeline) -> Iterator[tuple[str, str, str | None
 def group_names(groups: list[dict[str, Any]]) -> list[str]:
     """How the groups of an optimiser are called in tags; ``""`` for the only one.
 
+    Groups may share a name, and so a schedule; their tags are numbered.
+
     Example:
         >>> group_names([{"name": "decay"}, {}]), group_names([{}])
         (['decay', 'group1'], [''])
+        >>> group_names([{"name": "body"}, {"name": "body"}, {"name": "head"}])
+        ['body-0', 'body-1', 'head']
     """
     several = len(groups) > 1
-    return [
+    names = [
         str(group.get("name") or (f"group{index}" if several else ""))
         for index, group in enumerate(groups)
+    ]
+    if len(set(names)) == len(names):
+        return names
+    return [
+        f"{name}-{index}" if names.count(name) > 1 else name for index, name in enumerate(names)
     ]
 
 

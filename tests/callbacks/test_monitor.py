@@ -221,6 +221,27 @@ def test_groups_by_name_with_the_values_used_for_the_update(tmp_path: Path) -> N
     assert [v for _, v in logged["optim/momentum/group1"]] == pytest.approx([0.8] * 4)
 
 
+def test_groups_of_one_name_have_a_curve_each(tmp_path: Path) -> None:
+    class Grouped(Probe):
+        def configure_optimizers(self) -> Any:
+            first, second = self.net[0].parameters(), self.net[2].parameters()
+            groups = [{"params": first, "name": "g"}, {"params": second, "name": "g", "lr": 0.2}]
+            return torch.optim.SGD(groups, lr=0.1)
+
+    trainer = fit(
+        Grouped(),
+        loader(8, 4),
+        OptimizationMonitor(every=1),
+        LearningRateScheduler(Linear(start=1.0, end=0.0)),
+        max_steps=2,
+        logger=TensorBoardLogger(tmp_path),
+    )
+    logged = curves(trainer)
+    for kind in ("optim", "plan"):
+        assert [value for _, value in logged[f"{kind}/lr/g-0"]] == pytest.approx([0.1, 0.05])
+        assert [value for _, value in logged[f"{kind}/lr/g-1"]] == pytest.approx([0.2, 0.1])
+
+
 @pytest.mark.parametrize("scheduled_by", ["us", "torch"])
 def test_a_rate_in_a_tensor_is_the_one_that_the_update_used(
     scheduled_by: str, tmp_path: Path
