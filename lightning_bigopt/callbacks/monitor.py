@@ -8,7 +8,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_bigopt import trainer_access
 from lightning_bigopt.callbacks.base import OptimizationCallback
@@ -142,12 +142,18 @@ class OptimizationMonitor(OptimizationCallback):
         from lightning_bigopt.reporting.report import write_report
         from lightning_bigopt.reporting.runs import holds_logs
 
-        for logger in trainer.loggers:
-            logger.save()
-        if holds_logs(folder):
-            write_report([folder], self.report)
-        else:
-            rank_zero_info(f"No report was written: nothing had been logged in {folder!r}.")
+        try:
+            for logger in trainer.loggers:
+                logger.save()
+            if holds_logs(folder):
+                write_report([folder], self.report)
+            else:
+                rank_zero_info(f"No report was written: nothing had been logged in {folder!r}.")
+        except Exception as error:  # noqa: BLE001  # the run, or what ended it, counts for more
+            rank_zero_warn(
+                f"The report {self.report!r} could not be written ({type(error).__name__}: "
+                f"{error}); write it elsewhere with bigopt report {folder}"
+            )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validation is no part of a step's time."""

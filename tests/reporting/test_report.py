@@ -181,6 +181,29 @@ def test_a_loggers_prefix_leaves_the_report_as_it_is(kind: Any, tmp_path: Path) 
     assert look(render_report([prefixed])).headings[1:] == look(render_report([plain])).headings[1:]
 
 
+class Dies(L.Callback):
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == 5:
+            raise ZeroDivisionError
+
+
+def into_a_file(tmp_path: Path) -> Path:
+    (tmp_path / "file").touch()
+    return tmp_path / "file" / "report.html"
+
+
+@pytest.mark.filterwarnings("ignore:The report .* could not be written")
+def test_a_report_that_cannot_be_written_does_not_hide_what_ended_the_run(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        train(TensorBoardLogger(tmp_path), Dies(), report=into_a_file(tmp_path))
+
+
+def test_a_report_that_cannot_be_written_does_not_end_the_script(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"could not be written .*bigopt report "):
+        trainer = train(TensorBoardLogger(tmp_path), report=into_a_file(tmp_path))
+    assert trainer.global_step == 24
+
+
 def test_a_csv_is_in_its_file_at_every_logged_step(tmp_path: Path) -> None:
     class Reads(L.Callback):
         seen: tuple[int, ...] = ()
