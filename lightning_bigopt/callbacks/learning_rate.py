@@ -23,8 +23,8 @@ class LearningRateScheduler(OptimizationCallback):
 
     The base is each parameter group's own ``lr``, so ratios between groups are kept; the schedule
     is a factor of the fraction of the budget spent. Under ``max_steps`` update t of T sees t/T,
-    under ``max_epochs`` the share of loader batches consumed before it. Lightning saves, restores
-    and steps the scheduler; LearningRateMonitor sees it.
+    under ``max_epochs`` the share of loader batches consumed before it. Lightning saves and
+    restores the scheduler, and LearningRateMonitor sees it.
 
     Args:
         schedule: The factor over the budget.

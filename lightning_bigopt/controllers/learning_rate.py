@@ -79,7 +79,7 @@ class LearningRateController(Controller):
     # ------------------------------------------------------------------------------- hooks
 
     def on_fit_start(self, pipeline: Pipeline) -> None:
-        """Registers with Lightning, which saves, restores and steps from here on."""
+        """Registers with Lightning, which saves and restores from here on."""
         trainer = pipeline.trainer
         self._refuse_conflicts(pipeline)
         for optimizer in trainer.optimizers:
@@ -185,6 +185,12 @@ class LearningRateController(Controller):
     def on_new_parameters(self, pipeline: Pipeline) -> None:
         """Writes the learning rates of groups that arrived within an epoch."""
         self.rewrite(pipeline)
+
+    def on_batch_end(self, pipeline: Pipeline, outputs: Any, batch: Any) -> None:
+        """Writes the learning rates of the coming update, as Lightning's scheduler step would."""
+        if not (pipeline.window.is_open or self.hears_of_batches):
+            for scheduler in _schedulers(pipeline):
+                scheduler.step()
 
     @staticmethod
     def rewrite(pipeline: Pipeline) -> None:

@@ -23,7 +23,7 @@ __all__ = ["ScheduledLearningRate"]
 
 
 class ScheduledLearningRate(LRScheduler):
-    """Lightning's handle on the schedule: it steps, is saved, and LearningRateMonitor sees it.
+    """Lightning's handle on the schedule: it is saved, and LearningRateMonitor sees it.
 
     ``LRScheduler.__init__`` is not called: it patches ``optimizer.step`` and steps once, and what
     is patched must be undone.
@@ -53,7 +53,6 @@ class ScheduledLearningRate(LRScheduler):
     def step(self, epoch: int | None = None) -> None:
         """Writes the learning rates of the coming update."""
         self.last_epoch += 1
-        self._pipeline.begin_batch()
         clock = self._pipeline.clock
         if self._multipliers:
             self.write(clock.progress())

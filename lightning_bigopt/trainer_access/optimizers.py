@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -73,9 +74,12 @@ def is_private(optimizer: Optimizer) -> bool:
 
 
 def add_scheduler(trainer: Trainer, scheduler: LRScheduler, *, name: str | None) -> None:
-    """Registers a scheduler that Lightning steps after every update."""
+    """Registers a scheduler that Lightning saves, restores and shows, and never steps.
+
+    Its way to a scheduler's step costs more than the step.
+    """
     trainer.strategy.lr_scheduler_configs.append(
-        LRSchedulerConfig(scheduler=scheduler, interval="step", frequency=1, name=name)
+        LRSchedulerConfig(scheduler=scheduler, interval="step", frequency=sys.maxsize, name=name)
     )
 
 
