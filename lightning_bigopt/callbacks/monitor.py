@@ -52,8 +52,7 @@ class OptimizationMonitor(OptimizationCallback):
         name.
 
     State:
-        ``clock``: what has been consumed. ``skipped`` and ``clips``: refused updates, and clips
-        since the last logged update.
+        ``clock``: what has been consumed. ``skipped``: refused updates.
 
     Raises:
         ValueError: If an argument is out of range; at fit start for ``report`` where that is a

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -11,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_bigopt.gradients import ClipDecision, ClippingRule, Groups, NormClip, ZClip
+from lightning_bigopt.gradients import ClipDecision, ClippingRule, NormClip, ZClip
 
-__all__ = ["ClipAudit", "ClipReport", "advice", "decisions_of"]
+__all__ = ["ClipAudit", "ClipReport", "advice"]
 
 _FOLD_EVERY = 64
 _KEPT = 512
@@ -85,20 +84,6 @@ def advice(report: ClipReport, rule: ClippingRule) -> str | None:
     return None
 
 
-def decisions_of(
-    decision: ClipDecision, rule: ClippingRule
-) -> Iterator[tuple[str, ClipDecision, ClippingRule]]:
-    """Name, decision and rule of each group; one without a name where there are no groups."""
-    if isinstance(rule, Groups):
-        rules = dict(rule.pairs)
-        for pattern, part in decision.parts.items():
-            member = rules[pattern]
-            if member is not None:
-                yield pattern, part, member
-    else:
-        yield "", decision, rule
-
-
 class ClipAudit:
     """Running counts of one rule on one optimiser; memory and state are bounded.
 
@@ -106,51 +91,61 @@ class ClipAudit:
     """
 
     def __init__(self) -> None:
-        self._pending: list[tuple[Tensor | float, Tensor | float]] = []
+        self._pending: list[tuple[Tensor, Tensor]] = []
         self._threshold: Tensor | float | None = None
         self._updates: Tensor | int = 0
         self._clipped: Tensor | float = 0.0
-        self._norms: Tensor | None = None
+        self._logged: tuple[Tensor | int, Tensor | float] = (0, 0.0)
+        self._norms: list[float] | Tensor = []
         self._stride = 1
         self._seen = 0
 
     def add(self, decision: ClipDecision) -> None:
         """Takes an update in; rules that write entries leave no trace. Does not synchronise."""
-        coefficient = decision.coefficient
-        if coefficient is None and decision.coefficients is not None:
+        norms, coefficient = decision.norms, decision.coefficient
+        if coefficient is None:
             coefficient = decision.coefficients
-        if decision.norms is None or coefficient is None or not coefficient.numel():
+        if norms is None or coefficient is None or not coefficient.numel():
             return
-        norms = decision.norms
-        self._pending.append(
-            (norms.value, coefficient.item())
-            if norms.is_on_host and coefficient.is_cpu and not coefficient.ndim
-            else (norms.total, coefficient)
-        )
         self._threshold = decision.threshold
+        if norms.is_on_host and not coefficient.ndim and isinstance(self._norms, list):
+            self._take(norms.value, is_clipped=coefficient.item() < 1.0)
+            return
+        self._pending.append((norms.total, coefficient))
         if len(self._pending) >= _FOLD_EVERY:
             self._fold()
+
+    def _take(self, norm: float, *, is_clipped: bool) -> None:
+        """What :meth:`_fold` does, of numbers."""
+        assert isinstance(self._norms, list)  # add
+        is_finite = math.isfinite(norm)
+        self._updates += is_finite
+        self._clipped += is_clipped and is_finite
+        if self._seen % self._stride == 0:
+            self._norms.append(norm if is_finite else _NOT_FINITE)
+            if len(self._norms) > _KEPT:
+                self._norms, self._stride = self._norms[::2], self._stride * 2
+        self._seen += 1
 
     def _fold(self) -> None:
         if not self._pending:
             return
         pending, self._pending = self._pending, []
-        norms = _stack([norm for norm, _ in pending])
+        norms = torch.stack([norm for norm, _ in pending])
         finite = norms.isfinite()
         # A coefficient of 1 in float32 may stand for a norm a millionth above the threshold.
         factors = [coefficient for _, coefficient in pending]
-        if any(isinstance(factor, Tensor) and factor.ndim for factor in factors):
-            factors = [(torch.as_tensor(factor) < 1).float().mean() for factor in factors]
-            shares = _stack(factors)
+        if all(factor.ndim == 0 for factor in factors):
+            shares = (torch.stack(factors) < 1).float()
         else:
-            shares = (_stack(factors) < 1).float()
+            shares = torch.stack([(factor < 1).float().mean() for factor in factors])
         self._updates = self._updates + finite.sum()
         self._clipped = self._clipped + (shares * finite).sum()
         marked = torch.where(finite, norms, _NOT_FINITE)
         first = -self._seen % self._stride
         self._seen += len(marked)
         chosen = marked[first :: self._stride]
-        kept = chosen if self._norms is None else torch.cat([self._norms.to(chosen), chosen])
+        kept = torch.cat([torch.as_tensor(self._norms).to(chosen), chosen])
         while len(kept) > _KEPT:
             kept, self._stride = kept[::2], self._stride * 2
         self._norms = kept
@@ -159,9 +154,9 @@ class ClipAudit:
         """The counts so far; None where no update was seen. Synchronises."""
         self._fold()
         updates = int(self._updates)
-        if not updates or self._norms is None:
+        if not updates:
             return None
-        norms = sorted(norm for norm in self._norms.tolist() if norm >= 0)
+        norms = sorted(norm for norm in self._numbers() if norm >= 0)
         threshold = self._threshold
         if isinstance(threshold, Tensor):
             threshold = threshold.item() if threshold.numel() == 1 else None
@@ -173,13 +168,29 @@ class ClipAudit:
             high=norms[min(len(norms) - 1, int(0.95 * len(norms)))] if norms else 0.0,
         )
 
+    def take_share(self) -> Tensor | float | None:
+        """Share of the finite updates since it was last asked that were clipped.
+
+        None where there were none, as far as is known without a look at the device.
+        """
+        self._fold()
+        updates, clipped = self._updates - self._logged[0], self._clipped - self._logged[1]
+        self._logged = self._updates, self._clipped
+        if isinstance(updates, Tensor):
+            return clipped / updates.clamp(min=1)
+        return clipped / updates if updates else None
+
+    def _numbers(self) -> list[float]:
+        return self._norms if isinstance(self._norms, list) else self._norms.tolist()
+
     def state_dict(self) -> dict[str, Any]:
         """Counts and kept norms as plain numbers."""
         self._fold()
         return {
             "updates": int(self._updates),
             "clipped": float(self._clipped),
-            "norms": [] if self._norms is None else self._norms.tolist(),
+            "logged": [int(self._logged[0]), float(self._logged[1])],
+            "norms": list(self._numbers()),
             "stride": self._stride,
             "seen": self._seen,
         }
@@ -188,12 +199,7 @@ class ClipAudit:
         """Goes on from a checkpoint's counts."""
         self._pending = []
         self._updates, self._clipped = state["updates"], state["clipped"]
-        self._norms = torch.tensor(state["norms"]) if state["norms"] else None
+        updates, clipped = state.get("logged", (self._updates, self._clipped))
+        self._logged = updates, clipped
+        self._norms = list(state["norms"])
         self._stride, self._seen = state["stride"], state["seen"]
-
-
-def _stack(values: list[Tensor | float]) -> Tensor:
-    """Numbers, or tensors of shape (), as a vector; a few numbers cost less than a few tensors."""
-    if all(isinstance(value, float) for value in values):
-        return torch.tensor(values)
-    return torch.stack([torch.as_tensor(value) for value in values])

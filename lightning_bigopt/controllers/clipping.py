@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
 
 from lightning_bigopt import trainer_access
-from lightning_bigopt.controllers.audit import ClipAudit, ClipReport, advice, decisions_of
+from lightning_bigopt.controllers.audit import ClipAudit, ClipReport, advice
 from lightning_bigopt.controllers.base import Controller
 from lightning_bigopt.gradients import ClipContext, ClippingRule, Groups, apply_, clear_
 from lightning_bigopt.gradients.rules.base import RuleState
+from lightning_bigopt.reporting.tags import tag_name
 
 if TYPE_CHECKING:
     from lightning_bigopt.pipeline import OptimizerStep, Pipeline
@@ -99,11 +102,20 @@ class GradientClippingController(Controller):
         step.decision = self._resolved.decide(context, state)
         apply_(step.decision, optimizer=optimizer)
         audits = self._audits.setdefault(label, {})
-        for group, decision, _ in decisions_of(step.decision, self.rule):
+        for group, decision in step.decision.by_group.items():
             audit = audits.get(group)
             if audit is None:
                 audit = audits[group] = ClipAudit()
             audit.add(decision)
+
+    def metrics(self, pipeline: Pipeline) -> Mapping[str, float | Tensor]:
+        """The share of updates clipped since the last logged one."""
+        shares = {
+            tag_name("clip/fraction", label, group): audit.take_share()
+            for label, audits in self._audits.items()
+            for group, audit in audits.items()
+        }
+        return {tag: share for tag, share in shares.items() if share is not None}
 
     def reports(self) -> dict[tuple[str, str], ClipReport]:
         """What clipping has done so far, by optimiser and group. Synchronises."""

@@ -26,7 +26,7 @@ XAxis: TypeAlias = Literal["updates", "samples", "tokens"]
 
 
 class MonitorController(Controller):
-    """Logs what every n-th update used, and watches every update for clips and refusals."""
+    """Logs what every n-th update used, and counts refusals."""
 
     role = "monitor"
     rank = 90
@@ -54,7 +54,6 @@ class MonitorController(Controller):
         self.layers, self.per_layer = layers, tuple(per_layer)
         self.settings = settings or ClockSettings()
         self.skipped = 0
-        self._clips: dict[str, _ClipCount] = {}
         self._start()
 
     def _start(self) -> None:
@@ -107,8 +106,6 @@ class MonitorController(Controller):
         label = step.label
         if step.skipped is not None:
             self.skipped += 1
-        elif step.decision is not None:
-            self._watch(step.decision, label)
         if not self.wants_norms(step):
             return
         values = self._values
@@ -121,6 +118,8 @@ class MonitorController(Controller):
                 values.add(tag_name(tag, label, name), value)
         if not self._due:
             return
+        if step.decision is not None:
+            self._show_clip(step.decision, label)
         if self.layers is not None:
             monitor = self._layers.get(label)
             if monitor is None:
@@ -130,25 +129,16 @@ class MonitorController(Controller):
             refused = step.skipped is not None
             monitor.before_step(step.norms, group=shards, into=values, is_refused=refused)
 
-    def _watch(self, decision: ClipDecision, label: str) -> None:
-        """Counts clips without looking at them."""
-        if not decision.parts:
-            self._count(decision, tag_name("", label) if label else "")
-        for pattern, part in decision.parts.items():
-            self._count(part, tag_name("", label, pattern))
-
-    def _count(self, decision: ClipDecision, key: str) -> None:
-        coefficients = decision.coefficient
-        if coefficients is None:
-            coefficients = decision.coefficients
-            if coefficients is None and decision.threshold is None:
-                return
-        count = self._clips.get(key)
-        if count is None:
-            count = self._clips[key] = _ClipCount()
-        count.see(coefficients)
-        if self._due:
-            count.log(decision, key, self._values)
+    def _show_clip(self, decision: ClipDecision, label: str) -> None:
+        """Factor and threshold; the share of clipped updates comes from who counts them."""
+        for pattern, part in decision.by_group.items():
+            factor, threshold = part.coefficient, part.threshold
+            if factor is None and part.coefficients is not None:
+                factor = part.coefficients.mean()
+            if factor is not None:
+                self._values.add(tag_name("clip/coefficient", label, pattern), factor)
+            if threshold is not None and (not isinstance(threshold, Tensor) or threshold.ndim == 0):
+                self._values.add(tag_name("clip/threshold", label, pattern), threshold)
 
     def on_batch_end(self, pipeline: Pipeline, outputs: Any, batch: Any) -> None:
         """Fetches everything in one transfer and logs it at Lightning's own step."""
@@ -163,8 +153,6 @@ class MonitorController(Controller):
         trainer, due = pipeline.trainer, self._due
         self._bar_is_empty = False
         if due:
-            for count in self._clips.values():
-                count.begin_anew()
             group = trainer_access.shard_group(trainer)
             for monitor in self._layers.values():
                 monitor.after_step(group=group, into=values)
@@ -227,54 +215,15 @@ class MonitorController(Controller):
     def reset(self) -> None:
         """Forgets a former Trainer's run."""
         self.skipped = 0
-        self._clips = {}
         self._start()
 
     def state_dict(self) -> dict[str, Any]:
-        """Refused updates, and clips since the last logged update."""
-        clips = {key: [float(c.clipped), c.updates] for key, c in self._clips.items()}
-        return {"skipped": self.skipped, "clips": clips}
+        """Refused updates."""
+        return {"skipped": self.skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over what :meth:`state_dict` gave."""
         self.skipped = int(state["skipped"])
-        self._clips = {k: _ClipCount(clipped, n) for k, (clipped, n) in state["clips"].items()}
-
-
-class _ClipCount:
-    """Updates, and the share of them that were clipped, since the last logged update."""
-
-    def __init__(self, clipped: float | Tensor = 0.0, updates: int = 0) -> None:
-        self.clipped, self.updates = clipped, updates
-        self._is_logged = False
-
-    def see(self, coefficients: Tensor | None) -> None:
-        """One more update. Does not synchronise."""
-        self.updates += 1
-        if coefficients is None:
-            return
-        if coefficients.is_cpu and not coefficients.ndim:
-            self.clipped += coefficients.item() < 1.0
-        else:
-            self.clipped = self.clipped + (coefficients < 1.0).float().mean()
-
-    def log(self, part: ClipDecision, key: str, values: Collected) -> None:
-        """Hands the share over; a batch's next update of the same optimiser does so again."""
-        if part.coefficient is not None:
-            values.add(f"clip/coefficient{key}", part.coefficient)
-        elif part.coefficients is not None:
-            values.add(f"clip/coefficient{key}", part.coefficients.mean())
-        threshold = part.threshold
-        if threshold is not None and (not isinstance(threshold, Tensor) or threshold.ndim == 0):
-            values.add(f"clip/threshold{key}", threshold)
-        if part.coefficient is not None or part.coefficients is not None:
-            values.add(f"clip/fraction{key}", self.clipped / self.updates)
-        self._is_logged = True
-
-    def begin_anew(self) -> None:
-        """Forgets what has been logged."""
-        if self._is_logged:
-            self.clipped, self.updates, self._is_logged = 0.0, 0, False
 
 
 def _hyperparameters(group: Mapping[str, Any]) -> dict[str, float | Tensor]:

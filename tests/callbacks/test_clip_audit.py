@@ -163,29 +163,36 @@ def test_the_counts_go_on_after_a_resume(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- the audit alone
 
 
-def feed(audit: ClipAudit, norms: list[float], limit: float) -> None:
+def on_device(norm: float) -> GradientNorms:
+    total = torch.tensor(norm)
+    return GradientNorms(
+        names=("w",), per_tensor=total.view(1), total=total, finite=total.isfinite()
+    )
+
+
+def on_host(norm: float) -> GradientNorms:
+    return GradientNorms.of_numbers([("w", torch.nn.Parameter(torch.zeros(1)))], [norm], 2.0)
+
+
+WHERE = pytest.mark.parametrize("where", [on_device, on_host])
+
+
+def feed(audit: ClipAudit, norms: list[float], limit: float, where: Any = on_device) -> None:
     for norm in norms:
-        total = torch.tensor(norm)
-        audit.add(
-            ClipDecision(
-                norms=GradientNorms(
-                    names=("w",), per_tensor=total.view(1), total=total, finite=total.isfinite()
-                ),
-                coefficient=(limit / total).clamp(max=1.0),
-                threshold=limit,
-            )
-        )
+        coefficient = (limit / torch.tensor(norm)).clamp(max=1.0)
+        audit.add(ClipDecision(norms=where(norm), coefficient=coefficient, threshold=limit))
 
 
+@WHERE
 @pytest.mark.parametrize("cut", [0, 1, 63, 64, 700, 4999])
-def test_memory_is_bounded_and_the_sample_is_even(cut: int) -> None:
+def test_memory_is_bounded_and_the_sample_is_even(cut: int, where: Any) -> None:
     norms = [1.0 + i / 5000 for i in range(5000)]
     whole, parts = ClipAudit(), ClipAudit()
-    feed(whole, norms, 1.5)
-    feed(parts, norms[:cut], 1.5)
+    feed(whole, norms, 1.5, where)
+    feed(parts, norms[:cut], 1.5, where)
     again = ClipAudit()
     again.load_state_dict(parts.state_dict())
-    feed(again, norms[cut:], 1.5)
+    feed(again, norms[cut:], 1.5, where)
     assert again.report() == whole.report()
     report, kept = whole.report(), whole.state_dict()["norms"]
     assert (report.updates, report.clipped) == (5000, 2499)
@@ -206,3 +213,28 @@ def test_it_does_not_look_at_the_device_between_reports(monkeypatch: pytest.Monk
     feed(audit, [float(i + 1) for i in range(1000)], 500.0)
     monkeypatch.undo()
     assert audit.report().clipped == 500
+
+
+@WHERE
+def test_the_share_since_it_was_last_asked_is_of_finite_updates(where: Any) -> None:
+    audit = ClipAudit()
+    assert audit.take_share() is None
+    feed(audit, [1.0, 3.0, math.nan, 3.0, math.inf], 2.0, where)
+    assert audit.take_share() == pytest.approx(2 / 3)
+    feed(audit, [1.0, 1.0], 2.0, where)
+    again = ClipAudit()
+    again.load_state_dict(audit.state_dict())
+    feed(again, [1.0, 3.0], 2.0, where)
+    assert again.take_share() == pytest.approx(1 / 4)
+    assert not again.take_share()
+    assert again.report().updates == 7
+    assert again.report().clipped == 3
+
+
+@WHERE
+def test_a_run_that_moves_to_another_device_goes_on_counting(where: Any) -> None:
+    audit = ClipAudit()
+    feed(audit, [1.0, 3.0], 2.0, on_host if where is on_device else on_device)
+    feed(audit, [3.0] * 70, 2.0, where)
+    assert (audit.report().updates, audit.report().clipped) == (72, 71)
+    assert sorted(audit.state_dict()["norms"]) == [1.0] + [3.0] * 71

@@ -852,10 +852,13 @@ def test_the_plan_is_a_text_and_the_end_has_hyperparameters(tmp_path: Path) -> N
 
 def test_state_is_plain(tmp_path: Path) -> None:
     monitor = OptimizationMonitor(every=3)
-    fit(Watched(), loader(16, 4), GradientClipping(NormClip(1.0)), monitor, max_epochs=1)
-    state = monitor.controller.state_dict()
-    assert json.loads(json.dumps(state)) == state
-    assert state["clips"][""][1] == 1  # the fourth update came after the last logged one
+    clipping = GradientClipping(NormClip(1.0))
+    fit(Watched(), loader(16, 4), clipping, monitor, max_epochs=1)
+    for callback in (monitor, clipping):
+        state = callback.controller.state_dict()
+        assert json.loads(json.dumps(state)) == state
+    audit = state["audit"][""][""]
+    assert (audit["updates"], audit["logged"][0]) == (4, 3)  # one came after the last logged one
 
 
 def test_the_steps_seconds_and_samples_are_plausible(tmp_path: Path) -> None:

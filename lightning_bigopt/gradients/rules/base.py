@@ -124,6 +124,11 @@ class ClipDecision:
     write: Callable[[], None] | None = None
     after_step: Callable[[], None] | None = None
 
+    @property
+    def by_group(self) -> Mapping[str, ClipDecision]:
+        """The decisions by pattern; itself under ``""`` where there are no groups."""
+        return self.parts or {"": self}
+
 
 class ClippingRule(ABC):
     """Decides how one update's gradients are limited.
