@@ -65,12 +65,14 @@ class OptimizationCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Conflicts raise here."""
         pipeline = self._bound()
-        pipeline.once("fit_start", self, pipeline.fit_start)
+        if pipeline.rounds.is_first("fit_start", self):
+            pipeline.fit_start()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """All state is restored; the horizon is fixed."""
         pipeline = self._bound()
-        pipeline.once("train_start", self, pipeline.train_start)
+        if pipeline.rounds.is_first("train_start", self):
+            pipeline.train_start()
         self._fall_silent(trainer, pipeline)
 
     def _fall_silent(self, trainer: Trainer, pipeline: Pipeline) -> None:
@@ -118,14 +120,16 @@ class OptimizationCallback(Callback):
         """An epoch begins, perhaps with fewer callbacks."""
         pipeline = self._bound()
         self._fall_silent(trainer, pipeline)
-        pipeline.once("epoch_start", self, pipeline.epoch_start)
+        if pipeline.rounds.is_first("epoch_start", self):
+            pipeline.epoch_start()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """A window may open."""
         pipeline = self._bound()
-        pipeline.once("batch_start", self, pipeline.batch_start, batch, batch_idx)
+        if pipeline.rounds.is_first("batch_start", self):
+            pipeline.batch_start(batch, batch_idx)
         if not pipeline.hears_of_batches and _is_ours(self, "on_train_batch_start"):
             self.__dict__["on_train_batch_start"] = None  # until the next epoch begins
 
@@ -134,26 +138,30 @@ class OptimizationCallback(Callback):
     ) -> None:
         """A micro-batch's loss is known."""
         pipeline = self._bound()
-        pipeline.once("before_backward", self, pipeline.before_backward, loss)
+        if pipeline.rounds.is_first("before_backward", self):
+            pipeline.before_backward(loss)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Rescale, measure, decide, clip, observe."""
         pipeline = self._bound()
-        pipeline.once("before_step", self, pipeline.before_step, optimizer)
+        if pipeline.rounds.is_first("before_step", self):
+            pipeline.before_step(optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """The batch counts as consumed."""
         pipeline = self._bound()
-        pipeline.once("batch_end", self, pipeline.batch_end, outputs, batch)
+        if pipeline.rounds.is_first("batch_end", self):
+            pipeline.batch_end(outputs, batch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """An epoch has ended."""
         pipeline = self._bound()
-        pipeline.once("epoch_end", self, pipeline.epoch_end)
+        if pipeline.rounds.is_first("epoch_end", self):
+            pipeline.epoch_end()
 
     # ---------------------------------------------------------------------------------- state
 

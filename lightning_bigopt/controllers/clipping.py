@@ -35,7 +35,10 @@ class GradientClippingController(Controller):
                 f"rule must be a ClippingRule, got {rule!r}; try NormClip(max_norm=1.0)"
             )
         self.rule = rule
+        self.norm_type = rule.measures or 2.0  # of the norms that everybody reads
+        self._reads_norms = rule.measures is not None
         self._resolved = rule
+        self._names: tuple[str, ...] = ()
         self._states: dict[str, RuleState] = {}
         self._audits: dict[str, dict[str, ClipAudit]] = {}
 
@@ -43,11 +46,6 @@ class GradientClippingController(Controller):
     def needs_horizon(self) -> bool:  # type: ignore[override]
         """A scheduled threshold needs to know where the run ends."""
         return self.rule.needs_horizon
-
-    @property
-    def norm_type(self) -> float:
-        """The order of the norm that the rule reads; 2 where it reads none."""
-        return self.rule.measures or 2.0
 
     def on_fit_start(self, pipeline: Pipeline) -> None:
         """Refuses a second owner of clipping."""
@@ -77,13 +75,15 @@ class GradientClippingController(Controller):
                 )
 
     def on_train_start(self, pipeline: Pipeline) -> None:
-        """Converts the durations of a scheduled threshold."""
+        """Converts the durations of a scheduled threshold; nobody else clips, and none is asked."""
+        trainer_access.pass_over_clipping(pipeline.trainer)
+        self._names = pipeline.parameter_names
         horizon = pipeline.clock.horizon
         self._resolved = self.rule if horizon is None else self.rule.resolve(horizon)
 
     def wants_norms(self, step: OptimizerStep) -> bool:
         """Some rules look at entries or units only."""
-        return self.rule.measures is not None
+        return self._reads_norms
 
     def clip(self, step: OptimizerStep) -> None:
         """Decides once, and carries it out."""
@@ -93,11 +93,11 @@ class GradientClippingController(Controller):
             state = self._states[label] = self._resolved.initial_state()
         context = ClipContext(
             parameters=step.parameters,
-            norms=None if self.rule.measures is None else step.coming_norms,
+            norms=step.coming_norms if self._reads_norms else None,
             optimizer=optimizer,
             fraction=pipeline.window.fraction,
             process_group=pipeline.shard_group,
-            all_names=pipeline.parameter_names,
+            all_names=self._names,
         )
         step.decision = self._resolved.decide(context, state)
         apply_(step.decision, optimizer=optimizer)
@@ -128,6 +128,7 @@ class GradientClippingController(Controller):
 
     def on_fit_end(self, pipeline: Pipeline) -> None:
         """Takes back what waits for a step that never came, and says how often clipping acted."""
+        trainer_access.come_back_to_clipping(pipeline.trainer)
         for optimizer in pipeline.trainer.optimizers:
             clear_(optimizer)
         rules = dict(self.rule.pairs) if isinstance(self.rule, Groups) else {"": self.rule}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -40,6 +40,7 @@ class Pipeline:
     controllers, the others find it done.
 
     Attributes:
+        rounds: Finds the first callback to hand an event over.
         shard_group: As :func:`~lightning_bigopt.trainer_access.shard_group`, from train start on.
         hears_of_batches: Whether every ``on_train_batch_start`` is needed, or none after an epoch's
             first.
@@ -50,7 +51,7 @@ class Pipeline:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = weakref.ref(trainer)
         self.number = next(_numbers)
-        self._rounds = Rounds()
+        self.rounds = Rounds()
         self._ownership = Ownership()
         self.shard_group: ProcessGroup | None = None
         self._has_scaler = False
@@ -150,7 +151,7 @@ class Pipeline:
             self.controllers = Roster()
             self._ownership = Ownership()
             self.clock.settings = ClockSettings()
-            self._rounds = Rounds()
+            self.rounds = Rounds()
         self.controllers.refuse_twin(controller)
         self.clock.settings = self.clock.settings.merge(controller.settings)
         self.add(controller)
@@ -168,13 +169,6 @@ class Pipeline:
             self._ownership = Ownership()
 
     # --------------------------------------------------------------------------------- events
-
-    def once(self, event: str, caller: object, run: Callable[..., None], *arguments: Any) -> bool:
-        """Runs ``run`` for the first caller of a round of ``event``; whether this one was it."""
-        first = self._rounds.is_first(event, caller)
-        if first:
-            run(*arguments)
-        return first
 
     def batch_hooks(self) -> tuple[str, ...]:
         """Lightning's hooks of a batch in which this fit does something."""
@@ -218,7 +212,7 @@ class Pipeline:
 
     def epoch_start(self) -> None:
         """``on_train_epoch_start``: loaders may be new, and who hands the batches over."""
-        self._rounds.forget("batch_start", "before_backward", "before_step", "batch_end")
+        self.rounds.forget("batch_start", "before_backward", "before_step", "batch_end")
         self.clock.pin_samples(self.trainer)
         for controller in self.controllers:
             controller.on_epoch_start(self)

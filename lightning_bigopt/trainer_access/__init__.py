@@ -42,8 +42,10 @@ from lightning_bigopt.trainer_access.position import (
     ready_batches,
 )
 from lightning_bigopt.trainer_access.precision import (
+    come_back_to_clipping,
     gradient_scaler,
     loss_scale,
+    pass_over_clipping,
     scaler_found_inf,
     unscale_gradients_,
     unscaled_loss,
@@ -73,6 +75,7 @@ __all__ = [
     "checkpoint_exists",
     "checkpoint_interval",
     "closes_window",
+    "come_back_to_clipping",
     "coming_step",
     "count_rows",
     "data_in_place",
@@ -98,6 +101,7 @@ __all__ = [
     "newest_checkpoint",
     "optimizer_label",
     "parameter_names",
+    "pass_over_clipping",
     "placeholder_hides_metrics",
     "plain_name",
     "ready_batches",

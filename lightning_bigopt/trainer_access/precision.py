@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,12 +12,17 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 __all__ = [
+    "come_back_to_clipping",
     "gradient_scaler",
     "loss_scale",
+    "pass_over_clipping",
     "scaler_found_inf",
     "unscale_gradients_",
     "unscaled_loss",
 ]
+
+
+_CLIPPING = "_clip_gradients"
 
 
 def gradient_scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
@@ -31,6 +36,22 @@ def unscale_gradients_(trainer: Trainer, optimizer: Optimizer) -> None:
     scaler = gradient_scaler(trainer)
     if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
         scaler.unscale_(optimizer)
+
+
+def pass_over_clipping(trainer: Trainer) -> None:
+    """Has Lightning pass over its own clipping while it fits, where there is nothing to clip.
+
+    It calls the module's hook on every update, ``gradient_clip_val`` or not.
+    """
+    vars(trainer.precision_plugin)[_CLIPPING] = _clip_nothing
+
+
+def come_back_to_clipping(trainer: Trainer) -> None:
+    """Undoes :func:`pass_over_clipping`."""
+    vars(trainer.precision_plugin).pop(_CLIPPING, None)
+
+
+def _clip_nothing(*_: Any, **__: Any) -> None: ...
 
 
 def scaler_found_inf(trainer: Trainer, optimizer: Optimizer) -> Tensor | None:

@@ -101,3 +101,31 @@ def test_lightnings_own_learning_rate_finder_runs_before_us(tmp_path: Path) -> N
     assert found != 0.05
     assert module.lrs[-80:] == pytest.approx([found * (1 - t / 80) for t in range(80)])
     assert trainer.global_step == 80
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_lightning_clips_again_after_us(fails: bool) -> None:
+    clipping, module = GradientClipping(NormClip(max_norm=0.5)), Failing()
+    module.fails = fails
+    trainer = L.Trainer(**QUIET, max_epochs=1, callbacks=[clipping])
+    if fails:
+        with pytest.raises(ArithmeticError):
+            trainer.fit(module, loader(12, 2))
+    else:
+        trainer.fit(module, loader(12, 2))
+    plugin = trainer.precision_plugin
+    assert not [name for name in vars(plugin) if "clip" in name]
+
+    class Norms(L.Callback):
+        def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            norms.extend([torch.nn.utils.get_total_norm(gradients)] if gradients else [])
+
+    norms: list[Any] = []
+    module.fails = False
+    again = L.Trainer(
+        **QUIET, max_epochs=1, callbacks=[Norms()], plugins=[plugin], gradient_clip_val=1e-4
+    )
+    again.fit(module, loader(12, 2))
+    assert norms
+    assert max(norms) == pytest.approx(1e-4, rel=0.02)
