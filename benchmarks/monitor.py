@@ -74,7 +74,7 @@ WORKLOADS = (
         has_length=False,
     ),
     Workload(
-        title="GPT of 300 tensors", blocks=30, steps=50, slow_steps=15, rounds=24, slow_every=8
+        title="GPT of 300 tensors", blocks=30, steps=50, slow_steps=15, rounds=24, slow_every=3
     ),
     Workload(
         title="GPT of 3,000 tensors",

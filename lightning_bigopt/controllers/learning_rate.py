@@ -104,6 +104,14 @@ class LearningRateController(Controller):
                 "the DeepSpeed config must not hold a scheduler with LearningRateScheduler, got "
                 "one; remove it from the config"
             )
+        for optimizer in trainer.optimizers:
+            if any(group.get("lr") is None for group in optimizer.param_groups):
+                raise ValueError(
+                    "lr must be a number in every parameter group with LearningRateScheduler, got "
+                    f"None in {type(getattr(optimizer, 'optimizer', optimizer)).__name__}, which "
+                    "finds its own; give it one (Adafactor: relative_step=False, lr=1e-3), or "
+                    "leave the scheduler out"
+                )
         configs = trainer.lr_scheduler_configs
         if configs and self.module_scheduler == "raise":
             names = ", ".join(type(config.scheduler).__name__ for config in configs)

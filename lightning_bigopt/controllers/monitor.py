@@ -12,6 +12,7 @@ from lightning_bigopt.clock import ClockSettings
 from lightning_bigopt.controllers import written
 from lightning_bigopt.controllers.base import Controller
 from lightning_bigopt.controllers.collected import Collected
+from lightning_bigopt.controllers.guard import StepGuardController
 from lightning_bigopt.controllers.layers import LayerMonitor, Layers, LayerValue, check_layers
 from lightning_bigopt.controllers.throughput import StepTimer
 from lightning_bigopt.reporting.tags import tag_name
@@ -44,11 +45,14 @@ class MonitorController(Controller):
         for name, number in (("every", every), ("histograms_every", histograms_every)):
             if number is not None and (type(number) is not int or number < 1):
                 raise ValueError(
-                    f"{name} must be a positive number of updates or None, got {number!r}"
-                    + ("; None follows Trainer(log_every_n_steps=)" if name == "every" else "")
+                    f"{name} must be a positive number of updates or None, got {number!r}; None "
+                    + ("follows Trainer(log_every_n_steps=)" if name == "every" else "writes none")
                 )
         if x_axis not in get_args(XAxis):
-            raise ValueError(f"x_axis must be 'updates', 'samples' or 'tokens', got {x_axis!r}")
+            raise ValueError(
+                f"x_axis must be 'updates', 'samples' or 'tokens', got {x_axis!r}; 'updates' is "
+                "what Lightning counts"
+            )
         LayerMonitor(layers, per_layer)  # refuses what it does not know
         self.every, self.histograms_every, self.x_axis = every, histograms_every, x_axis
         self.layers, self.per_layer = layers, tuple(per_layer)
@@ -189,9 +193,10 @@ class MonitorController(Controller):
         known = {
             "batch/micro_size": float(pipeline.window.batch_samples),
             "batch/accumulate": float(clock.batches - pipeline.progress.batches),
-            "guard/skipped": float(self.skipped),
             "progress/samples": float(clock.samples),
         }
+        if self.skipped or pipeline.find(StepGuardController) is not None:
+            known["guard/skipped"] = float(self.skipped)
         if clock.settings.tokens is not None:
             known["progress/tokens"] = float(clock.tokens)
         return known

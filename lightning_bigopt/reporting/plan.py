@@ -176,6 +176,8 @@ def _rates(
         for name, group in zip(
             group_names(optimizer.param_groups), optimizer.param_groups, strict=True
         ):
+            if group.get("lr") is None:
+                continue  # the optimiser finds its own, as Adafactor does
             base = float(group["lr"])
             if owner is not None:
                 base = owner.value(group.get("name"), fraction, base, optimizer=label)

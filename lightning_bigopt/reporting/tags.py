@@ -103,8 +103,8 @@ TAGS: tuple[Tag, ...] = (
     _tag(
         "clip/fraction[/optimizer][/group]",
         "1",
-        "Share of the updates since the last logged one that were clipped (of the tensors where "
-        "each has its own coefficient).",
+        "Share of the finite updates since the last logged one that were clipped (of the tensors "
+        "where each has its own coefficient).",
     ),
     _tag(
         "layers/grad_norm/<layer>[/optimizer]",
@@ -114,12 +114,13 @@ TAGS: tuple[Tag, ...] = (
     _tag(
         "layers/weight_norm/<layer>[/optimizer]",
         "1",
-        "Norm of a layer's weights before the update.",
+        "Norm of a layer's weights before the update, of those that have a gradient in it.",
     ),
     _tag(
         "layers/update_ratio/<layer>[/optimizer]",
         "1",
-        "Norm of the change that the update made to a layer's weights, over their norm before.",
+        "Norm of the change in a layer's weights from before the update to the end of its batch, "
+        "over their norm before.",
     ),
     _tag(
         "layers/zeros/<layer>[/optimizer]",

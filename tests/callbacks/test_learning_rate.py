@@ -311,3 +311,17 @@ def test_bad_arguments_name_themselves() -> None:
         LearningRateScheduler(DOWN, budget="10%")
     with pytest.raises(ValueError, match=r"tokens must be given.*'2e9 tokens'"):
         LearningRateScheduler(DOWN, budget="2e9 tokens")
+
+
+def test_an_optimiser_that_finds_its_own_rate_is_refused() -> None:
+    class Adafactor(Probe):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            optimizer.param_groups[0]["lr"] = None
+            return optimizer
+
+    trainer = L.Trainer(
+        **{**QUIET, "max_steps": 2}, callbacks=[LearningRateScheduler(Linear(start=1.0, end=0.0))]
+    )
+    with pytest.raises(ValueError, match=r"lr must be a number.*got None in SGD.*relative_step"):
+        trainer.fit(Adafactor(), loader(16, 4))

@@ -850,6 +850,14 @@ def test_the_plan_is_a_text_and_the_end_has_hyperparameters(tmp_path: Path) -> N
     assert {"_hparams_/experiment", "_hparams_/session_start_info", "train_loss"} <= tags
 
 
+def test_refusals_are_counted_where_somebody_may_refuse(tmp_path: Path) -> None:
+    for guards, expected in (([], None), ([StepGuard()], [(step, 0.0) for step in range(4)])):
+        logger = TensorBoardLogger(tmp_path, name=f"{len(guards)}")
+        callbacks = [*guards, OptimizationMonitor(every=1)]
+        trainer = fit(Watched(), loader(16, 4), *callbacks, max_epochs=1, logger=logger)
+        assert curves(trainer).get("guard/skipped") == expected
+
+
 def test_state_is_plain(tmp_path: Path) -> None:
     monitor = OptimizationMonitor(every=3)
     clipping = GradientClipping(NormClip(1.0))

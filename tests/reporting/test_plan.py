@@ -137,6 +137,22 @@ def test_two_optimisers_of_one_class_have_a_rate_each() -> None:
     assert rows[2].learning_rates == {"SGD-0": 0.05, "SGD-1": 0.2}
 
 
+class Adafactor(Probe):
+    """With relative steps it finds its own learning rate."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        optimizer.param_groups[0]["lr"] = None
+        return optimizer
+
+
+def test_an_optimiser_that_finds_its_own_rate_has_none_in_the_plan() -> None:
+    found = plan(L.Trainer(**QUIET, max_steps=10), Adafactor(), loader(16, 4))
+    assert found.totals["updates"] == 10
+    assert all(not row.learning_rates for row in found.rows)
+    assert "updates: 10" in str(found)
+
+
 def test_a_warm_up_longer_than_the_run_is_warned_of() -> None:
     schedule = LearningRateScheduler(WarmupStableDecay(warmup="500 steps", decay="10%"))
     trainer = L.Trainer(**QUIET, max_steps=100, callbacks=[schedule])
