@@ -52,7 +52,7 @@ class OptimizationMonitor(OptimizationCallback):
         name.
 
     State:
-        ``clock``: what has been consumed. ``skipped``: refused updates.
+        ``clock``: what has been consumed.
 
     Raises:
         ValueError: If an argument is out of range; at fit start for ``report`` where that is a

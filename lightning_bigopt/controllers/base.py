@@ -70,6 +70,9 @@ class Controller:
     def decide(self, step: OptimizerStep) -> None:
         """Accepts the update or refuses it, the same on every process."""
 
+    def on_rejection(self, pipeline: Pipeline, why: str) -> None:
+        """The guard objects to the update under way; ``why`` says it in words."""
+
     def clip(self, step: OptimizerStep) -> None:
         """Limits the gradient of an accepted update."""
 

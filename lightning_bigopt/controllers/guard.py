@@ -13,7 +13,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_bigopt import trainer_access
-from lightning_bigopt.controllers import written
 from lightning_bigopt.controllers.base import Controller
 from lightning_bigopt.controllers.forensics import RejectedUpdate, WindowRecorder
 from lightning_bigopt.controllers.learning_rate import LearningRateController
@@ -207,6 +206,7 @@ class StepGuardController(Controller):
             step.shrink_(shrunk)
             return
         step.skipped = verdict.reason
+        guarded["skipped"] += 1
         skip_update_(step.optimizer)
         self._statistics.restore_()
 
@@ -222,7 +222,8 @@ class StepGuardController(Controller):
         rejected = self._window.report(step, verdict, norm)
         self.rejections.append(rejected)
         rank_zero_info(str(rejected))
-        written.write_rejection(step.pipeline, str(rejected))
+        for controller in step.pipeline.controllers.doing("on_rejection"):
+            controller.on_rejection(step.pipeline, str(rejected))
         if guarded["consecutive"] >= self._limit:
             healthy = _still_there(guarded["checkpoint"], step.pipeline.trainer)
             raise RuntimeError(
@@ -257,9 +258,10 @@ class StepGuardController(Controller):
         return factor
 
     def metrics(self, pipeline: Pipeline) -> Mapping[str, float | Tensor]:
-        """What each detector has objected to."""
+        """What was left out, and what each detector has objected to."""
         names = dict.fromkeys(type(detector).__name__ for detector in self.detectors)
-        return {
+        skipped = sum(guarded["skipped"] for guarded in self._guarded.values())
+        return {"guard/skipped": float(skipped)} | {
             tag_name("guard/rejected", name): float(
                 sum(guarded["detected"].get(name, 0) for guarded in self._guarded.values())
             )
@@ -279,6 +281,7 @@ class StepGuardController(Controller):
             "detectors": dict(zip(self._keys, states, strict=True)),
             "consecutive": 0,
             "rejected": 0,
+            "skipped": 0,
             "detected": {},
             "checkpoint": None,
         }

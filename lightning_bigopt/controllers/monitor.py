@@ -12,7 +12,6 @@ from lightning_bigopt.clock import ClockSettings
 from lightning_bigopt.controllers import written
 from lightning_bigopt.controllers.base import Controller
 from lightning_bigopt.controllers.collected import Collected
-from lightning_bigopt.controllers.guard import StepGuardController
 from lightning_bigopt.controllers.layers import LayerMonitor, Layers, LayerValue, check_layers
 from lightning_bigopt.controllers.throughput import StepTimer
 from lightning_bigopt.reporting.tags import tag_name
@@ -27,7 +26,7 @@ XAxis: TypeAlias = Literal["updates", "samples", "tokens"]
 
 
 class MonitorController(Controller):
-    """Logs what every n-th update used, and counts refusals."""
+    """Logs what every n-th update used."""
 
     role = "monitor"
     rank = 90
@@ -57,7 +56,6 @@ class MonitorController(Controller):
         self.every, self.histograms_every, self.x_axis = every, histograms_every, x_axis
         self.layers, self.per_layer = layers, tuple(per_layer)
         self.settings = settings or ClockSettings()
-        self.skipped = 0
         self._start()
 
     def _start(self) -> None:
@@ -108,8 +106,6 @@ class MonitorController(Controller):
     def observe(self, step: OptimizerStep) -> None:
         """Keeps the update's values on the device."""
         label = step.label
-        if step.skipped is not None:
-            self.skipped += 1
         if not self.wants_norms(step):
             return
         values = self._values
@@ -143,6 +139,10 @@ class MonitorController(Controller):
                 self._values.add(tag_name("clip/coefficient", label, pattern), factor)
             if threshold is not None and (not isinstance(threshold, Tensor) or threshold.ndim == 0):
                 self._values.add(tag_name("clip/threshold", label, pattern), threshold)
+
+    def on_rejection(self, pipeline: Pipeline, why: str) -> None:
+        """Writes what the guard says."""
+        written.write_rejection(pipeline, why, self.x_axis)
 
     def on_batch_end(self, pipeline: Pipeline, outputs: Any, batch: Any) -> None:
         """Fetches everything in one transfer and logs it at Lightning's own step."""
@@ -183,8 +183,8 @@ class MonitorController(Controller):
         rate = next((v for k, v in found.items() if k.startswith("optim/lr")), None)
         if rate is not None:
             shown = {"lr": rate, **shown}
-        if self.skipped:
-            shown["skipped"] = float(self.skipped)
+        if found.get("guard/skipped"):
+            shown["skipped"] = found["guard/skipped"]
         return shown
 
     def metrics(self, pipeline: Pipeline) -> Mapping[str, float | Tensor]:
@@ -195,8 +195,6 @@ class MonitorController(Controller):
             "batch/accumulate": float(clock.batches - pipeline.progress.batches),
             "progress/samples": float(clock.samples),
         }
-        if self.skipped or pipeline.find(StepGuardController) is not None:
-            known["guard/skipped"] = float(self.skipped)
         if clock.settings.tokens is not None:
             known["progress/tokens"] = float(clock.tokens)
         return known
@@ -215,20 +213,9 @@ class MonitorController(Controller):
         self._layers = {}
         written.write_end(pipeline)
 
-    # ------------------------------------------------------------------------------- state
-
     def reset(self) -> None:
         """Forgets a former Trainer's run."""
-        self.skipped = 0
         self._start()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Refused updates."""
-        return {"skipped": self.skipped}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` gave."""
-        self.skipped = int(state["skipped"])
 
 
 def _hyperparameters(group: Mapping[str, Any]) -> dict[str, float | Tensor]:

@@ -21,7 +21,6 @@ from lightning_bigopt.reporting import tensorboard
 from lightning_bigopt.reporting.tags import tag_name
 
 if TYPE_CHECKING:
-    from lightning_bigopt.controllers.monitor import MonitorController
     from lightning_bigopt.durations import Progress
     from lightning_bigopt.pipeline import OptimizerStep, Pipeline
 
@@ -177,13 +176,10 @@ def write_histograms(step: OptimizerStep, axis: Axis) -> None:
                 writer.add_histogram(tag, whole.float().cpu(), at)
 
 
-def write_rejection(pipeline: Pipeline, why: str) -> None:
-    """Writes why the guard objects to the update under way, where a monitor watches."""
-    monitor = _monitor(pipeline)
-    if monitor is None:
-        return
+def write_rejection(pipeline: Pipeline, why: str, axis: Axis) -> None:
+    """Writes why the guard objects to the update under way, as text for TensorBoard."""
     for writer, prefix in trainer_access.tensorboard_writers(pipeline.trainer).values():
-        writer.add_text(prefix + "guard/rejected", why, _place(pipeline, monitor.x_axis))
+        writer.add_text(prefix + "guard/rejected", why, _place(pipeline, axis))
 
 
 def _place(pipeline: Pipeline, axis: Axis) -> int:
@@ -191,10 +187,6 @@ def _place(pipeline: Pipeline, axis: Axis) -> int:
     if axis == "updates":
         return trainer_access.batches_that_stepped(pipeline.trainer)
     return int(getattr(pipeline.clock.progress(), axis))
-
-
-def _monitor(pipeline: Pipeline) -> MonitorController | None:
-    return next((c for c in pipeline.controllers if c.role == "monitor"), None)  # type: ignore[return-value]
 
 
 def specifications(pipeline: Pipeline) -> dict[str, str]:
