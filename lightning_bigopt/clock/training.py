@@ -73,6 +73,7 @@ class TrainingClock:
             ValueError: If the horizon is required and cannot be known.
         """
         self._world = trainer_access.data_parallel_size(trainer)
+        self.forget_batch()
         self.pin_samples(trainer)
         kept = self._take_over(trainer)
         try:
@@ -206,6 +207,10 @@ class TrainingClock:
         self.batches += batches
         self.samples += samples
         self.tokens += tokens
+        self.forget_batch()
+
+    def forget_batch(self) -> None:
+        """The batch under way never ends: an error or the module cut it off."""
         self._pending = (0, 0, 0)
 
     def close_window(self) -> None:

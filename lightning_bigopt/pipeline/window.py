@@ -57,6 +57,7 @@ class Window:
     def forget(self) -> None:
         """No window crosses an epoch, nor does a batch that never ended."""
         self.is_open = self.batch_is_begun = False
+        self._clock.forget_batch()
 
     def begin_batch(self, trainer: Trainer, batch: Any, *, served: tuple[int, int] | None) -> None:
         """Counts a batch; the first one of a window opens it.

@@ -320,3 +320,48 @@ def test_the_rate_counts_batches_that_the_module_makes_no_update_of() -> None:
     )
     trainer.fit(module, DataLoader(TensorDataset(torch.randn(16, 3)), batch_size=4))
     assert module.rates == [1 - batch / 8 for batch in range(8)]
+
+
+class CutsShort(Unloved):
+    """Leaves the first epoch where one of its batches begins."""
+
+    def __init__(self, *, at: int) -> None:
+        super().__init__(without=None)
+        self.at = at
+        self.rates: list[float] = []
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if (self.current_epoch, batch_idx) == (0, self.at) else None
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_a_batch_that_the_module_refuses_is_not_consumed(at: int) -> None:
+    module = CutsShort(at=at)
+    trainer = L.Trainer(
+        **{**QUIET, "max_epochs": 3, "max_steps": -1},
+        callbacks=[LearningRateScheduler(Linear(start=1.0, end=0.0))],
+    )
+    trainer.fit(module, DataLoader(TensorDataset(torch.randn(16, 3)), batch_size=4))
+    assert module.rates == [1 - batch / 12 for batch in range(at + 8)]
+
+
+def test_a_batch_that_ended_in_an_error_is_not_consumed() -> None:
+    class Fails(CutsShort):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            super().on_before_optimizer_step(optimizer)
+            if len(self.rates) == 3:
+                raise ZeroDivisionError
+
+    module = Fails(at=-1)
+    trainer = L.Trainer(
+        **{**QUIET, "max_epochs": 2, "max_steps": -1},
+        callbacks=[LearningRateScheduler(Linear(start=1.0, end=0.0))],
+    )
+    data = DataLoader(TensorDataset(torch.randn(16, 3)), batch_size=4)
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit(module, data)
+    trainer.fit(module, data)
+    assert module.rates[:5] == [1 - batch / 8 for batch in (0, 1, 2, 2, 3)]
