@@ -192,7 +192,8 @@ class LearningRateController(Controller):
 
     def on_new_parameters(self, pipeline: Pipeline) -> None:
         """Writes the learning rates of groups that arrived within an epoch."""
-        self.rewrite(pipeline)
+        if any(len(s.optimizer.param_groups) > len(s.bases) for s in _schedulers(pipeline)):
+            self.rewrite(pipeline)
 
     def on_batch_end(self, pipeline: Pipeline, outputs: Any, batch: Any) -> None:
         """Writes the learning rates of the coming update, as Lightning's scheduler step would."""

@@ -365,3 +365,22 @@ def test_a_batch_that_ended_in_an_error_is_not_consumed() -> None:
         trainer.fit(module, data)
     trainer.fit(module, data)
     assert module.rates[:5] == [1 - batch / 8 for batch in (0, 1, 2, 2, 3)]
+
+
+def test_a_rate_that_the_module_writes_for_its_update_stays() -> None:
+    used = []
+
+    class Warms(Unloved):
+        def optimizer_step(
+            self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+        ) -> None:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.125
+            optimizer.step(closure=optimizer_closure)
+            used.append(optimizer.param_groups[0]["lr"])
+
+    trainer = L.Trainer(
+        **{**QUIET, "max_steps": 4}, callbacks=[LearningRateScheduler(WarmupCosine(warmup=2))]
+    )
+    trainer.fit(Warms(without=None), DataLoader(TensorDataset(torch.randn(16, 3)), batch_size=4))
+    assert used == [0.125] * 4
