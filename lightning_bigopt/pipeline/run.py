@@ -63,7 +63,7 @@ class Pipeline:
         self._clock_runs = False
         self._batch_has_loss = False
         self.hears_of_batches = True
-        self._first_update_pending = True
+        self._first_update_pending = self._first_batch_pending = True
         self._steps_at_start = 0
 
     @classmethod
@@ -191,7 +191,7 @@ class Pipeline:
         self.shard_group = trainer_access.shard_group(self.trainer)
         self.window.start()
         self._steps_at_start = self.trainer.global_step
-        self._first_update_pending = True
+        self._first_update_pending = self._first_batch_pending = True
         for controller in self.controllers:
             controller.on_train_start(self)
         self._note_who_hears_of_batches()
@@ -259,6 +259,8 @@ class Pipeline:
     def before_step(self, optimizer: Optimizer) -> None:
         """``on_before_optimizer_step``: rescale, measure, decide, clip, observe."""
         self._first_update_pending = False
+        if self._first_batch_pending:
+            self._refuse_endless_batch()
         self.begin_batch()
         owned = self._owned_by(optimizer)
         if self._comes_to_nothing(owned):
@@ -278,6 +280,14 @@ class Pipeline:
         for controller in self.controllers.doing("observe"):
             controller.observe(step)
 
+    def _refuse_endless_batch(self) -> None:
+        """Raises at a second update where nobody heard of the end of the first one's batch."""
+        if self.module.automatic_optimization and self.trainer.global_step > self._steps_at_start:
+            raise RuntimeError(
+                "on_train_batch_end must reach the callbacks, got a second update without it: an "
+                "overridden hook swallowed it; call super() in the hook"
+            )
+
     def _comes_to_nothing(self, owned: Owned) -> bool:
         """Whether Lightning calls for an update without a gradient, or for one that it leaves out.
 
@@ -293,6 +303,7 @@ class Pipeline:
     def batch_end(self, outputs: Any, batch: Any) -> None:
         """``on_train_batch_end``: the batch counts as consumed."""
         trainer = self.trainer
+        self._first_batch_pending = False
         self.begin_batch()
         self.window.end_batch(closes=trainer_access.closes_window(trainer))
         if self._first_update_pending and trainer.global_step > self._steps_at_start:

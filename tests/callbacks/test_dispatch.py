@@ -384,3 +384,11 @@ def test_a_rate_that_the_module_writes_for_its_update_stays() -> None:
     )
     trainer.fit(Warms(without=None), DataLoader(TensorDataset(torch.randn(16, 3)), batch_size=4))
     assert used == [0.125] * 4
+
+
+def test_an_end_of_a_batch_that_reaches_nobody_is_an_error() -> None:
+    class Silent(LearningRateScheduler):
+        def on_train_batch_end(self, *arguments: Any) -> None: ...
+
+    with pytest.raises(RuntimeError, match=r"on_train_batch_end must reach .* call super\(\)"):
+        fit([Silent(Linear(start=1.0, end=0.0))])
