@@ -16,8 +16,6 @@ from lightning_bigopt.gradients.kernels import wide_dtype
 __all__ = ["GradientNorms"]
 
 _LARGEST = torch.finfo(torch.float32).max
-# Nobody writes these, and to make a tensor costs as much as the norm of one.
-_FINITE, _NOT_FINITE = torch.ones((), dtype=torch.bool), torch.zeros((), dtype=torch.bool)
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +194,7 @@ def _scalar(total: float) -> Tensor:
 
 
 def _is_finite(total: float) -> Tensor:
-    return _FINITE if math.isfinite(total) else _NOT_FINITE
+    return torch.scalar_tensor(math.isfinite(total), dtype=torch.bool)
 
 
 def _float32(values: list[float]) -> Tensor:

@@ -44,6 +44,18 @@ def test_norm_clip_below_the_limit_changes_no_bit():
     assert all(torch.equal(a, b) for a, b in zip(before, gradients(named), strict=True))
 
 
+def test_what_is_written_into_a_decision_stays_in_it():
+    rule = NormClip(1e9)
+    for _ in range(2):
+        named = with_gradients()
+        context = ClipContext(parameters=named, norms=measure(named), fraction=0.0)
+        decision = rule.decide(context, rule.initial_state())
+        assert decision.coefficient.item() == 1.0
+        assert decision.norms.finite.item()
+        decision.coefficient.mul_(0.5)
+        decision.norms.finite.logical_not_()
+
+
 def test_norm_clip_follows_its_schedule():
     named = with_norms(8.0)
     rule = NormClip(2.0, schedule=Linear(start=1.0, end=0.5))

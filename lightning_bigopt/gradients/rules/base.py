@@ -32,9 +32,6 @@ __all__ = [
 RuleState: TypeAlias = dict[str, Any]
 """What a rule remembers: numbers, strings, lists, dicts and tensors, changed in place."""
 
-# Nobody writes it, and to make a tensor costs as much as the rest of a decision.
-_ONE = torch.ones(())
-
 
 # One of each of these is made every update, and a frozen one takes three times as long to make.
 @dataclass(kw_only=True, eq=False)
@@ -206,7 +203,7 @@ def total_coefficient(norms: GradientNorms, threshold: float) -> Tensor:
         return clip_coefficient(norms.total, threshold, finite=norms.finite)
     norm = norms.value
     if not norm + 1e-6 > threshold or not norms.finite:
-        return _ONE
+        return torch.scalar_tensor(1.0)  # its own: a rule made of this one may write into it
     return torch.scalar_tensor(threshold / (norm + 1e-6))
 
 
