@@ -304,6 +304,8 @@ class Pipeline:
         """``on_train_batch_end``: the batch counts as consumed."""
         trainer = self.trainer
         self._first_batch_pending = False
+        if batch is None and not self.window.batch_is_begun:  # Lightning begins no such batch
+            self.window.begin_batch(trainer, None, served=(0, 0))
         self.begin_batch()
         self.window.end_batch(closes=trainer_access.closes_window(trainer))
         if self._first_update_pending and trainer.global_step > self._steps_at_start:

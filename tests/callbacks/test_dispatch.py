@@ -392,3 +392,29 @@ def test_an_end_of_a_batch_that_reaches_nobody_is_an_error() -> None:
 
     with pytest.raises(RuntimeError, match=r"on_train_batch_end must reach .* call super\(\)"):
         fit([Silent(Linear(start=1.0, end=0.0))])
+
+
+@pytest.mark.filterwarnings("ignore:train_dataloader yielded None")
+@pytest.mark.parametrize("added", [[], [StepGuard()]], ids=["unheard", "heard"])
+def test_a_batch_that_the_loader_leaves_empty_is_one_of_the_budget(
+    tmp_path: Path, added: list[Any]
+) -> None:
+    class Gaps(DataLoader[Any]):
+        def __iter__(self) -> Any:
+            for index, batch in enumerate(super().__iter__()):
+                yield None if index == 1 else batch
+
+    module = CutsShort(at=-1)
+    trainer = L.Trainer(
+        **{**QUIET, "logger": CSVLogger(tmp_path), "max_epochs": 2, "max_steps": -1},
+        log_every_n_steps=1,
+        callbacks=[
+            LearningRateScheduler(Linear(start=1.0, end=0.0)),
+            *added,
+            OptimizationMonitor(layers=None),
+        ],
+    )
+    trainer.fit(module, Gaps(TensorDataset(torch.randn(16, 3)), batch_size=4))
+    assert module.rates == [1 - batch / 8 for batch in (0, 2, 3, 4, 6, 7)]
+    samples = read_run(str(trainer.log_dir)).curves["progress/samples"]
+    assert [value for _, value in samples] == [4, 8, 12, 16, 20, 24]
