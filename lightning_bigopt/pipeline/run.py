@@ -17,6 +17,7 @@ from lightning_bigopt.clock import ClockSettings, TrainingClock
 from lightning_bigopt.controllers.base import Controller
 from lightning_bigopt.controllers.batch_size import BatchSizeController, constant_plan
 from lightning_bigopt.durations import Progress
+from lightning_bigopt.pipeline.hook_check import HookCheck
 from lightning_bigopt.pipeline.owned import Owned, Ownership
 from lightning_bigopt.pipeline.roster import ControllerT, Roster
 from lightning_bigopt.pipeline.rounds import Rounds
@@ -63,8 +64,7 @@ class Pipeline:
         self._clock_runs = False
         self._batch_has_loss = False
         self.hears_of_batches = True
-        self._first_update_pending = self._first_batch_pending = True
-        self._steps_at_start = 0
+        self._hook_check = HookCheck(trainer)
 
     @classmethod
     def of(cls, trainer: Trainer) -> Pipeline:
@@ -190,8 +190,7 @@ class Pipeline:
         self._has_scaler = trainer_access.gradient_scaler(self.trainer) is not None
         self.shard_group = trainer_access.shard_group(self.trainer)
         self.window.start()
-        self._steps_at_start = self.trainer.global_step
-        self._first_update_pending = self._first_batch_pending = True
+        self._hook_check = HookCheck(self.trainer)
         for controller in self.controllers:
             controller.on_train_start(self)
         self._note_who_hears_of_batches()
@@ -258,9 +257,8 @@ class Pipeline:
 
     def before_step(self, optimizer: Optimizer) -> None:
         """``on_before_optimizer_step``: rescale, measure, decide, clip, observe."""
-        self._first_update_pending = False
-        if self._first_batch_pending:
-            self._refuse_endless_batch()
+        if not self._hook_check.is_over:
+            self._hook_check.hear_update(self.trainer)
         self.begin_batch()
         owned = self._owned_by(optimizer)
         if self._comes_to_nothing(owned):
@@ -280,14 +278,6 @@ class Pipeline:
         for controller in self.controllers.doing("observe"):
             controller.observe(step)
 
-    def _refuse_endless_batch(self) -> None:
-        """Raises at a second update where nobody heard of the end of the first one's batch."""
-        if self.module.automatic_optimization and self.trainer.global_step > self._steps_at_start:
-            raise RuntimeError(
-                "on_train_batch_end must reach the callbacks, got a second update without it: an "
-                "overridden hook swallowed it; call super() in the hook"
-            )
-
     def _comes_to_nothing(self, owned: Owned) -> bool:
         """Whether Lightning calls for an update without a gradient, or for one that it leaves out.
 
@@ -303,17 +293,12 @@ class Pipeline:
     def batch_end(self, outputs: Any, batch: Any) -> None:
         """``on_train_batch_end``: the batch counts as consumed."""
         trainer = self.trainer
-        self._first_batch_pending = False
         if batch is None and not self.window.batch_is_begun:  # Lightning begins no such batch
             self.window.begin_batch(trainer, None, served=(0, 0))
         self.begin_batch()
         self.window.end_batch(closes=trainer_access.closes_window(trainer))
-        if self._first_update_pending and trainer.global_step > self._steps_at_start:
-            raise RuntimeError(
-                "on_before_optimizer_step must reach the callbacks, got an update without it: the "
-                f"{type(trainer.strategy).__name__} or an overridden hook swallowed it; call "
-                "super() in the hook, or remove the callbacks of lightning_bigopt"
-            )
+        if not self._hook_check.is_over:
+            self._hook_check.hear_end(trainer)
         for controller in self.controllers.doing("on_batch_end"):
             controller.on_batch_end(self, outputs, batch)
         if not self.window.is_open and self.clock.exhausted:
