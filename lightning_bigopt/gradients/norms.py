@@ -6,6 +6,7 @@ import math
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from struct import Struct
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from lightning_bigopt.gradients.kernels import wide_dtype
 __all__ = ["GradientNorms"]
 
 _LARGEST = torch.finfo(torch.float32).max
+_FLOAT32 = Struct("f")
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +74,7 @@ class GradientNorms:
         vars(norms).update(
             is_on_host=True,
             norm_type=norm_type,
-            _value=math.inf if total > _LARGEST else total,
+            _value=_single(total),
             _total=total,
             _pairs=tuple(pairs),
             _numbers=numbers,
@@ -188,9 +190,10 @@ def _norm_of_numbers(values: list[float], order: float) -> float:
     return total
 
 
-def _scalar(total: float) -> Tensor:
-    # As float32 holds it: what is beyond its largest number makes scalar_tensor raise.
-    return torch.scalar_tensor(math.inf if total > _LARGEST else total, dtype=torch.float32)
+def _single(number: float) -> float:
+    """As float32 holds it, beyond whose largest number is infinity."""
+    held: tuple[float] = _FLOAT32.unpack(_FLOAT32.pack(math.inf if number > _LARGEST else number))
+    return held[0]
 
 
 def _is_finite(total: float) -> Tensor:
@@ -213,6 +216,6 @@ _ON_DEMAND: Mapping[str, Callable[[dict[str, Any]], Any]] = {
     "names": lambda known: _names(known["_pairs"]),
     "parameters": lambda known: _owners(known["_pairs"]),
     "per_tensor": lambda known: _float32(known["_numbers"]),
-    "total": lambda known: _scalar(known["_value"]),
+    "total": lambda known: torch.scalar_tensor(known["_value"], dtype=torch.float32),
     "finite": lambda known: _is_finite(known["_total"]),
 }

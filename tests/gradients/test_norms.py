@@ -192,3 +192,12 @@ def test_the_gradients_are_only_read():
 def test_norms_of_any_tensors():
     assert norms_of([torch.ones(4), torch.tensor(-3.0)]).tolist() == [2.0, 3.0]
     assert norms_of([]).shape == (0,)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_number_is_the_tensor_on_every_device(order):
+    norms = measure(named(torch.randn(7), torch.randn(300, 300)), norm_type=order)
+    assert norms.is_on_host
+    elsewhere = replace(norms)  # as a device would have it
+    assert not elsewhere.is_on_host
+    assert norms.value == norms.total.item() == elsewhere.value
