@@ -125,9 +125,8 @@ class MonitorController(Controller):
             if monitor is None:
                 monitor = LayerMonitor(self.layers, self.per_layer, label=label)
                 self._layers[label] = monitor
-            shards = trainer_access.shard_group(step.pipeline.trainer)
-            refused = step.skipped is not None
-            monitor.before_step(step.norms, group=shards, into=values, is_refused=refused)
+            shards, refused = step.pipeline.shard_group, step.skipped is not None
+            monitor.before_step(norms, group=shards, into=values, is_refused=refused)
 
     def _show_clip(self, decision: ClipDecision, label: str) -> None:
         """Factor and threshold; the share of clipped updates comes from who counts them."""
@@ -157,9 +156,8 @@ class MonitorController(Controller):
         trainer, due = pipeline.trainer, self._due
         self._bar_is_empty = False
         if due:
-            group = trainer_access.shard_group(trainer)
             for monitor in self._layers.values():
-                monitor.after_step(group=group, into=values)
+                monitor.after_step(group=pipeline.shard_group, into=values)
             for controller in pipeline.controllers:
                 for tag, value in controller.metrics(pipeline).items():
                     values.add(tag, value)

@@ -92,8 +92,7 @@ class NoiseScaleController(Controller):
             return
         self._big = step.norms.total
         if step.norms.norm_type != 2:
-            group = trainer_access.shard_group(step.pipeline.trainer)
-            self._big = measure(step.parameters, process_group=group).total
+            self._big = measure(step.parameters, process_group=step.pipeline.shard_group).total
 
     def observe(self, step: OptimizerStep) -> None:
         """Compares the update with its part, on every process alike."""
@@ -158,8 +157,7 @@ class NoiseScaleController(Controller):
                 for optimizer in trainer.optimizers
                 for pair in pipeline.parameters_of(optimizer)
             ]
-            group = trainer_access.shard_group(trainer)
-            norm = measure(parameters, process_group=group).total.double()
+            norm = measure(parameters, process_group=pipeline.shard_group).total.double()
             length = int(trainer.accumulate_grad_batches)
             square = (norm * length / trainer_access.loss_scale(trainer)) ** 2
             self._small = square, float(pipeline.window.batch_samples), float(self._weight)

@@ -215,7 +215,6 @@ class Pipeline:
         self.clock.pin_samples(self.trainer)
         for controller in self.controllers:
             controller.on_epoch_start(self)
-        self.window.batch_is_begun = False  # the last one of before may never have ended
         self._note_who_hears_of_batches()
 
     def batch_start(self, batch: Any, index: int) -> None:

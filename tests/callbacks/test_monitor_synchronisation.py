@@ -43,7 +43,7 @@ def a_step(rule: ClippingRule, device: str = "cuda") -> Any:
     norms = measure(named)
     context = ClipContext(parameters=named, norms=norms)
     return SimpleNamespace(
-        pipeline=SimpleNamespace(trainer=SimpleNamespace(strategy=None)),
+        pipeline=SimpleNamespace(trainer=SimpleNamespace(strategy=None), shard_group=None),
         optimizer=torch.optim.AdamW([parameter for _, parameter in named]),
         label="",
         skipped=None,
