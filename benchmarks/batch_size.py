@@ -186,7 +186,7 @@ class Runs:
 
 
 def tune(contender: Contender, runs: Runs, *, samples: int) -> dict[float, float]:
-    """Losses by rate: down or up the grid until both neighbours of the best are worse."""
+    """Losses by rate: down or up the grid until both neighbors of the best are worse."""
     tried: dict[float, float] = {}
     at = RATES.index(contender.first_rate)
     while True:
@@ -270,7 +270,7 @@ for every policy, the same ones in the same order; AdamW, linear decay to zero a
 {table(found)}
 
 The rates were looked for in runs of {tuning:,} samples, on a grid of factors of two until both
-neighbours of the best were worse, {search}. What that search saw:
+neighbors of the best were worse, {search}. What that search saw:
 
 {searches(found)}
 

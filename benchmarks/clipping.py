@@ -395,18 +395,18 @@ def bandwidth(results: dict[str, Times], chosen: list[Case], speed: float) -> st
     return "\n".join(lines)
 
 
-def check_no_synchronisation(case: Case) -> str:
-    """Runs the rules that promise it where a synchronisation raises."""
+def check_no_synchronization(case: Case) -> str:
+    """Runs the rules that promise it where a synchronization raises."""
     methods = Bench(case, "cuda", time.perf_counter).methods()
     for name in FREE_OF_SYNCHRONISATION:
-        methods[name]()  # allocations and lazy initialisation
+        methods[name]()  # allocations and lazy initialization
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
             methods[name]()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return f"no synchronisation: {', '.join(FREE_OF_SYNCHRONISATION)}"
+    return f"no synchronization: {', '.join(FREE_OF_SYNCHRONISATION)}"
 
 
 def main() -> None:
@@ -439,7 +439,7 @@ def main() -> None:
             print(f"  {name:42} {seconds * 1e3:10.3f} ms  {over:6.3f}", flush=True)
     if arguments.device == "cuda":
         print("\n" + bandwidth(results, chosen, copy_speed("cuda")))
-        print(check_no_synchronisation(chosen[0]))
+        print(check_no_synchronization(chosen[0]))
     else:
         for count in (10, 300):
             rounds = 2 if arguments.quick else max(3, round(7 * arguments.share))

@@ -89,7 +89,7 @@ def evaluation(trials: int) -> dict[str, float]:
 
 
 def steppers(count: int) -> dict[str, Callable[[], object]]:
-    """By name, ``step`` on an optimiser with ``count`` groups; all follow the same curve."""
+    """By name, ``step`` on an optimizer with ``count`` groups; all follow the same curve."""
 
     def optimizer() -> torch.optim.Optimizer:
         return torch.optim.SGD(

@@ -6,7 +6,7 @@
 Every task is trained once without a guard and its norms are recorded. A rule is then shown the
 series as it was, which gives its false rejects, and with some norms multiplied, which gives its
 recall. What a rule refuses does not enter its window; how the weights would have answered to what
-it accepts is not modelled.
+it accepts is not modeled.
 """
 
 from __future__ import annotations
@@ -369,9 +369,9 @@ What it shows:
   after the warm-up too. A higher threshold is no way out: it loses spikes of ×10 first.
 - While the learning rate warms up the norms fall by a factor of four within a window. The
   deviation from one median takes in that fall, and the limit lies at hundreds of medians: spikes
-  of ×10 to ×30 pass. Differences of neighbours and the median of the last quarter do not see it.
+  of ×10 to ×30 pass. Differences of neighbors and the median of the last quarter do not see it.
 - Any ratio from 3 to 5 does on text. At two samples a batch 4 is a little low.
-- Where a network has learnt its data by heart (the digits without noise) the norms of good
+- Where a network has learned its data by heart (the digits without noise) the norms of good
   batches span powers of ten. No rule on the norm tells a spike of ×10 there, and none should.
 - Every eighth batch of the last task is wrong by design; what is refused there are such batches.
 """

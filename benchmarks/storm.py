@@ -6,7 +6,7 @@
 
 2 % of the batches are poisoned: their loss, and so their gradient, is multiplied by NaN, by
 infinity or by 10 to 1,000, one at a time or four in a row. The first 50 updates are left alone,
-because a guard that has seen nothing knows no outliers. The optimiser is AdamW without the fused
+because a guard that has seen nothing knows no outliers. The optimizer is AdamW without the fused
 kernel, which would leave out by itself what is not finite.
 """
 

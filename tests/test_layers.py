@@ -58,7 +58,7 @@ FLOORS = (
     ),
 )
 # `schedule.as_lr_scheduler(optimizer, horizon)` reads better than a function of three arguments,
-# and its caller holds an optimiser, hence has torch. The import waits for that call, so that
+# and its caller holds an optimizer, hence has torch. The import waits for that call, so that
 # schedules alone still cost no torch. Nothing else may point up, by whatever kind of import.
 EXCEPTIONS = frozenset({("schedules.base", f"{PACKAGE}.optimizers.scheduler", "call")})
 PARTS = tuple(part for floor in FLOORS for part in floor.parts)

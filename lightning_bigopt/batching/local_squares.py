@@ -15,7 +15,7 @@ __all__ = ["LocalSquares"]
 class LocalSquares:
     """The squared norm of this process's own gradient, summed over DDP's buckets.
 
-    It costs one dot product a bucket, and does not synchronise with the host.
+    It costs one dot product a bucket, and does not synchronize with the host.
 
     Example:
         >>> squares = LocalSquares()

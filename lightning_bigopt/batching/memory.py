@@ -50,7 +50,7 @@ def search_micro_batch_size(
     Args:
         try_size: Runs a micro-batch of a size; False where memory did not suffice.
         maximum: The largest size worth trying, such as global batch / processes.
-        minimum: The smallest, such as 2 for a model with batch normalisation.
+        minimum: The smallest, such as 2 for a model with batch normalization.
         search: ``"binary"`` closes in on the limit, ``"power"`` stays with powers of two.
         divides: Try only divisors of this number (global batch / processes), so that the
             accumulation comes out even; None for any size.

@@ -120,7 +120,7 @@ class BatchSizeSteps(BatchSizePolicy):
 
     @property
     def _pairs(self) -> tuple[tuple[str | int | float, int], ...]:
-        assert isinstance(self.sizes, tuple)  # normalised in __post_init__
+        assert isinstance(self.sizes, tuple)  # normalized in __post_init__
         return self.sizes
 
     @cached_property

@@ -14,7 +14,7 @@ __all__ = ["SampleStreams", "mixed_seed"]
 
 
 def mixed_seed(*parts: int) -> int:
-    """One seed below 2**63 out of several integers; neighbours give unrelated seeds.
+    """One seed below 2**63 out of several integers; neighbors give unrelated seeds.
 
     Example:
         >>> mixed_seed(0, 1) == mixed_seed(0, 1), mixed_seed(0, 1) == mixed_seed(1, 0)

@@ -105,13 +105,13 @@ def weight_decay_factor(kappa: float, *, max_kappa: float | None = None) -> floa
 
 
 def recommended_rule(optimizer: str) -> ScalingRule | None:
-    """The rule that fits an optimiser, by the name of its class.
+    """The rule that fits an optimizer, by the name of its class.
 
     Args:
         optimizer: Such as ``"AdamW"``.
 
     Returns:
-        ``"linear"`` for SGD and LARS, ``"sqrt"`` for what normalises each update (Adam's kin, Lion,
+        ``"linear"`` for SGD and LARS, ``"sqrt"`` for what normalizes each update (Adam's kin, Lion,
         Muon, Shampoo), None for a name that is not known.
 
     Example:

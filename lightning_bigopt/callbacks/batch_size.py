@@ -60,7 +60,7 @@ class BatchSizeScheduler(OptimizationCallback):
     Raises:
         ValueError: At fit start with ``accumulate_grad_batches`` other than 1,
             GradientAccumulationScheduler, StochasticWeightAveraging, DeepSpeed, manual
-            optimisation or ``dataloader_iter``; at train start for a global batch that is no
+            optimization or ``dataloader_iter``; at train start for a global batch that is no
             multiple of micro-batch × processes.
 
     Tags:

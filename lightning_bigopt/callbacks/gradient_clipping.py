@@ -14,7 +14,7 @@ class GradientClipping(OptimizationCallback):
 
     The norm is the global one on one device, under DDP, FSDP1 and FSDP2, in 32-true, bf16-mixed
     and 16-mixed. It is taken once an update, in float32, and shared with every other callback.
-    A fused optimiser is given the coefficient, and scales inside its own kernel.
+    A fused optimizer is given the coefficient, and scales inside its own kernel.
 
     Args:
         rule: What is limited, and how.

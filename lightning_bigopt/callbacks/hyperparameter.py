@@ -19,7 +19,7 @@ class HyperparameterScheduler(OptimizationCallback):
 
     Args:
         field: ``"weight_decay"``, ``"momentum"``, ``"betas[0]"``, ``"betas[1]"``, ``"eps"`` or any
-            other numeric field of the optimiser's groups.
+            other numeric field of the optimizer's groups.
         schedule: The factor over the budget.
         groups: Other schedules for named parameter groups.
         budget: As for :class:`LearningRateScheduler`: there is one clock per Trainer.

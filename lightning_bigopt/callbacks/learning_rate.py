@@ -29,7 +29,7 @@ class LearningRateScheduler(OptimizationCallback):
     Args:
         schedule: The factor over the budget.
         groups: Other schedules for named parameter groups.
-        optimizers: Other schedules for some of several optimisers (manual optimisation), by their
+        optimizers: Other schedules for some of several optimizers (manual optimization), by their
             class's name: ``"Adam"``, or ``"Adam-0"`` and ``"Adam-1"`` for two of a class.
         module_scheduler: ``"raise"`` where ``configure_optimizers`` returns a scheduler of its
             own, or ``"replace"`` it.

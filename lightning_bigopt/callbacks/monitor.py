@@ -48,7 +48,7 @@ class OptimizationMonitor(OptimizationCallback):
 
     Logs:
         What the table ``lightning_bigopt.reporting.TAGS`` holds; ``lr``, ``grad_norm``,
-        ``global_batch`` and ``skipped`` on the progress bar. Several optimisers add their class's
+        ``global_batch`` and ``skipped`` on the progress bar. Several optimizers add their class's
         name.
 
     State:

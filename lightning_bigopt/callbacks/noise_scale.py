@@ -22,7 +22,7 @@ class GradientNoiseScale(OptimizationCallback):
         minimum_updates: Updates before anything is reported; at least 2.
 
     Raises:
-        ValueError: At fit start with manual optimisation, DeepSpeed, or a DDP communication hook of
+        ValueError: At fit start with manual optimization, DeepSpeed, or a DDP communication hook of
             another owner.
 
     Tags:

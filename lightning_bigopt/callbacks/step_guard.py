@@ -38,12 +38,12 @@ class StepGuard(OptimizationCallback):
         TensorBoard as text why each update was rejected.
 
     Raises:
-        ValueError: At fit start with DeepSpeed, with LBFGS, with an optimiser of Opacus, and for
+        ValueError: At fit start with DeepSpeed, with LBFGS, with an optimizer of Opacus, and for
             a :class:`~lightning_bigopt.gradients.Backoff` without a LearningRateScheduler.
         RuntimeError: After ``max_consecutive`` rejections in a row.
 
     State:
-        ``clock``: what has been consumed; ``guarded``: for each optimiser what its detectors have
+        ``clock``: what has been consumed; ``guarded``: for each optimizer what its detectors have
         seen, rejections in all, by detector and in a row; ``backoffs``: the factors on the
         learning rate.
 

@@ -86,7 +86,7 @@ def make_parser() -> ArgumentParser:
 
     parser = ArgumentParser(
         prog="bigopt",
-        description="Optimisation engineering for PyTorch Lightning.",
+        description="Optimization engineering for PyTorch Lightning.",
         epilog=f"bigopt COMMAND --help shows a command's options, with examples.\n\n{_EXIT_CODES}",
         formatter_class=HelpText,
         version=__version__,

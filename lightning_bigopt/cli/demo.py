@@ -21,7 +21,7 @@ def make_parser(**texts: Any) -> ArgumentParser:
         "--max-steps",
         type=int,
         default=500,
-        help="Optimiser updates of the run with our callbacks; the others see as many samples.",
+        help="Optimizer updates of the run with our callbacks; the others see as many samples.",
     )
     parser.add_argument("--devices", type=int, default=1, help="Processes; a divisor of 32.")
     parser.add_argument("--strategy", type=str, default="auto", help="Such as ddp.")

@@ -13,7 +13,7 @@ __all__ = ["FIT"]
 
 
 def make_parser(**texts: Any) -> ArgumentParser:
-    """The options of ``bigopt fit``: Lightning's, for Trainer, model, data and optimiser."""
+    """The options of ``bigopt fit``: Lightning's, for Trainer, model, data and optimizer."""
     from lightning_bigopt.cli.config import ConfiguredTraining
 
     return ConfiguredTraining.parser_for(**texts)

@@ -30,7 +30,7 @@ _UNITS = {"steps": 0, "batches": 1, "samples": 2, "tokens": 3}
 class TrainingClock:
     """Counts what a fit consumes and turns it into :class:`Progress`.
 
-    Optimiser updates are Lightning's own ``global_step``. Batches, samples and tokens are counted
+    Optimizer updates are Lightning's own ``global_step``. Batches, samples and tokens are counted
     when a batch has been trained; the batch under way is ``pending`` until then, so that a
     checkpoint written inside a batch does not hold it.
 

@@ -85,7 +85,7 @@ def advice(report: ClipReport, rule: ClippingRule) -> str | None:
 
 
 class ClipAudit:
-    """Running counts of one rule on one optimiser; memory and state are bounded.
+    """Running counts of one rule on one optimizer; memory and state are bounded.
 
     Of the norms every ``stride``-th is kept, and when there are 512 of them the stride doubles.
     """
@@ -101,7 +101,7 @@ class ClipAudit:
         self._seen = 0
 
     def add(self, decision: ClipDecision) -> None:
-        """Takes an update in; rules that write entries leave no trace. Does not synchronise."""
+        """Takes an update in; rules that write entries leave no trace. Does not synchronize."""
         norms, coefficient = decision.norms, decision.coefficient
         if coefficient is None:
             coefficient = decision.coefficients
@@ -151,7 +151,7 @@ class ClipAudit:
         self._norms = kept
 
     def report(self) -> ClipReport | None:
-        """The counts so far; None where no update was seen. Synchronises."""
+        """The counts so far; None where no update was seen. Synchronizes."""
         self._fold()
         updates = int(self._updates)
         if not updates:

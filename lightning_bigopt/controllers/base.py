@@ -51,7 +51,7 @@ class Controller:
         """A batch is about to be trained; ``pipeline.progress`` is that of its update."""
 
     def on_new_parameters(self, pipeline: Pipeline) -> None:
-        """An optimiser is about to make its first update, or its groups have changed."""
+        """An optimizer is about to make its first update, or its groups have changed."""
 
     def on_loss(self, pipeline: Pipeline, loss: Tensor) -> None:
         """A micro-batch's loss, 0-d, as the training step returned it; before its backward."""

@@ -37,7 +37,7 @@ def refuse_conflicts(pipeline: Pipeline, policy: BatchSizePolicy) -> None:
     if not module.automatic_optimization:
         raise ValueError(
             "automatic_optimization must be True with BatchSizeScheduler, got False; let "
-            "Lightning optimise, or accumulate in your own training_step"
+            "Lightning optimize, or accumulate in your own training_step"
         )
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         raise ValueError(

@@ -24,7 +24,7 @@ __all__ = ["GradientClippingController"]
 
 
 class GradientClippingController(Controller):
-    """Limits the gradient of every accepted update; one state of the rule for each optimiser."""
+    """Limits the gradient of every accepted update; one state of the rule for each optimizer."""
 
     role = "gradient clipping"
     rank = 50
@@ -118,7 +118,7 @@ class GradientClippingController(Controller):
         return {tag: share for tag, share in shares.items() if share is not None}
 
     def reports(self) -> dict[tuple[str, str], ClipReport]:
-        """What clipping has done so far, by optimiser and group. Synchronises."""
+        """What clipping has done so far, by optimizer and group. Synchronizes."""
         found = {
             (label, group): audit.report()
             for label, audits in self._audits.items()
@@ -147,7 +147,7 @@ class GradientClippingController(Controller):
         self._audits = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The rule's history and the audit's counts, an optimiser each."""
+        """The rule's history and the audit's counts, an optimizer each."""
         audits = {
             label: {group: audit.state_dict() for group, audit in audits.items()}
             for label, audits in self._audits.items()

@@ -31,14 +31,14 @@ class Collected:
         return bool(self._numbers or self._tensors)
 
     def add(self, name: str, value: float | Tensor) -> None:
-        """Keeps a number, or a tensor of one element. Does not synchronise."""
+        """Keeps a number, or a tensor of one element. Does not synchronize."""
         if isinstance(value, Tensor):
             self._tensors.append(((name,), value.detach().reshape(1)))
         else:
             self._numbers[name] = float(value)
 
     def add_vector(self, names: Sequence[str], values: Tensor) -> None:
-        """Keeps a tensor of shape (n,) with n names. Does not synchronise."""
+        """Keeps a tensor of shape (n,) with n names. Does not synchronize."""
         self._tensors.append((names, values.detach()))
 
     def fetch(self) -> dict[str, float]:

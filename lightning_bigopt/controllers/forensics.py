@@ -33,7 +33,7 @@ class RejectedUpdate:
         update: The Trainer's ``global_step`` before it.
         epoch: The epoch.
         batches: Indices within the epoch of the window's micro-batches.
-        optimizer: Which of several optimisers; ``""`` for the only one.
+        optimizer: Which of several optimizers; ``""`` for the only one.
         detector: Class name of the detector that objected.
         reason: One sentence for people.
         norm: The gradient's norm before clipping.
@@ -158,7 +158,7 @@ class WindowRecorder:
         self._index, self._batch, self._random = 0, None, {}
 
     def close(self) -> None:
-        """The update has been decided on; another optimiser may step with the same losses."""
+        """The update has been decided on; another optimizer may step with the same losses."""
         self._is_decided = True
 
     def weighted_loss(self, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,7 +173,7 @@ class WindowRecorder:
         return losses.sum() * samples[0], like.new_full((), sum(samples))
 
     def report(self, step: OptimizerStep, verdict: Verdict, norm: float) -> RejectedUpdate:
-        """What is known of a rejected update; to be called on every process. Synchronises."""
+        """What is known of a rejected update; to be called on every process. Synchronizes."""
         trainer = step.pipeline.trainer
         losses = [micro.loss.item() for micro in self._window]
         indices = [micro.index for micro in self._window]

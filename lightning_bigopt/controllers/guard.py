@@ -293,7 +293,7 @@ class StepGuardController(Controller):
         self.rejections: deque[RejectedUpdate] = deque(maxlen=_REMEMBERED)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the detectors have seen, an optimiser each, and the level of each backoff."""
+        """What the detectors have seen, an optimizer each, and the level of each backoff."""
         return {"guarded": copy.deepcopy(self._guarded), "backoffs": copy.deepcopy(self._backoffs)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -49,7 +49,7 @@ class HyperparameterController(Controller):
         self._resolved: dict[str | None, Schedule] = {}
 
     def on_fit_start(self, pipeline: Pipeline) -> None:
-        """Reads the configured values, before a checkpoint's optimiser state replaces them."""
+        """Reads the configured values, before a checkpoint's optimizer state replaces them."""
         self._bases = [
             [self.field.read(group) for group in optimizer.param_groups]
             for optimizer in pipeline.trainer.optimizers
@@ -89,7 +89,7 @@ class HyperparameterController(Controller):
             self.field.write(group, schedule.value(fraction, base))
 
     def state_dict(self) -> dict[str, Any]:
-        """The base values, an optimiser and a group each."""
+        """The base values, an optimizer and a group each."""
         return {"bases": [list(bases) for bases in self._bases]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

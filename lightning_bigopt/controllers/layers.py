@@ -73,7 +73,7 @@ def layer_names(names: Sequence[str], layers: Layers) -> list[str | None]:
 def check_layers(names: Sequence[str], layers: Layers) -> None:
     """Refuses patterns that match none of a module's parameters.
 
-    One optimiser of several, and a module that is partly frozen, have fewer of them.
+    One optimizer of several, and a module that is partly frozen, have fewer of them.
 
     Raises:
         ValueError: If a pattern matches no parameter.
@@ -123,7 +123,7 @@ def _indices(numbers: list[int], device: torch.device) -> Tensor:
 
 
 class LayerMonitor:
-    """Measures the layers of one optimiser around a logged update. Does not synchronise.
+    """Measures the layers of one optimizer around a logged update. Does not synchronize.
 
     The update's own size needs the weights before it: they are copied on logged updates only, and
     the copy is gone when the update has been measured.
@@ -131,7 +131,7 @@ class LayerMonitor:
     Args:
         layers: How parameters are put together.
         values: What is measured.
-        label: The optimiser's name in tags, where there are several.
+        label: The optimizer's name in tags, where there are several.
     """
 
     def __init__(self, layers: Layers, values: Sequence[LayerValue], *, label: str = "") -> None:

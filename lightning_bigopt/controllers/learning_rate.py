@@ -183,7 +183,7 @@ class LearningRateController(Controller):
     def on_batch_start(self, pipeline: Pipeline, batch: Any, index: int) -> None:
         """Writes what no scheduler step wrote.
 
-        Lightning steps no scheduler in manual optimisation, and BackboneFinetuning adds a group
+        Lightning steps no scheduler in manual optimization, and BackboneFinetuning adds a group
         and sets its learning rate when an epoch begins.
         """
         if self._epoch_is_new or self.hears_of_batches:
@@ -214,7 +214,7 @@ class LearningRateController(Controller):
         return self.schedule_of(group, optimizer=optimizer).value(fraction, base)
 
     def schedule_of(self, group: str | None, *, optimizer: str = "") -> Schedule:
-        """What a group follows: the schedule of its name, else of its optimiser, else of all."""
+        """What a group follows: the schedule of its name, else of its optimizer, else of all."""
         own = self._resolved_groups.get(group)
         return self._resolved_optimizers.get(optimizer, self._resolved) if own is None else own
 

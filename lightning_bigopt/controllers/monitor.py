@@ -232,5 +232,5 @@ def _hyperparameters(group: Mapping[str, Any]) -> dict[str, float | Tensor]:
     return {
         tag: value.detach().clone() if isinstance(value, Tensor) else value
         for tag, value in found.items()
-        if value is not None  # an optimiser may find its own, as Adafactor does
+        if value is not None  # an optimizer may find its own, as Adafactor does
     }

@@ -55,7 +55,7 @@ class NoiseScaleController(Controller):
     # ------------------------------------------------------------------------------- hooks
 
     def on_fit_start(self, pipeline: Pipeline) -> None:
-        """Refuses manual optimisation, and asks DDP for what each process contributes."""
+        """Refuses manual optimization, and asks DDP for what each process contributes."""
         trainer = pipeline.trainer
         if not pipeline.module.automatic_optimization:
             raise ValueError(

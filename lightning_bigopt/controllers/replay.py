@@ -68,7 +68,7 @@ def replay(
             else, from files that you trust.
 
     Returns:
-        Losses and gradient norms. Synchronises.
+        Losses and gradient norms. Synchronizes.
 
     Raises:
         ValueError: If ``load`` is neither, the file is not of this version, or ``"safe"`` does not
@@ -172,7 +172,7 @@ def _loss(module: LightningModule, batch: Any, index: int) -> Tensor:
     loss = output["loss"] if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor):
         raise ValueError(
-            f"training_step must return a loss to be replayed, got {output!r}; manual optimisation "
+            f"training_step must return a loss to be replayed, got {output!r}; manual optimization "
             "cannot be replayed"
         )
     return loss

@@ -1,4 +1,4 @@
-"""Running statistics of batch normalisation, as they were before a window that is refused."""
+"""Running statistics of batch normalization, as they were before a window that is refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["RunningStatistics"]
 
 
 class RunningStatistics:
-    """Takes back what refused batches did to the statistics of normalisation layers.
+    """Takes back what refused batches did to the statistics of normalization layers.
 
     A forward pass moves them before there is a gradient that could be looked at, and a NaN in them
     stays. Everything happens on the device, with one copy a window and none without such layers.

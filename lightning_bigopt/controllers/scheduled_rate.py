@@ -1,4 +1,4 @@
-"""Lightning's handle on the schedule of one optimiser."""
+"""Lightning's handle on the schedule of one optimizer."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class ScheduledLearningRate(LRScheduler):
             rank_zero_warn(
                 "The checkpoint holds the state of another learning-rate scheduler "
                 f"(fields {sorted(map(str, state_dict))}). The base learning rates of the "
-                f"optimiser as configured are used instead: {self.bases}."
+                f"optimizer as configured are used instead: {self.bases}."
             )
             return
         self.last_epoch = int(state_dict["last_epoch"])

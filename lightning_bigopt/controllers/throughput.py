@@ -52,7 +52,7 @@ class StepTimer:
             torch.cuda.reset_peak_memory_stats(device)
 
     def step(self) -> None:
-        """An update has ended. Does not synchronise."""
+        """An update has ended. Does not synchronize."""
         if self._device.type == "cuda":
             mark: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             mark.record()

@@ -127,7 +127,7 @@ def _waits_for_the_batch(pipeline: Pipeline, axis: Axis) -> bool:
 
 
 def _scheduled_groups(pipeline: Pipeline) -> Iterator[tuple[str, str, str | None, float]]:
-    """For each group on a schedule its tag, optimiser, name and base learning rate."""
+    """For each group on a schedule its tag, optimizer, name and base learning rate."""
     trainer = pipeline.trainer
     for config in trainer.lr_scheduler_configs:
         scheduler = config.scheduler
@@ -139,7 +139,7 @@ def _scheduled_groups(pipeline: Pipeline) -> Iterator[tuple[str, str, str | None
 
 
 def group_names(groups: list[dict[str, Any]]) -> list[str]:
-    """How the groups of an optimiser are called in tags; ``""`` for the only one.
+    """How the groups of an optimizer are called in tags; ``""`` for the only one.
 
     Groups may share a name, and so a schedule; their tags are numbered.
 

@@ -36,7 +36,7 @@ class Duration:
 
     Args:
         value: How much, in ``unit``; non-negative and finite.
-        unit: ``"fraction"`` (of the whole budget, 1.0 is all of it), ``"steps"`` (optimiser
+        unit: ``"fraction"`` (of the whole budget, 1.0 is all of it), ``"steps"`` (optimizer
             updates), ``"epochs"``, ``"samples"`` or ``"tokens"``.
 
     Raises:
@@ -68,7 +68,7 @@ class Duration:
 
         Args:
             value: A ``Duration``; a string such as ``"10%"``, ``"500 steps"`` or
-                ``"2e9 tokens"``; an int (optimiser steps); a float in [0, 1] (a fraction). A bare
+                ``"2e9 tokens"``; an int (optimizer steps); a float in [0, 1] (a fraction). A bare
                 number in a string means what the number itself would.
             name: The argument's name, for the error.
 

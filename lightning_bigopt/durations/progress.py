@@ -16,7 +16,7 @@ class Progress:
 
     Args:
         fraction: The share of the budget, 0 at the first update.
-        steps: Optimiser updates.
+        steps: Optimizer updates.
         batches: Loader batches of one process.
         epochs: Passes over the data, fractional inside a pass.
         samples: Samples over all processes.

@@ -41,7 +41,7 @@ class Run:
 
     @property
     def updates(self) -> int:
-        """Optimiser updates."""
+        """Optimizer updates."""
         return len(self.scalars["grad_norm/total"])
 
     @property
@@ -71,7 +71,7 @@ def markdown_table(runs: Sequence[Run]) -> str:
         ["", *(run.title for run in runs)],
         ["peak learning rate", *(f"{run.lr:g}" for run in runs)],
         ["validation loss (nats/byte)", *(f"{run.validation_loss:.3f}" for run in runs)],
-        ["optimiser updates", *(str(run.updates) for run in runs)],
+        ["optimizer updates", *(str(run.updates) for run in runs)],
         ["samples", *(str(run.samples) for run in runs)],
         ["wall-clock (s)", *(f"{run.seconds:.1f}" for run in runs)],
         ["non-finite steps", *(str(run.non_finite_steps) for run in runs)],
@@ -91,7 +91,7 @@ def draw_comparison(runs: Sequence[Run], path: Path) -> None:
     """Draws learning rate, gradient norm, batch size and loss over the samples seen, as a PNG.
 
     Args:
-        runs: The first one is drawn in colour, on top of the others.
+        runs: The first one is drawn in color, on top of the others.
         path: Where the picture goes.
     """
     from matplotlib.figure import Figure
@@ -100,14 +100,14 @@ def draw_comparison(runs: Sequence[Run], path: Path) -> None:
     panels = figure.subplots(2, 2, sharex=True)
     (rate, norm), (batch, loss) = panels
     for index, run in reversed(list(enumerate(runs))):
-        colour = "tab:orange" if index == 0 else str(min(0.1 + 0.25 * index, 0.9))
+        color = "tab:orange" if index == 0 else str(min(0.1 + 0.25 * index, 0.9))
         label = f"{run.title}, peak {run.lr:g}"
-        rate.plot(*_curve(run, "optim/lr/decay"), color=colour, label=label)
-        norm.plot(*_curve(run, "grad_norm/total"), color=colour, linewidth=0.6)
-        batch.step(*_curve(run, "batch/global_size"), color=colour, where="post")
+        rate.plot(*_curve(run, "optim/lr/decay"), color=color, label=label)
+        norm.plot(*_curve(run, "grad_norm/total"), color=color, linewidth=0.6)
+        batch.step(*_curve(run, "batch/global_size"), color=color, where="post")
         samples, losses = _curve(run, "loss")
-        loss.plot(samples, _smooth(losses), color=colour)
-        loss.plot(run.samples, run.validation_loss, "o", color=colour)
+        loss.plot(samples, _smooth(losses), color=color)
+        loss.plot(run.samples, run.validation_loss, "o", color=color)
     norm.set_yscale("log")
     batch.set_ylim(bottom=0)
     loss.set_ylim(top=3)

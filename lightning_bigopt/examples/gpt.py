@@ -60,7 +60,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and a two-layer perceptron, each normalised before and added to its input.
+    """Attention and a two-layer perceptron, each normalized before and added to its input.
 
     Args:
         width: Features of a position.

@@ -25,7 +25,7 @@ class Action:
 
 @dataclass(frozen=True)
 class Skip(Action):
-    """Leaves the update out: parameters and optimiser state stay as they are, to the bit.
+    """Leaves the update out: parameters and optimizer state stay as they are, to the bit.
 
     Example:
         >>> Skip()

@@ -1,4 +1,4 @@
-"""Carries a decision out: inside a fused optimiser's own kernel, or in one pass over gradients."""
+"""Carries a decision out: inside a fused optimizer's own kernel, or in one pass over gradients."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
     "while_stepping",
 ]
 
-_PENDING = "_bigopt_pending"  # on the optimiser itself: neither copies nor pickles take it along
+_PENDING = "_bigopt_pending"  # on the optimizer itself: neither copies nor pickles take it along
 
 
 def takes_grad_scale(optimizer: Optimizer) -> bool:
@@ -50,21 +50,21 @@ def apply_(
     optimizer: Optimizer | None = None,
     route: Literal["auto", "gradients"] = "auto",
 ) -> None:
-    """Carries out what a rule decided. Does not synchronise with the host.
+    """Carries out what a rule decided. Does not synchronize with the host.
 
-    A single coefficient reaches a fused optimiser as ``grad_scale``, with ``found_inf`` beside
+    A single coefficient reaches a fused optimizer as ``grad_scale``, with ``found_inf`` beside
     it, so that an update from non-finite gradients is skipped: gradients keep their values until
     the step, whose kernel writes the clipped ones back. Everything else is one multi-tensor pass
     over the gradients. Where the coefficient lies on the CPU and is 1, nothing is written.
 
     Args:
         decision: What the rule decided.
-        optimizer: The optimiser about to step.
-        route: ``"auto"`` uses a fused optimiser's kernel, for which the optimiser must own exactly
+        optimizer: The optimizer about to step.
+        route: ``"auto"`` uses a fused optimizer's kernel, for which the optimizer must own exactly
             the parameters decided on; ``"gradients"`` always writes the gradients.
 
     Raises:
-        ValueError: If the rule limits the update and there is no optimiser.
+        ValueError: If the rule limits the update and there is no optimizer.
 
     Example:
         >>> from lightning_bigopt.gradients import ClipContext, NormClip
@@ -112,7 +112,7 @@ def _leaves_all(norms: GradientNorms, coefficient: Tensor) -> bool:
 
 @torch.no_grad()
 def scale_(gradients: Sequence[Tensor | None], coefficient: Tensor) -> None:
-    """Multiplies gradients in place with multi-tensor kernels. Does not synchronise.
+    """Multiplies gradients in place with multi-tensor kernels. Does not synchronize.
 
     Args:
         gradients: Dense tensors, DTensors included; None is passed over.
@@ -219,7 +219,7 @@ def _waiting(optimizer: Optimizer) -> list[RemovableHandle]:
 def _retire(handle: RemovableHandle, waiting: list[RemovableHandle]) -> None:
     """Removes the hook that is running, unless others are to run after it.
 
-    The optimiser goes through a dict of hooks, which may lose its last entry meanwhile and no
+    The optimizer goes through a dict of hooks, which may lose its last entry meanwhile and no
     other. A hook that has to stay does nothing more, and goes with the next :func:`clear_`.
     """
     hooks = handle.hooks_dict_ref()

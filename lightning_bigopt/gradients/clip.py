@@ -33,14 +33,14 @@ def clip_gradients_(
 ) -> ClipDecision:
     """Clips gradients by a rule, between ``backward`` and ``step``.
 
-    Synchronises with the host only where the rule does.
+    Synchronizes with the host only where the rule does.
 
     Args:
         parameters: A module, a parameter, parameters, or names and parameters.
         rule: The rule.
         state: What the rule remembers, from ``rule.initial_state()``; changed in place. Needed by
             adaptive rules.
-        optimizer: The optimiser about to step. A fused one scales the gradients in its own
+        optimizer: The optimizer about to step. A fused one scales the gradients in its own
             kernel, where it owns exactly these parameters, and leaves out an update from
             gradients that are not finite. Needed by rules that limit the update.
         fraction: The share of the budget spent, for scheduled thresholds.
@@ -49,7 +49,7 @@ def clip_gradients_(
         What was decided: coefficient, threshold and norms.
 
     Raises:
-        ValueError: If the rule needs a state or an optimiser that is not given.
+        ValueError: If the rule needs a state or an optimizer that is not given.
 
     Example:
         >>> import torch
@@ -61,7 +61,7 @@ def clip_gradients_(
         >>> round(decision.norms.value, 3), round(decision.coefficient.item(), 3)
         (50.01, 0.02)
 
-        An adaptive rule remembers; save its state beside the optimiser's:
+        An adaptive rule remembers; save its state beside the optimizer's:
 
         >>> rule = ZClip()
         >>> state = rule.initial_state()

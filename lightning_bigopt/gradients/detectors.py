@@ -139,7 +139,7 @@ class _Spike(Detector):
 
 
 def spread(scores: Sequence[float]) -> float:
-    """A standard deviation that neither outliers nor a drift move: from neighbours' differences.
+    """A standard deviation that neither outliers nor a drift move: from neighbors' differences.
 
     The median of absolute differences, scaled to the standard deviation of independent normal
     scores (Rice 1984, with a median for the mean). A trend adds only its slope to it, where it

@@ -37,7 +37,7 @@ def all_on_cpu(tensors: Sequence[Tensor]) -> bool:
 
 
 def local_norms(tensors: Sequence[Tensor], order: float) -> Tensor:
-    """The norm of each tensor, whatever the mix of dtypes and devices. Does not synchronise.
+    """The norm of each tensor, whatever the mix of dtypes and devices. Does not synchronize.
 
     Squares of large float32 numbers do not overflow, except on a device without float64.
 

@@ -33,7 +33,7 @@ def measure(
     process_group: ProcessGroup | None = None,
     is_sharded: Callable[[nn.Parameter], bool] | None = None,
 ) -> GradientNorms:
-    """Takes the norm of every gradient and of all of them. Does not synchronise with the host.
+    """Takes the norm of every gradient and of all of them. Does not synchronize with the host.
 
     Sums are carried in float64 where the device has it (over rows in float32 on a CPU), so that
     squares of finite numbers do not overflow. DTensors of any mesh and placement count as whole
@@ -101,7 +101,7 @@ def norms_of(
     *,
     groups: Sequence[ShardGroups] | None = None,
 ) -> Tensor:
-    """The norms of whole tensors, plain and DTensors alike. Does not synchronise.
+    """The norms of whole tensors, plain and DTensors alike. Does not synchronize.
 
     Args:
         tensors: The tensors; the same on every process where DTensors are among them.

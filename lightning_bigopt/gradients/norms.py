@@ -85,7 +85,7 @@ class GradientNorms:
     def of_vector(
         cls, pairs: Sequence[tuple[str, nn.Parameter]], norms: Tensor, norm_type: float
     ) -> GradientNorms:
-        """Norms that lie on a device. Does not synchronise, but where that device is the CPU.
+        """Norms that lie on a device. Does not synchronize, but where that device is the CPU.
 
         Args:
             pairs: Names and parameters.
@@ -119,7 +119,7 @@ class GradientNorms:
 
     @property
     def value(self) -> float:
-        """The total as a number. Synchronises, once however many ask."""
+        """The total as a number. Synchronizes, once however many ask."""
         found: float | None = vars(self).get("_value")  # no cached_property: it takes a lock
         if found is None:
             found = self.total.item()
@@ -139,7 +139,7 @@ class GradientNorms:
         vars(self)["_value"] = value
 
     def scaled(self, factor: float) -> GradientNorms:
-        """The norms of the gradients times a factor. Does not synchronise.
+        """The norms of the gradients times a factor. Does not synchronize.
 
         Example:
             >>> model = nn.Linear(2, 1, bias=False)
@@ -155,7 +155,7 @@ class GradientNorms:
         return replace(self, per_tensor=self.per_tensor * factor, total=self.total * factor)
 
     def select(self, indices: Sequence[int]) -> GradientNorms:
-        """The norms of some of the parameters, with a total of their own. Does not synchronise.
+        """The norms of some of the parameters, with a total of their own. Does not synchronize.
 
         Example:
             >>> model = nn.Linear(2, 1)

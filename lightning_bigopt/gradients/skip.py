@@ -1,4 +1,4 @@
-"""Leaves one update out: parameters and optimiser state stay as they are, to the bit."""
+"""Leaves one update out: parameters and optimizer state stay as they are, to the bit."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ __all__ = ["skip_update_"]
 
 
 def skip_update_(optimizer: Optimizer, parameters: Iterable[nn.Parameter] | None = None) -> None:
-    """Makes the coming ``optimizer.step`` change nothing. Does not synchronise.
+    """Makes the coming ``optimizer.step`` change nothing. Does not synchronize.
 
-    Gradients become None, which every optimiser of torch passes over: no moment, no step counter,
-    no weight decay. What an optimiser counts in its parameter groups (schedulefree's ``k`` and
+    Gradients become None, which every optimizer of torch passes over: no moment, no step counter,
+    no weight decay. What an optimizer counts in its parameter groups (schedulefree's ``k`` and
     ``weight_sum``) is put back once it has stepped. To multiply the gradients by zero instead
     would decay moments and weights, and leave a NaN a NaN.
 
     It may be called before ``optimizer.step`` or inside its closure, and after a GradScaler's
     ``unscale_``. If the step never comes, because the GradScaler leaves it out too, the next step
-    with gradients is not touched. Optimisers that call their closure several times, as LBFGS
+    with gradients is not touched. Optimizers that call their closure several times, as LBFGS
     does, cannot be skipped this way.
 
     Args:
-        optimizer: The optimiser about to step.
+        optimizer: The optimizer about to step.
         parameters: Its parameters; read from its groups by default.
 
     Example:

@@ -1,4 +1,4 @@
-"""Parameter groups and optimiser recipes."""
+"""Parameter groups and optimizer recipes."""
 
 from lightning_bigopt.optimizers.fields import GroupField
 from lightning_bigopt.optimizers.groups import parameter_groups

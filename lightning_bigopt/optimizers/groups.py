@@ -24,9 +24,9 @@ def parameter_groups(
     min_factor: float = 0.0,
     layers: Literal["blocks"] | Sequence[str] = "blocks",
 ) -> list[dict[str, Any]]:
-    r"""Named parameter groups for any optimiser of torch's kind.
+    r"""Named parameter groups for any optimizer of torch's kind.
 
-    Matrices decay; biases and whatever has one dimension or none (gains of normalisations) do not.
+    Matrices decay; biases and whatever has one dimension or none (gains of normalizations) do not.
     With ``layer_decay`` each layer has a learning rate of its own, the layer at the output the
     whole one:
 
@@ -40,7 +40,7 @@ def parameter_groups(
         weight_decay: Decay of the matrices, zero or more.
         no_decay: Patterns of further parameters without decay, such as ``"*.wpe.weight"``.
         lr: Learning rate :math:`\eta`; needed with ``layer_decay``, else None leaves it to the
-            optimiser.
+            optimizer.
         layer_decay: The factor :math:`d` from one layer to the one before, in (0, 1]; None for one
             learning rate.
         min_factor: The least factor :math:`m`, in [0, 1].
@@ -148,7 +148,7 @@ def _check(
     if not 0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay must be zero or more, got {weight_decay!r}; 0.1 is usual")
     if lr is not None and not 0 <= lr < math.inf:
-        raise ValueError(f"lr must be zero or more, got {lr!r}; pass the optimiser's peak rate")
+        raise ValueError(f"lr must be zero or more, got {lr!r}; pass the optimizer's peak rate")
     if not 0 <= min_factor <= 1:
         raise ValueError(f"min_factor must be in [0, 1], got {min_factor!r}; 0 sets no floor")
     if layer_decay is None:

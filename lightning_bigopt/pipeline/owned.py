@@ -1,4 +1,4 @@
-"""What an optimiser owns: its parameters with their names, and its own name."""
+"""What an optimizer owns: its parameters with their names, and its own name."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["Owned", "Ownership"]
 
 
 class Owned(NamedTuple):
-    """What is known of an optimiser.
+    """What is known of an optimizer.
 
     Attributes:
-        optimizer: The optimiser.
+        optimizer: The optimizer.
         parameters: Names and parameters, each tensor once, in the order of its groups.
-        label: Its name where there are several optimisers; ``""`` else.
+        label: Its name where there are several optimizers; ``""`` else.
     """
 
     optimizer: Optimizer
@@ -30,14 +30,14 @@ class Owned(NamedTuple):
 
 
 class Ownership:
-    """Looks names up once a fit, and again where an optimiser's groups have changed."""
+    """Looks names up once a fit, and again where an optimizer's groups have changed."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[int, Owned]] = {}
         self._names: tuple[str, ...] | None = None
 
     def known(self, optimizer: Optimizer) -> Owned | None:
-        """What an optimiser owns; None before it was looked up, and when its groups have changed.
+        """What an optimizer owns; None before it was looked up, and when its groups have changed.
 
         Asked every update.
         """
@@ -47,7 +47,7 @@ class Ownership:
         return found[1] if found[0] == _size(optimizer) else None
 
     def look_up(self, trainer: Trainer, optimizer: Optimizer) -> Owned:
-        """What an optimiser owns now."""
+        """What an optimizer owns now."""
         owned = Owned(
             optimizer,
             trainer_access.named_parameters(trainer.lightning_module, optimizer),

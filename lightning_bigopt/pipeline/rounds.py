@@ -9,7 +9,7 @@ class Rounds:
     """Finds the first caller of an event; the others of the same round find it done.
 
     A new round of an event begins when a caller that has already called comes again, which needs no
-    counter of Lightning's and holds for manual optimisation, several optimisers and closures that
+    counter of Lightning's and holds for manual optimization, several optimizers and closures that
     run more than once.
 
     Example:

@@ -121,7 +121,7 @@ class Pipeline:
         return self.controllers.find(kind)
 
     def parameters_of(self, optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
-        """Names and parameters of an optimiser, looked up again when its groups change."""
+        """Names and parameters of an optimizer, looked up again when its groups change."""
         return self._owned_by(optimizer).parameters
 
     def _owned_by(self, optimizer: Optimizer) -> Owned:

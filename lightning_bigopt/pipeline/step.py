@@ -17,13 +17,13 @@ __all__ = ["OptimizerStep"]
 
 
 class OptimizerStep:
-    """One coming update of one optimiser: the gradients and what was found and decided of them.
+    """One coming update of one optimizer: the gradients and what was found and decided of them.
 
     Attributes:
         pipeline: The pipeline that runs it.
-        optimizer: The optimiser about to step.
-        parameters: Names and parameters of the optimiser.
-        label: The optimiser's name, where there are several.
+        optimizer: The optimizer about to step.
+        parameters: Names and parameters of the optimizer.
+        label: The optimizer's name, where there are several.
         overflow_is_handled: Whether a GradScaler skips non-finite gradients by itself.
         skipped: Why the update is refused, or None.
         decision: What clipping did, or None.

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CHARTS", "Chart", "draw", "new_picture", "to_svg"]
 
-_COLOURS = ("#2b6cb0", "#dd6b20", "#2f855a", "#805ad5", "#b83280", "#4a5568")
-_GREY, _RED = "#a0aec0", "#c53030"
+_COLORS = ("#2b6cb0", "#dd6b20", "#2f855a", "#805ad5", "#b83280", "#4a5568")
+_GRAY, _RED = "#a0aec0", "#c53030"
 _MANY = 8
 _SPIKE = 20
 _LOSSES = ("*loss*",)
@@ -135,14 +135,14 @@ def draw(chart: Chart, runs: Sequence[Run]) -> str | None:
     dashed = [_wanted(run, chart.planned) for run in runs]
     if not any(solid):
         return None
-    colours = _colours(solid)
+    colors = _colors(solid)
     is_log = _is_log(chart, [v for curves in solid for curve in curves.values() for _, v in curve])
 
     def paint(axes: Sequence[Axes]) -> None:
         for axis, run, lines, plan in zip(axes, runs, solid, dashed, strict=True):
             if is_log:
                 axis.set_yscale("log")
-            _lines(axis, lines, colours, is_log=is_log)
+            _lines(axis, lines, colors, is_log=is_log)
             _plan(axis, plan)
             axis.grid(alpha=0.25)
             axis.set_title(run.name if len(runs) > 1 else chart.title, fontsize=10)
@@ -177,13 +177,13 @@ def _wanted(run: Run, prefixes: Sequence[str]) -> dict[str, Curve]:
     return run.select(*prefixes) if prefixes else {}
 
 
-def _colours(runs: Sequence[Mapping[str, Curve]]) -> dict[str, str]:
-    """The colour of each tag, the same in every run; of many only the extremes have one."""
+def _colors(runs: Sequence[Mapping[str, Curve]]) -> dict[str, str]:
+    """The color of each tag, the same in every run; of many only the extremes have one."""
     tags = list(dict.fromkeys(tag for curves in runs for tag in curves))
     if len(tags) > _MANY:
         tags.sort(key=lambda tag: -_typical([curves.get(tag, []) for curves in runs]))
         tags = [*tags[:3], *tags[-3:]]
-    return {tag: _COLOURS[number % len(_COLOURS)] for number, tag in enumerate(tags)}
+    return {tag: _COLORS[number % len(_COLORS)] for number, tag in enumerate(tags)}
 
 
 def _typical(curves: Sequence[Curve]) -> float:
@@ -191,36 +191,36 @@ def _typical(curves: Sequence[Curve]) -> float:
 
 
 def _lines(
-    axis: Axes, curves: Mapping[str, Curve], colours: Mapping[str, str], *, is_log: bool
+    axis: Axes, curves: Mapping[str, Curve], colors: Mapping[str, str], *, is_log: bool
 ) -> None:
-    others = [tag for tag in curves if tag not in colours]
+    others = [tag for tag in curves if tag not in colors]
     for tag in others:
         label = f"{len(others)} between them" if tag == others[0] else None
-        _line(axis, curves[tag], label, _GREY, is_log=is_log, alpha=0.5)
-    for tag in sorted(curves.keys() & colours.keys(), key=list(colours).index):
-        _line(axis, curves[tag], tag, colours[tag], is_log=is_log)
+        _line(axis, curves[tag], label, _GRAY, is_log=is_log, alpha=0.5)
+    for tag in sorted(curves.keys() & colors.keys(), key=list(colors).index):
+        _line(axis, curves[tag], tag, colors[tag], is_log=is_log)
         _mark(axis, [x for x, y in curves[tag] if not math.isfinite(y)], "x", f"{tag} not finite")
         zeros = [x for x, y in curves[tag] if y == 0]
         if is_log and zeros:
             is_named = "zero" in axis.get_legend_handles_labels()[1]
-            _mark(axis, zeros, "v", "_zero" if is_named else "zero", colours[tag])
+            _mark(axis, zeros, "v", "_zero" if is_named else "zero", colors[tag])
 
 
 def _line(
-    axis: Axes, curve: Curve, label: str | None, colour: str, *, is_log: bool, alpha: float = 1.0
+    axis: Axes, curve: Curve, label: str | None, color: str, *, is_log: bool, alpha: float = 1.0
 ) -> None:
     shown = [(x, y if y > 0 or not is_log else math.nan) for x, y in curve if math.isfinite(y)]
     xs, ys = [x for x, _ in shown], [y for _, y in shown]
     marker = "o" if len(shown) == 1 else None
-    axis.plot(xs, ys, color=colour, linewidth=1.2, label=label, marker=marker, alpha=alpha)
+    axis.plot(xs, ys, color=color, linewidth=1.2, label=label, marker=marker, alpha=alpha)
 
 
-def _mark(axis: Axes, places: Sequence[float], sign: str, label: str, colour: str = _RED) -> None:
+def _mark(axis: Axes, places: Sequence[float], sign: str, label: str, color: str = _RED) -> None:
     """Marks at the lower edge what has no place on the axis."""
     if places:
         edge = axis.get_xaxis_transform()
         axis.plot(
-            places, [0.02] * len(places), sign, color=colour, label=label, transform=edge, ms=4
+            places, [0.02] * len(places), sign, color=color, label=label, transform=edge, ms=4
         )
 
 
@@ -230,7 +230,7 @@ def _plan(axis: Axes, curves: Mapping[str, Curve]) -> None:
         axis.plot(
             [x for x, _ in finite],
             [y for _, y in finite],
-            color=_COLOURS[number % len(_COLOURS)],
+            color=_COLORS[number % len(_COLORS)],
             linestyle="--",
             linewidth=1.0,
             alpha=0.6,

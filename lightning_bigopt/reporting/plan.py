@@ -177,7 +177,7 @@ def _rates(
             group_names(optimizer.param_groups), optimizer.param_groups, strict=True
         ):
             if group.get("lr") is None:
-                continue  # the optimiser finds its own, as Adafactor does
+                continue  # the optimizer finds its own, as Adafactor does
             base = float(group["lr"])
             if owner is not None:
                 base = owner.value(group.get("name"), fraction, base, optimizer=label)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["Boundary", "PlanRow", "TrainingPlan"]
 
 
-_GREY = "#718096"  # no colour of a learning rate's
+_GRAY = "#718096"  # no color of a learning rate's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +162,8 @@ class TrainingPlan:
         sizes = [row.global_batch_size for row in self.rows]
         if None not in sizes:
             beside = axis.twinx()
-            beside.step(places, sizes, where="post", color=_GREY, linewidth=1)  # type: ignore[arg-type]
-            beside.set_ylabel("global batch, samples", color=_GREY)
+            beside.step(places, sizes, where="post", color=_GRAY, linewidth=1)  # type: ignore[arg-type]
+            beside.set_ylabel("global batch, samples", color=_GRAY)
             beside.set_ylim(bottom=0)
         axis.legend(fontsize=8, frameon=False, loc="lower center")
 

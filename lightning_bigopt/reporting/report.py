@@ -100,7 +100,7 @@ def render_report(runs: Sequence[Run]) -> str:
     pictures = [(chart, draw(chart, runs)) for chart in CHARTS]
     template = Environment(autoescape=True, trim_blocks=True).from_string(_PAGE)
     return template.render(
-        title="Optimisation report: " + " beside ".join(run.name for run in runs),
+        title="Optimization report: " + " beside ".join(run.name for run in runs),
         runs=runs,
         summary=_summary(runs),
         pictures=[(chart, picture) for chart, picture in pictures if picture is not None],

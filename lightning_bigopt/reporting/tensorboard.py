@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 DASHBOARD: Mapping[str, Mapping[str, Sequence[str]]] = {
-    "optimisation": {
+    "optimization": {
         "learning rate, planned and used": ("plan/lr.*", "optim/lr.*"),
         "gradient norm and clip threshold": ("grad_norm/total.*", "clip/threshold.*"),
         "share of updates clipped": ("clip/fraction.*",),

@@ -188,7 +188,7 @@ class Schedule(ABC):
             >>> Linear().as_lr_scheduler(optimizer, 100).get_last_lr()
             [0.4]
         """
-        # A schedule knows nothing of torch; only whoever holds an optimiser calls this, and has
+        # A schedule knows nothing of torch; only whoever holds an optimizer calls this, and has
         # torch already.
         return import_module("lightning_bigopt.optimizers.scheduler").ScheduleLR(
             optimizer, self, horizon
@@ -213,7 +213,7 @@ class Schedule(ABC):
         return resolved_share(getattr(self, name), f"{type(self).__name__}.{name}")
 
     def _set(self, **values: Any) -> None:
-        """Normalises fields while the instance is being made."""
+        """Normalizes fields while the instance is being made."""
         for name, value in values.items():
             object.__setattr__(self, name, value)
 

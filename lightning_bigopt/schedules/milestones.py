@@ -106,7 +106,7 @@ class MultiStep(Tabled):
 
     Args:
         milestones: Moments :math:`m_i` and factors :math:`c_i`, each relative to the base and not
-            to the stage before (torch's ``gamma=0.1`` is 0.1, 0.01, …). An int is optimiser steps.
+            to the stage before (torch's ``gamma=0.1`` is 0.1, 0.01, …). An int is optimizer steps.
 
     Raises:
         ValueError: If a factor is negative, or a moment is given twice or lies beyond the budget.
@@ -144,7 +144,7 @@ class PiecewiseLinear(Tabled):
         \quad \text{for } m_i \le \tau < m_{i+1}
 
     Args:
-        points: Moments :math:`m_i` and factors :math:`c_i`. An int is optimiser steps.
+        points: Moments :math:`m_i` and factors :math:`c_i`. An int is optimizer steps.
 
     Raises:
         ValueError: If a factor is negative, or a moment is given twice or lies beyond the budget.

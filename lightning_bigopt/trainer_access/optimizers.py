@@ -1,4 +1,4 @@
-"""Optimisers: the names of what they train, their own names, the schedulers beside them."""
+"""Optimizers: the names of what they train, their own names, the schedulers beside them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def parameter_names(module: nn.Module) -> tuple[str, ...]:
 
 
 def named_parameters(module: nn.Module, optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
-    """The optimiser's parameters with the module's names, each tensor once, in group order."""
+    """The optimizer's parameters with the module's names, each tensor once, in group order."""
     names = {id(parameter): plain_name(name) for name, parameter in module.named_parameters()}
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for index, group in enumerate(optimizer.param_groups):
@@ -54,12 +54,12 @@ def named_parameters(module: nn.Module, optimizer: Optimizer) -> list[tuple[str,
 
 
 def optimizer_label(trainer: Trainer, optimizer: Optimizer) -> str:
-    """``""`` for the only optimiser, its class's name for one of several (numbered if equal)."""
+    """``""`` for the only optimizer, its class's name for one of several (numbered if equal)."""
     return label_among(trainer.optimizers, optimizer)
 
 
 def label_among(optimizers: Sequence[Any], optimizer: Optimizer) -> str:
-    """:func:`optimizer_label` where there is no Trainer yet that knows the optimisers."""
+    """:func:`optimizer_label` where there is no Trainer yet that knows the optimizers."""
     if len(optimizers) <= 1:
         return ""
     raw = [getattr(o, "optimizer", o) for o in optimizers]

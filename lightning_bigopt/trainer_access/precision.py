@@ -32,7 +32,7 @@ def gradient_scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
 
 
 def unscale_gradients_(trainer: Trainer, optimizer: Optimizer) -> None:
-    """Undoes the loss scale where Lightning left it to a fused optimiser."""
+    """Undoes the loss scale where Lightning left it to a fused optimizer."""
     scaler = gradient_scaler(trainer)
     if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
         scaler.unscale_(optimizer)
@@ -67,7 +67,7 @@ def unscaled_loss(trainer: Trainer, loss: Tensor) -> Tensor:
     """A micro-batch's loss as the training step returned it, out of what is differentiated.
 
     Lightning divides it by the accumulation, a GradScaler multiplies it by its scale. Does not
-    synchronise.
+    synchronize.
     """
     plain = loss.detach().float()
     scaler = gradient_scaler(trainer)

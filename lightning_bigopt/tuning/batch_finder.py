@@ -32,10 +32,10 @@ __all__ = ["GlobalBatchFinder"]
 class GlobalBatchFinder(Callback):
     """Finds the largest micro-batch for a global batch, and sets it before training begins.
 
-    Every trial accumulates two micro-batches and takes an optimiser step, on each process for
-    itself and without gradient synchronisation; then all processes agree on the worst verdict, so
+    Every trial accumulates two micro-batches and takes an optimizer step, on each process for
+    itself and without gradient synchronization; then all processes agree on the worst verdict, so
     that one that runs out of memory leaves none waiting (a training step that gathers over the
-    processes by itself would). Afterwards weights, buffers, optimiser, metrics and random
+    processes by itself would). Afterwards weights, buffers, optimizer, metrics and random
     generators are as they were. Only sizes that ran are ever chosen.
 
     The size is written into a :class:`GlobalBatchLoader`, or into ``attribute`` of the datamodule
@@ -45,7 +45,7 @@ class GlobalBatchFinder(Callback):
         global_batch_size: The global batch to be carried out; the micro-batch divides its share of
             one process.
         attribute: The attribute that ``train_dataloader`` reads its batch size from.
-        smallest: Where the search begins, such as 2 for a model with batch normalisation.
+        smallest: Where the search begins, such as 2 for a model with batch normalization.
         search: ``"binary"`` closes in on the limit, ``"power"`` stays with powers of two.
         headroom: Share of the largest size to leave free, in [0, 1), because later batches may
             need more memory.
@@ -54,7 +54,7 @@ class GlobalBatchFinder(Callback):
         found: What the last search found; None before.
 
     Raises:
-        ValueError: At fit start for sharded strategies, SyncBatchNorm and manual optimisation, for
+        ValueError: At fit start for sharded strategies, SyncBatchNorm and manual optimization, for
             loaders whose batch cannot be set, and where not even one sample fits.
 
     Example:
@@ -191,7 +191,7 @@ def _try(trainer: Trainer, module: LightningModule, batch: Any) -> None:
 
 @contextmanager
 def as_it_was(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Puts modules, optimisers and generators back; meanwhile the module trains and logs nothing.
+    """Puts modules, optimizers and generators back; meanwhile the module trains and logs nothing.
 
     Copies wait in the CPU's memory, so that they take none of what is searched.
     """

@@ -29,11 +29,11 @@ class LearningRateRangeTest(Callback):
 
     The sweep is ordinary training on the user's loader, with the same precision, accumulation,
     GradientClipping and (its first) batch of a BatchSizeScheduler; no other callback takes part
-    and nothing is logged. Parameters, optimiser, gradient scaler, loaders, random states and the
+    and nothing is logged. Parameters, optimizer, gradient scaler, loaders, random states and the
     Trainer's counters are then put back to the bit. A resumed run is not tested again.
 
     Parameter groups keep their ratios: the rates are the first group's. The rate found becomes the
-    base of LearningRateScheduler, of a scheduler of the module's own, or the plain optimiser's
+    base of LearningRateScheduler, of a scheduler of the module's own, or the plain optimizer's
     rate; where the module's ``lr`` or ``learning_rate`` was the old one, it becomes the new.
 
     Args:

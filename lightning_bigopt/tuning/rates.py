@@ -31,7 +31,7 @@ class BaseRates:
             _RATE.write(group, rate * (base / self.reference))
 
     def use(self, rate: float, trainer: Trainer, module: LightningModule) -> None:
-        """Makes ``rate`` the base of optimisers, schedulers and module."""
+        """Makes ``rate`` the base of optimizers, schedulers and module."""
 
         def scaled(value: float) -> float:
             return rate * (float(value) / self.reference)

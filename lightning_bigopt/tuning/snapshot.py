@@ -26,7 +26,7 @@ class Snapshot:
     held as a tensor goes on holding it.
 
     Args:
-        objects: Such as modules and optimisers.
+        objects: Such as modules and optimizers.
         device: Where copies of tensors wait; None for where the tensors are.
 
     Example:

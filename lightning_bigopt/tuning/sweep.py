@@ -54,7 +54,7 @@ class Sweep(Callback):
         if not isinstance(outputs, dict) or outputs.get("loss") is None:
             raise ValueError(
                 "training_step must return the loss for a learning-rate range test, got "
-                f"{outputs!r}; return it from manual optimisation too"
+                f"{outputs!r}; return it from manual optimization too"
             )
         parts = int(trainer.accumulate_grad_batches) if pl_module.automatic_optimization else 1
         self._window.append(outputs["loss"].detach() * parts)

@@ -44,7 +44,7 @@ def test_every_rule_is_neutral_at_one():
     assert scaled_beta(0.999, kappa=1) == 0.999
 
 
-def test_torchs_own_optimisers_are_all_classified():
+def test_torchs_own_optimizers_are_all_classified():
     kinds = {name: getattr(torch.optim, name) for name in dir(torch.optim)}
     names = {
         name

@@ -1,4 +1,4 @@
-"""Several optimisers, and parameter groups that arrive in mid-run."""
+"""Several optimizers, and parameter groups that arrive in mid-run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def fit(module: L.LightningModule, *callbacks: Any, ckpt: Any = None, **options:
 
 
 class Several(L.LightningModule):
-    """Manual optimisation of two optimisers of one class and a third."""
+    """Manual optimization of two optimizers of one class and a third."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ def test_an_unknown_optimizer_is_refused_with_the_known_ones(name: str) -> None:
         fit(Several(), LearningRateScheduler(DOWN, optimizers={name: DOWN}))
 
 
-def test_manual_optimisation_resumes_with_the_same_rates(tmp_path: Path) -> None:
+def test_manual_optimization_resumes_with_the_same_rates(tmp_path: Path) -> None:
     def scheduler() -> LearningRateScheduler:
         return LearningRateScheduler(DOWN, optimizers={"Adam": Cosine()})
 

@@ -28,7 +28,7 @@ KAPPAS = [1, 1, 1, 4, 4, 2, 2, 2]
 
 
 class Groups(Probe):
-    """Records what the optimiser uses besides the learning rate."""
+    """Records what the optimizer uses besides the learning rate."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"optimizer": torch.optim.AdamW, "lr": 0.01, **options})
@@ -111,7 +111,7 @@ class TwoGroups(Probe):
 def test_groups_keep_their_ratios_whatever_the_implementation(
     lr_is_tensor: bool, choice: str, scheduled: bool
 ) -> None:
-    """A capturable optimiser, which needs a GPU, holds its rates in tensors as these do."""
+    """A capturable optimizer, which needs a GPU, holds its rates in tensors as these do."""
     name, _, value = choice.partition("=")
     module = TwoGroups(lr_is_tensor=lr_is_tensor, **{name: not value})
     others = [LearningRateScheduler(Linear(start=1.0, end=0.0))] if scheduled else []
@@ -166,7 +166,7 @@ def test_all_of_it_resumes_exactly(tmp_path: Path, stop: int) -> None:
         (torch.optim.SGD, "lr_scaling='linear'.*SGD"),
     ],
 )
-def test_the_plan_is_said_once_with_the_rule_that_fits_the_optimiser(
+def test_the_plan_is_said_once_with_the_rule_that_fits_the_optimizer(
     optimizer: Any, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO"):

@@ -111,7 +111,7 @@ def test_a_fused_optimizer_is_left_without_scale() -> None:
     assert getattr(optimizer, "found_inf", None) is None
 
 
-def test_manual_optimisation_clips_each_optimiser_by_itself() -> None:
+def test_manual_optimization_clips_each_optimizer_by_itself() -> None:
     class Manual(L.LightningModule):
         def __init__(self) -> None:
             super().__init__()
@@ -137,7 +137,7 @@ def test_manual_optimisation_clips_each_optimiser_by_itself() -> None:
 
 
 class Owner(GradientClippingMixin, L.LightningModule):
-    """Two networks, two optimisers that step by hand, one every batch and one every second."""
+    """Two networks, two optimizers that step by hand, one every batch and one every second."""
 
     def __init__(self, rule: ClippingRule) -> None:
         super().__init__()

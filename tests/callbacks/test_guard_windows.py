@@ -1,4 +1,4 @@
-"""StepGuard where windows are odd: no loss, one loss for two optimisers, validation in between."""
+"""StepGuard where windows are odd: no loss, one loss for two optimizers, validation in between."""
 
 from __future__ import annotations
 
@@ -116,10 +116,10 @@ def test_a_loss_that_is_nan_beside_a_finite_gradient_is_not_remembered() -> None
     assert finite(guard.controller.state_dict())
 
 
-# ------------------------------------------------------------------------- several optimisers
+# ------------------------------------------------------------------------- several optimizers
 
 
-def test_two_optimisers_that_step_on_one_loss_see_the_same_window() -> None:
+def test_two_optimizers_that_step_on_one_loss_see_the_same_window() -> None:
     class Shared(L.LightningModule):
         def __init__(self) -> None:
             super().__init__()
@@ -197,8 +197,8 @@ def test_lightnings_own_clipping_beside_the_guard() -> None:
     assert module.changed == [update != 3 for update in range(6)]
 
 
-class Normalised(L.LightningModule):
-    """Batch normalisation takes in a batch before anybody can refuse it."""
+class Normalized(L.LightningModule):
+    """Batch normalization takes in a batch before anybody can refuse it."""
 
     def __init__(self, bad: dict[int, float]) -> None:
         super().__init__()
@@ -223,7 +223,7 @@ class Normalised(L.LightningModule):
 def test_a_refused_batch_leaves_no_trace_in_running_statistics(
     precision: str, accumulate: int
 ) -> None:
-    module = Normalised({4: math.nan})
+    module = Normalized({4: math.nan})
     options = {"accumulate_grad_batches": accumulate, **cpu_precision(precision)}
     fit(module, StepGuard(), size=16 * accumulate, **options)
     ends = module.statistics[accumulate - 1 :: accumulate]
@@ -237,7 +237,7 @@ def test_a_refused_batch_leaves_no_trace_in_running_statistics(
 
 
 def test_a_lazy_layer_has_no_statistics_before_its_first_batch() -> None:
-    module = Normalised({4: math.nan})
+    module = Normalized({4: math.nan})
     module.net = nn.Sequential(nn.Linear(4, 4), nn.LazyBatchNorm1d(), nn.Linear(4, 3))
     fit(module, StepGuard(), size=16)
     assert module.net[1].num_batches_tracked == 7

@@ -172,7 +172,7 @@ def test_a_modules_own_scheduler_raises_or_is_replaced() -> None:
     assert module.lrs == [1.0, 0.75, 0.5, 0.25]
 
 
-def test_manual_optimisation_with_two_optimisers_is_scheduled() -> None:
+def test_manual_optimization_with_two_optimizers_is_scheduled() -> None:
     class Manual(L.LightningModule):
         def __init__(self) -> None:
             super().__init__()
@@ -313,7 +313,7 @@ def test_bad_arguments_name_themselves() -> None:
         LearningRateScheduler(DOWN, budget="2e9 tokens")
 
 
-def test_an_optimiser_that_finds_its_own_rate_is_refused() -> None:
+def test_an_optimizer_that_finds_its_own_rate_is_refused() -> None:
     class Adafactor(Probe):
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.SGD(self.parameters(), lr=0.1)

@@ -292,7 +292,7 @@ class FindsItsOwn(torch.optim.SGD):
         ({"momentum": None, "betas": (None, 0.999)}, "optim/momentum"),
     ],
 )
-def test_what_an_optimiser_does_not_have_is_left_out(
+def test_what_an_optimizer_does_not_have_is_left_out(
     written: dict[str, Any], missing: str, tmp_path: Path
 ) -> None:
     trainer = fit(
@@ -455,7 +455,7 @@ def test_a_pattern_that_matches_nothing_is_refused(tmp_path: Path) -> None:
         )
 
 
-def test_patterns_may_belong_to_one_of_several_optimisers(tmp_path: Path) -> None:
+def test_patterns_may_belong_to_one_of_several_optimizers(tmp_path: Path) -> None:
     trainer = fit(
         TwoOptimizers(),
         loader(8, 2),
@@ -624,7 +624,7 @@ class TwoOptimizers(L.LightningModule):
         )
 
 
-def test_manual_optimisation_of_several_optimisers(tmp_path: Path) -> None:
+def test_manual_optimization_of_several_optimizers(tmp_path: Path) -> None:
     trainer = fit(
         TwoOptimizers(),
         loader(8, 2),
@@ -639,7 +639,7 @@ def test_manual_optimisation_of_several_optimisers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("norm_type", [2.0, math.inf])
-def test_layers_may_all_belong_to_one_of_several_optimisers(
+def test_layers_may_all_belong_to_one_of_several_optimizers(
     tmp_path: Path, norm_type: float
 ) -> None:
     trainer = fit(

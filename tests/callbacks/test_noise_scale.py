@@ -213,7 +213,7 @@ def test_a_measured_run_cannot_be_counted_in_steps_where_epochs_end_it() -> None
         L.Trainer(**QUIET, max_epochs=2, callbacks=callbacks).fit(Probe(), loader(32, 2))
 
 
-def test_manual_optimisation_is_refused() -> None:
+def test_manual_optimization_is_refused() -> None:
     module = Probe()
     module.automatic_optimization = False
     with pytest.raises(ValueError, match="automatic_optimization must be True"):

@@ -217,7 +217,7 @@ def test_a_checkpoint_of_ours_resumes_without_us(tmp_path: Path) -> None:
     folder = saved(tmp_path, LearningRateScheduler(Linear()), lr=1.0)
     module = Probe(lr=9.0)
     fit(module, None, ckpt=folder / "step=5.ckpt")
-    assert module.lrs == [0.75] * 15  # the optimiser's own state
+    assert module.lrs == [0.75] * 15  # the optimizer's own state
 
 
 def test_a_ramp_resumes_in_its_cooldown_with_the_batch_it_had(tmp_path: Path) -> None:

@@ -221,7 +221,7 @@ def test_an_error_between_clipping_and_the_step_leaves_nothing(name: str, kind: 
         def on_before_optimizer_step(self, optimizer: Any) -> None:
             super().on_before_optimizer_step(optimizer)
             if self.armed and self.trainer.global_step == 4:
-                raise StopError  # the callbacks have clipped, the optimiser has not stepped
+                raise StopError  # the callbacks have clipped, the optimizer has not stepped
 
     model = Fails({}, optimizer=torch.optim.AdamW, lr=0.02, **KINDS[kind])
     trainer = L.Trainer(**QUIET, max_epochs=1, callbacks=[GradientClipping(RULES[name])])
@@ -250,11 +250,11 @@ def test_a_second_fit_of_the_same_trainer(name: str) -> None:
     assert not equal(weights(model), weights(twin))
 
 
-# --------------------------------------------------------------------------- several optimisers
+# --------------------------------------------------------------------------- several optimizers
 
 
 class TwoNets(L.LightningModule):
-    """Two optimisers under manual optimisation; the second's gradients are 1000 times larger."""
+    """Two optimizers under manual optimization; the second's gradients are 1000 times larger."""
 
     def __init__(self, *, together: bool = True) -> None:
         super().__init__()
@@ -276,7 +276,7 @@ class TwoNets(L.LightningModule):
 
 
 @pytest.mark.parametrize("name", [n for n in RULES if n not in ("agc", "groups", "groups-mixed")])
-def test_two_optimisers_have_histories_of_their_own(name: str, tmp_path: Path) -> None:
+def test_two_optimizers_have_histories_of_their_own(name: str, tmp_path: Path) -> None:
     rule = RULES[name]
 
     class Save(L.Callback):
@@ -296,7 +296,7 @@ def test_two_optimisers_have_histories_of_their_own(name: str, tmp_path: Path) -
             (nn.functional.mse_loss(net(x), y / (index + 1).unsqueeze(1)) * factor).backward()
             clip_gradients_(net, rule, state=state, optimizer=optimizer, fraction=update / 12)
             optimizer.step()
-    if name != "scheduled":  # the clock counts batches here, but steps of both optimisers there
+    if name != "scheduled":  # the clock counts batches here, but steps of both optimizers there
         for mine, theirs in zip(weights(straight), weights(plain_loop), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
     resumed = TwoNets()
@@ -304,7 +304,7 @@ def test_two_optimisers_have_histories_of_their_own(name: str, tmp_path: Path) -
     assert equal(weights(resumed), weights(straight))
 
 
-def test_patterns_may_name_parameters_of_either_optimiser() -> None:
+def test_patterns_may_name_parameters_of_either_optimizer() -> None:
     rule = Groups({"small.*": NormClip(max_norm=0.1), "large.*": None})
     model = TwoNets()
     fit(model, GradientClipping(rule))

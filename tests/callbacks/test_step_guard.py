@@ -73,7 +73,7 @@ def test_nan_and_infinity_are_left_out_to_the_bit(precision: str, kind: str) -> 
 
 
 @pytest.mark.parametrize("kind", ["sgd", "schedulefree", "schedulefree-foreach"])
-def test_other_optimisers_are_left_out_to_the_bit(kind: str) -> None:
+def test_other_optimizers_are_left_out_to_the_bit(kind: str) -> None:
     optimizer, options = {
         "sgd": (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1}),
         "schedulefree": (schedulefree.AdamWScheduleFree, {"foreach": False, "warmup_steps": 4}),
@@ -85,7 +85,7 @@ def test_other_optimisers_are_left_out_to_the_bit(kind: str) -> None:
 
 
 def test_a_skipped_update_trains_as_if_its_data_had_not_been_there() -> None:
-    """The oracle: a plain loop that does not call the optimiser for these batches."""
+    """The oracle: a plain loop that does not call the optimizer for these batches."""
     ours = Poisoned({3: math.nan, 5: math.inf}, optimizer=torch.optim.AdamW, lr=0.02)
     fit(ours, StepGuard(), size=20)
     plain = Probe()
@@ -223,7 +223,7 @@ def test_a_new_regime_is_accepted_after_five_rejections() -> None:
 @pytest.mark.parametrize("clip", [None, NormClip(max_norm=1e3), ZClip(warmup=3, max_norm=None)])
 def test_clip_to_median_makes_the_update_at_the_typical_norm(kind: str, clip: Any) -> None:
     class Gradients(Poisoned):
-        """What the optimiser is given, scale of the fused kernel included."""
+        """What the optimizer is given, scale of the fused kernel included."""
 
         def on_before_optimizer_step(self, optimizer: Any) -> None:
             super().on_before_optimizer_step(optimizer)
@@ -347,10 +347,10 @@ def test_it_can_be_copied_and_pickled_in_mid_fit() -> None:
         assert [r.update for r in twin.rejections] == [1]
 
 
-# -------------------------------------------------------------------------- several optimisers
+# -------------------------------------------------------------------------- several optimizers
 
 
-def test_manual_optimisation_judges_each_optimiser_by_itself() -> None:
+def test_manual_optimization_judges_each_optimizer_by_itself() -> None:
     class Manual(L.LightningModule):
         def __init__(self) -> None:
             super().__init__()
@@ -388,7 +388,7 @@ def test_manual_optimisation_judges_each_optimiser_by_itself() -> None:
 # ------------------------------------------------------------------------------- conflicts
 
 
-def test_an_optimiser_of_opacus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_optimizer_of_opacus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class Private(torch.optim.SGD): ...
 
     class Inherited(Private): ...

@@ -182,7 +182,7 @@ POISON = {4: math.nan, 7: 100.0}
 
 
 def state_of(guard: StepGuard) -> dict[str, Any]:
-    """What the detectors of the only optimiser have seen."""
+    """What the detectors of the only optimizer have seen."""
     return guard.controller.state_dict()["guarded"][""]["detectors"]
 
 

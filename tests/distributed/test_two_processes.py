@@ -52,7 +52,7 @@ def test_the_clipped_norm_is_the_global_one(two_processes: Any, case: str, fused
     tolerance = 1e-5 if precision == "32-true" else 2e-2
     flat = torch.cat([p.detach().flatten() for p in alone.net.parameters()]).tolist()
     assert results[0]["weights"] == pytest.approx(flat, rel=tolerance, abs=tolerance)
-    if not fused:  # a fused optimiser clips inside its kernel, after the hook that measured this
+    if not fused:  # a fused optimizer clips inside its kernel, after the hook that measured this
         assert results[0]["norms"] == pytest.approx(alone.norms, rel=tolerance)
         assert max(results[0]["norms"]) <= 0.5 * (1 + 1e-5)
 

@@ -35,7 +35,7 @@ def test_table_has_a_column_a_run_and_lines_up():
     assert len({len(line) for line in lines}) == 1
     cells = {line.split("|")[1].strip(): line.split("|")[2:4] for line in lines}
     assert [cell.strip() for cell in cells["validation loss (nats/byte)"]] == ["1.500", "nan"]
-    assert [cell.strip() for cell in cells["optimiser updates"]] == ["3", "1"]
+    assert [cell.strip() for cell in cells["optimizer updates"]] == ["3", "1"]
     assert [cell.strip() for cell in cells["samples"]] == ["96", "32"]
     assert [cell.strip() for cell in cells["non-finite steps"]] == ["2", "0"]
 
@@ -76,7 +76,7 @@ def test_the_command_trains_on_two_processes_and_leaves_logs_and_picture(tmp_pat
     assert result.returncode == 0, result.stderr
     assert "Warning" not in result.stderr
     assert result.stdout.count("| validation loss") == 1, "only one process prints"
-    updates = re.search(r"\| optimiser updates \|(.*)\|", re.sub(" +", " ", result.stdout))
+    updates = re.search(r"\| optimizer updates \|(.*)\|", re.sub(" +", " ", result.stdout))
     assert updates is not None
     assert updates[1].replace(" ", "") == "6|9|9|9"
     assert "tensorboard --logdir logs" in result.stdout

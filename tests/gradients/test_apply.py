@@ -83,7 +83,7 @@ def test_a_clip_leaves_no_trace_on_the_next_step():
 @pytest.mark.parametrize("order", ["unscaled", "scaled"])
 @pytest.mark.parametrize("bad", [False, True])
 def test_together_with_a_grad_scaler(order, bad):
-    """Both put a scale on the optimiser; the GradScaler deletes what it finds there."""
+    """Both put a scale on the optimizer; the GradScaler deletes what it finds there."""
     ours, theirs = with_norms(8.0), with_norms(8.0)
     mine, other = (FUSED["AdamW"]([p for _, p in named]) for named in (ours, theirs))
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=100)
@@ -113,7 +113,7 @@ def test_a_coefficient_of_one_costs_nothing_on_the_cpu():
     assert not hasattr(optimizer, "grad_scale")
 
 
-def test_an_optimiser_of_more_parameters_is_not_scaled_as_a_whole():
+def test_an_optimizer_of_more_parameters_is_not_scaled_as_a_whole():
     named = with_norms(8.0, 8.0)
     optimizer = FUSED["SGD"]([p for _, p in named])
     clip_gradients_(named[:1], NormClip(1.0), optimizer=optimizer)
@@ -122,7 +122,7 @@ def test_an_optimiser_of_more_parameters_is_not_scaled_as_a_whole():
     assert gradients(named)[1].norm() == pytest.approx(8.0, rel=1e-5)
 
 
-def test_only_optimisers_that_are_fused_throughout_take_a_scale():
+def test_only_optimizers_that_are_fused_throughout_take_a_scale():
     a, b = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
     assert takes_grad_scale(torch.optim.AdamW([a, b], fused=True))
     assert not takes_grad_scale(torch.optim.AdamW([a, b]))
@@ -151,7 +151,7 @@ def test_two_clips_before_one_step_are_one():
     assert (named[0][1] - before).norm().item() == pytest.approx(0.1, rel=1e-5)
 
 
-def test_an_optimiser_with_something_pending_can_be_copied_pickled_and_forgotten():
+def test_an_optimizer_with_something_pending_can_be_copied_pickled_and_forgotten():
     named = with_norms(8.0)
     optimizer = torch.optim.AdamW([p for _, p in named])
     clip_gradients_(named, UpdateClip(), optimizer=optimizer)
@@ -163,7 +163,7 @@ def test_an_optimiser_with_something_pending_can_be_copied_pickled_and_forgotten
     assert reference() is None
 
 
-def test_a_rule_on_updates_needs_an_optimiser():
+def test_a_rule_on_updates_needs_an_optimizer():
     decision = UpdateClip().decide(_context(), {})
     with pytest.raises(
         ValueError, match="optimizer must be given to a rule that limits the update"
@@ -205,7 +205,7 @@ def test_scale_multiplies_each_by_its_own(dtype):
 
 @pytest.mark.parametrize("kind", ["fused kernel", "limit on the update", "skip"])
 def test_hooks_of_others_run_before_and_behind_ours(kind):
-    """An optimiser goes through its hooks in order, and a dict must not shrink meanwhile."""
+    """An optimizer goes through its hooks in order, and a dict must not shrink meanwhile."""
     named = with_norms(8.0)
     optimizer = FUSED["AdamW"]([p for _, p in named])
     calls = []

@@ -60,7 +60,7 @@ def test_states_are_apart():
     }
 
 
-def test_a_fused_optimiser_is_not_given_one_scale_for_all():
+def test_a_fused_optimizer_is_not_given_one_scale_for_all():
     named = with_norms(4.0, 4.0)
     optimizer = torch.optim.AdamW([p for _, p in named], fused=True)
     clip_gradients_(named, Groups({"p0": NormClip(1.0), "p1": NormClip(2.0)}), optimizer=optimizer)
@@ -138,7 +138,7 @@ def test_limits_on_updates_of_equal_shapes_do_not_share_memory():
     assert b.tolist() == pytest.approx([300.0 - 0.001 * 500, 400.0])
 
 
-def test_a_group_of_another_optimiser_is_not_asked():
+def test_a_group_of_another_optimizer_is_not_asked():
     """UpdateClip would refuse SGD; ZClip would count an update that never was."""
     weight = nn.Parameter(torch.ones(3))
     weight.grad = torch.ones(3)

@@ -139,7 +139,7 @@ class Counting(torch.optim.SGD):
         return result
 
 
-def test_whatever_an_optimiser_counts_in_its_groups_is_put_back():
+def test_whatever_an_optimizer_counts_in_its_groups_is_put_back():
     named = with_gradients(SHAPES)
     optimizer = Counting([{"params": [p for _, p in named], "tensor": torch.zeros(2)}], lr=0.1)
     before, tensor = copy.deepcopy(optimizer.state_dict()), optimizer.param_groups[0]["tensor"]

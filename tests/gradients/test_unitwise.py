@@ -88,7 +88,7 @@ def test_excluded_parameters_are_left_alone():
 def test_a_pattern_that_matches_nothing_is_an_error():
     with pytest.raises(ValueError, match=r"every pattern must match a parameter, got 'haed\.\*'"):
         run(AGC(exclude="haed.*"), with_gradients())
-    # unless it names a parameter of another optimiser of the same module
+    # unless it names a parameter of another optimizer of the same module
     run(AGC(exclude="head.*"), with_gradients(), all_names=["p0", "head.weight"])
 
 

@@ -1,4 +1,4 @@
-"""The charts of the report: what is drawn, in which colours and over what."""
+"""The charts of the report: what is drawn, in which colors and over what."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_of_many_layers_the_extremes_are_named(axes: Any) -> None:
     assert axis.get_legend() is not None
 
 
-def test_a_tag_has_one_colour_in_both_runs(axes: Any) -> None:
+def test_a_tag_has_one_color_in_both_runs(axes: Any) -> None:
     one, two, three = (f"{TAG}/{name}" for name in ("one", "two", "three"))
     first = run_of({one: [1.0], two: [2.0]})
     second = run_of({three: [1.0], two: [3.0], one: [2.0]}, "b")

@@ -120,7 +120,7 @@ def test_a_limit_of_time_is_no_thousand_epochs() -> None:
         plan(trainer, Probe(), loader(64, 4))
 
 
-def test_two_optimisers_of_one_class_have_a_rate_each() -> None:
+def test_two_optimizers_of_one_class_have_a_rate_each() -> None:
     class Twins(Probe):
         def configure_optimizers(self) -> Any:
             parameters = list(self.parameters())
@@ -146,7 +146,7 @@ class Adafactor(Probe):
         return optimizer
 
 
-def test_an_optimiser_that_finds_its_own_rate_has_none_in_the_plan() -> None:
+def test_an_optimizer_that_finds_its_own_rate_has_none_in_the_plan() -> None:
     found = plan(L.Trainer(**QUIET, max_steps=10), Adafactor(), loader(16, 4))
     assert found.totals["updates"] == 10
     assert all(not row.learning_rates for row in found.rows)
@@ -168,7 +168,7 @@ def test_a_rate_that_never_decays_is_warned_of() -> None:
 
 
 @pytest.mark.parametrize(("options", "warned"), [({}, True), ({"fused": True}, False)])
-def test_an_optimiser_that_could_be_fused_is_warned_of(options: Any, warned: bool) -> None:
+def test_an_optimizer_that_could_be_fused_is_warned_of(options: Any, warned: bool) -> None:
     trainer = L.Trainer(**QUIET, max_steps=100)
     text = warnings(trainer, Probe(optimizer=torch.optim.AdamW, **options))
     assert ("could be fused" in text) is warned

@@ -1,4 +1,4 @@
-"""A GAN on points around a circle: two optimisers, manual optimisation."""
+"""A GAN on points around a circle: two optimizers, manual optimization."""
 
 import math
 

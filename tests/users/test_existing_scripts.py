@@ -46,7 +46,7 @@ def series(folder: Path, tag: str) -> list[float]:
     return list(read_scalars(folder)[tag].values())
 
 
-def test_a_gan_in_manual_optimisation(tmp_path: Path) -> None:
+def test_a_gan_in_manual_optimization(tmp_path: Path) -> None:
     callbacks = [
         LearningRateScheduler(WarmupCosine(warmup="25%", end=0.0)),
         GradientClipping(NormClip(max_norm=0.05)),
@@ -54,7 +54,7 @@ def test_a_gan_in_manual_optimisation(tmp_path: Path) -> None:
         OptimizationMonitor(),
     ]
     trainer = gan.main(callbacks=callbacks, **quiet(tmp_path))
-    # 4 epochs of 8 batches: both optimisers follow one curve, each from its own rate.
+    # 4 epochs of 8 batches: both optimizers follow one curve, each from its own rate.
     scalars = read_scalars(tmp_path)
     expected = [t / 8 if t < 8 else (1 + math.cos(math.pi * (t - 8) / 24)) / 2 for t in range(32)]
     for name, base in (("Adam-0", 2e-3), ("Adam-1", 4e-3)):

@@ -39,9 +39,9 @@ class ClipContext:
     """What a rule may look at.
 
     Args:
-        parameters: Names and parameters, those of the optimiser where there is one.
+        parameters: Names and parameters, those of the optimizer where there is one.
         norms: The gradients' norms where they were taken already; measured on demand else.
-        optimizer: The optimiser about to step, owner of exactly these parameters.
+        optimizer: The optimizer about to step, owner of exactly these parameters.
         fraction: The share of the budget spent, for scheduled thresholds.
         process_group: As in :func:`~lightning_bigopt.gradients.measure`.
         is_sharded: As in :func:`~lightning_bigopt.gradients.measure`.
@@ -106,7 +106,7 @@ class ClipDecision:
         threshold: The norm from which on the rule acts; shape (n,) where it is one for each.
         parts: The decisions for groups of parameters, by the groups' patterns.
         write: Writes the gradients itself, element by element or unit by unit.
-        after_step: Corrects the update once the optimiser has made it.
+        after_step: Corrects the update once the optimizer has made it.
 
     Example:
         >>> ClipDecision(threshold=1.0).coefficient is None
@@ -131,7 +131,7 @@ class ClippingRule(ABC):
     """Decides how one update's gradients are limited.
 
     A rule is immutable. What it remembers lies in a state that the caller keeps and saves, one
-    for each optimiser, as :meth:`initial_state` makes it; :meth:`decide` is called exactly once an
+    for each optimizer, as :meth:`initial_state` makes it; :meth:`decide` is called exactly once an
     update. Subclasses are frozen dataclasses.
 
     Example:
@@ -179,7 +179,7 @@ def clip_coefficient(
         finite: Whether the gradients are; whether ``norm`` is by default.
 
     Returns:
-        The same shape, at most 1. Does not synchronise.
+        The same shape, at most 1. Does not synchronize.
 
     Example:
         >>> clip_coefficient(torch.tensor([0.5, 4.0, float("nan")]), 2.0)

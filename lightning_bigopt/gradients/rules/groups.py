@@ -102,7 +102,7 @@ class Groups(ClippingRule):
                 if match == index
             ]
             if not members:
-                continue  # all its parameters belong to another optimiser
+                continue  # all its parameters belong to another optimizer
             part = replace(context, parameters=members, norms=self._of_group(norms, index))
             parts[pattern] = rule.decide(part, state[pattern])
         return ClipDecision(norms=norms, parts=parts)

@@ -26,7 +26,7 @@ class NormClip(ClippingRule):
 
     .. math:: g \leftarrow g \cdot \min\bigl(1,\; c / (\lVert g \rVert + 10^{-6})\bigr)
 
-    Needs no host synchronisation. Keeps no state.
+    Needs no host synchronization. Keeps no state.
 
     Args:
         max_norm: The limit :math:`c`, positive.
@@ -66,7 +66,7 @@ class NormClip(ClippingRule):
         return replace(self, schedule=self.schedule.resolve(horizon))
 
     def decide(self, context: ClipContext, state: RuleState) -> ClipDecision:
-        """One coefficient for all gradients; does not synchronise."""
+        """One coefficient for all gradients; does not synchronize."""
         limit = self.max_norm
         if self.schedule is not None:
             limit = self.schedule.value(context.fraction, self.max_norm)
@@ -83,7 +83,7 @@ class NormClip(ClippingRule):
 class PerParameterNormClip(ClippingRule):
     r"""Scales each gradient by itself so that its norm is at most ``max_norm``.
 
-    Changes the direction of the whole gradient. Needs no host synchronisation, keeps no state.
+    Changes the direction of the whole gradient. Needs no host synchronization, keeps no state.
 
     Args:
         max_norm: The limit for the norm of one parameter's gradient, positive.
@@ -111,7 +111,7 @@ class PerParameterNormClip(ClippingRule):
         return self.norm_type
 
     def decide(self, context: ClipContext, state: RuleState) -> ClipDecision:
-        """One coefficient for each gradient; does not synchronise."""
+        """One coefficient for each gradient; does not synchronize."""
         norms = context.norms_of_type(self.norm_type)
         return ClipDecision(
             norms=norms,

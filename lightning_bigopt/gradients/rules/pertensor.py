@@ -34,7 +34,7 @@ class AdaGC(ClippingRule):
         \hat g_i = g_i \min(1, \lambda \gamma_i / \lVert g_i \rVert), \qquad
         \gamma_i \leftarrow \beta \gamma_i + (1 - \beta) \lVert \hat g_i \rVert.
 
-    Needs no host synchronisation. State: ``updates``, ``names``, ``gamma`` of shape (n,). Norms
+    Needs no host synchronization. State: ``updates``, ``names``, ``gamma`` of shape (n,). Norms
     that are zero (which would silence a parameter for ever) or not finite never enter it.
 
     Args:
@@ -75,7 +75,7 @@ class AdaGC(ClippingRule):
 
     @torch.no_grad()
     def decide(self, context: ClipContext, state: RuleState) -> ClipDecision:
-        """One coefficient for all gradients, then one for each; does not synchronise."""
+        """One coefficient for all gradients, then one for each; does not synchronize."""
         norms = context.norms_of_type(2.0)
         gamma, each = _recall(state, norms), norms.per_tensor
         state["updates"] += 1

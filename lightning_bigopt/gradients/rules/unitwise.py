@@ -43,7 +43,7 @@ class AGC(ClippingRule):
 
     A unit is an index of the first dimension; tensors of one dimension or none are one unit. The
     authors leave out the last layer: name it in ``exclude``. A unit whose gradient is not finite
-    is left alone. Needs no host synchronisation. Keeps no state.
+    is left alone. Needs no host synchronization. Keeps no state.
 
     Args:
         clip_factor: :math:`\lambda`, positive.
@@ -79,7 +79,7 @@ class AGC(ClippingRule):
         return
 
     def decide(self, context: ClipContext, state: RuleState) -> ClipDecision:
-        """Writes unit by unit; does not synchronise."""
+        """Writes unit by unit; does not synchronize."""
         if context.process_group is not None:
             raise ValueError(
                 "the strategy must keep the parameters' shapes for AGC, got flat shards (FSDP1); "
@@ -95,7 +95,7 @@ class AGC(ClippingRule):
 
 @torch.no_grad()
 def clip_units_(parameters: Sequence[nn.Parameter], clip_factor: float, eps: float) -> None:
-    """Limits the gradient of every unit in place with few kernels. Does not synchronise."""
+    """Limits the gradient of every unit in place with few kernels. Does not synchronize."""
     weights = [local_part(parameter) for parameter in parameters]
     gradients = [local_part(settle_(parameter)) for parameter in parameters]
     devices: dict[torch.device, list[int]] = {}

@@ -1,4 +1,4 @@
-"""Limits on the update itself, put on once the optimiser has made it."""
+"""Limits on the update itself, put on once the optimizer has made it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class UpdateRule(ClippingRule):
     r"""Shortens the update of a parameter: :math:`w \leftarrow w_\text{old} + f\,\Delta w`.
 
     Torch has one learning rate for a parameter group, and a smaller gradient is not a smaller
-    step for an optimiser that normalises it. So the weights are copied before the step (memory of
+    step for an optimizer that normalizes it. So the weights are copied before the step (memory of
     one more set of weights) and the step is shortened behind it: the same as a learning rate of
     its own for every tensor, decoupled weight decay included.
 
@@ -50,12 +50,12 @@ class UpdateRule(ClippingRule):
         return
 
     def decide(self, context: ClipContext, state: RuleState) -> ClipDecision:
-        """Copies the weights now; the correction follows the step. Does not synchronise."""
+        """Copies the weights now; the correction follows the step. Does not synchronize."""
         optimizer = context.optimizer
         name = type(self).__name__
         if optimizer is None:
             raise ValueError(
-                f"optimizer must be given to {name}, got None; it limits what the optimiser does"
+                f"optimizer must be given to {name}, got None; it limits what the optimizer does"
             )
         if context.process_group is not None:
             raise ValueError(
@@ -68,7 +68,7 @@ class UpdateRule(ClippingRule):
         return ClipDecision(after_step=lambda: self._shorten_(optimizer, parameters, before))
 
     def check(self, optimizer: Optimizer) -> None:
-        """Refuses an optimiser whose parameters are not the iterate that it updates.
+        """Refuses an optimizer whose parameters are not the iterate that it updates.
 
         Raises:
             ValueError: If it is one.
@@ -123,13 +123,13 @@ class UpdateClip(UpdateRule):
     for each tensor, with the second moment :math:`\hat v` that already holds :math:`g`, its bias
     corrected. It acts when a gradient is larger than the second moment remembers, where Adam would
     take too long a step. Costs a copy of the weights and one more look at gradients and moments;
-    needs no host synchronisation. Keeps no state.
+    needs no host synchronization. Keeps no state.
 
     Args:
         max_rms: The limit :math:`d`, positive.
 
     Raises:
-        ValueError: If ``max_rms`` is not positive and finite; when it is used, if the optimiser
+        ValueError: If ``max_rms`` is not positive and finite; when it is used, if the optimizer
             is not one of the Adam family (``betas``, ``eps`` and ``exp_avg_sq``).
 
     Example:
@@ -149,7 +149,7 @@ class UpdateClip(UpdateRule):
         check_positive("max_rms", self.max_rms)
 
     def check(self, optimizer: Optimizer) -> None:
-        """Refuses an optimiser that is not of the Adam family."""
+        """Refuses an optimizer that is not of the Adam family."""
         super().check(optimizer)
         begun = next(filter(None, optimizer.state.values()), None)
         if begun is not None:
@@ -197,7 +197,7 @@ def _ratios(
 
 
 def _second_moment(state: dict[str, Any], optimizer: Optimizer) -> Tensor:
-    """What the optimiser divides by, squared and not yet corrected."""
+    """What the optimizer divides by, squared and not yet corrected."""
     if not {"exp_avg_sq", "step"} <= state.keys():
         raise ValueError(
             "optimizer must keep exp_avg_sq and step for UpdateClip, got "
@@ -208,7 +208,7 @@ def _second_moment(state: dict[str, Any], optimizer: Optimizer) -> Tensor:
 
 
 def _numbers(tensor: Tensor) -> Tensor:
-    """The local numbers of a tensor, real and imaginary parts apart, as the optimiser sees them."""
+    """The local numbers of a tensor, real and imaginary parts apart, as the optimizer sees them."""
     local = local_part(tensor)
     return torch.view_as_real(local) if local.is_complex() else local
 
@@ -244,9 +244,9 @@ class MaxUpdateRatio(UpdateRule):
 
     .. math:: \lVert \Delta w \rVert \le r \max(\lVert w \rVert, \epsilon)
 
-    Some texts call it learning-rate clipping. Works with every optimiser that keeps its iterate
+    Some texts call it learning-rate clipping. Works with every optimizer that keeps its iterate
     in the parameters. Costs a copy of the weights and one pass over both; needs no host
-    synchronisation. Keeps no state.
+    synchronization. Keeps no state.
 
     Args:
         ratio: The limit :math:`r`, positive.

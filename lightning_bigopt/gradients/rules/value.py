@@ -24,7 +24,7 @@ class ValueClip(ClippingRule):
     r"""Limits every element of every gradient to :math:`[-m, m]`.
 
     NaN stays NaN and an infinity becomes :math:`\pm m`, as with torch's ``clip_grad_value_``.
-    Needs no host synchronisation. Keeps no state.
+    Needs no host synchronization. Keeps no state.
 
     Args:
         max_abs: The limit :math:`m`, positive.
@@ -49,7 +49,7 @@ class ValueClip(ClippingRule):
         return
 
     def decide(self, context: ClipContext, state: RuleState) -> ClipDecision:
-        """Writes element by element; does not synchronise."""
+        """Writes element by element; does not synchronize."""
         named = context.with_gradients()
         parameters = [parameter for _, parameter in named]
         if any(parameter.is_complex() for parameter in parameters):

@@ -1,4 +1,4 @@
-"""No host synchronisation on an accelerator: proven on fake tensors, then on a real device.
+"""No host synchronization on an accelerator: proven on fake tensors, then on a real device.
 
 A fake tensor has a device and no numbers: whatever reads one from it raises. What it would not
 notice is a copy between host and device that the host waits for; a dispatch mode refuses those.
@@ -142,9 +142,9 @@ def test_the_audit_reads_no_number_between_reports(rule):
 @pytest.mark.gpu
 @pytest.mark.parametrize("rule", FREE, ids=lambda rule: type(rule).__name__)
 @pytest.mark.parametrize("loop", LOOPS)
-def test_no_synchronisation_on_a_real_device(rule, loop):
+def test_no_synchronization_on_a_real_device(rule, loop):
     named = parameters("cuda")
-    clip_and_step(named, rule, loop)  # allocations and lazy initialisation
+    clip_and_step(named, rule, loop)  # allocations and lazy initialization
     for _, parameter in named:
         parameter.grad = torch.randn_like(parameter)
     torch.cuda.synchronize()

@@ -96,7 +96,7 @@ def test_a_device_without_float64_is_not_asked_for_it(rule: Any, layers: Any) ->
 
 @pytest.mark.gpu
 @RULES
-def test_a_fit_does_not_synchronise_between_logged_updates(
+def test_a_fit_does_not_synchronize_between_logged_updates(
     rule: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     every, strict = 10, 0

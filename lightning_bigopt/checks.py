@@ -1,0 +1,184 @@
+"""Checks of arguments, with one wording for each kind of error.
+
+Every message reads ``name must be <constraint>, got <value>; <way out>``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+__all__ = [
+    "check_between",
+    "check_choice",
+    "check_count",
+    "check_instance",
+    "check_non_negative",
+    "check_positive",
+]
+
+
+def check_choice(name: str, value: object, choices: Any, *, hint: str = "") -> None:
+    """Raises unless a value is one of several.
+
+    Args:
+        name: The argument's name.
+        value: The argument.
+        choices: A ``Literal`` type, or a sequence of values; None among them is written ``None``.
+        hint: The way out, without the semicolon.
+
+    Raises:
+        ValueError: If ``value`` is not one of ``choices``.
+
+    Example:
+        >>> check_choice("mode", "max", ("min", "max"))
+        >>> check_choice("mode", "least", ("min", "max"))
+        Traceback (most recent call last):
+        ValueError: mode must be 'min' or 'max', got 'least'
+    """
+    allowed: Sequence[object] = get_args(choices) or choices
+    # Not ``value in allowed``: an array or a tensor compares element by element.
+    if any(type(value) is type(choice) and value == choice for choice in allowed):
+        return
+    *first, last = map(repr, allowed)
+    listed = f"{', '.join(first)} or {last}" if first else last
+    raise ValueError(f"{name} must be {listed}, got {value!r}{_way_out(hint)}")
+
+
+def check_count(
+    name: str, value: object, *, minimum: int = 1, of: str = "", hint: str = ""
+) -> None:
+    """Raises unless a value is an integer of at least ``minimum``.
+
+    Args:
+        name: The argument's name.
+        value: The argument.
+        minimum: The smallest integer allowed.
+        of: What is counted, such as ``"samples"``.
+        hint: The way out, without the semicolon.
+
+    Raises:
+        ValueError: If ``value`` is not such an integer; a bool is not.
+
+    Example:
+        >>> check_count("size", 32)
+        >>> check_count("size", 0, of="samples", hint="write an int such as 256")
+        Traceback (most recent call last):
+        ValueError: size must be a positive number of samples, got 0; write an int such as 256
+    """
+    if type(value) is int and value >= minimum:
+        return
+    what = f"number of {of}" if of else "integer"
+    if minimum in (0, 1):
+        constraint = f"a {'positive' if minimum else 'non-negative'} {what}"
+    else:
+        constraint = f"{'a' if of else 'an'} {what} of at least {minimum}"
+    raise ValueError(f"{name} must be {constraint}, got {value!r}{_way_out(hint)}")
+
+
+def check_positive(name: str, value: Any, *, hint: str = "") -> None:
+    """Raises unless a value is a positive and finite number.
+
+    Args:
+        name: The argument's name.
+        value: The argument.
+        hint: The way out, without the semicolon.
+
+    Raises:
+        ValueError: If ``value`` is not such a number; a bool is not.
+
+    Example:
+        >>> check_positive("max_norm", 0.0, hint="leave the rule out to clip nothing")
+        Traceback (most recent call last):
+        ValueError: max_norm must be positive and finite, got 0.0; leave the rule out to clip \
+nothing
+    """
+    if not (_is_number(value) and math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be positive and finite, got {value!r}{_way_out(hint)}")
+
+
+def check_non_negative(name: str, value: Any, *, hint: str = "") -> None:
+    """Raises unless a value is a finite number, zero or more.
+
+    Args:
+        name: The argument's name.
+        value: The argument.
+        hint: The way out, without the semicolon.
+
+    Raises:
+        ValueError: If ``value`` is not such a number; a bool is not.
+
+    Example:
+        >>> check_non_negative("end", -0.1)
+        Traceback (most recent call last):
+        ValueError: end must be non-negative and finite, got -0.1
+    """
+    if not (_is_number(value) and math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be non-negative and finite, got {value!r}{_way_out(hint)}")
+
+
+def check_between(
+    name: str,
+    value: Any,
+    low: float,
+    high: float,
+    *,
+    ends: Literal["()", "[)", "(]", "[]"] = "()",
+    hint: str = "",
+) -> None:
+    """Raises unless a number lies in an interval.
+
+    Args:
+        name: The argument's name.
+        value: The argument.
+        low: Lower end.
+        high: Upper end.
+        ends: Which ends belong to the interval: a square bracket includes its end.
+        hint: The way out, without the semicolon.
+
+    Raises:
+        ValueError: If ``value`` is not such a number; a bool is not.
+
+    Example:
+        >>> check_between("factor", 0.5, 0, 1)
+        >>> check_between("headroom", 1, 0, 1, ends="[)", hint="write 0.1")
+        Traceback (most recent call last):
+        ValueError: headroom must be in [0, 1), got 1; write 0.1
+    """
+    above = _is_number(value) and (value >= low if ends[0] == "[" else value > low)
+    if not (above and (value <= high if ends[1] == "]" else value < high)):
+        interval = f"{ends[0]}{low:g}, {high:g}{ends[1]}"
+        raise ValueError(f"{name} must be in {interval}, got {value!r}{_way_out(hint)}")
+
+
+def check_instance(name: str, value: object, kind: type, *, hint: str = "") -> None:
+    """Raises unless a value is an instance of a class.
+
+    Args:
+        name: The argument's name.
+        value: The argument.
+        kind: The class.
+        hint: The way out, without the semicolon.
+
+    Raises:
+        ValueError: If ``value`` is of another class.
+
+    Example:
+        >>> check_instance("size", "32", int, hint="write 32")
+        Traceback (most recent call last):
+        ValueError: size must be an int, got '32'; write 32
+    """
+    if not isinstance(value, kind):
+        article = "an" if kind.__name__[0].lower() in "aeiou" else "a"
+        raise ValueError(
+            f"{name} must be {article} {kind.__name__}, got {value!r}{_way_out(hint)}"
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _way_out(hint: str) -> str:
+    return f"; {hint}" if hint else ""
