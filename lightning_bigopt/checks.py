@@ -171,9 +171,7 @@ def check_instance(name: str, value: object, kind: type, *, hint: str = "") -> N
     """
     if not isinstance(value, kind):
         article = "an" if kind.__name__[0].lower() in "aeiou" else "a"
-        raise ValueError(
-            f"{name} must be {article} {kind.__name__}, got {value!r}{_way_out(hint)}"
-        )
+        raise ValueError(f"{name} must be {article} {kind.__name__}, got {value!r}{_way_out(hint)}")
 
 
 def _is_number(value: object) -> bool:

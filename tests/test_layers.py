@@ -29,8 +29,8 @@ BACKPORTS = frozenset({"typing_extensions"})
 OPTIONAL = frozenset({"jinja2", "jsonargparse", "matplotlib", "rich", "shtab", "transformers"})
 
 FLOORS = (
-    Floor(("durations", "schedules"), frozenset()),
-    Floor(("gradients", "batching", "optimizers"), TORCH),
+    Floor(("checks", "durations", "schedules"), frozenset()),
+    Floor(("parameters", "gradients", "batching", "optimizers"), TORCH),
     Floor(
         (
             "trainer_access",

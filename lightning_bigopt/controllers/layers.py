@@ -13,38 +13,22 @@ from torch import Tensor
 from lightning_bigopt.controllers.collected import Collected
 from lightning_bigopt.gradients import GradientNorms, norms_of
 from lightning_bigopt.gradients.kernels import wide_dtype
-from lightning_bigopt.gradients.patterns import check_all_match, first_match
 from lightning_bigopt.gradients.sharding import (
     ShardGroups,
     local_part,
     reduce_norms,
     shard_groups,
 )
+from lightning_bigopt.parameters import block_of, check_all_match, first_match
 from lightning_bigopt.reporting.tags import tag_name
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["LayerMonitor", "LayerValue", "Layers", "block_of", "check_layers", "layer_names"]
+__all__ = ["LayerMonitor", "LayerValue", "Layers", "check_layers", "layer_names"]
 
 Layers: TypeAlias = Literal["blocks", "parameters"] | Mapping[str, str] | None
 LayerValue: TypeAlias = Literal["grad_norm", "weight_norm", "update_ratio", "zeros"]
-
-
-def block_of(parameter: str) -> str:
-    """The block that a parameter belongs to, by its name.
-
-    That is the name up to its first number, which in most models counts the blocks, or the module
-    that owns the parameter where there is no number.
-
-    Example:
-        >>> block_of("gpt.h.3.attn.weight"), block_of("gpt.wte.weight"), block_of("scale")
-        ('gpt.h.3', 'gpt.wte', 'scale')
-    """
-    parts = [part for part in parameter.split(".") if part != "_orig_mod"]  # torch.compile's
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    kept = parts[:-1] if number is None else parts[: number + 1]
-    return ".".join(kept or parts)
 
 
 def layer_names(names: Sequence[str], layers: Layers) -> list[str | None]:

@@ -9,7 +9,13 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lightning_bigopt.gradients.patterns import as_patterns, check_all_match, first_match
+from lightning_bigopt.parameters import (
+    as_patterns,
+    check_all_match,
+    first_match,
+    numbered_prefix,
+    plain_name,
+)
 
 __all__ = ["parameter_groups"]
 
@@ -76,7 +82,7 @@ def parameter_groups(
     """
     _check(weight_decay=weight_decay, lr=lr, layer_decay=layer_decay, min_factor=min_factor)
     parameters = {
-        name.replace("_orig_mod.", ""): parameter  # torch.compile's
+        plain_name(name): parameter
         for name, parameter in module.named_parameters()
         if parameter.requires_grad
     }
@@ -121,7 +127,9 @@ def parameter_groups(
 def _depths(names: tuple[str, ...], layers: Literal["blocks"] | Sequence[str]) -> list[int]:
     """The layer of each parameter, counted from the input."""
     if layers == "blocks":
-        return [index for index, (_, run) in enumerate(groupby(names, key=_numbered)) for _ in run]
+        return [
+            index for index, (_, run) in enumerate(groupby(names, key=numbered_prefix)) for _ in run
+        ]
     patterns = as_patterns(layers)
     check_all_match(names, patterns)
     depths = []
@@ -133,13 +141,6 @@ def _depths(names: tuple[str, ...], layers: Literal["blocks"] | Sequence[str]) -
             )
         depths.append(match)
     return depths
-
-
-def _numbered(name: str) -> str:
-    """The name up to its first number; empty where there is none."""
-    parts = name.split(".")
-    number = next((index for index, part in enumerate(parts) if part.isdigit()), None)
-    return "" if number is None else ".".join(parts[: number + 1])
 
 
 def _check(

@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_bigopt import trainer_access
+from lightning_bigopt.parameters import named_parameters, parameter_names
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -50,7 +51,7 @@ class Ownership:
         """What an optimizer owns now."""
         owned = Owned(
             optimizer,
-            trainer_access.named_parameters(trainer.lightning_module, optimizer),
+            named_parameters(trainer.lightning_module, optimizer),
             trainer_access.optimizer_label(trainer, optimizer),
         )
         self._known[id(optimizer)] = _size(optimizer), owned
@@ -59,7 +60,7 @@ class Ownership:
     def all_names(self, trainer: Trainer) -> tuple[str, ...]:
         """The names of all the module's parameters."""
         if self._names is None:
-            self._names = trainer_access.parameter_names(trainer.lightning_module)
+            self._names = parameter_names(trainer.lightning_module)
         return self._names
 
 

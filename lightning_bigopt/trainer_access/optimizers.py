@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities.types import LRSchedulerConfig
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -18,39 +17,9 @@ __all__ = [
     "add_scheduler",
     "is_private",
     "label_among",
-    "named_parameters",
     "optimizer_label",
-    "parameter_names",
-    "plain_name",
     "remove_schedulers",
 ]
-
-
-# What FSDP1, torch.compile and activation checkpointing put into names.
-_WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name as the user's module has it."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
-
-
-def parameter_names(module: nn.Module) -> tuple[str, ...]:
-    """The names of all parameters, frozen ones included."""
-    return tuple(plain_name(name) for name, _ in module.named_parameters())
-
-
-def named_parameters(module: nn.Module, optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
-    """The optimizer's parameters with the module's names, each tensor once, in group order."""
-    names = {id(parameter): plain_name(name) for name, parameter in module.named_parameters()}
-    found: dict[int, tuple[str, nn.Parameter]] = {}
-    for index, group in enumerate(optimizer.param_groups):
-        for position, parameter in enumerate(group["params"]):
-            name = names.get(id(parameter), f"group{index}.{position}")
-            found.setdefault(id(parameter), (name, parameter))
-    return list(found.values())
 
 
 def optimizer_label(trainer: Trainer, optimizer: Optimizer) -> str:

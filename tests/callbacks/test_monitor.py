@@ -33,7 +33,7 @@ from lightning_bigopt import (
     StepGuard,
     WarmupCosine,
 )
-from lightning_bigopt.controllers.layers import block_of
+from lightning_bigopt.parameters import block_of
 from lightning_bigopt.reporting.runs import read_run
 from lightning_bigopt.reporting.tags import TAGS, find_tag
 from tests.kit import QUIET, Probe, ResumableLoader, loader

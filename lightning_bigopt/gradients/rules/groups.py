@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 
 from lightning_bigopt.durations import Horizon
 from lightning_bigopt.gradients.norms import GradientNorms
-from lightning_bigopt.gradients.patterns import check_all_match, first_match
 from lightning_bigopt.gradients.rules.base import (
     ClipContext,
     ClipDecision,
     ClippingRule,
     RuleState,
 )
+from lightning_bigopt.parameters import check_all_match, first_match
 
 __all__ = ["Groups"]
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bigopt.gradients.kernels import local_norms, wide_dtype
-from lightning_bigopt.gradients.patterns import as_patterns, check_all_match, first_match
 from lightning_bigopt.gradients.rules.base import (
     ClipContext,
     ClipDecision,
@@ -26,6 +25,7 @@ from lightning_bigopt.gradients.sharding import (
     settle_,
     shard_groups,
 )
+from lightning_bigopt.parameters import as_patterns, check_all_match, first_match
 
 __all__ = ["AGC"]
 

@@ -1,0 +1,121 @@
+"""Names of parameters, patterns for them, and the blocks that they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from functools import lru_cache
+
+from torch import nn
+from torch.optim import Optimizer
+
+__all__ = [
+    "as_patterns",
+    "block_of",
+    "check_all_match",
+    "first_match",
+    "named_parameters",
+    "numbered_prefix",
+    "parameter_names",
+    "plain_name",
+]
+
+# What FSDP1, torch.compile and activation checkpointing put into names.
+_WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without the parts that wrappers insert.
+
+    Example:
+        >>> plain_name("_orig_mod.head._fsdp_wrapped_module.weight")
+        'head.weight'
+    """
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def parameter_names(module: nn.Module) -> tuple[str, ...]:
+    """The plain names of all parameters, frozen ones included."""
+    return tuple(plain_name(name) for name, _ in module.named_parameters())
+
+
+def named_parameters(module: nn.Module, optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
+    """The optimizer's parameters with the module's plain names.
+
+    Each tensor is listed once, in the order of the groups. A parameter that the module does not
+    hold is named by its place, such as ``"group0.2"``.
+    """
+    names = {id(parameter): plain_name(name) for name, parameter in module.named_parameters()}
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        for position, parameter in enumerate(group["params"]):
+            name = names.get(id(parameter), f"group{index}.{position}")
+            found.setdefault(id(parameter), (name, parameter))
+    return list(found.values())
+
+
+def numbered_prefix(name: str) -> str:
+    """The name up to its first number; empty where there is none.
+
+    Example:
+        >>> numbered_prefix("gpt.h.3.attn.weight"), numbered_prefix("head.weight")
+        ('gpt.h.3', '')
+    """
+    parts = name.split(".")
+    number = next((index for index, part in enumerate(parts) if part.isdigit()), None)
+    return "" if number is None else ".".join(parts[: number + 1])
+
+
+def block_of(name: str) -> str:
+    """The block that a parameter belongs to, by its name.
+
+    That is the name up to its first number, which in most models counts the blocks, or the module
+    that owns the parameter where there is no number.
+
+    Example:
+        >>> block_of("gpt.h.3.attn.weight"), block_of("gpt.wte.weight"), block_of("scale")
+        ('gpt.h.3', 'gpt.wte', 'scale')
+    """
+    plain = plain_name(name)
+    return numbered_prefix(plain) or plain.rpartition(".")[0] or plain
+
+
+def as_patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
+    """One pattern or several as a tuple."""
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+@lru_cache(maxsize=64)
+def first_match(names: tuple[str, ...], patterns: tuple[str, ...]) -> tuple[int | None, ...]:
+    """For each name the index of the first pattern that it matches; None where there is none.
+
+    Example:
+        >>> first_match(("head.bias", "body.bias"), ("head.*", "*.bias"))
+        (0, 1)
+    """
+    return tuple(
+        next((i for i, pattern in enumerate(patterns) if fnmatchcase(name, pattern)), None)
+        for name in names
+    )
+
+
+@lru_cache(maxsize=64)
+def check_all_match(names: tuple[str, ...], patterns: tuple[str, ...]) -> None:
+    """Raises if a pattern is the first match of no name.
+
+    Raises:
+        ValueError: With the pattern, the names, and the earlier pattern that matches them first.
+    """
+    used = set(first_match(names, patterns))
+    for index, pattern in enumerate(patterns):
+        if index in used:
+            continue
+        taken = [name for name in names if fnmatchcase(name, pattern)]
+        why = f"; an earlier pattern matches {taken[0]} first" if taken else ""
+        some = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+        raise ValueError(
+            f"every pattern must match a parameter, got {pattern!r}, which matches none of "
+            f"{some or 'no parameters at all'}{why}"
+        )
