@@ -7,10 +7,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-fast lint format bench notebooks docs clean
 
-help:  ## Shows this list.
+help:  ## Lists the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-venv: $(STAMP)  ## Makes .venv with the pinned dependencies; PYTHON=… chooses the interpreter.
+venv: $(STAMP)  ## Creates .venv with the pinned dependencies; PYTHON=… selects the interpreter.
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
@@ -20,13 +20,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: $(STAMP)  ## Trains the example with and without us, and prints the difference (3 to 4 minutes).
+demo: $(STAMP)  ## Trains the example with and without the callbacks and compares them (3 to 4 minutes).
 	$(BIN)/bigopt demo
 
-test: $(STAMP)  ## Runs everything that must hold (25 minutes at most on two cores).
+test: $(STAMP)  ## Runs all tests (25 minutes at most on two cores).
 	$(PYTEST) --cov
 
-test-fast: $(STAMP)  ## Leaves out what is slow or starts processes (4 minutes at most).
+test-fast: $(STAMP)  ## Runs the tests that are neither slow nor distributed (4 minutes at most).
 	$(PYTEST) -m "not slow and not distributed"
 
 lint: $(STAMP)  ## Checks style and types.
@@ -34,20 +34,20 @@ lint: $(STAMP)  ## Checks style and types.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(STAMP)  ## Rewrites the code as lint wants it.
+format: $(STAMP)  ## Formats the code and applies automatic fixes.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 bench: $(STAMP)  ## Runs the benchmarks, one after the other.
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
-notebooks: $(STAMP)  ## Executes the notebooks and stores their outputs; NAMES="02 04" chooses.
+notebooks: $(STAMP)  ## Executes the notebooks and stores their outputs; NAMES="02 04" selects some.
 	$(BIN)/python notebooks/run.py $(NAMES)
 
 docs: $(STAMP)  ## Builds the site into docs/_build/html, warnings as errors.
 	$(BIN)/sphinx-build --fail-on-warning --keep-going -b html docs docs/_build/html
 
-clean:  ## Removes what was built, logged and cached, .venv included.
+clean:  ## Removes builds, logs, caches and .venv.
 	rm -rf $(VENV) build dist docs/_build docs/notebooks/*.ipynb htmlcov runs lightning_logs checkpoints
 	rm -rf .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

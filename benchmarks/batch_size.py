@@ -1,9 +1,9 @@
-"""Batch policies side by side on the demo's GPT: the same samples in the same order.
+"""Compares batch-size policies on the GPT of the demo, with the same samples in the same order.
 
-Each policy first looks for its own best peak learning rate in short runs on a seed of its own; what
-is reported is other seeds at that rate. ``python benchmarks/batch_size.py --write`` renews
-docs/benchmarks/batch_size.md; ``--quick`` only shows that it runs, and with ``--keep FILE`` a run
-that was interrupted goes on.
+The peak learning rate of each policy is tuned in short runs with one seed. The results come from
+other seeds at that learning rate. ``python benchmarks/batch_size.py --write`` regenerates
+docs/benchmarks/batch_size.md. ``--quick`` only tests that the script runs. ``--keep FILE`` stores
+results, so that an interrupted run can continue.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ TUNING_SEED = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contender:
-    """One policy with the schedule that goes with it, and where its search for a rate begins."""
+class Variant:
+    """One policy with its schedule, and the first learning rate of its search."""
 
     title: str
     policy: Callable[[], BatchSizePolicy]
@@ -61,7 +61,7 @@ class Contender:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What one training came to."""
+    """The result of one training run."""
 
     loss: float
     updates: int
@@ -70,47 +70,47 @@ class Run:
 
 @dataclass(kw_only=True)
 class Found:
-    """What is known of one contender: a loss at every rate tried, and the runs at the best."""
+    """The results of one policy: a loss for each learning rate, and the runs at the best one."""
 
     tried: dict[float, float] = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
 
     @property
     def rate(self) -> float:
-        """The best rate tried."""
+        """The best learning rate."""
         return min(self.tried, key=lambda rate: self.tried[rate])
 
 
 def plain() -> Schedule:
-    """Linear to zero after a warm-up, which all but Seesaw follow."""
+    """Linear decay to zero after a warm-up; the schedule of all policies but Seesaw."""
     return Warmup("2%", Linear(start=1.0, end=0.0))
 
 
 def traded() -> Seesaw:
-    """The same, with half of its decay paid in batch."""
+    """The same, with half of its decay replaced by growth of the batch."""
     return Seesaw(plain())
 
 
 def doublings(*shares: str) -> Callable[[], BatchSizePolicy]:
-    """From the small to the large batch, doubled at each share of the budget."""
+    """Doubles the batch at each fraction of the budget."""
     pairs = tuple((share, SMALL << n) for n, share in enumerate(("0%", *shares)))
     return lambda: BatchSizeSteps(pairs)
 
 
-CONTENDERS = (
-    Contender(title=f"constant {SMALL}", policy=lambda: ConstantBatchSize(SMALL), schedule=plain),
-    Contender(
+VARIANTS = (
+    Variant(title=f"constant {SMALL}", policy=lambda: ConstantBatchSize(SMALL), schedule=plain),
+    Variant(
         title=f"{SMALL} doubled at 25, 50 and 75 %, √ scaling",
         policy=doublings("25%", "50%", "75%"),
         schedule=plain,
         scaling="sqrt",
     ),
-    Contender(
+    Variant(
         title=f"Seesaw from {SMALL}, at most 8 ×",
         policy=lambda: SeesawBatchSize(traded(), base=SMALL),
         schedule=traded,
     ),
-    Contender(
+    Variant(
         title=f"constant {LARGE}",
         policy=lambda: ConstantBatchSize(LARGE),
         schedule=plain,
@@ -120,25 +120,25 @@ CONTENDERS = (
 
 
 class ExactText(SourceText):
-    """The demo's text, served to the sample: every contender trains on the same ones in order."""
+    """The demo's text: every policy trains on the same samples in the same order."""
 
     def __init__(self, *, seed: int) -> None:
         super().__init__()
         self.seed = seed
 
     def train_dataloader(self) -> Any:
-        """Micro-batches as large as the batch: an update is one pass, whatever its size."""
+        """Returns a loader whose micro-batches are whole updates."""
         return GlobalBatchLoader(self.train, micro_batch_size=LARGE, seed=self.seed)
 
 
-def train(contender: Contender, *, rate: float, samples: int, seed: int) -> Run:
-    """One training, and its validation loss."""
+def train(variant: Variant, *, rate: float, samples: int, seed: int) -> Run:
+    """Trains once, and returns the validation loss."""
     seed_everything(seed, verbose=False)
     callbacks: list[Callback] = [
-        LearningRateScheduler(contender.schedule()),
+        LearningRateScheduler(variant.schedule()),
         GradientClipping(NormClip(max_norm=1.0)),
         BatchSizeScheduler(
-            contender.policy(), lr_scaling=contender.scaling, budget=f"{samples} samples"
+            variant.policy(), lr_scaling=variant.scaling, budget=f"{samples} samples"
         ),
     ]
     trainer = Trainer(
@@ -165,7 +165,7 @@ def train(contender: Contender, *, rate: float, samples: int, seed: int) -> Run:
 
 
 class Runs:
-    """Makes each run once, also where the benchmark was interrupted in between."""
+    """Makes each run once, also if the benchmark was interrupted."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -173,11 +173,11 @@ class Runs:
         if path is not None and path.exists():
             self.known = json.loads(path.read_text(encoding="utf-8"))
 
-    def __call__(self, contender: Contender, *, rate: float, samples: int, seed: int) -> Run:
-        """The run, from the file if it is there."""
-        key = f"{contender.title}, {rate:g}, {samples} samples, seed {seed}"
+    def __call__(self, variant: Variant, *, rate: float, samples: int, seed: int) -> Run:
+        """Returns a run, from the file if it contains it."""
+        key = f"{variant.title}, {rate:g}, {samples} samples, seed {seed}"
         if key not in self.known:
-            run = train(contender, rate=rate, samples=samples, seed=seed)
+            run = train(variant, rate=rate, samples=samples, seed=seed)
             self.known[key] = asdict(run)
             if self.path is not None:
                 self.path.write_text(json.dumps(self.known, indent=1), encoding="utf-8")
@@ -185,14 +185,14 @@ class Runs:
         return Run(**self.known[key])
 
 
-def tune(contender: Contender, runs: Runs, *, samples: int) -> dict[float, float]:
-    """Losses by rate: down or up the grid until both neighbors of the best are worse."""
+def tune(variant: Variant, runs: Runs, *, samples: int) -> dict[float, float]:
+    """Returns losses by learning rate, up to a best one whose two neighbors are worse."""
     tried: dict[float, float] = {}
-    at = RATES.index(contender.first_rate)
+    at = RATES.index(variant.first_rate)
     while True:
         for near in (at, at - 1, at + 1):
             if 0 <= near < len(RATES) and RATES[near] not in tried:
-                run = runs(contender, rate=RATES[near], samples=samples, seed=TUNING_SEED)
+                run = runs(variant, rate=RATES[near], samples=samples, seed=TUNING_SEED)
                 tried[RATES[near]] = run.loss
         best = RATES.index(min(tried, key=lambda rate: tried[rate]))
         if best == at:
@@ -201,27 +201,27 @@ def tune(contender: Contender, runs: Runs, *, samples: int) -> dict[float, float
 
 
 def measure(runs: Runs, *, samples: int, tuning: int, seeds: int) -> Iterator[dict[str, Found]]:
-    """By title, after every seed; in the runs that are reported, the contenders take turns."""
-    found = {c.title: Found(tried=tune(c, runs, samples=tuning)) for c in CONTENDERS}
-    if not seeds:  # the search itself is all there is
-        for contender in CONTENDERS:
-            mine = found[contender.title]
-            mine.runs.append(runs(contender, rate=mine.rate, samples=tuning, seed=TUNING_SEED))
+    """Yields the results by title after every seed; in reported runs the policies take turns."""
+    found = {c.title: Found(tried=tune(c, runs, samples=tuning)) for c in VARIANTS}
+    if not seeds:  # only the tuning runs are made
+        for variant in VARIANTS:
+            mine = found[variant.title]
+            mine.runs.append(runs(variant, rate=mine.rate, samples=tuning, seed=TUNING_SEED))
         yield found
     for seed in range(TUNING_SEED + 1, TUNING_SEED + 1 + seeds):
-        for contender in CONTENDERS:
-            mine = found[contender.title]
-            run = runs(contender, rate=mine.rate, samples=samples, seed=seed)
+        for variant in VARIANTS:
+            mine = found[variant.title]
+            run = runs(variant, rate=mine.rate, samples=samples, seed=seed)
             mine.runs.append(run)
         yield found
 
 
 def table(found: dict[str, Found]) -> str:
-    """The result in Markdown."""
+    """Formats the results in Markdown."""
     base = next(iter(found.values()))
     least = mean(run.loss for run in base.runs)
     lines = [
-        "| policy | peak rate | validation loss | Δ | updates | ratio | seconds |",
+        "| policy | peak learning rate | validation loss | Δ | updates | ratio | seconds |",
         "|---|---|---|---|---|---|---|",
     ]
     for title, mine in found.items():
@@ -236,7 +236,7 @@ def table(found: dict[str, Found]) -> str:
 
 
 def searches(found: dict[str, Found]) -> str:
-    """What the search for each rate saw."""
+    """Formats the losses of the tuning runs in Markdown."""
     rates = sorted({rate for mine in found.values() for rate in mine.tried})
     lines = [
         f"| policy | {' | '.join(f'{rate:g}' for rate in rates)} |",
@@ -249,39 +249,42 @@ def searches(found: dict[str, Found]) -> str:
 
 
 def page(found: dict[str, Found], *, samples: int, tuning: int, seeds: int) -> str:
-    """The page that holds the tables."""
+    """Returns the page with the tables."""
     seeds_in_words = (
-        f"Means over {seeds} seed(s), lowest and highest in brackets"
+        f"Means over {seeds} seeds, with the lowest and highest value in parentheses"
+        if seeds > 1
+        else "One seed"
         if seeds
-        else "One seed, that of the search below"
+        else "One seed, that of the tuning runs below"
     )
     search = (
-        "on another seed than those above, and on the same validation windows"
+        "with another seed than above and on the same validation windows"
         if seeds
-        else "whose best runs are the ones above"
+        else "of which the best are shown above"
     )
-    return f"""# What a growing batch is worth
+    return f"""# The effect of a growing batch
 
-The demo's byte-level GPT (0.4M parameters) on Python's own source, {samples:,} samples of 64 bytes
-for every policy, the same ones in the same order; AdamW, linear decay to zero after 2 % of warm-up
-(Seesaw: the same decay, half of it paid in batch). Every policy at its own best peak learning rate.
-{seeds_in_words}; Δ and ratio are to the small batch.
+The byte-level GPT of the demo (0.4M parameters) is trained on Python's source files. Every policy
+uses the same {samples:,} samples of 64 bytes in the same order, AdamW, a warm-up over 2 % and
+linear decay to zero (Seesaw replaces half of this decay by growth of the batch), at its own best
+peak learning rate. {seeds_in_words}. Δ and ratio are relative to the constant small batch.
 
 {table(found)}
 
-The rates were looked for in runs of {tuning:,} samples, on a grid of factors of two until both
-neighbors of the best were worse, {search}. What that search saw:
+The learning rates were tuned in runs of {tuning:,} samples, on a grid of factors of two until
+both neighbors of the best were worse, {search}. The table shows the validation losses of these
+runs:
 
 {searches(found)}
 
-Seconds are the processor's, on one thread: the wall-clock of a core that has nothing else to do.
-`GlobalBatchLoader` serves every update in one micro-batch here, so they show what one process saves
-with larger matrices and fewer updates; on many devices, fewer updates save communication too.
+Seconds are processor time on one thread. `GlobalBatchLoader` yields every update as one
+micro-batch here, so the times show the savings of one process from larger matrices and fewer
+updates. On many devices, fewer updates also save communication.
 
-One tiny model and one text: a direction, not a law.
+These are results of one tiny model on one text. Treat them as rough indications.
 
 Measured with Python {platform.python_version()} and torch {torch.__version__} on one of
-{os.cpu_count()} cores ({platform.machine()}). Renew this page with
+{os.cpu_count()} cores ({platform.machine()}). Regenerate this page with
 `python benchmarks/batch_size.py --write`.
 """
 
@@ -290,10 +293,12 @@ def main() -> None:
     """Prints the tables, and writes the page on request."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=40_000)
-    parser.add_argument("--tuning", type=int, default=8_000, help="samples in a run of the search")
-    parser.add_argument("--keep", type=Path, help="a file that keeps what every run found")
-    parser.add_argument("--seeds", type=int, default=2, help="besides the search's; 0: only that")
-    parser.add_argument("--quick", action="store_true", help="1,024 samples, to see that it runs")
+    parser.add_argument("--tuning", type=int, default=8_000, help="samples in a tuning run")
+    parser.add_argument("--keep", type=Path, help="file that stores the result of every run")
+    parser.add_argument(
+        "--seeds", type=int, default=2, help="seeds besides that of the tuning runs; 0 for none"
+    )
+    parser.add_argument("--quick", action="store_true", help="1,024 samples, to test that it runs")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,14 +1,14 @@
-"""What clipping costs: torch's clip and step against ours, side by side, and in a Trainer.
+"""Measures the cost of clipping, compared with torch's clip and step, alone and in a Trainer.
 
     python benchmarks/clipping.py --quick            # under a minute, for a first look
     python benchmarks/clipping.py --write            # the whole table, into docs/benchmarks
-    python benchmarks/clipping.py --busy --write     # the same where other work is going on
+    python benchmarks/clipping.py --busy --write     # the same on a machine with other work
     python benchmarks/clipping.py --device cuda      # on an accelerator, with memory bandwidth
 
 Every method clips gradients that are too long by a factor of two and makes an AdamW step. Methods
-take turns, in an order drawn anew for each round, and the figure is the median over rounds of a
-method's time over another's in the same round, so that a machine that slows down slows all of
-them. Gradients are put back before each measurement, outside the clock.
+take turns in random order. A ratio is the median over rounds of the time of one method divided by
+that of another in the same round, so that a slower machine affects all methods alike. Gradients
+are restored before each measurement, outside the measured time.
 """
 
 from __future__ import annotations
@@ -53,20 +53,20 @@ PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "clipping.md"
 BASELINE = "torch clip + fused step"
 
 LIGHTNING = "Lightning's gradient_clip_val + fused step"
-OURS = "NormClip, fused"
-FREE_OF_SYNCHRONISATION = (OURS, "ValueClip, fused", "AGC, fused")
+NORM_CLIP = "NormClip, fused"
+FREE_OF_SYNCHRONIZATION = (NORM_CLIP, "ValueClip, fused", "AGC, fused")
 
 Step = Callable[[], object]
 Times = dict[str, list[float]]
 
 
 def small(tensors: int) -> list[tuple[int, ...]]:
-    """Many small tensors: what is measured is the cost of a call."""
+    """Returns many small shapes, with which the cost of calls dominates."""
     return [(32, 32) if index % 2 == 0 else (32,) for index in range(tensors)]
 
 
 def transformer(parameters: int, layers: int = 12) -> list[tuple[int, ...]]:
-    """The tensors of a decoder of about so many parameters."""
+    """Returns the shapes of a decoder with about this number of parameters."""
     width = round((parameters / (12 * layers)) ** 0.5 / 16) * 16
     block = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
     return [*(block + [(width,)] * 4) * layers, (width,), (width,)]
@@ -138,7 +138,7 @@ class Bench:
         return step
 
     def lightning_clip(self, optimizer: AdamW) -> Step:
-        """What ``Trainer(gradient_clip_val=)`` calls in 32-bit precision."""
+        """Returns the step that ``Trainer(gradient_clip_val=)`` makes in 32-bit precision."""
         plugin = Precision()
 
         def step() -> None:
@@ -147,7 +147,7 @@ class Bench:
 
         return step
 
-    def ours(self, rule: ClippingRule, optimizer: AdamW) -> Step:
+    def clip_by_rule(self, rule: ClippingRule, optimizer: AdamW) -> Step:
         state = rule.initial_state()
 
         def step() -> None:
@@ -172,26 +172,28 @@ class Bench:
                 gradient.copy_(torch.where(sizes < limits, gradient, clipped))
 
     def methods(self) -> dict[str, Step]:
-        """Name → step; the first is what the others are compared with."""
+        """Returns the steps by name; the first is the baseline."""
         scalar, limit = self.fused, self.limit
         return {
             BASELINE: self.torch_clip(self.fused),
             LIGHTNING: self.lightning_clip(self.fused),
             "fused step alone": self.fused.step,
-            OURS: self.ours(NormClip(limit), self.fused),
+            NORM_CLIP: self.clip_by_rule(NormClip(limit), self.fused),
             "torch clip + foreach step": self.torch_clip(self.foreach),
-            "NormClip, foreach": self.ours(NormClip(limit), self.foreach),
-            "AutoClip, fused": self.ours(AutoClip(10.0), scalar),
-            "ZClip, fused": self.ours(ZClip(max_norm=limit), scalar),
-            "AdaGC, fused": self.ours(AdaGC(warmup=1, max_norm=limit), scalar),
-            "PerParameterNormClip, fused": self.ours(PerParameterNormClip(self.longest), scalar),
-            "ValueClip, fused": self.ours(ValueClip(1.0), scalar),
-            "AGC, fused": self.ours(AGC(0.01), scalar),
-            "Groups of two, fused": self.ours(
+            "NormClip, foreach": self.clip_by_rule(NormClip(limit), self.foreach),
+            "AutoClip, fused": self.clip_by_rule(AutoClip(10.0), scalar),
+            "ZClip, fused": self.clip_by_rule(ZClip(max_norm=limit), scalar),
+            "AdaGC, fused": self.clip_by_rule(AdaGC(warmup=1, max_norm=limit), scalar),
+            "PerParameterNormClip, fused": self.clip_by_rule(
+                PerParameterNormClip(self.longest), scalar
+            ),
+            "ValueClip, fused": self.clip_by_rule(ValueClip(1.0), scalar),
+            "AGC, fused": self.clip_by_rule(AGC(0.01), scalar),
+            "Groups of two, fused": self.clip_by_rule(
                 Groups({"layer0.*": NormClip(1.0), "*": NormClip(limit)}), scalar
             ),
-            "UpdateClip, fused": self.ours(UpdateClip(0.1), scalar),
-            "MaxUpdateRatio, fused": self.ours(MaxUpdateRatio(1e-12), scalar),
+            "UpdateClip, fused": self.clip_by_rule(UpdateClip(0.1), scalar),
+            "MaxUpdateRatio, fused": self.clip_by_rule(MaxUpdateRatio(1e-12), scalar),
             "AGC loop, clip only": self.agc_loop,
             "AGC, clip only": lambda: clip_gradients_(self.named, AGC(0.01)),
         }
@@ -208,7 +210,7 @@ class Bench:
 
 
 def run(case: Case, device: str, clock: Callable[[], float]) -> Times:
-    """Seconds of every method in every round."""
+    """Returns the seconds of every method in every round."""
     bench = Bench(case, device, clock)
     methods = bench.methods()
     for step in methods.values():
@@ -216,32 +218,32 @@ def run(case: Case, device: str, clock: Callable[[], float]) -> Times:
         bench.time(step)
     times: Times = {name: [] for name in methods}
     for _ in range(case.rounds):
-        for name in drawn(list(methods)):  # what runs behind a long step finds another cache
+        for name in drawn(list(methods)):  # the previous step affects the cache
             times[name].append(bench.time(methods[name]))
     return times
 
 
 def drawn(names: list[str]) -> list[str]:
-    """The names in an order drawn anew."""
+    """Returns the names in random order."""
     return [names[index] for index in torch.randperm(len(names)).tolist()]
 
 
 def ratio(times: Times, name: str, other: str) -> float:
-    """The median of one method's time over another's in the same round."""
+    """Returns the median of the ratio of two methods' times in the same round."""
     pairs = zip(times[name], times[other], strict=True)
-    return statistics.median(mine / theirs for mine, theirs in pairs)
+    return statistics.median(one / two for one, two in pairs)
 
 
 def own_cost(times: Times) -> float:
-    """What our clipping adds to the bare step over what torch's adds."""
-    bare, ours, torchs = (
-        statistics.median(times[name]) for name in ("fused step alone", OURS, BASELINE)
+    """Returns the time that NormClip adds to the bare step, relative to torch's clipping."""
+    bare, norm_clip, torch_clip = (
+        statistics.median(times[name]) for name in ("fused step alone", NORM_CLIP, BASELINE)
     )
-    return (ours - bare) / max(torchs - bare, 1e-12)
+    return (norm_clip - bare) / max(torch_clip - bare, 1e-12)
 
 
 class Tower(L.LightningModule):
-    """Many small layers, whose forward and backward are done away with: the rest is the loop."""
+    """Many small tensors with a trivial loss: most of the time is Lightning's loop."""
 
     def __init__(self, tensors: int) -> None:
         super().__init__()
@@ -266,7 +268,7 @@ TRAINERS: dict[str, Callable[[], dict[str, object]]] = {
 
 
 def in_a_trainer(tensors: int, clock: Callable[[], float], *, fits: int, steps: int) -> Times:
-    """Seconds a batch of a whole Trainer, the median of each fit; fits take turns."""
+    """Returns the median seconds per batch of each fit of a Trainer; fits take turns."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     times: Times = {name: [] for name in TRAINERS}
     for _ in range(fits):
@@ -291,7 +293,7 @@ def in_a_trainer(tensors: int, clock: Callable[[], float], *, fits: int, steps: 
 
 
 def machine(device: str) -> str:
-    """The machine in general terms."""
+    """Describes the machine."""
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     names = (
@@ -304,13 +306,18 @@ def machine(device: str) -> str:
         else [platform.processor()]
     )
     return (
-        f"{os.cpu_count()} cores ({names[0]}), {torch.get_num_threads()} threads, "
+        f"{os.cpu_count()} cores ({names[0]}), {_threads()}, "
         f"torch {torch.__version__}, Python {platform.python_version()}"
     )
 
 
+def _threads() -> str:
+    count = torch.get_num_threads()
+    return "1 thread" if count == 1 else f"{count} threads"
+
+
 def table(results: dict[str, Times], baseline: str) -> str:
-    """Markdown: a row for each method, a column for each case."""
+    """Formats a row for each method and a column for each case in Markdown."""
     lines = ["| | " + " | ".join(results) + " |", "|---" * (len(results) + 1) + "|"]
     for name in next(iter(results.values())):
         cells = [
@@ -322,17 +329,17 @@ def table(results: dict[str, Times], baseline: str) -> str:
 
 
 def aims(results: dict[str, Times]) -> str:
-    """What was aimed at and what came out."""
+    """Formats the aims and the measured ratios in Markdown."""
     lines = ["| aim | " + " | ".join(results) + " |", "|---" * (len(results) + 1) + "|"]
     wanted = {"300 small tensors": 0.85, "25M parameters": 0.90, "100M parameters": 0.95}
     rows: dict[str, Callable[[str, Times], tuple[float, float]]] = {
         "NormClip fused over torch's clip + fused step": lambda case, t: (
-            ratio(t, OURS, BASELINE),
+            ratio(t, NORM_CLIP, BASELINE),
             wanted.get(case, 1.02),
         ),
         "clipping's own cost over torch's": lambda _, t: (own_cost(t), 0.75),
-        "AutoClip over NormClip": lambda _, t: (ratio(t, "AutoClip, fused", OURS), 1.03),
-        "ZClip over NormClip": lambda _, t: (ratio(t, "ZClip, fused", OURS), 1.03),
+        "AutoClip over NormClip": lambda _, t: (ratio(t, "AutoClip, fused", NORM_CLIP), 1.03),
+        "ZClip over NormClip": lambda _, t: (ratio(t, "ZClip, fused", NORM_CLIP), 1.03),
         "AGC over a loop, clip only": lambda _, t: (
             ratio(t, "AGC, clip only", "AGC loop, clip only"),
             0.50,
@@ -353,24 +360,25 @@ def page(
 ) -> str:
     rounds = ", ".join(f"{case.rounds:,} ({case.name})" for case in chosen)
     text = (
-        f"# What clipping costs\n\nMeasured with `benchmarks/clipping.py` on {machine(device)}; "
-        f"{how}. One row is clip and AdamW step, unless it says otherwise; in brackets the time "
-        "over that of `torch.nn.utils.clip_grad_norm_` and the fused step, the median of pairs "
-        "measured in turns, in an order drawn for each round. Every gradient was twice as long as "
-        f"allowed. Rounds: {rounds}.\n\n{table(results, BASELINE)}\n\n## Aims\n\n{aims(results)}\n"
+        f"# The cost of clipping\n\nMeasured with `benchmarks/clipping.py` on {machine(device)}; "
+        f"{how}. Each row is the time of clipping and an AdamW step, unless it says otherwise. The "
+        "number in parentheses is the ratio to `torch.nn.utils.clip_grad_norm_` with the fused "
+        "step: the median over pairs measured in turns, in random order in each round. Every "
+        f"gradient was twice as long as the threshold. Rounds: {rounds}.\n\n"
+        f"{table(results, BASELINE)}\n\n## Aims\n\n{aims(results)}\n"
     )
     if fits:
         text += (
-            "\n## In a Trainer\n\nOne batch of a fit, the time between two training steps: a "
-            "model of small tensors whose loss is their sum, so that nearly all of it is "
-            "Lightning's loop, backward and the fused step. In brackets the time over that with "
+            "\n## In a Trainer\n\nThe time between two training steps of a fit. The model consists "
+            "of small tensors and its loss is their sum, so almost all of the time is Lightning's "
+            "loop, the backward pass and the fused step. The number in parentheses is the ratio to "
             f"`gradient_clip_val`. Fits took turns.\n\n{table(fits, 'gradient_clip_val')}\n"
         )
     return text
 
 
 def copy_speed(device: str) -> float:
-    """Bytes a second that a plain copy reads and writes: the bandwidth that there is."""
+    """Returns the memory bandwidth of a plain copy in bytes per second."""
     source = torch.empty(1 << (28 if device == "cuda" else 22), device=device)
     target, seconds = torch.empty_like(source), []
     for _ in range(9):
@@ -385,20 +393,20 @@ def copy_speed(device: str) -> float:
 
 
 def bandwidth(results: dict[str, Times], chosen: list[Case], speed: float) -> str:
-    """Bytes that must be moved over the time taken, for NormClip with a fused AdamW."""
+    """Returns the memory bandwidth of NormClip with a fused AdamW, as text."""
     lines = [f"a plain copy: {speed / 1e9:.0f} GB/s"]
     for case in chosen:
         # The norm reads the gradient; the kernel reads and writes weight, gradient, two moments.
         moved = case.parameters * 4 * (1 + 4 + 4)
-        rate = moved / statistics.median(results[case.name][OURS])
+        rate = moved / statistics.median(results[case.name][NORM_CLIP])
         lines.append(f"{case.name}: {rate / 1e9:.0f} GB/s, {rate / speed:.0%} of a copy's")
     return "\n".join(lines)
 
 
 def check_no_synchronization(case: Case) -> str:
-    """Runs the rules that promise it where a synchronization raises."""
+    """Checks that rules documented as free of synchronization do not synchronize."""
     methods = Bench(case, "cuda", time.perf_counter).methods()
-    for name in FREE_OF_SYNCHRONISATION:
+    for name in FREE_OF_SYNCHRONIZATION:
         methods[name]()  # allocations and lazy initialization
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
@@ -406,7 +414,7 @@ def check_no_synchronization(case: Case) -> str:
             methods[name]()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return f"no synchronization: {', '.join(FREE_OF_SYNCHRONISATION)}"
+    return f"no synchronization: {', '.join(FREE_OF_SYNCHRONIZATION)}"
 
 
 def main() -> None:
@@ -417,9 +425,7 @@ def main() -> None:
     parser.add_argument(
         "--busy", action="store_true", help="one thread and its processor time: for a busy machine"
     )
-    parser.add_argument(
-        "--share", type=float, default=1.0, help="of the rounds, where time is short"
-    )
+    parser.add_argument("--share", type=float, default=1.0, help="fraction of the rounds to run")
     arguments = parser.parse_args()
     clock = time.thread_time if arguments.busy else time.perf_counter
     if arguments.busy:
@@ -451,7 +457,7 @@ def main() -> None:
     if arguments.write:
         target = PAGE if arguments.device == "cpu" else PAGE.with_stem("clipping_cuda")
         how = (
-            "processor time of one thread, while other work was going on"
+            "processor time of one thread, while the machine did other work"
             if arguments.busy
             else "elapsed time"
         )

@@ -1,8 +1,8 @@
-"""Throughput of GlobalBatchLoader beside torch's DataLoader with the same batch.
+"""Compares the throughput of GlobalBatchLoader with torch's DataLoader at the same batch size.
 
-One epoch a trial, the loaders in turn (so that a busy machine slows all of them alike), medians.
-``python benchmarks/loader.py --write`` renews docs/benchmarks/loader.md; ``--busy`` counts the
-processor's seconds instead of the wall's, for a machine that does other work at the same time.
+Each trial is one epoch. The loaders take turns, so that other work on the machine affects all of
+them alike; results are medians. ``--write`` regenerates docs/benchmarks/loader.md.
+``--busy`` measures processor time instead of elapsed time, for a machine that does other work.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
 
 
 def datasets(samples: int) -> dict[str, Dataset[Any]]:
-    """By name, from the cheapest to the dearest sample."""
+    """Returns the datasets by name, from the cheapest to the most expensive sample."""
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(samples, 64, generator=generator)
     return {
@@ -57,9 +57,9 @@ def datasets(samples: int) -> dict[str, Dataset[Any]]:
 
 
 def ramp(loader: GlobalBatchLoader) -> GlobalBatchLoader:
-    """The same loader with a batch that grows sixteenfold over the epoch."""
+    """Sets batch sizes that grow sixteenfold over the epoch, and returns the loader."""
     policy = BatchSizeRamp(start=MICRO, end=16 * MICRO, over="90%", increment=MICRO)
-    loader.plan(
+    loader.set_batch_sizes(
         lambda: planned_sizes(
             policy,
             start=Progress(fraction=0.0),
@@ -74,32 +74,32 @@ def ramp(loader: GlobalBatchLoader) -> GlobalBatchLoader:
     return loader
 
 
-def contenders(dataset: Dataset[Any], workers: int) -> dict[str, Iterable[Any]]:
-    """By name, all with micro-batches of the same size."""
+def variants(dataset: Dataset[Any], workers: int) -> dict[str, Iterable[Any]]:
+    """Returns the loaders by name, all with micro-batches of the same size."""
 
-    def ours(**options: Any) -> GlobalBatchLoader:
+    def exact(**options: Any) -> GlobalBatchLoader:
         return GlobalBatchLoader(dataset, micro_batch_size=MICRO, num_workers=workers, **options)
 
-    def theirs() -> DataLoader[Any]:
+    def torch_loader() -> DataLoader[Any]:
         return DataLoader(dataset, batch_size=MICRO, shuffle=True, num_workers=workers)
 
     return {
-        "torch": theirs(),
-        "torch again": theirs(),
-        "constant": ours(),
-        "ramp": ramp(ours()),
-        "sample streams": ours(randomness="sample"),
+        "torch": torch_loader(),
+        "torch again": torch_loader(),
+        "constant": exact(),
+        "ramp": ramp(exact()),
+        "sample streams": exact(randomness="sample"),
     }
 
 
 def processor_time() -> float:
-    """Seconds of this process and of the workers that it has waited for."""
+    """Returns the processor time of this process and of its finished workers."""
     found = os.times()
     return time.process_time() + found.children_user + found.children_system
 
 
 def samples_per_second(loader: Iterable[Any], samples: int, clock: Callable[[], float]) -> float:
-    """One epoch, the start of workers and their end included."""
+    """Measures one epoch, including the start and end of the workers."""
     start, seen = clock(), 0
     for batch in loader:
         seen += len(batch[0])
@@ -110,12 +110,13 @@ def samples_per_second(loader: Iterable[Any], samples: int, clock: Callable[[], 
 def measure(
     epochs: int, clock: Callable[[], float]
 ) -> list[tuple[str, int, dict[str, float], dict[str, float]]]:
-    """Rows: dataset, workers, each loader's median, and its median ratio to torch."""
+    """Returns dataset, workers, the median of each loader, and its median ratio to torch."""
     rows = []
-    # Short epochs in quick turns see the same machine; with workers, their start must not rule.
+    # Short epochs, so that all loaders run under the same conditions; longer ones with workers,
+    # whose start would otherwise dominate.
     for workers, samples, trials in ((0, 4_096, 3 * epochs), (2, 24_576, epochs)):
         for name, dataset in datasets(samples).items():
-            loaders = contenders(dataset, workers)
+            loaders = variants(dataset, workers)
             speeds: dict[str, list[float]] = {kind: [] for kind in loaders}
             for trial in range(trials + 1):
                 order = list(loaders) if trial % 2 else list(loaders)[::-1]
@@ -126,7 +127,7 @@ def measure(
             medians = {kind: median(found) for kind, found in speeds.items()}
             ratios = {
                 kind: median(
-                    [mine / theirs for mine, theirs in zip(found, speeds["torch"], strict=True)]
+                    [one / reference for one, reference in zip(found, speeds["torch"], strict=True)]
                 )
                 for kind, found in speeds.items()
             }
@@ -135,7 +136,7 @@ def measure(
 
 
 def table(rows: list[tuple[str, int, dict[str, float], dict[str, float]]]) -> str:
-    """The rows in Markdown."""
+    """Formats the rows in Markdown."""
     heads = ("dataset", "workers", "torch, samples/s", "torch again", "constant batch", "ramp")
     lines = [
         f"| {' | '.join(heads)} | `randomness='sample'` |",
@@ -148,30 +149,30 @@ def table(rows: list[tuple[str, int, dict[str, float], dict[str, float]]]) -> st
 
 
 def page(body: str, epochs: int, *, busy: bool) -> str:
-    """The page that holds the table."""
+    """Returns the page with the table."""
     seconds = (
-        "A second is one of processor time, workers included: the machine did other work too"
+        "Seconds are processor time including workers, because the machine did other work"
         if busy
-        else "A second is one on the wall"
+        else "Seconds are elapsed time"
     )
-    return f"""# The exact loader beside torch's
+    return f"""# Speed of GlobalBatchLoader
 
-What does it cost that `GlobalBatchLoader` may change the batch at any update and resumes at any
-sample? One epoch a trial in micro-batches of {MICRO}: 4,096 samples and {3 * epochs} trials
-without workers, 24,576 samples and {epochs} trials with two, their start included. The ratios are
-medians of (samples a second) / (those of `DataLoader(batch_size={MICRO}, shuffle=True)` in the same
-trial). The loaders take turns, and *torch again*, a second loader of torch's, shows how far the
-ratios can be trusted. {seconds}.
+`GlobalBatchLoader` can change the batch at any update and resume at any sample. This page
+compares its speed with torch's `DataLoader`. Each trial is one epoch in micro-batches of {MICRO}:
+4,096 samples and {3 * epochs} trials without workers, 24,576 samples and {epochs} trials with two
+workers, including their start. The ratios are medians of (samples per second) / (samples per
+second of `DataLoader(batch_size={MICRO}, shuffle=True)` in the same trial). The loaders take
+turns. *torch again* is a second torch loader; it shows how precise the ratios are. {seconds}.
 
 {body}
 
-*Constant batch* and *ramp* (the global batch grows from {MICRO} to {16 * MICRO} in mid-epoch) cost
-what torch's loader costs: they build the same inner `DataLoader`. `randomness="sample"` seeds
-three generators before every sample, which shows where a sample costs next to nothing, and is the
-price of augmentation that is the same on any number of processes.
+*Constant batch* and *ramp* (the global batch grows from {MICRO} to {16 * MICRO} during the epoch)
+are about as fast as torch's loader, because they use the same inner `DataLoader`.
+`randomness="sample"` seeds three generators before every sample. This makes augmentation the same
+on any number of processes. Its cost is visible if loading a sample costs almost nothing.
 
 Measured with Python {platform.python_version()} and torch {torch.__version__} on {os.cpu_count()}
-cores ({platform.machine()}). Renew this page with `python benchmarks/loader.py --write`.
+cores ({platform.machine()}). Regenerate this page with `python benchmarks/loader.py --write`.
 """
 
 
@@ -179,7 +180,7 @@ def main() -> None:
     """Prints the table, and writes the page on request."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--epochs", type=int, default=15, help="trials with workers; thrice as many without"
+        "--epochs", type=int, default=15, help="trials with workers; three times as many without"
     )
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
     parser.add_argument("--busy", action="store_true", help="processor time: for a busy machine")

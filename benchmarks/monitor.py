@@ -1,11 +1,11 @@
-"""The price of seeing: our callbacks beside Lightning's own logging, over a bare Trainer.
+"""Measures the overhead of the callbacks, and of Lightning's own logging, over a bare Trainer.
 
-Every contender trains the same model in turn (so that a busy machine slows all of them alike);
-the differences to the bare Trainer of the same round are put together by their median, with an
-interval that holds it nine times in ten. Times are processor seconds of the whole process,
-TensorBoard's writing thread included, so that other work on the machine does not count.
-``python benchmarks/monitor.py --write`` renews docs/benchmarks/monitor.md; with ``--only N`` one
-table of it.
+All variants train the same model in turn, so that other work on the machine affects all of them
+alike. A figure is the median over rounds of the difference from the bare Trainer in the same round,
+with its 90 % confidence interval. Times are processor time of the whole process, including the
+thread that writes TensorBoard's file.
+``python benchmarks/monitor.py --write`` regenerates docs/benchmarks/monitor.md; ``--only N``
+regenerates one of its tables.
 """
 
 from __future__ import annotations
@@ -33,10 +33,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_bigopt import (
+    BatchSizeScheduler,
+    BatchSizeSteps,
     GradientClipping,
     LearningRateScheduler,
+    NormClip,
     OptimizationMonitor,
     WarmupCosine,
+    WarmupStableDecay,
     ZClip,
 )
 from lightning_bigopt.examples.gpt import TransformerBlock
@@ -47,9 +51,9 @@ WARM_UP = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """A model, how long it is trained, and how often.
+    """A model, the length of a training, and the number of rounds.
 
-    Contenders that cost much are seen in every few rounds only.
+    Slow variants take part only in every ``slow_every``-th round.
     """
 
     title: str
@@ -58,19 +62,19 @@ class Workload:
     slow_steps: int
     rounds: int
     slow_every: int = 4
-    contenders: tuple[str, ...] = ("bare", "empty", "a", "a-csv", "b", "b-full", "c")
+    variants: tuple[str, ...] = ("bare", "empty", "readme", "a", "a-csv", "b", "b-full", "c")
     has_length: bool = True
 
 
 WORKLOADS = (
     Workload(title="Tiny perceptron, 4 tensors", blocks=0, steps=150, slow_steps=50, rounds=60),
     Workload(
-        title="The same on a loader without a length",
+        title="Tiny perceptron, loader without a length",
         blocks=0,
         steps=150,
         slow_steps=50,
         rounds=60,
-        contenders=("bare", "empty", "b"),
+        variants=("bare", "empty", "readme", "b"),
         has_length=False,
     ),
     Workload(
@@ -83,23 +87,24 @@ WORKLOADS = (
         slow_steps=5,
         rounds=3,
         slow_every=1,
-        contenders=("bare", "a", "a-csv", "c"),
+        variants=("bare", "a", "a-csv", "c"),
     ),
 )
 SLOW = {"a", "a-csv", "c"}
-CONTENDERS = {
+VARIANTS = {
     "bare": "bare Trainer, `gradient_clip_val`",
-    "empty": "the same with three empty callbacks",
-    "a": "a. ours: schedule, ZClip, norms of every parameter, every step",
-    "a-csv": "a. with a CSVLogger instead of TensorBoard",
-    "b": "b. ours, every 50 steps",
-    "b-full": "b. ours with everything that the monitor knows, by block, every 50 steps",
-    "c": "c. Lightning's: LearningRateMonitor and `log_dict(grad_norm(self, 2))`",
+    "empty": "with four empty callbacks",
+    "readme": "the README's four callbacks",
+    "a": "a. lightning_bigopt: schedule, ZClip, norms of every parameter, every step",
+    "a-csv": "a. with CSVLogger instead of TensorBoard",
+    "b": "b. lightning_bigopt, every 50 steps",
+    "b-full": "b. lightning_bigopt with all values of the monitor, by block, every 50 steps",
+    "c": "c. Lightning: LearningRateMonitor and `log_dict(grad_norm(self, 2))`",
 }
 
 
 class Same(Dataset[Tensor]):
-    """The same batch again and again, at no cost of its own."""
+    """Returns the same batch again and again, at no cost."""
 
     def __init__(self, batch: Tensor) -> None:
         self.batch = batch
@@ -112,7 +117,7 @@ class Same(Dataset[Tensor]):
 
 
 class Endless:
-    """The same from a loader that does not know how long it is."""
+    """An iterable without a length that yields the same batch."""
 
     def __init__(self, batch: Tensor) -> None:
         self.batch, self.batch_size = batch, len(batch)
@@ -129,7 +134,7 @@ def loader(batch: Tensor, *, has_length: bool) -> Any:
 
 
 class Model(L.LightningModule):
-    """A stack of transformer blocks, or a tiny perceptron; notes when its steps begin."""
+    """A stack of transformer blocks, or a tiny perceptron; records when its steps begin."""
 
     def __init__(self, blocks: int, *, log_norms: bool) -> None:
         super().__init__()
@@ -154,7 +159,7 @@ class Model(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-4)
 
 
-def ours(**options: Any) -> list[L.Callback]:
+def package_callbacks(**options: Any) -> list[L.Callback]:
     return [
         LearningRateScheduler(WarmupCosine(warmup="10%")),
         GradientClipping(ZClip()),
@@ -162,33 +167,44 @@ def ours(**options: Any) -> list[L.Callback]:
     ]
 
 
-def seconds_per_step(contender: str, work: Workload, folder: str) -> float:
-    """The mean time of a step, loggings included, after some steps to warm up."""
-    steps = work.slow_steps if contender == "c" else work.steps
-    every = 1 if contender in {"a", "a-csv", "c"} else 50
+def readme() -> list[L.Callback]:
+    """Returns the list in README.md; the batch stays the same, so that every step is an update."""
+    return [
+        LearningRateScheduler(WarmupStableDecay(warmup="10%", decay="20%")),
+        GradientClipping(NormClip(max_norm=1.0)),
+        BatchSizeScheduler(BatchSizeSteps({"0%": 8, "100%": 16})),
+        OptimizationMonitor(),
+    ]
+
+
+def seconds_per_step(variant: str, work: Workload, folder: str) -> float:
+    """Measures the mean time of a step, logging included, after some steps of warm-up."""
+    steps = work.slow_steps if variant == "c" else work.steps
+    every = 1 if variant in {"a", "a-csv", "c"} else 50
     norms: dict[str, Any] = {"layers": "parameters", "per_layer": ["grad_norm"]}
     callbacks: Mapping[str, list[L.Callback]] = {
         "bare": [],
-        "empty": [L.Callback(), L.Callback(), L.Callback()],
-        "a": ours(**norms),
-        "a-csv": ours(**norms),
-        "b": ours(**norms),
-        "b-full": ours(),
+        "empty": [L.Callback() for _ in range(4)],
+        "readme": readme(),
+        "a": package_callbacks(**norms),
+        "a-csv": package_callbacks(**norms),
+        "b": package_callbacks(**norms),
+        "b-full": package_callbacks(),
         "c": [LearningRateMonitor()],
     }
-    logger = CSVLogger(folder) if contender == "a-csv" else TensorBoardLogger(folder)
+    logger = CSVLogger(folder) if variant == "a-csv" else TensorBoardLogger(folder)
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=WARM_UP + steps + 1,
         logger=logger,
         log_every_n_steps=every,
-        callbacks=callbacks[contender],
-        gradient_clip_val=1.0 if contender in {"bare", "empty", "c"} else None,
+        callbacks=callbacks[variant],
+        gradient_clip_val=1.0 if variant in {"bare", "empty", "c"} else None,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    model = Model(work.blocks, log_norms=contender == "c")
+    model = Model(work.blocks, log_norms=variant == "c")
     batch = torch.randn(8, 8, 32) if work.blocks else torch.randn(8, 32)
     trainer.fit(model, loader(batch, has_length=work.has_length))
     return (model.began[-1] - model.began[WARM_UP]) / (len(model.began) - 1 - WARM_UP)
@@ -198,26 +214,29 @@ Found = Mapping[str, tuple[float, float, float]]
 
 
 def measure(work: Workload, rounds: int) -> Found:
-    """For each contender the median of its time over the bare Trainer's, in ms, and its interval.
+    """Measures the time over the bare Trainer's, in ms: its median and interval by variant.
 
-    The bare Trainer's own time comes under its name.
+    The bare Trainer has its own time, and ``"beyond"`` is the README's list over the empty
+    callbacks.
     """
-    differences: dict[str, list[float]] = {name: [] for name in work.contenders}
+    differences: dict[str, list[float]] = {name: [] for name in work.variants}
     for trial in range(rounds):
-        names = [n for n in work.contenders if n not in SLOW or trial % work.slow_every == 0]
+        names = [n for n in work.variants if n not in SLOW or trial % work.slow_every == 0]
         times: dict[str, float] = {}
         for name in names if trial % 2 else names[::-1]:
             with tempfile.TemporaryDirectory() as folder:
                 times[name] = 1e3 * seconds_per_step(name, work, folder)
         for name, found in times.items():
             differences[name].append(found - (0.0 if name == "bare" else times["bare"]))
+        if "readme" in times:
+            differences.setdefault("beyond", []).append(times["readme"] - times["empty"])
     return {name: with_interval(values) for name, values in differences.items()}
 
 
 def with_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """The median with an interval that holds it with a probability of 0.9, by order statistics.
+    """Returns the median and its 90 % confidence interval by order statistics.
 
-    The whole range where there are too few values for that.
+    The interval is the whole range if there are too few values.
     """
     ordered, count = sorted(values), len(values)
     outside, low = 2.0 * 0.5**count, 0
@@ -230,58 +249,67 @@ def with_interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def table(work: Workload, found: Found) -> str:
-    """The rows in Markdown."""
+    """Formats one table in Markdown."""
     bare, low, high = found["bare"]
     lines = [
         f"## {work.title}",
         "",
-        "| | over the bare Trainer | nine times in ten | share of c |",
+        "| | difference from the bare Trainer | 90 % interval | fraction of c |",
         "|---|---|---|---|",
-        f"| {CONTENDERS['bare']} | {bare:.3f} ms a step | {low:.3f} to {high:.3f} | |",
+        f"| {VARIANTS['bare']} | {bare:.3f} ms a step | {low:.3f} to {high:.3f} | |",
     ]
-    for name in work.contenders[1:]:
+    for name in work.variants[1:]:
         middle, low, high = found[name]
         share = f"{middle / found['c'][0]:.3f}" if "c" in found else ""
         lines.append(
-            f"| {CONTENDERS[name]} | {middle:+.3f} ms ({100 * middle / bare:+.1f} %) | "
+            f"| {VARIANTS[name]} | {middle:+.3f} ms ({100 * middle / bare:+.1f} %) | "
             f"{low:+.3f} to {high:+.3f} | {share} |"
+        )
+    if "beyond" in found:
+        middle, low, high = found["beyond"]
+        lines.append(
+            f"\nThe README's list beyond the empty callbacks: {middle:+.3f} ms, {low:+.3f} to "
+            f"{high:+.3f} ({100 * middle / bare:+.1f} % of this step, {100 * middle / 30:+.2f} % "
+            "of 30 ms)."
         )
     return "\n".join(lines)
 
 
-def renewed(tables: Mapping[str, str]) -> str:
-    """The tables of the page, those that were measured now in place of the former ones."""
+def merged(tables: Mapping[str, str]) -> str:
+    """Returns the tables of the page, with the measured tables in place of the old ones."""
     former = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
     known = {
         match[1]: match[0].strip()
-        for match in re.finditer(r"^## (.+)\n(?:\n?\|.*\n)+", former, flags=re.MULTILINE)
+        for match in re.finditer(
+            r"^## (.+)\n(?:\n?\|.*\n)+(?:\nThe README's list .+\n)?", former, flags=re.MULTILINE
+        )
     }
     known.update(tables)
     return "\n\n".join(known[work.title] for work in WORKLOADS if work.title in known)
 
 
 def page(body: str) -> str:
-    """The page that holds the tables."""
-    return f"""# The price of seeing
+    """Returns the page with the tables."""
+    return f"""# The cost of monitoring
 
-What do schedule, adaptive clipping and monitor cost over a bare Trainer with `gradient_clip_val`,
-beside what Lightning itself offers for the same curves? The contenders take turns; a number is the
-median over rounds of the difference to the bare Trainer in the same round, in processor time of the
-whole process (the thread that writes TensorBoard's file included), and beside it the interval that
-holds this median nine times in ten (the whole range where there were only a few rounds).
+This page compares the cost of schedule, adaptive clipping and monitor with that of Lightning's
+own logging of the same curves. Costs are relative to a bare Trainer with `gradient_clip_val`. The
+variants take turns. A number is the median over rounds of the difference from the bare Trainer in
+the same round, in processor time of the whole process (including the thread that writes
+TensorBoard's file). The next column is a 90 % confidence interval of this median (the whole range
+if there were only a few rounds).
 
 {body}
 
-Lightning's `log_dict` costs its time on every step, logged or not: `self.log` keeps each of the
-values, and TensorBoard gets one call for each of them. The monitor keeps what it measures on the
-device, fetches it with one transfer on logged steps, and hands TensorBoard one event. Three empty
-callbacks show what Lightning's own dispatch of hooks costs; of ours one takes part in a batch, in
-two of its six hooks, or three where the batches must be counted because the loader has no length.
-The clipping of the bare Trainer is torch's own, a part of its time; with ours it falls away.
+Lightning's `log_dict` costs time on every step, logged or not, because `self.log` stores each
+value and TensorBoard receives one call per value. `OptimizationMonitor` keeps its values on the
+device, transfers them in one copy on logged steps, and passes one event to TensorBoard. The empty
+callbacks show the cost of Lightning's dispatch of hooks. The time of the bare Trainer includes
+torch's own clipping, which GradientClipping replaces in the variants a and b.
 
 Measured with Python {platform.python_version()}, torch {torch.__version__} and Lightning
-{L.__version__} on {os.cpu_count()} cores ({platform.machine()}), one thread. Renew this page with
-`python benchmarks/monitor.py --write`.
+{L.__version__} on {os.cpu_count()} cores ({platform.machine()}), one thread. Regenerate this page
+with `python benchmarks/monitor.py --write`.
 """
 
 
@@ -307,7 +335,7 @@ def main() -> None:
         tables[work.title] = table(work, measure(work, 1 if arguments.quick else work.rounds))
         print(tables[work.title], flush=True)
     if arguments.write:
-        PAGE.write_text(page(renewed(tables)), encoding="utf-8")
+        PAGE.write_text(page(merged(tables)), encoding="utf-8")
 
 
 if __name__ == "__main__":

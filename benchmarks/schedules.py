@@ -1,12 +1,14 @@
-"""What a schedule costs, and our ``step()`` beside that of torch's LambdaLR.
+"""Measures the time of a schedule, and of writing learning rates compared with torch's LambdaLR.
 
-Contenders take turns in one process (so that a busy machine slows all of them alike); medians.
-``python benchmarks/schedules.py --write`` renews docs/benchmarks/schedules.md.
+The variants take turns in one process, so that other work on the machine affects all of them alike;
+results are medians. ``python benchmarks/schedules.py --write`` regenerates
+docs/benchmarks/schedules.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import platform
@@ -17,16 +19,12 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from lightning.pytorch import Trainer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_bigopt import schedules
-from lightning_bigopt.controllers.learning_rate import (
-    LearningRateController,
-)
-from lightning_bigopt.controllers.scheduled_rate import ScheduledLearningRate
-from lightning_bigopt.durations import Horizon
-from lightning_bigopt.pipeline import Pipeline
+from lightning_bigopt.durations import Horizon, Progress
+from lightning_bigopt.optimizers import as_lr_scheduler
+from lightning_bigopt.optimizers.group_schedule import GroupSchedule
 from lightning_bigopt.schedules import Schedule
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks" / "schedules.md"
@@ -63,21 +61,21 @@ CURVES: tuple[Schedule, ...] = (
 
 
 def nanoseconds(call: Callable[[], object], *, repeat: int) -> float:
-    """The time of one call, over ``repeat`` of them."""
-    start = time.process_time_ns()  # of this process only, whoever else is at work
+    """Returns the mean time of a call."""
+    start = time.process_time_ns()  # of this process only
     for _ in range(repeat):
         call()
     return (time.process_time_ns() - start) / repeat
 
 
 def evaluate(curve: Schedule, fractions: list[float]) -> None:
-    """Calls a curve and throws the factors away."""
+    """Evaluates a curve at each fraction."""
     for fraction in fractions:
         curve(fraction)
 
 
 def evaluation(trials: int) -> dict[str, float]:
-    """Microseconds to evaluate each curve, over fractions spread over the run."""
+    """Measures the evaluation of each curve in microseconds, over fractions of the whole run."""
     fractions = [i / 97 for i in range(97)]
     found: dict[str, list[float]] = {}
     curves = {type(c).__name__: c.resolve(Horizon.of_steps(STEPS)) for c in CURVES}
@@ -89,7 +87,7 @@ def evaluation(trials: int) -> dict[str, float]:
 
 
 def steppers(count: int) -> dict[str, Callable[[], object]]:
-    """By name, ``step`` on an optimizer with ``count`` groups; all follow the same curve."""
+    """Returns ``step`` by variant, on an optimizer with ``count`` groups and the same curve."""
 
     def optimizer() -> torch.optim.Optimizer:
         return torch.optim.SGD(
@@ -100,27 +98,26 @@ def steppers(count: int) -> dict[str, Callable[[], object]]:
         return 0.55 + 0.45 * math.cos(math.pi * min(1.0, update / STEPS))
 
     curve = schedules.Cosine(end=0.1)
-    trainer = Trainer(
-        accelerator="cpu", max_steps=STEPS, logger=False, enable_checkpointing=False, barebones=True
-    )
-    pipeline = Pipeline.of(trainer)
-    pipeline.clock.horizon = Horizon.of_steps(STEPS)
-    controller = LearningRateController(curve)
-    pipeline.register(controller)
-    theirs = LambdaLR(optimizer(), cosine)
-    theirs.optimizer.step()
-    ours = ScheduledLearningRate(optimizer(), controller, pipeline, label="")
-    ours.replan()
-    ours.keep_alive = trainer  # type: ignore[attr-defined]  # a pipeline holds its Trainer weakly
+    reference = LambdaLR(optimizer(), cosine)
+    reference.optimizer.step()
+    groups, resolved = GroupSchedule([("", optimizer())]), curve.resolve(Horizon.of_steps(STEPS))
+    groups.claim("lr")
+    groups.follow("lr", lambda *_: resolved, owner=None)
+    updates = itertools.count()
+
+    def write() -> None:
+        update = next(updates) % STEPS
+        groups.write(Progress(fraction=update / STEPS, steps=update))
+
     return {
-        "LambdaLR": theirs.step,
-        "LearningRateScheduler": ours.step,
-        "as_lr_scheduler": curve.as_lr_scheduler(optimizer(), STEPS).step,
+        "LambdaLR": reference.step,
+        "LearningRateScheduler": write,
+        "as_lr_scheduler": as_lr_scheduler(curve, optimizer(), STEPS).step,
     }
 
 
 def stepping(trials: int) -> dict[int, dict[str, float]]:
-    """Microseconds of one ``step``, by number of groups and contender."""
+    """Measures one ``step`` in microseconds, by number of groups and variant."""
     rows: dict[int, dict[str, float]] = {}
     for count in GROUPS:
         calls, found = steppers(count), {}
@@ -134,9 +131,11 @@ def stepping(trials: int) -> dict[int, dict[str, float]]:
 
 
 def tables(evaluated: dict[str, float], stepped: dict[int, dict[str, float]]) -> tuple[str, str]:
-    """Both in Markdown."""
+    """Formats both tables in Markdown."""
     names = list(stepped[1])
-    first = ["| groups | " + " | ".join(f"`{n}`, µs" for n in names) + " | ours / torch |"]
+    first = [
+        "| groups | " + " | ".join(f"`{n}`, µs" for n in names) + " | lightning_bigopt / torch |"
+    ]
     first.append("|---|" + "---|" * (len(names) + 1))
     for count, found in stepped.items():
         cells = " | ".join(f"{found[name]:.1f}" for name in names)
@@ -148,26 +147,27 @@ def tables(evaluated: dict[str, float], stepped: dict[int, dict[str, float]]) ->
 
 
 def page(first: str, second: str, trials: int) -> str:
-    """The page that holds the tables."""
-    return f"""# What a schedule costs
+    """Returns the page with both tables."""
+    return f"""# The cost of a schedule
 
-## A step, beside torch's
+## One step of a scheduler
 
-One `step()` of the scheduler, once an update. All follow the same cosine; `LambdaLR` evaluates a
-plain Python function. `LearningRateScheduler` is what Lightning steps in a fit, the clock read
-and every controller asked for its factor; `as_lr_scheduler` is the same schedule in a loop without
-Lightning. Medians over {trials} trials; the contenders take turns.
+The time of writing the learning rates of all parameter groups once per update. All variants
+follow the same cosine. `LambdaLR` evaluates a plain Python function. `LearningRateScheduler`
+is the call that writes the parameter groups at the end of an update in a fit.
+`as_lr_scheduler` is the same schedule in a loop without Lightning. Medians over {trials} trials;
+the variants take turns.
 
 {first}
 
-## Evaluating a schedule
+## One evaluation of a schedule
 
-One call, with the durations resolved, over fractions spread over the run.
+One call of a resolved schedule, at fractions spread over the run.
 
 {second}
 
 Measured with Python {platform.python_version()} and torch {torch.__version__} on {os.cpu_count()}
-cores ({platform.machine()}), in processor time. Renew this page with
+cores ({platform.machine()}), in processor time. Regenerate this page with
 `python benchmarks/schedules.py --write`.
 """
 

@@ -1,12 +1,12 @@
-"""Rules for spikes of the gradient norm, on the norms of clean runs of unlike tasks.
+"""Compares rules that detect spikes of the gradient norm, on recorded norms of different tasks.
 
     python benchmarks/spike_rules.py                # a few tasks
-    python benchmarks/spike_rules.py --all --write  # all; renews docs/benchmarks/spike_rules.md
+    python benchmarks/spike_rules.py --all --write  # all; writes docs/benchmarks/spike_rules.md
 
-Every task is trained once without a guard and its norms are recorded. A rule is then shown the
-series as it was, which gives its false rejects, and with some norms multiplied, which gives its
-recall. What a rule refuses does not enter its window; how the weights would have answered to what
-it accepts is not modeled.
+Every task is trained without a guard and its norms are recorded. Each rule then processes the
+recorded norms unchanged, which gives its false rejections, and with some norms multiplied, which
+gives its recall. Rejected norms do not enter the history of a rule. The effect of accepted spikes
+on the weights is not modeled.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ FACTORS = (3, 10, 30, 1000)
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is trained; ``seeds`` runs of ``updates`` updates."""
+    """A model with its data and optimizer; ``seeds`` runs of ``updates`` updates."""
 
     name: str
     model: Callable[[], nn.Module]
@@ -54,7 +54,7 @@ class Task:
     seeds: int = 3
 
     def rate(self, share: float) -> float:
-        """A linear warm-up and a cosine; the constant rate for None."""
+        """Returns the learning rate: a linear warm-up and a cosine, or a constant for None."""
         if self.warmup is None:
             return 1.0
         if share < self.warmup:
@@ -63,7 +63,7 @@ class Task:
         return 0.1 + 0.45 * (1 + math.cos(angle))
 
     def norms(self, seed: int) -> list[float]:
-        """The gradient norm before clipping, of every update."""
+        """Returns the gradient norm before clipping of every update."""
         torch.manual_seed(seed)
         model = self.model()
         optimizer = self.optimizer(model)
@@ -172,7 +172,7 @@ class Recurrent(nn.Module):
 
 
 def tasks() -> Iterator[Task]:
-    """All of them, the first few being the quick ones."""
+    """Yields all tasks, the quick ones first."""
     gpt = partial(
         Task,
         model=partial(BytesGPT, width=56, layers=2, heads=4, length=32),
@@ -268,7 +268,7 @@ RULES = {
 
 
 def rejected(rule: NormSpike, norms: list[float], bad: dict[int, float]) -> set[int]:
-    """Which norms a rule refuses, some of them multiplied."""
+    """Returns the updates that a rule rejects; the norms of bad updates are multiplied."""
     states, found = [rule.initial_state()], set()
     for update, norm in enumerate(norms):
         readings: Any = {"norm": norm * bad.get(update, 1.0)}
@@ -279,8 +279,8 @@ def rejected(rule: NormSpike, norms: list[float], bad: dict[int, float]) -> set[
     return found
 
 
-def poison(updates: int, factor: float) -> dict[int, float]:
-    """2 % of the updates after the first 50, half of them in bursts of four."""
+def draw_bad_updates(updates: int, factor: float) -> dict[int, float]:
+    """Draws 2 % of the updates after the first 50, half of them in bursts of four."""
     rng, bad = random.Random(factor), dict[int, float]()  # noqa: S311
     wanted = max(6, round(0.02 * updates))
     while len(bad) < wanted:
@@ -292,18 +292,18 @@ def poison(updates: int, factor: float) -> dict[int, float]:
 
 
 def judge(rule: NormSpike, series: list[list[float]]) -> tuple[float, ...]:
-    """False rejects in 1,000 clean updates, and recall at each factor."""
+    """Returns the false rejections per 1,000 clean updates, and the recall at each factor."""
     clean = sum(len(rejected(rule, norms, {})) for norms in series)
     recall = []
     for factor in FACTORS:
-        cases = [(norms, poison(len(norms), factor)) for norms in series]
+        cases = [(norms, draw_bad_updates(len(norms), factor)) for norms in series]
         caught = sum(len(rejected(rule, norms, bad) & bad.keys()) for norms, bad in cases)
         recall.append(caught / sum(len(bad) for _, bad in cases))
     return 1000 * clean / sum(map(len, series)), *recall
 
 
 def recorded(task: Task, folder: Path | None) -> list[list[float]]:
-    """The task's series, kept in a folder between runs on request."""
+    """Returns the norms of a task's runs, from files in a folder if there is one."""
     series = []
     for seed in range(task.seeds):
         file = None if folder is None else folder / f"{task.name}, seed {seed}.json"
@@ -320,8 +320,8 @@ def recorded(task: Task, folder: Path | None) -> list[list[float]]:
 
 
 def table(first: str, rows: dict[str, tuple[float, ...]]) -> str:
-    """False rejects and recalls, a row each."""
-    head = f"| {first} | false rejects | " + " | ".join(f"×{f:,}" for f in FACTORS) + " |\n"
+    """Formats false rejections and recall in Markdown."""
+    head = f"| {first} | false rejections | " + " | ".join(f"×{f:,}" for f in FACTORS) + " |\n"
     lines = [
         f"| {name} | {row[0]:.2f} | " + " | ".join(f"{value:.2f}" for value in row[1:]) + " |\n"
         for name, row in rows.items()
@@ -330,7 +330,7 @@ def table(first: str, rows: dict[str, tuple[float, ...]]) -> str:
 
 
 def report(found: dict[str, dict[str, tuple[float, ...]]]) -> str:
-    """The tables: rules over all tasks, and the tasks under the first rule and today's."""
+    """Returns the tables: all rules, and each task under the first and the current rule."""
     text_tasks = {rule: [r for t, r in rows.items() if "GPT" in t] for rule, rows in found.items()}
     every = {rule: list(rows.values()) for rule, rows in found.items()}
 
@@ -340,48 +340,54 @@ def report(found: dict[str, dict[str, tuple[float, ...]]]) -> str:
             for rule, rows in chosen.items()
         }
 
-    first, today = "one median, MAD, floor 0.05", "NormSpike()"
+    first, current = "one median, MAD, floor 0.05", "NormSpike()"
     parts = [
         "## The GPTs\n\nMeans over tasks.\n\n" + table("rule", means(text_tasks)),
         "## All tasks\n\n" + table("rule", means(every)),
         f"## Each task: {first}\n\n" + table("task", found[first]),
-        f"## Each task: {today}\n\n" + table("task", found[today]),
+        f"## Each task: {current}\n\n" + table("task", found[current]),
     ]
     return "\n".join(parts)
 
 
 def page(body: str, updates: int) -> str:
-    """The page of the documentation."""
+    """Returns the page with the tables."""
     return f"""\
-# Rules for spikes of the gradient norm
+# Rules that detect spikes of the gradient norm
 
-Made by `python benchmarks/spike_rules.py --all --write`, torch {torch.__version__}. Every task
-is trained once without a guard, {updates:,} updates in all, and its norms are recorded. A rule is
-shown the series as it was (false rejects in 1,000 clean updates) and with 2 % of the norms
-multiplied, alone and in bursts of four (the share that it refuses, for each factor).
+Measured with `python benchmarks/spike_rules.py --all --write`, torch {torch.__version__}. Every
+task is trained without a guard, {updates:,} updates in total, and its gradient norms are
+recorded. Each rule then processes the recorded norms unchanged (false rejections per 1,000 clean
+updates), and with 2 % of the norms multiplied, singly and in bursts of four (the fraction of them
+that it rejects, for each factor).
 
 {body}
-What it shows:
+Results:
 
-- Good batches of text have norms of two to three times the median now and then (five times at
-  two samples a batch), while most lie within 6 to 20 % of it. A deviation about the median does
-  not tell: six of them are a factor of 1.4 to 3. The batches that were refused came at all times,
-  after the warm-up too. A higher threshold is no way out: it loses spikes of ×10 first.
-- While the learning rate warms up the norms fall by a factor of four within a window. The
-  deviation from one median takes in that fall, and the limit lies at hundreds of medians: spikes
-  of ×10 to ×30 pass. Differences of neighbors and the median of the last quarter do not see it.
-- Any ratio from 3 to 5 does on text. At two samples a batch 4 is a little low.
-- Where a network has learned its data by heart (the digits without noise) the norms of good
-  batches span powers of ten. No rule on the norm tells a spike of ×10 there, and none should.
-- Every eighth batch of the last task is wrong by design; what is refused there are such batches.
+- Good batches of text occasionally have norms of two to three times the median (five times with
+  two samples per batch), while most are within 6 to 20 % of it. The deviation from the median
+  does not reflect this: six deviations are a factor of only 1.4 to 3. The rejected good batches
+  occur throughout training, also after the warm-up. A higher threshold does not solve this: it
+  misses spikes of ×10 first.
+- During the warm-up of the learning rate the norms fall by a factor of four within a window. The
+  deviation from one median includes that fall, so the limit is hundreds of medians, and spikes of
+  ×10 to ×30 are accepted. Differences of neighbors and the median of the last quarter are not
+  affected.
+- On text, any ratio from 3 to 5 works. With two samples per batch, 4 is slightly too low.
+- If a network has memorized its data (the digits without noise), the norms of good batches span
+  several powers of ten. No rule on the norm can detect a spike of ×10 there.
+- In the last task, every eighth batch has random labels by design. The rejected batches are such
+  batches.
 """
 
 
 def main() -> None:
     """Prints the tables, and writes the page on request."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--all", action="store_true", help="all tasks; the others are for a look")
-    parser.add_argument("--norms", type=Path, help="a folder that keeps the series between runs")
+    parser.add_argument("--all", action="store_true", help="all tasks, instead of a few quick ones")
+    parser.add_argument(
+        "--norms", type=Path, help="folder in which recorded norms are kept between runs"
+    )
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

@@ -1,4 +1,4 @@
-"""How Sphinx builds the site. Nothing here asks the network for anything."""
+"""The configuration of Sphinx. Building the site needs no network."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ pygments_dark_style = "monokai"
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-nb_execution_mode = "off"  # notebooks are stored with their outputs; the tests execute them
+nb_execution_mode = "off"  # notebooks are stored with their outputs
 
 autosummary_generate = False
 autodoc_default_options = {
@@ -64,14 +64,14 @@ HERE = Path(__file__).parent
 
 
 def copy_notebooks(stored: Path, pages: Path) -> None:
-    """Brings the notebooks below the source folder, where alone Sphinx looks; git ignores them."""
+    """Copies the notebooks into the source folder of Sphinx; git ignores the copies."""
     for page in pages.glob("*.ipynb"):
         if not (stored / page.name).exists():
             page.unlink()
     for notebook in stored.glob("*.ipynb"):
         page = pages / notebook.name
         if not page.exists() or not cmp(notebook, page, shallow=False):
-            shutil.copyfile(notebook, page)  # what has not changed is not read again
+            shutil.copyfile(notebook, page)  # unchanged files keep their time, so Sphinx skips them
 
 
 copy_notebooks(HERE.parent / "notebooks", HERE / "notebooks")
@@ -83,9 +83,10 @@ def resolve_public_name(
     node: addnodes.pending_xref,
     contnode: nodes.TextElement,
 ) -> nodes.reference | None:
-    """Links ``lightning_bigopt.gradients.AGC`` to where it is documented, ``lightning_bigopt.AGC``.
+    """Links ``lightning_bigopt.gradients.AGC`` to its entry, ``lightning_bigopt.AGC``.
 
-    Docstrings and signatures name things where they live, the site where users import them from.
+    Docstrings and signatures contain the module that defines a name; the site documents the name in
+    the module that users import it from.
     """
     target = node.get("reftarget", "")
     name = target.rsplit(".", maxsplit=1)[-1]
@@ -106,12 +107,12 @@ def resolve_public_name(
 
 
 def is_about_pages(record: logging.LogRecord) -> bool:
-    """Whether a warning of toctree is more than that a folder holds no page yet."""
+    """Returns whether a toctree warning is about more than an empty folder."""
     return "glob pattern" not in str(record.msg)
 
 
 def setup(app: Sphinx) -> None:
-    """Hooks the resolver in."""
+    """Registers the resolver."""
     # Sphinx gives this one warning no type that suppress_warnings could name.
     logging.getLogger("sphinx.sphinx.directives.other").addFilter(is_about_pages)
     app.connect("missing-reference", resolve_public_name)

@@ -21,8 +21,8 @@ from lightning_bigopt.callbacks import (
     OptimizationMonitor,
     ReduceOnPlateau,
     StepGuard,
+    replay,
 )
-from lightning_bigopt.controllers.replay import replay
 from lightning_bigopt.durations import (
     Duration,
     Horizon,
@@ -87,14 +87,11 @@ from lightning_bigopt.schedules import (
     WarmupLinear,
     WarmupStableDecay,
 )
-from lightning_bigopt.tuning import (
-    GlobalBatchFinder,
-    LearningRateRangeTest,
-    RangeTest,
-    learning_rate_range_test,
-)
-
-__version__ = "0.1.0"
+from lightning_bigopt.tuning.batch_finder import GlobalBatchFinder
+from lightning_bigopt.tuning.curve import RangeTest
+from lightning_bigopt.tuning.range_test import LearningRateRangeTest, learning_rate_range_test
+from lightning_bigopt.tuning.run_plan import plan
+from lightning_bigopt.version import __version__
 
 __all__ = [
     "AGC",
@@ -176,5 +173,6 @@ __all__ = [
     "__version__",
     "learning_rate_range_test",
     "parameter_groups",
+    "plan",
     "replay",
 ]

@@ -1,12 +1,13 @@
 """Checks of arguments, with one wording for each kind of error.
 
-Every message reads ``name must be <constraint>, got <value>; <way out>``.
+Every message reads ``name must be <constraint>, got <value>; <advice>``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, Literal, get_args
 
 __all__ = [
@@ -23,10 +24,10 @@ def check_choice(name: str, value: object, choices: Any, *, hint: str = "") -> N
     """Raises unless a value is one of several.
 
     Args:
-        name: The argument's name.
-        value: The argument.
+        name: Name of the argument.
+        value: Value of the argument.
         choices: A ``Literal`` type, or a sequence of values; None among them is written ``None``.
-        hint: The way out, without the semicolon.
+        hint: Advice at the end of the message, without the semicolon.
 
     Raises:
         ValueError: If ``value`` is not one of ``choices``.
@@ -43,7 +44,7 @@ def check_choice(name: str, value: object, choices: Any, *, hint: str = "") -> N
         return
     *first, last = map(repr, allowed)
     listed = f"{', '.join(first)} or {last}" if first else last
-    raise ValueError(f"{name} must be {listed}, got {value!r}{_way_out(hint)}")
+    raise ValueError(f"{name} must be {listed}, got {value!r}{_advice(hint)}")
 
 
 def check_count(
@@ -52,11 +53,11 @@ def check_count(
     """Raises unless a value is an integer of at least ``minimum``.
 
     Args:
-        name: The argument's name.
-        value: The argument.
+        name: Name of the argument.
+        value: Value of the argument.
         minimum: The smallest integer allowed.
-        of: What is counted, such as ``"samples"``.
-        hint: The way out, without the semicolon.
+        of: Unit of the count, such as ``"samples"``.
+        hint: Advice at the end of the message, without the semicolon.
 
     Raises:
         ValueError: If ``value`` is not such an integer; a bool is not.
@@ -69,42 +70,42 @@ def check_count(
     """
     if type(value) is int and value >= minimum:
         return
-    what = f"number of {of}" if of else "integer"
+    noun = f"number of {of}" if of else "integer"
     if minimum in (0, 1):
-        constraint = f"a {'positive' if minimum else 'non-negative'} {what}"
+        constraint = f"a {'positive' if minimum else 'non-negative'} {noun}"
     else:
-        constraint = f"{'a' if of else 'an'} {what} of at least {minimum}"
-    raise ValueError(f"{name} must be {constraint}, got {value!r}{_way_out(hint)}")
+        constraint = f"{'a' if of else 'an'} {noun} of at least {minimum}"
+    raise ValueError(f"{name} must be {constraint}, got {value!r}{_advice(hint)}")
 
 
 def check_positive(name: str, value: Any, *, hint: str = "") -> None:
     """Raises unless a value is a positive and finite number.
 
     Args:
-        name: The argument's name.
-        value: The argument.
-        hint: The way out, without the semicolon.
+        name: Name of the argument.
+        value: Value of the argument.
+        hint: Advice at the end of the message, without the semicolon.
 
     Raises:
         ValueError: If ``value`` is not such a number; a bool is not.
 
     Example:
-        >>> check_positive("max_norm", 0.0, hint="leave the rule out to clip nothing")
+        >>> check_positive("max_norm", 0.0, hint="remove the rule to disable clipping")
         Traceback (most recent call last):
-        ValueError: max_norm must be positive and finite, got 0.0; leave the rule out to clip \
-nothing
+        ValueError: max_norm must be positive and finite, got 0.0; remove the rule to \
+disable clipping
     """
     if not (_is_number(value) and math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be positive and finite, got {value!r}{_way_out(hint)}")
+        raise ValueError(f"{name} must be positive and finite, got {value!r}{_advice(hint)}")
 
 
 def check_non_negative(name: str, value: Any, *, hint: str = "") -> None:
     """Raises unless a value is a finite number, zero or more.
 
     Args:
-        name: The argument's name.
-        value: The argument.
-        hint: The way out, without the semicolon.
+        name: Name of the argument.
+        value: Value of the argument.
+        hint: Advice at the end of the message, without the semicolon.
 
     Raises:
         ValueError: If ``value`` is not such a number; a bool is not.
@@ -115,7 +116,7 @@ def check_non_negative(name: str, value: Any, *, hint: str = "") -> None:
         ValueError: end must be non-negative and finite, got -0.1
     """
     if not (_is_number(value) and math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be non-negative and finite, got {value!r}{_way_out(hint)}")
+        raise ValueError(f"{name} must be non-negative and finite, got {value!r}{_advice(hint)}")
 
 
 def check_between(
@@ -127,15 +128,15 @@ def check_between(
     ends: Literal["()", "[)", "(]", "[]"] = "()",
     hint: str = "",
 ) -> None:
-    """Raises unless a number lies in an interval.
+    """Raises unless a number is in an interval.
 
     Args:
-        name: The argument's name.
-        value: The argument.
+        name: Name of the argument.
+        value: Value of the argument.
         low: Lower end.
         high: Upper end.
         ends: Which ends belong to the interval: a square bracket includes its end.
-        hint: The way out, without the semicolon.
+        hint: Advice at the end of the message, without the semicolon.
 
     Raises:
         ValueError: If ``value`` is not such a number; a bool is not.
@@ -149,17 +150,17 @@ def check_between(
     above = _is_number(value) and (value >= low if ends[0] == "[" else value > low)
     if not (above and (value <= high if ends[1] == "]" else value < high)):
         interval = f"{ends[0]}{low:g}, {high:g}{ends[1]}"
-        raise ValueError(f"{name} must be in {interval}, got {value!r}{_way_out(hint)}")
+        raise ValueError(f"{name} must be in {interval}, got {value!r}{_advice(hint)}")
 
 
 def check_instance(name: str, value: object, kind: type, *, hint: str = "") -> None:
     """Raises unless a value is an instance of a class.
 
     Args:
-        name: The argument's name.
-        value: The argument.
+        name: Name of the argument.
+        value: Value of the argument.
         kind: The class.
-        hint: The way out, without the semicolon.
+        hint: Advice at the end of the message, without the semicolon.
 
     Raises:
         ValueError: If ``value`` is of another class.
@@ -171,12 +172,12 @@ def check_instance(name: str, value: object, kind: type, *, hint: str = "") -> N
     """
     if not isinstance(value, kind):
         article = "an" if kind.__name__[0].lower() in "aeiou" else "a"
-        raise ValueError(f"{name} must be {article} {kind.__name__}, got {value!r}{_way_out(hint)}")
+        raise ValueError(f"{name} must be {article} {kind.__name__}, got {value!r}{_advice(hint)}")
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)  # Real: NumPy scalars too
 
 
-def _way_out(hint: str) -> str:
+def _advice(hint: str) -> str:
     return f"; {hint}" if hint else ""

@@ -1,4 +1,4 @@
-"""Names of parameters, patterns for them, and the blocks that they belong to."""
+"""Names of parameters, patterns that match them, and the blocks that they belong to."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = [
     "plain_name",
 ]
 
-# What FSDP1, torch.compile and activation checkpointing put into names.
+# Parts that FSDP1, torch.compile and activation checkpointing insert into names.
 _WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without the parts that wrappers insert.
+    """Returns the name of a parameter without the parts that wrappers insert.
 
     Example:
         >>> plain_name("_orig_mod.head._fsdp_wrapped_module.weight")
@@ -37,15 +37,15 @@ def plain_name(name: str) -> str:
 
 
 def parameter_names(module: nn.Module) -> tuple[str, ...]:
-    """The plain names of all parameters, frozen ones included."""
+    """Returns the plain names of all parameters, including frozen ones."""
     return tuple(plain_name(name) for name, _ in module.named_parameters())
 
 
 def named_parameters(module: nn.Module, optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
-    """The optimizer's parameters with the module's plain names.
+    """Returns the parameters of an optimizer with their plain names in the module.
 
-    Each tensor is listed once, in the order of the groups. A parameter that the module does not
-    hold is named by its place, such as ``"group0.2"``.
+    Each tensor is listed once, in the order of the groups. A parameter that is not in the module is
+    named by its position, such as ``"group0.2"``.
     """
     names = {id(parameter): plain_name(name) for name, parameter in module.named_parameters()}
     found: dict[int, tuple[str, nn.Parameter]] = {}
@@ -57,7 +57,7 @@ def named_parameters(module: nn.Module, optimizer: Optimizer) -> list[tuple[str,
 
 
 def numbered_prefix(name: str) -> str:
-    """The name up to its first number; empty where there is none.
+    """Returns the name up to its first number; empty if it contains no number.
 
     Example:
         >>> numbered_prefix("gpt.h.3.attn.weight"), numbered_prefix("head.weight")
@@ -69,10 +69,10 @@ def numbered_prefix(name: str) -> str:
 
 
 def block_of(name: str) -> str:
-    """The block that a parameter belongs to, by its name.
+    """Returns the block that a parameter belongs to, by its name.
 
-    That is the name up to its first number, which in most models counts the blocks, or the module
-    that owns the parameter where there is no number.
+    This is the name up to its first number, which is the index of the block in most models, or
+    the name of the module that owns the parameter if there is no number.
 
     Example:
         >>> block_of("gpt.h.3.attn.weight"), block_of("gpt.wte.weight"), block_of("scale")
@@ -83,13 +83,13 @@ def block_of(name: str) -> str:
 
 
 def as_patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
-    """One pattern or several as a tuple."""
+    """Converts one pattern or several patterns to a tuple."""
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
 @lru_cache(maxsize=64)
 def first_match(names: tuple[str, ...], patterns: tuple[str, ...]) -> tuple[int | None, ...]:
-    """For each name the index of the first pattern that it matches; None where there is none.
+    """Returns for each name the index of the first pattern that it matches; None without a match.
 
     Example:
         >>> first_match(("head.bias", "body.bias"), ("head.*", "*.bias"))
@@ -103,10 +103,10 @@ def first_match(names: tuple[str, ...], patterns: tuple[str, ...]) -> tuple[int 
 
 @lru_cache(maxsize=64)
 def check_all_match(names: tuple[str, ...], patterns: tuple[str, ...]) -> None:
-    """Raises if a pattern is the first match of no name.
+    """Raises unless each pattern is the first match of some name.
 
     Raises:
-        ValueError: With the pattern, the names, and the earlier pattern that matches them first.
+        ValueError: If a pattern matches no name, or only names that an earlier pattern matches.
     """
     used = set(first_match(names, patterns))
     for index, pattern in enumerate(patterns):
@@ -117,5 +117,5 @@ def check_all_match(names: tuple[str, ...], patterns: tuple[str, ...]) -> None:
         some = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
         raise ValueError(
             f"every pattern must match a parameter, got {pattern!r}, which matches none of "
-            f"{some or 'no parameters at all'}{why}"
+            f"{some or 'no parameters at all'}{why}; correct or remove the pattern"
         )

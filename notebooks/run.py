@@ -1,11 +1,11 @@
-"""Executes the notebooks, and stores what they print and draw.
+"""Executes the notebooks and stores their outputs.
 
     python notebooks/run.py                  # all, two at a time
-    python notebooks/run.py 02 04            # those whose names begin so
-    python notebooks/run.py --into folder    # executed copies; the stored ones stay as they are
+    python notebooks/run.py 02 04            # those whose names start with 02 or 04
+    python notebooks/run.py --into folder    # writes executed copies to a folder instead
 
-Every notebook runs in a kernel, on one thread and in a temporary folder of its own, so that the
-outputs depend on nothing but the code. What says only when and where they were made is left out.
+Every notebook runs in its own kernel, on one thread and in its own temporary folder, so that the
+outputs depend only on the code. Metadata about time and machine is removed.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ METADATA = {
 
 
 def execute(notebook: nbformat.NotebookNode, *, timeout: int = 800) -> nbformat.NotebookNode:
-    """The notebook with fresh outputs, from a kernel of its own.
+    """Executes a notebook in its own kernel.
 
     Args:
-        notebook: What is executed; it is not changed.
+        notebook: The notebook; it is not changed.
         timeout: Seconds that a single cell may take.
 
     Returns:
@@ -62,9 +62,9 @@ def execute(notebook: nbformat.NotebookNode, *, timeout: int = 800) -> nbformat.
 
 
 def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The notebook without what changes from one execution to the next, in place.
+    """Removes everything that changes from one execution to the next, in place.
 
-    Cells are named after their source, so that a change of one leaves the others alone.
+    The id of a cell is a hash of its source, so a change of one cell does not change the other ids.
     """
     notebook.metadata = nbformat.from_dict(METADATA)
     notebook.nbformat, notebook.nbformat_minor = 4, 5
@@ -84,7 +84,7 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def find(prefixes: Sequence[str]) -> list[Path]:
-    """The stored notebooks whose names begin with one of the prefixes; all where there are none."""
+    """Returns the notebooks whose names start with one of the prefixes; all without prefixes."""
     stored = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
     for prefix in prefixes:
         if not any(path.name.startswith(prefix) for path in stored):
@@ -94,7 +94,7 @@ def find(prefixes: Sequence[str]) -> list[Path]:
 
 
 def run(path: Path, target: Path) -> str | None:
-    """Executes one notebook and stores it; what went wrong, or None."""
+    """Executes one notebook and stores it; returns an error message or None."""
     began = time.monotonic()
     try:
         notebook = execute(nbformat.read(path, as_version=4))
@@ -106,7 +106,7 @@ def run(path: Path, target: Path) -> str | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; its exit code."""
+    """Runs the command and returns its exit code."""
     parser = argparse.ArgumentParser(description="Executes notebooks and stores their outputs.")
     parser.add_argument("names", nargs="*", help="beginnings of names, such as 02; default: all")
     parser.add_argument("--into", type=Path, help="write executed copies to this folder instead")

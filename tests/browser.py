@@ -1,4 +1,4 @@
-"""Chromium, driven through chromedriver; shared by the tests of TensorBoard and of the site."""
+"""Chromium, controlled through chromedriver, for the tests of TensorBoard and of the site."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FLAGS = [
     "--disable-sync",
     "--window-size=1500,1250",
 ]
-# TensorBoard's charts live in shadow roots, which neither the page's source nor its text holds.
+# TensorBoard's charts are in shadow roots, which are not part of the page's source or text.
 TEXT = """
     const walk = node => [...node.childNodes].map(child =>
         child.nodeType === 3 ? child.textContent :
@@ -38,7 +38,7 @@ TEXT = """
 
 
 class Browser:
-    """Chromium through the WebDriver protocol."""
+    """A session of Chromium over the WebDriver protocol."""
 
     def __init__(self, driver: str, profile: Path) -> None:
         flags = [*FLAGS, f"--user-data-dir={profile}"]
@@ -67,11 +67,11 @@ class Browser:
         self.ask("/url", {"url": url})
 
     def run(self, script: str) -> Any:
-        """What a script returns."""
+        """Runs a script and returns its result."""
         return self.ask("/execute/sync", {"script": script, "args": []})
 
     def text(self, url: str, *words: str) -> str:
-        """The text of a page, once it holds some words or has had time enough."""
+        """Returns the text of a page when it contains the words, after 30 seconds at the latest."""
         self.open("about:blank")
         self.open(url)
         for _ in range(60):
@@ -81,24 +81,26 @@ class Browser:
             time.sleep(0.5)
         return found
 
-    def complaints(self) -> list[str]:
-        """What the console said since the last time."""
+    def console_messages(self) -> list[str]:
+        """Returns the console messages since the last call."""
         return [entry["message"] for entry in self.ask("/se/log", {"type": "browser"})]
 
     def picture(self, width: int | None = None) -> bytes:
-        """The window as a PNG."""
+        """Returns the window as a PNG."""
         if width is not None:
             self.ask("/window/rect", {"width": width, "height": 1250})
         return base64.b64decode(self.ask("/screenshot", method="GET"))
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Returns a port that is not in use."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def wait_for(url: str, word: bytes) -> None:
+    """Waits until a page contains a word; fails after a minute."""
     for _ in range(120):
         try:
             with urllib.request.urlopen(url) as answer:
@@ -112,6 +114,7 @@ def wait_for(url: str, word: bytes) -> None:
 
 @contextmanager
 def chromium(profile: Path) -> Iterator[Browser]:
+    """Starts chromedriver and a browser with a profile folder; ends both on exit."""
     driver = shutil.which("chromedriver")
     assert driver, "chromedriver must be installed; apt-get install -y chromium chromium-driver"
     port = free_port()

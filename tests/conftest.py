@@ -1,4 +1,4 @@
-"""The same conditions for every test; and on CI nothing is skipped for a missing dependency."""
+"""Equal conditions for every test; on CI a skip for a missing dependency is a failure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Properties are judged by their outcome, not by how busy the machine is.
+# No deadlines: the machine may be busy.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def refuse_unlisted_skip(report: ReportT) -> ReportT:
-    """On CI a skip is a failure, unless its reason is one that no installation can cure."""
+    """Turns a skip into a failure on CI, unless it is for missing hardware."""
     if report.outcome != "skipped" or hasattr(report, "wasxfail") or not os.environ.get("CI"):
         return report
     reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
@@ -54,7 +54,7 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 
 @pytest.fixture(autouse=True)
 def _same_conditions() -> None:
-    """Every test starts from the same seeds and computes on one thread."""
+    """Sets the same seeds and one thread before every test."""
     random.seed(0)
     torch.manual_seed(0)
     torch.set_num_threads(1)

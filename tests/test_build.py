@@ -1,4 +1,4 @@
-"""What ``python -m build`` makes installs and runs where no checkout is."""
+"""The wheel and the sdist of ``python -m build`` install and run without a checkout."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run(*command: object, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with sdist and wheel; the wheel is built from the sdist."""
+    """Builds sdist and wheel, the wheel from the sdist; returns their folder."""
     folder = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT, cwd=folder)
     return folder
@@ -68,12 +68,12 @@ def metadata(wheel: Path) -> Metadata:
 
 
 def environment(folder: Path, package: Path) -> Path:
-    """The scripts of a fresh environment that holds the package, and sees our dependencies."""
+    """Installs the package in a new environment with its dependencies; returns its scripts."""
     venv.create(folder, with_pip=False, symlinks=True)
     variables = {"base": str(folder), "platbase": str(folder)}
     site = Path(sysconfig.get_path("purelib", "venv", vars=variables))
-    # A path in a .pth file makes modules visible, but does not read that folder's own .pth files:
-    # the editable installation of this checkout stays out.
+    # A path in a .pth file makes modules visible, but that folder's own .pth files are not read:
+    # the editable installation of this checkout is not visible.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     scripts = Path(sysconfig.get_path("scripts", "venv", vars=variables))
     pip = [sys.executable, "-m", "pip", "--python", scripts / "python", "install", "--quiet"]
@@ -82,7 +82,7 @@ def environment(folder: Path, package: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
-def test_it_runs_in_a_fresh_environment(
+def test_package_runs_in_a_new_environment(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     scripts = environment(tmp_path / "env", request.getfixturevalue(kind))
@@ -98,7 +98,7 @@ def test_it_runs_in_a_fresh_environment(
         assert list((tmp_path / "env").rglob("lightning_bigopt/py.typed"))
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+def test_wheel_holds_only_the_package(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as files:
         names = set(files.namelist())
     tracked = {
@@ -112,7 +112,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
-def test_the_sdist_holds_what_tests_and_docs_need(sdist: Path) -> None:
+def test_sdist_holds_the_files_of_tests_and_docs(sdist: Path) -> None:
     with tarfile.open(sdist) as files:
         names = {name.partition("/")[2] for name in files.getnames()}
     wanted = {"README.md", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "Makefile"}
@@ -121,7 +121,7 @@ def test_the_sdist_holds_what_tests_and_docs_need(sdist: Path) -> None:
     assert not [name for name in names if {"_build", "__pycache__"} & set(name.split("/"))]
 
 
-def test_the_metadata_are_complete(metadata: Metadata) -> None:
+def test_metadata_are_complete(metadata: Metadata) -> None:
     assert metadata.name == "lightning-bigopt"
     assert metadata.version == Version(lightning_bigopt.__version__)
     assert re.fullmatch(r"\d+\.\d+\.\d+", str(metadata.version))
@@ -131,10 +131,10 @@ def test_the_metadata_are_complete(metadata: Metadata) -> None:
     assert str(metadata.requires_python) == ">=3.10"
     assert {"cli", "plot", "docs"} <= set(metadata.provides_extra or [])
     assert "Typing :: Typed" in (metadata.classifiers or [])
-    assert not metadata.project_urls  # none is known yet, and none is made up
+    assert not metadata.project_urls  # there is none yet
 
 
-def test_the_readme_renders(metadata: Metadata) -> None:
+def test_readme_renders(metadata: Metadata) -> None:
     assert metadata.description_content_type == "text/markdown"
     assert metadata.description == (ROOT / "README.md").read_text(encoding="utf-8")
     page = MarkdownIt("gfm-like", {"linkify": False}).render(metadata.description)
@@ -143,11 +143,8 @@ def test_the_readme_renders(metadata: Metadata) -> None:
     assert "```" not in page
 
 
-def test_the_changelog_begins_with_this_version() -> None:
-    headings = re.findall(
-        r"^## \[(.*?)\](?: - (\S+))?$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE
-    )
-    assert headings[0] == ("Unreleased", "")
-    version, date = headings[1]
-    assert version == lightning_bigopt.__version__
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d", date)
+def test_changelog_begins_with_this_version() -> None:
+    headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    version = re.escape(f"[{lightning_bigopt.__version__}]")
+    assert re.fullmatch(rf"{version} (\(unreleased\)|- \d{{4}}-\d\d-\d\d)", headings[0])
+    assert all(re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", h) for h in headings[1:])

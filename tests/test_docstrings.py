@@ -1,4 +1,4 @@
-"""Every public name says what it is for and shows it in an example; doctest runs the examples."""
+"""Every public name has a docstring with an example; doctest runs the examples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PUBLIC = {
 
 
 def own_docstring(value: object) -> str:
-    """The docstring written for this very object; for a class not that of a parent."""
+    """Returns the docstring of the object itself; for a class not that of a parent."""
     return inspect.cleandoc(vars(value).get("__doc__") or getattr(value, "__doc__", None) or "")
 
 
@@ -40,5 +40,5 @@ def test_public_methods_have_docstrings(name: str):
             assert inspect.getdoc(member), f"{name}.{method} must have a docstring"
 
 
-def test_there_are_names_to_check():
+def test_there_are_public_names():
     assert len(PUBLIC) > 20

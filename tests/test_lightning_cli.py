@@ -1,4 +1,4 @@
-"""Everything in a config file: LightningCLI trains, and trains again from the config it saved."""
+"""LightningCLI trains from a config file, and trains the same from the config that it saved."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningCLI
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tests.kit import Regression
+from tests.helpers import Regression
 
 CONFIG = """
 seed_everything: 3
@@ -74,21 +74,24 @@ class Model(L.LightningModule):
         )
 
 
-class Data(L.LightningDataModule):
+class DataModule(L.LightningDataModule):
     def train_dataloader(self) -> Any:
         return DataLoader(Regression(40), batch_size=2)
 
 
 def train(config: Path) -> Model:
     cli = LightningCLI(
-        Model, Data, args=["fit", "--config", str(config)], save_config_kwargs={"overwrite": True}
+        Model,
+        DataModule,
+        args=["fit", "--config", str(config)],
+        save_config_kwargs={"overwrite": True},
     )
     model: Model = cli.model
     return model
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI's own use of jsonargparse
-def test_the_saved_config_trains_to_the_same_bits(
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from LightningCLI
+def test_saved_config_trains_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.argv", ["train.py"])

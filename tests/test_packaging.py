@@ -1,4 +1,4 @@
-"""The metadata agree with each other, and the pins with what is installed."""
+"""Metadata, pins and installed versions agree."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PINS = [
 
 
 def version() -> str:
-    tree = ast.parse((ROOT / "lightning_bigopt" / "__init__.py").read_text())
+    tree = ast.parse((ROOT / "lightning_bigopt" / "version.py").read_text())
     return next(
         node.value.value
         for node in tree.body
@@ -28,7 +28,7 @@ def version() -> str:
     )
 
 
-def test_one_version_everywhere():
+def test_version_is_the_same_everywhere():
     assert re.fullmatch(r"\d+\.\d+\.\d+", version())
     assert f"\nversion: {version()}\n" in (ROOT / "CITATION.cff").read_text()
 
@@ -36,15 +36,15 @@ def test_one_version_everywhere():
 @pytest.mark.parametrize(
     "pin", [p for p in PINS if p.marker is None or p.marker.evaluate()], ids=lambda p: p.name
 )
-def test_what_is_installed_is_what_is_pinned(pin: Requirement):
+def test_installed_versions_are_those_pinned(pin: Requirement):
     try:
         installed = metadata.version(pin.name)
     except metadata.PackageNotFoundError:
-        return  # brought in only by other platforms
+        return  # only needed on other platforms
     assert pin.specifier.contains(installed), f"{pin} is pinned, {installed} is installed"
 
 
-def test_everything_that_a_declared_dependency_brings_is_pinned():
+def test_every_indirect_dependency_is_pinned():
     pinned = {canonicalize_name(pin.name) for pin in PINS}
     assert "torch" in pinned
     assert "torchvision" not in pinned
@@ -65,5 +65,5 @@ def test_everything_that_a_declared_dependency_brings_is_pinned():
     assert not {name for name in unpinned if not name.startswith(("nvidia-", "cuda-", "triton"))}
 
 
-def test_the_package_is_typed():
+def test_package_is_typed():
     assert (ROOT / "lightning_bigopt" / "py.typed").is_file()

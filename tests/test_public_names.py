@@ -18,7 +18,7 @@ NAMES = """
     ReduceOnPlateau Schedule SchedulePolicy Seesaw SeesawBatchSize SingleSample Skip StepDecay
     StepGuard TriStage UpdateClip ValueClip Warmup WarmupConstant WarmupCosine
     WarmupInverseSquareRoot WarmupLinear WarmupStableDecay ZClip __version__
-    learning_rate_range_test parameter_groups replay
+    learning_rate_range_test parameter_groups plan replay
 """
 
 
@@ -27,7 +27,7 @@ def test_public_names_are_exactly_these():
     assert all(hasattr(lightning_bigopt, name) for name in lightning_bigopt.__all__)
 
 
-def test_every_schedule_imports_from_the_top_too():
+def test_every_schedule_is_importable_from_the_package():
     assert all(
         getattr(lightning_bigopt, name) is getattr(schedules, name) for name in schedules.__all__
     )

@@ -1,8 +1,8 @@
-"""The directive ``chart``: a chart of the report, of two runs that are trained for the page.
+"""The directive ``chart``: a chart of the report for two runs that are trained for the page.
 
-Both train the same small network. *well* follows a schedule, and a guard refuses its spoilt
-batches. *badly* is clipped to a tenth of its usual gradient, its head learns ten times as fast as
-the rest, and its first block not at all.
+Both train the same small network. *well* follows a schedule, and a StepGuard skips its corrupted
+batches. The gradients of *badly* are clipped to a tenth of their usual norm; its head has ten times
+the learning rate of the other layers, and its first block a learning rate of 0.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ BAD = (131, 190, 262)
 
 
 class Batches:
-    """Noisy samples of a function; a few batches are spoilt."""
+    """Noisy samples of a function; a few batches are corrupted."""
 
     batch_size = 16
 
@@ -117,7 +117,7 @@ def train(*, is_well: bool, folder: str) -> Run:
 
 @cache
 def runs() -> tuple[Run, Run]:
-    """Both runs, trained once for all pages."""
+    """Trains both runs, once for all pages."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
@@ -127,7 +127,7 @@ def runs() -> tuple[Run, Run]:
 
 
 def picture(title: str) -> str:
-    """A chart of both runs as SVG.
+    """Draws a chart of both runs as SVG.
 
     Raises:
         ValueError: If there is no such chart, or it is empty.
@@ -144,7 +144,7 @@ def picture(title: str) -> str:
 
 
 class ChartPicture(SphinxDirective):
-    """Shows a chart of the report, of a run that goes well and one that goes badly."""
+    """Shows a chart of the report for the runs *well* and *badly*."""
 
     required_arguments = 1
     final_argument_whitespace = True

@@ -1,4 +1,4 @@
-"""Formulas as MathML, which browsers draw themselves: no script, no font, no network."""
+"""Writes formulas as MathML, which browsers render without scripts, fonts or network."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ logger = logging.getLogger(__name__)
 
 
 def visit_math(translator: HTML5Translator, node: nodes.math) -> None:
-    """A formula inside a line."""
+    """Writes an inline formula."""
     translator.body.append(_converted(node, as_block=False))
     raise nodes.SkipNode
 
 
 def visit_math_block(translator: HTML5Translator, node: nodes.math_block) -> None:
-    """A formula on a line of its own."""
+    """Writes a displayed formula."""
     translator.body.append(translator.starttag(node, "div", CLASS="math"))
     translator.body.append(_converted(node, as_block=True))
     translator.body.append("</div>")

@@ -1,4 +1,4 @@
-"""The directive ``schedule``: Python that makes a schedule, shown and drawn."""
+"""The directive ``schedule``: shows Python code that makes a schedule, and its curve."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FOLDER = "_build/pictures"
 
 
 class Picture(SphinxDirective):
-    """Shows its content as code, and the schedule that it makes over 1000 steps."""
+    """Shows its content as code, and the resulting schedule over 1000 steps."""
 
     has_content = True
 
@@ -27,7 +27,7 @@ class Picture(SphinxDirective):
         name = hashlib.sha256(code.encode()).hexdigest()[:16]
         path = Path(self.env.srcdir, FOLDER, f"{name}.svg")
         path.parent.mkdir(parents=True, exist_ok=True)
-        schedule = eval(code, vars(lightning_bigopt).copy())  # noqa: S307 - our own page
+        schedule = eval(code, vars(lightning_bigopt).copy())  # noqa: S307 - code of a page in this folder
         with mpl.rc_context({"svg.hashsalt": name, "font.size": 8}):
             figure, ax = plt.subplots(figsize=(5.2, 1.6), layout="constrained")
             plot_schedule(schedule, 1000, ax=ax)

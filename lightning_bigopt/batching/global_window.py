@@ -1,4 +1,4 @@
-"""One update's samples, and what each of its micro-batches is worth."""
+"""The accumulation window of one update over all processes, and its micro-batches."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ __all__ = ["GlobalWindow", "MicroBatch"]
 
 @dataclass(frozen=True, kw_only=True)
 class GlobalWindow:
-    """One update's samples.
+    """The accumulation window of one update, over all processes.
 
     Args:
-        position: Samples of the epoch before it.
-        samples: Its samples over all processes.
-        accumulate: Its micro-batches on each process.
+        position: Samples of the epoch before the window.
+        samples: Samples in the window, over all processes.
+        accumulate: Micro-batches in the window, on each process.
 
     Example:
         >>> GlobalWindow(position=32, samples=16, accumulate=2).end
@@ -27,19 +27,19 @@ class GlobalWindow:
 
     @property
     def end(self) -> int:
-        """Samples of the epoch after it."""
+        """Samples of the epoch up to the end of the window."""
         return self.position + self.samples
 
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """What one emitted batch is worth.
+    """One micro-batch of a window on one process, and the weight of its loss.
 
     Args:
-        window: The update that it belongs to.
-        index: Its place in the update, from 0.
-        samples: Samples of this process that count; 0 for a repeated sample that fills a place.
-        world_size: Processes that share the update.
+        window: The window that the micro-batch belongs to.
+        index: Index of the micro-batch in the window, from 0.
+        samples: Samples that count on this process; 0 if the batch only repeats a sample.
+        world_size: Number of processes that share the window.
 
     Example:
         >>> window = GlobalWindow(position=0, samples=5, accumulate=1)
@@ -54,26 +54,25 @@ class MicroBatch:
 
     @property
     def weight(self) -> float:
-        """The factor on its mean loss that makes a mean of means exact; 1.0 where all are equal.
+        """Factor on the mean loss of the micro-batch; 1.0 if all micro-batches are equal.
 
-        With it, the mean over the window's micro-batches and over the processes is the mean over
-        the window's samples.
+        With it, the mean over the micro-batches and processes of a window is the mean over the
+        samples of the window.
         """
-        share = self.window.accumulate * self.world_size
-        return self.samples * share / self.window.samples
+        # Lightning divides each loss by the accumulation, and DDP averages over the processes:
+        # together by the number of parts.
+        parts = self.window.accumulate * self.world_size
+        return self.samples * parts / self.window.samples
 
     @property
     def global_samples(self) -> int:
-        """Samples that count on all processes together."""
+        """Samples that count in the micro-batches with this index, over all processes."""
+        # The first ``longer`` processes have one sample more than the others. The loader splits in
+        # the same way, so that the sum needs no communication.
         share, longer = divmod(self.window.samples, self.world_size)
         return longer * self._part(share + 1) + (self.world_size - longer) * self._part(share)
 
     def _part(self, samples: int) -> int:
-        """What a process with that many samples in the update has in this micro-batch."""
+        """Returns the samples in this micro-batch of a process with ``samples`` in the window."""
         share, longer = divmod(samples, self.window.accumulate)
         return share + (self.index < longer)
-
-    @property
-    def closes_window(self) -> bool:
-        """Whether it is the last micro-batch of its update."""
-        return self.index == self.window.accumulate - 1

@@ -1,39 +1,120 @@
-"""Random numbers that belong to a sample, not to the process that happens to fetch it."""
+"""States of the random generators, mixed seeds, and random streams for single samples."""
 
 from __future__ import annotations
 
 import hashlib
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-__all__ = ["SampleStreams", "mixed_seed"]
+__all__ = [
+    "SampleStreams",
+    "mixed_seed",
+    "preserve_random_state",
+    "random_state",
+    "set_random_state",
+]
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Returns the states of the generators that a training step may use, as plain data.
+
+    The state holds torch's generator on the CPU and on a CUDA device, Python's generator, and
+    NumPy's if NumPy has been imported.
+
+    Args:
+        device: Device of the training step.
+
+    Returns:
+        States for :func:`set_random_state`: tensors and plain data.
+
+    Example:
+        >>> sorted(set(random_state(torch.device("cpu"))) - {"numpy"})
+        ['cpu', 'python']
+    """
+    states: dict[str, Any] = {"cpu": torch.get_rng_state(), "python": random.getstate()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    numpy = sys.modules.get("numpy")  # not imported here: a step that uses NumPy has imported it
+    if numpy is not None:
+        name, keys, *rest = numpy.random.get_state()
+        # As a list, so that a file with the state loads with weights_only=True.
+        states["numpy"] = (name, keys.tolist(), *rest)
+    return states
+
+
+def set_random_state(states: Mapping[str, Any], device: torch.device) -> None:
+    """Sets the generators to the states of :func:`random_state`, as far as they exist here.
+
+    Args:
+        states: States of the generators; missing ones are skipped, except ``"cpu"``.
+        device: Device of the training step.
+
+    Example:
+        >>> cpu = torch.device("cpu")
+        >>> states = random_state(cpu)
+        >>> first = random.random()
+        >>> set_random_state(states, cpu)
+        >>> random.random() == first
+        True
+    """
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+    if "python" in states:
+        random.setstate(states["python"])
+    numpy = sys.modules.get("numpy")
+    if "numpy" in states and numpy is not None:
+        numpy.random.set_state(tuple(states["numpy"]))
+
+
+@contextmanager
+def preserve_random_state(device: torch.device) -> Iterator[None]:
+    """Restores the states of the generators when the block ends or raises.
+
+    Args:
+        device: Device of the training step.
+
+    Example:
+        >>> with preserve_random_state(torch.device("cpu")):
+        ...     first = random.random()
+        >>> random.random() == first
+        True
+    """
+    states = random_state(device)
+    try:
+        yield
+    finally:
+        set_random_state(states, device)
 
 
 def mixed_seed(*parts: int) -> int:
-    """One seed below 2**63 out of several integers; neighbors give unrelated seeds.
+    """Mixes several integers into one seed below 2**63; similar integers give unrelated seeds.
 
     Example:
         >>> mixed_seed(0, 1) == mixed_seed(0, 1), mixed_seed(0, 1) == mixed_seed(1, 0)
         (True, False)
     """
+    # A hash, because sums or products of the parts would give many of them the same seed; shifted
+    # to fit into a signed 64-bit integer.
     text = ",".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
 class SampleStreams:
-    """A dataset whose samples each draw from generators seeded for them alone.
+    """Wraps a dataset so that each sample has its own random stream.
 
     Before sample ``i`` is fetched, the generators of torch, ``random`` and NumPy are seeded from
-    ``(seed, i)``; after the batch they are as before, so that fetching in the main process does
-    not disturb the model's own random numbers.
+    ``(seed, i)``. After the batch their states are restored, so that fetching in the main process
+    does not change the random numbers of the model.
 
     Args:
         dataset: A map-style dataset.
-        seed: Decides all streams.
+        seed: Seed of all streams.
 
     Example:
         >>> class Noise:
@@ -49,25 +130,15 @@ class SampleStreams:
         self.seed = seed
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        """The samples of one batch."""
+        """Returns the samples of one batch."""
         numpy = sys.modules.get("numpy")  # a dataset that uses NumPy has imported it
-        states = (
-            torch.get_rng_state(),
-            random.getstate(),
-            None if numpy is None else numpy.random.get_state(),
-        )
-        try:
+        with preserve_random_state(torch.device("cpu")):
             return [self._fetch(index, numpy) for index in indices]
-        finally:
-            torch.set_rng_state(states[0])
-            random.setstate(states[1])
-            if numpy is not None:
-                numpy.random.set_state(states[2])
 
     def _fetch(self, index: int, numpy: Any) -> Any:
         seed = mixed_seed(self.seed, index)
         torch.default_generator.manual_seed(seed)
         random.seed(seed)
         if numpy is not None:
-            numpy.random.seed(seed & 0xFFFFFFFF)
+            numpy.random.seed(seed & 0xFFFFFFFF)  # NumPy accepts 32 bits only
         return self.dataset[index]

@@ -1,14 +1,20 @@
-"""The whole run in integers, before it begins: which update consumes what."""
+"""Simulates the batch sizes of a run in integers before it starts, update by update."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lightning_bigopt.batching.geometry import ExactSamples, LoaderBatches
-from lightning_bigopt.batching.plan import check_written_sizes
-from lightning_bigopt.batching.policies import BatchContext, BatchSizePolicy, check_size
-from lightning_bigopt.batching.run import Run
-from lightning_bigopt.durations import Clock, Horizon, Progress
+from lightning_bigopt.batching.epoch_layout import EpochLayout, ExactSamples, LoaderBatches
+from lightning_bigopt.batching.policies.batch_size_policy import (
+    BatchContext,
+    BatchSizePolicy,
+    check_explicit_sizes,
+)
+from lightning_bigopt.batching.simulated_run import SimulatedRun
+from lightning_bigopt.checks import check_count, check_positive
+from lightning_bigopt.durations.duration import Clock
+from lightning_bigopt.durations.horizon import Horizon
+from lightning_bigopt.durations.progress import Progress, Span
 
 __all__ = ["planned_sizes", "simulate", "simulate_exact"]
 
@@ -23,36 +29,36 @@ def simulate(
     batches_per_epoch: int | None,
     last_batch_samples: int | None = None,
     samples_per_epoch: int | None = None,
-    tokens_per_sample: int | None = None,
 ) -> Horizon:
-    """Lays out a run on a DataLoader, by accumulation, from its first update to its last.
+    """Simulates a run on a DataLoader, which accumulates whole loader batches.
 
-    A window never crosses an epoch. The last update is the last one that begins before the budget
-    is consumed. A constant batch takes closed form, stairs take it from one threshold to the next,
-    and any other policy is asked once an update.
+    An accumulation window never crosses the end of an epoch. The last update is the last one that
+    begins before the budget is consumed. A policy with a step function takes one closed-form step
+    per threshold; any other policy is called once per update.
 
     Args:
-        policy: Names the global batch; not adaptive.
-        clock: The unit of the budget.
-        budget: The budget in that unit.
-        micro_batch_size: The loader's batch on one process.
-        world_size: Processes that see different data.
-        batches_per_epoch: Batches of one process in an epoch; None for a stream, whose windows
-            are never cut short.
-        last_batch_samples: Samples in an epoch's last batch on one process; None for a full one.
-        samples_per_epoch: What ``FullBatch`` is told; None to work it out from the batches.
-        tokens_per_sample: Tokens in every sample; None where they vary or nobody counts them.
+        policy: Policy that sets the global batches; must not be adaptive.
+        clock: Unit of the budget.
+        budget: The budget in that unit; positive and finite.
+        micro_batch_size: Samples in a loader batch of one process.
+        world_size: Number of processes that see different data.
+        batches_per_epoch: Batches of one process in an epoch; None for a stream, which never cuts
+            a window short.
+        last_batch_samples: Samples in the last batch of an epoch on one process; None for a full
+            batch.
+        samples_per_epoch: Samples of all processes in an epoch, for ``FullBatch``; None to
+            compute them from the batches.
 
     Returns:
-        The horizon. Its spans are empty where the clock or a threshold is in tokens and
-        ``tokens_per_sample`` is None: percentages hold, and a conversion says why it cannot.
+        The horizon. It has no spans if the budget or a threshold is in tokens, which depend on the
+        data: percentages can then be resolved, and other units raise.
 
     Raises:
-        ValueError: If the policy is adaptive, or a size does not fit.
+        ValueError: If the policy is adaptive, a size does not fit, or an argument is out of range.
 
     Example:
         >>> from lightning_bigopt.batching import BatchSizeSteps
-        >>> run = simulate(
+        >>> horizon = simulate(
         ...     BatchSizeSteps({"0%": 8, "50%": 16}),
         ...     clock="batches",
         ...     budget=20,
@@ -61,17 +67,17 @@ def simulate(
         ...     batches_per_epoch=10,
         ...     last_batch_samples=3,
         ... )
-        >>> [(span.updates, span.batches, span.samples) for span in run.spans]
+        >>> [(span.updates, span.batches, span.samples) for span in horizon.spans]
         [(4, 2, 8), (1, 2, 7), (2, 4, 16), (1, 2, 7)]
     """
-    check_size("world_size", world_size)
-    check_size("micro_batch_size", micro_batch_size)
+    check_count("world_size", world_size, of="processes")
+    check_count("micro_batch_size", micro_batch_size, of="samples")
     if last_batch_samples is not None and not 1 <= last_batch_samples <= micro_batch_size:
         raise ValueError(
             f"last_batch_samples must be from 1 to micro_batch_size = {micro_batch_size}, got "
             f"{last_batch_samples!r}; count the samples of one process"
         )
-    geometry = LoaderBatches(
+    layout = LoaderBatches(
         micro_batch_size=micro_batch_size,
         world_size=world_size,
         batches_per_epoch=batches_per_epoch,
@@ -80,12 +86,18 @@ def simulate(
     if samples_per_epoch is None and batches_per_epoch is not None:
         last = last_batch_samples or micro_batch_size
         samples_per_epoch = ((batches_per_epoch - 1) * micro_batch_size + last) * world_size
-    check_written_sizes(policy, micro_batch_size=micro_batch_size, world_size=world_size)
-    return _lay_out(
-        policy,
-        Run(geometry, clock=clock, budget=budget, tokens_per_sample=tokens_per_sample),
+    check_explicit_sizes(policy, micro_batch_size=micro_batch_size, world_size=world_size)
+    return Horizon(
+        clock=clock,
+        budget=budget,
+        spans=_spans(
+            policy,
+            layout,
+            clock=clock,
+            budget=budget,
+            context=BatchContext(samples_per_epoch=samples_per_epoch),
+        ),
         batches_per_epoch=batches_per_epoch,
-        context=BatchContext(samples_per_epoch=samples_per_epoch),
     )
 
 
@@ -97,28 +109,27 @@ def simulate_exact(
     micro_batch_size: int,
     world_size: int,
     samples_per_epoch: int,
-    tokens_per_sample: int | None = None,
 ) -> Horizon:
-    """Lays out a run on a :class:`GlobalBatchLoader`, exact to the sample.
+    """Simulates a run on a :class:`GlobalBatchLoader`, which yields any global batch exactly.
 
     Args:
-        policy: Names the global batch; not adaptive.
-        clock: The unit of the budget; not ``"batches"``, whose number depends on the plan.
+        policy: Policy that sets the global batches; must not be adaptive.
+        clock: Unit of the budget; not ``"batches"``, whose number depends on the policy.
         budget: The budget in that unit; epochs are ``epochs × samples_per_epoch`` samples.
-        micro_batch_size: The most samples that one process puts through the model at a time.
-        world_size: Processes that see different data.
+        micro_batch_size: Largest number of samples in a micro-batch of one process.
+        world_size: Number of processes that see different data.
         samples_per_epoch: Samples in one pass over the data.
-        tokens_per_sample: Tokens in every sample; None where they vary or nobody counts them.
 
     Returns:
         The horizon, as from :func:`simulate`.
 
     Raises:
-        ValueError: If the policy is adaptive, or ``clock`` is ``"batches"``.
+        ValueError: If the policy is adaptive, ``clock`` is ``"batches"``, or an argument is out of
+            range.
 
     Example:
         >>> from lightning_bigopt.batching import ConstantBatchSize
-        >>> run = simulate_exact(
+        >>> horizon = simulate_exact(
         ...     ConstantBatchSize(7),
         ...     clock="samples",
         ...     budget=20,
@@ -126,19 +137,21 @@ def simulate_exact(
         ...     world_size=2,
         ...     samples_per_epoch=10,
         ... )
-        >>> [(span.updates, span.batches, span.samples) for span in run.spans]
+        >>> [(span.updates, span.batches, span.samples) for span in horizon.spans]
         [(1, 2, 7), (1, 1, 3), (1, 2, 7), (1, 1, 3)]
     """
-    run = _exact_run(
+    layout = _exact_layout(
         clock=clock,
-        budget=budget,
         micro_batch_size=micro_batch_size,
         world_size=world_size,
         samples_per_epoch=samples_per_epoch,
-        tokens_per_sample=tokens_per_sample,
     )
     context = BatchContext(samples_per_epoch=samples_per_epoch)
-    return _lay_out(policy, run, batches_per_epoch=None, context=context)
+    return Horizon(
+        clock=clock,
+        budget=budget,
+        spans=_spans(policy, layout, clock=clock, budget=budget, context=context),
+    )
 
 
 def planned_sizes(
@@ -151,27 +164,27 @@ def planned_sizes(
     micro_batch_size: int,
     world_size: int,
     samples_per_epoch: int,
-    tokens_per_sample: int | None = None,
 ) -> Iterator[int]:
-    """The global batches of the rest of an epoch: what a :class:`GlobalBatchLoader` is given.
+    """Yields the global batches of the rest of an epoch, for a :class:`GlobalBatchLoader`.
 
     Args:
-        policy: Names the global batch; not adaptive, because the loader reads ahead.
-        start: The progress at ``position``.
+        policy: Policy that sets the global batches; must not be adaptive, because the workers of
+            the loader fetch batches ahead of the training.
+        start: Progress at ``position``.
         position: Samples of this epoch consumed so far.
-        clock: The unit of the budget; not ``"batches"``.
-        budget: The budget in that unit.
-        micro_batch_size: The most samples that one process puts through the model at a time.
-        world_size: Processes that see different data.
+        clock: Unit of the budget; neither ``"batches"`` nor ``"tokens"``.
+        budget: The budget in that unit; positive and finite.
+        micro_batch_size: Largest number of samples in a micro-batch of one process.
+        world_size: Number of processes that see different data.
         samples_per_epoch: Samples in one pass over the data.
-        tokens_per_sample: Tokens in every sample, for thresholds in tokens.
 
     Yields:
-        One size an update, as the policy named it; the last may be more than what is left.
+        One size per update, in samples, as the policy returns it; the last one may exceed the rest
+        of the epoch.
 
     Raises:
-        ValueError: If the policy is adaptive, reads tokens that nobody counts, or ``clock`` is
-            ``"batches"``.
+        ValueError: If the policy is adaptive or reads tokens, ``clock`` is ``"batches"`` or
+            ``"tokens"``, or an argument is out of range.
 
     Example:
         >>> from lightning_bigopt.batching import BatchSizeSteps
@@ -190,86 +203,72 @@ def planned_sizes(
         ... )
         [2, 2, 4]
     """
-    run = _exact_run(
+    layout = _exact_layout(
         clock=clock,
-        budget=budget,
         micro_batch_size=micro_batch_size,
         world_size=world_size,
         samples_per_epoch=samples_per_epoch,
-        tokens_per_sample=tokens_per_sample,
     )
-    _refuse_adaptive(policy)
-    if tokens_per_sample is None and (clock == "tokens" or "tokens" in policy.units):
+    _check_not_adaptive(policy)
+    if _depends_on_tokens(policy, clock):
         raise ValueError(
-            "tokens_per_sample must be given for a batch that changes by tokens on "
-            "GlobalBatchLoader, got None; write thresholds and budget in samples or percent"
+            "thresholds and budget must not be in tokens with GlobalBatchLoader, whose workers "
+            f"fetch batches before their tokens are counted, got {policy!r} and a budget in "
+            f"{clock}; write them in samples or percent"
         )
-    run.steps, run.batches, run.samples = start.steps, start.batches, start.samples
-    run.position = position
-    context = BatchContext(samples_per_epoch=samples_per_epoch)
-    return _sizes(policy, run, context)
+    run = SimulatedRun(layout, clock=clock, budget=budget)
+    run.start_at(start, position)
+    return run.sizes_in_epoch(policy, BatchContext(samples_per_epoch=samples_per_epoch))
 
 
-def _sizes(policy: BatchSizePolicy, run: Run, context: BatchContext) -> Iterator[int]:
-    while True:
-        size = policy(run.progress(), context=context)
-        yield size
-        _, advance, batches, samples = run.geometry.ahead(size, run.position)
-        run.consume(1, advance, batches, samples)
-        if run.position == 0:
-            return
-
-
-def _exact_run(
-    *,
-    clock: Clock,
-    budget: float,
-    micro_batch_size: int,
-    world_size: int,
-    samples_per_epoch: int,
-    tokens_per_sample: int | None,
-) -> Run:
-    check_size("micro_batch_size", micro_batch_size)
-    check_size("world_size", world_size)
-    check_size("samples_per_epoch", samples_per_epoch)
+def _exact_layout(
+    *, clock: Clock, micro_batch_size: int, world_size: int, samples_per_epoch: int
+) -> ExactSamples:
+    check_count("micro_batch_size", micro_batch_size, of="samples")
+    check_count("world_size", world_size, of="processes")
+    check_count("samples_per_epoch", samples_per_epoch, of="samples")
     if clock == "batches":
         raise ValueError(
             "clock must be 'steps', 'samples' or 'tokens' with GlobalBatchLoader, got 'batches'; "
             "count epochs as epochs × samples_per_epoch samples"
         )
-    geometry = ExactSamples(
+    return ExactSamples(
         micro_batch_size=micro_batch_size,
         world_size=world_size,
         samples_per_epoch=samples_per_epoch,
     )
-    return Run(geometry, clock=clock, budget=budget, tokens_per_sample=tokens_per_sample)
 
 
-def _refuse_adaptive(policy: BatchSizePolicy) -> None:
+def _check_not_adaptive(policy: BatchSizePolicy) -> None:
     if policy.adaptive:
         raise ValueError(
             "policy must be known in advance here, got the adaptive "
-            f"{type(policy).__name__}; write the durations in percent or in the budget's own "
-            "unit, and train on a DataLoader"
+            f"{type(policy).__name__}; write the durations in percent or in the unit of the "
+            "budget, and train on a DataLoader"
         )
 
 
-def _lay_out(
-    policy: BatchSizePolicy, run: Run, *, batches_per_epoch: int | None, context: BatchContext
-) -> Horizon:
-    _refuse_adaptive(policy)
-    known = run.tokens_per_sample is not None or not (
-        run.clock == "tokens" or "tokens" in policy.units
-    )
-    if known:
-        stairs = policy.staircase(context=context)
-        if stairs is None:
-            run.walk(policy, context)
-        else:
-            run.climb(policy, stairs)
-    return Horizon(
-        clock=run.clock,
-        budget=run.budget,
-        spans=run.spans(),
-        batches_per_epoch=batches_per_epoch,
-    )
+def _depends_on_tokens(policy: BatchSizePolicy, clock: Clock) -> bool:
+    return clock == "tokens" or "tokens" in policy.units
+
+
+def _spans(
+    policy: BatchSizePolicy,
+    layout: EpochLayout,
+    *,
+    clock: Clock,
+    budget: float,
+    context: BatchContext,
+) -> tuple[Span, ...]:
+    """Returns the spans of a run from its first update; none if it depends on tokens."""
+    check_positive("budget", budget)
+    _check_not_adaptive(policy)
+    if _depends_on_tokens(policy, clock):
+        return ()
+    run = SimulatedRun(layout, clock=clock, budget=budget)
+    steps = policy.step_function(context=context)
+    if steps is None:
+        run.simulate_per_update(policy, context)
+    else:
+        run.simulate_steps(policy, steps)
+    return run.spans()

@@ -1,13 +1,14 @@
-"""Callbacks for an existing Trainer, one a file."""
+"""Callbacks to add to a Trainer, one per module."""
 
-from lightning_bigopt.callbacks.batch_size import BatchSizeScheduler
+from lightning_bigopt.callbacks.batch_size.batch_size_scheduler import BatchSizeScheduler
 from lightning_bigopt.callbacks.gradient_clipping import GradientClipping
 from lightning_bigopt.callbacks.hyperparameter import HyperparameterScheduler
 from lightning_bigopt.callbacks.learning_rate import LearningRateScheduler
 from lightning_bigopt.callbacks.monitor import OptimizationMonitor
 from lightning_bigopt.callbacks.noise_scale import GradientNoiseScale
 from lightning_bigopt.callbacks.plateau import ReduceOnPlateau
-from lightning_bigopt.callbacks.step_guard import StepGuard
+from lightning_bigopt.callbacks.step_guard.replay import replay
+from lightning_bigopt.callbacks.step_guard.step_guard import StepGuard
 
 __all__ = [
     "BatchSizeScheduler",
@@ -18,4 +19,5 @@ __all__ = [
     "OptimizationMonitor",
     "ReduceOnPlateau",
     "StepGuard",
+    "replay",
 ]

@@ -1,30 +1,50 @@
-"""GradientClipping."""
+"""GradientClipping: clips the gradient of every update by a rule."""
 
 from __future__ import annotations
 
-from lightning_bigopt.callbacks.base import OptimizationCallback
-from lightning_bigopt.controllers.clipping import GradientClippingController
-from lightning_bigopt.gradients import ClippingRule
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+
+from lightning_bigopt.checks import check_instance
+from lightning_bigopt.engine.capability import Capability
+from lightning_bigopt.engine.stage import Fit
+from lightning_bigopt.engine.update import Update
+from lightning_bigopt.gradients.apply import apply_
+from lightning_bigopt.gradients.clip_statistics import ClipReport, ClipStatistics, advice
+from lightning_bigopt.gradients.rules.clipping_rule import ClipContext, ClippingRule, RuleState
+from lightning_bigopt.gradients.rules.rule_groups import Groups
+from lightning_bigopt.monitoring.tags import tag_name
+from lightning_bigopt.optimizers.names import is_opacus_optimizer
+from lightning_bigopt.trainer_access import strategies
 
 __all__ = ["GradientClipping"]
 
 
-class GradientClipping(OptimizationCallback):
-    """Limits every update's gradient by a rule, after reduction and unscaling.
+class GradientClipping(Capability):
+    """Clips the gradient of every update by a rule, after reduction and unscaling.
 
-    The norm is the global one on one device, under DDP, FSDP1 and FSDP2, in 32-true, bf16-mixed
-    and 16-mixed. It is taken once an update, in float32, and shared with every other callback.
-    A fused optimizer is given the coefficient, and scales inside its own kernel.
+    The norm is the global norm on one device and under DDP, FSDP1 and FSDP2, in 32-true, bf16-mixed
+    and 16-mixed precision. It is measured once per update, in float32, and shared with all other
+    callbacks. A fused optimizer receives the coefficient and scales the gradient inside its kernel.
+    Several optimizers are clipped separately.
 
     Args:
-        rule: What is limited, and how.
+        rule: The clipping rule.
 
     Raises:
         ValueError: At fit start with ``Trainer(gradient_clip_val=)``, a module that overrides
-            ``configure_gradient_clipping``, or DeepSpeed, which clips by itself.
+            ``configure_gradient_clipping``, an optimizer of Opacus, or DeepSpeed.
+
+    Logs:
+        With an OptimizationMonitor ``clip/coefficient``, ``clip/threshold`` and ``clip/fraction``.
 
     State:
-        ``clock``: what has been consumed; ``rule``: the history of an adaptive rule.
+        ``rule``: the state of the rule for each optimizer; ``audit``: counts of clipped updates.
 
     Example:
         >>> from lightning_bigopt import GradientClipping, NormClip
@@ -32,10 +52,136 @@ class GradientClipping(OptimizationCallback):
         GradientClipping(NormClip(...))
     """
 
-    controller: GradientClippingController
+    owns = "gradient clipping"
+    rank = 50
 
     def __init__(self, rule: ClippingRule) -> None:
-        super().__init__(GradientClippingController(rule))
+        check_instance("rule", rule, ClippingRule, hint="try NormClip(max_norm=1.0)")
+        self.rule = rule
+        # The engine measures norms of one order, which all capabilities share. Rules without norms
+        # have the order None.
+        self.norm_order = rule.norm_order or 2.0
+        self._resolved = rule
+        self._names: tuple[str, ...] = ()
+        self.reset()
+
+    @property
+    def needs_horizon(self) -> bool:  # type: ignore[override]
+        """Whether the rule has a scheduled threshold, which needs the length of the run."""
+        return self.rule.needs_horizon
+
+    def check_fit(self, fit: Fit) -> None:
+        """Raises if anything else clips gradients."""
+        trainer = fit.trainer
+        if trainer.gradient_clip_val is not None:
+            raise ValueError(
+                "gradient_clip_val must be None with GradientClipping, got "
+                f"{trainer.gradient_clip_val}; keep one of them"
+            )
+        if is_overridden("configure_gradient_clipping", fit.module):
+            raise ValueError(
+                "configure_gradient_clipping must not be overridden with GradientClipping, got "
+                f"one in {type(fit.module).__name__}; keep one of them"
+            )
+        if strategies.is_deepspeed(trainer):
+            raise ValueError(
+                "strategy must not be DeepSpeed with GradientClipping, got "
+                f"{type(trainer.strategy).__name__}, which clips itself; set gradient_clipping in "
+                "its config"
+            )
+        for optimizer in trainer.optimizers:
+            if is_opacus_optimizer(optimizer):
+                raise ValueError(
+                    "optimizer must not be an optimizer of Opacus with GradientClipping, got "
+                    f"{type(optimizer).__name__}, which clips the gradient of each sample and "
+                    "scales its noise by that limit; set its max_grad_norm"
+                )
+
+    def start(self, fit: Fit) -> None:
+        """Resolves the durations of a scheduled threshold on the horizon."""
+        self._names = fit.parameter_names()
+        horizon = fit.clock.horizon
+        self._resolved = self.rule if horizon is None else self.rule.resolve(horizon)
+
+    def needs_norms(self, update: Update) -> bool:
+        """Returns whether the rule reads norms of whole tensors."""
+        return self.rule.norm_order is not None
+
+    def clip(self, update: Update) -> None:
+        """Decides by the rule, applies the decision, and counts it."""
+        state = self._states.get(update.label)
+        if state is None:
+            state = self._states[update.label] = self._resolved.initial_state()
+        context = ClipContext(
+            parameters=update.parameters,
+            norms=update.norms_after_guard if self.rule.norm_order is not None else None,
+            optimizer=update.optimizer,
+            fraction=update.progress.fraction,
+            process_group=update.shard_group,
+            all_names=self._names,
+        )
+        update.decision = self._resolved.decide(context, state)
+        apply_(update.decision, optimizer=update.optimizer)
+        statistics = self._statistics.setdefault(update.label, {})
+        for group, decision in update.decision.each_group():
+            statistics.setdefault(group, ClipStatistics()).add(decision)
+
+    def metrics(self, fit: Fit) -> Mapping[str, float | Tensor]:
+        """Returns the fraction of updates that were clipped since the last logged update."""
+        fractions = {
+            tag_name("clip/fraction", label, group): statistics.fraction_since_last_log()
+            for label, groups in self._statistics.items()
+            for group, statistics in groups.items()
+        }
+        return {tag: fraction for tag, fraction in fractions.items() if fraction is not None}
+
+    def reports(self) -> dict[tuple[str, str], ClipReport]:
+        """Summarizes the clipping so far, by optimizer and group of the rule. Synchronizes."""
+        reports = {
+            (label, group): statistics.report()
+            for label, groups in self._statistics.items()
+            for group, statistics in groups.items()
+        }
+        return {key: report for key, report in reports.items() if report is not None}
+
+    def end(self, fit: Fit) -> None:
+        """Logs how often clipping acted, with advice on the threshold."""
+        rules = dict(self.rule.pairs) if isinstance(self.rule, Groups) else {"": self.rule}
+        for (label, group), report in self.reports().items():
+            names = "".join(f", {name}" for name in (label, group) if name)
+            rule = rules[group]
+            assert rule is not None  # a group without a rule has no statistics
+            hint = advice(report, rule)
+            rank_zero_info(
+                f"{type(rule).__name__}{names}: {report}." + (f" {hint}" if hint else "")
+            )
+
+    def specification(self) -> str:
+        """Returns the rule as code."""
+        return repr(self.rule)
+
+    def reset(self) -> None:
+        """Clears the states of the rule and the counts."""
+        self._states: dict[str, RuleState] = {}
+        self._statistics: dict[str, dict[str, ClipStatistics]] = {}
+
+    def saved_state(self) -> dict[str, Any]:
+        """Returns the state of the rule and the counts, by optimizer."""
+        counts = {
+            label: {group: statistics.state_dict() for group, statistics in groups.items()}
+            for label, groups in self._statistics.items()
+        }
+        return {"rule": copy.deepcopy(self._states), "audit": counts}
+
+    def load_saved_state(self, state: dict[str, Any]) -> None:
+        """Restores the state of the rule and the counts from a checkpoint."""
+        self.reset()
+        self._states = copy.deepcopy(state["rule"])
+        for label, groups in state.get("audit", {}).items():
+            for group, saved in groups.items():
+                statistics = ClipStatistics()
+                statistics.load_state_dict(saved)
+                self._statistics.setdefault(label, {})[group] = statistics
 
     def __repr__(self) -> str:
-        return f"GradientClipping({type(self.controller.rule).__name__}(...))"
+        return f"GradientClipping({type(self.rule).__name__}(...))"

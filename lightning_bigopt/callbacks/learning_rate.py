@@ -1,60 +1,72 @@
-"""LearningRateScheduler."""
+"""LearningRateScheduler: schedules the learning rate of every parameter group."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
 
-from lightning_bigopt.callbacks.base import OptimizationCallback
-from lightning_bigopt.clock import BatchCount, ClockSettings, OnResume
-from lightning_bigopt.controllers.learning_rate import (
-    BaseOwner,
-    LearningRateController,
-    ModuleScheduler,
-)
-from lightning_bigopt.durations import DurationLike
-from lightning_bigopt.schedules import Schedule
-from lightning_bigopt.schedules.checks import CooldownShape
+from lightning_bigopt.callbacks.resume_report import report_changes
+from lightning_bigopt.callbacks.schedules import GroupSchedules
+from lightning_bigopt.checks import check_between, check_choice, check_non_negative
+from lightning_bigopt.durations.duration import DurationLike
+from lightning_bigopt.engine.batch_contents import BatchCount
+from lightning_bigopt.engine.capability import Capability
+from lightning_bigopt.engine.clock_settings import ClockSettings, OnResume
+from lightning_bigopt.engine.lr_scheduler import LightningLRScheduler
+from lightning_bigopt.engine.stage import LEARNING_RATE, Fit
+from lightning_bigopt.optimizers.group_schedule import BaseOwner
+from lightning_bigopt.schedules.base import Schedule
+from lightning_bigopt.schedules.shapes import CooldownShape
+from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
+from lightning_bigopt.trainer_access import schedulers, strategies
 
 __all__ = ["LearningRateScheduler"]
 
+ModuleScheduler: TypeAlias = Literal["raise", "replace"]
 
-class LearningRateScheduler(OptimizationCallback):
-    """Schedules the learning rate of every parameter group over the whole budget.
 
-    The base is each parameter group's own ``lr``, so ratios between groups are kept; the schedule
-    is a factor of the fraction of the budget spent. Under ``max_steps`` update t of T sees t/T,
-    under ``max_epochs`` the share of loader batches consumed before it. Lightning saves and
-    restores the scheduler, and LearningRateMonitor sees it.
+class LearningRateScheduler(Capability):
+    """Schedules the learning rate of every parameter group over the budget.
+
+    The learning rate of a group is its configured ``lr`` times the factor of the schedule at the
+    fraction of the budget consumed; ratios between groups are kept. Under ``max_steps`` the
+    fraction of update t of T is t/T; under ``max_epochs`` it is the fraction of loader batches
+    consumed before the update. Lightning saves and restores the scheduler, and LearningRateMonitor
+    shows it.
 
     Args:
-        schedule: The factor over the budget.
+        schedule: Factor on the base learning rates over the budget, dimensionless.
         groups: Other schedules for named parameter groups.
-        optimizers: Other schedules for some of several optimizers (manual optimization), by their
-            class's name: ``"Adam"``, or ``"Adam-0"`` and ``"Adam-1"`` for two of a class.
-        module_scheduler: ``"raise"`` where ``configure_optimizers`` returns a scheduler of its
-            own, or ``"replace"`` it.
+        optimizers: Other schedules for some of several optimizers (manual optimization), by the
+            name of their class: ``"Adam"``, or ``"Adam-0"`` and ``"Adam-1"`` for two of a class.
+        min_lr: Lower bound of every learning rate (base × factor) after the schedule's warm-up and
+            after all adjustments; None for no bound.
+        max_lr: Upper bound of every learning rate; None for no bound.
+        module_scheduler: ``"raise"`` if ``configure_optimizers`` returns a scheduler, or
+            ``"replace"`` it.
         budget: An explicit budget such as ``"2e9 tokens"`` that ends the training; None for the
-            Trainer's ``max_steps`` or ``max_epochs``.
-        samples: Counts the samples in a batch (a function or a field's name); None for the
-            loader's batch size.
-        tokens: Counts the tokens in a batch (a function, or the name of an ids or mask field).
-        on_resume: ``"continue"`` on the checkpoint's horizon; ``"extend"`` to this Trainer's; or
-            start the ``"cooldown"`` where the checkpoint stopped, to branch a finished model off
-            a stable run. The training then ends with the cooldown, or at the Trainer's own limit;
-            a checkpoint that is in its cooldown goes on with it.
-        cooldown: Length of that cooldown; a percentage is a share of the checkpoint's budget.
-        cooldown_shape: Its curve: ``"linear"``, ``"cosine"``, ``"1-sqrt"`` or ``"exponential"``.
-        cooldown_end: The factor at its end.
-        base_lr: Who owns the base learning rate after a resume: ``"checkpoint"`` or ``"config"``.
+            limits of the Trainer.
+        samples: Counts the samples of a batch (a function, or the name of a field); None for the
+            batch size of the loader.
+        tokens: Counts the tokens of a batch: a function, or the name of an ids or mask field.
+        on_resume: ``"continue"`` with the horizon of the checkpoint, ``"extend"`` to the horizon of
+            this Trainer, or start a ``"cooldown"`` at the position of the checkpoint. A cooldown
+            ends the training, unless the Trainer's limit ends it earlier; a checkpoint saved in
+            such a cooldown continues it.
+        cooldown: Length of that cooldown; a percentage refers to the budget of the checkpoint.
+        cooldown_shape: Shape of that cooldown: ``"linear"``, ``"cosine"``, ``"1-sqrt"`` or
+            ``"exponential"``.
+        cooldown_end: Factor at the end of that cooldown, in [0, 1].
+        base_lr: Base learning rates to use after a resume: those of the ``"checkpoint"`` or those
+            of the ``"config"``.
 
     Raises:
-        ValueError: At fit start for a second owner of the learning rate; at train start where the
-            length of the training cannot be known, or a duration does not fit into it.
+        ValueError: At fit start if anything else writes the learning rate; at train start if the
+            length of the training is unknown, or a duration does not fit into it.
 
     State:
-        ``clock``: batches, samples and tokens consumed, the horizon, and a cooldown on resume;
-        ``schedule``, ``groups`` and ``optimizers`` as written, so that a resumed run can say what
-        was changed. The base learning rates are in the checkpoint's ``lr_schedulers``.
+        ``schedule``, ``groups`` and ``optimizers`` as code, so that a resumed run can report
+        changes. The base learning rates are in the checkpoint's ``lr_schedulers``.
 
     Example:
         >>> from lightning_bigopt import LearningRateScheduler, WarmupStableDecay
@@ -62,7 +74,9 @@ class LearningRateScheduler(OptimizationCallback):
         LearningRateScheduler(WarmupStableDecay(...))
     """
 
-    controller: LearningRateController
+    owns = LEARNING_RATE
+    rank = 20
+    needs_horizon = True
 
     def __init__(
         self,
@@ -70,6 +84,8 @@ class LearningRateScheduler(OptimizationCallback):
         *,
         groups: Mapping[str, Schedule] | None = None,
         optimizers: Mapping[str, Schedule] | None = None,
+        min_lr: float | None = None,
+        max_lr: float | None = None,
         module_scheduler: ModuleScheduler = "raise",
         budget: str | None = None,
         samples: BatchCount = None,
@@ -80,21 +96,137 @@ class LearningRateScheduler(OptimizationCallback):
         cooldown_end: float = 0.0,
         base_lr: BaseOwner = "checkpoint",
     ) -> None:
-        settings = ClockSettings(
+        self._schedules = GroupSchedules(schedule, groups, optimizers, hint="WarmupCosine()")
+        for name, bound in (("min_lr", min_lr), ("max_lr", max_lr)):
+            if bound is not None:
+                check_non_negative(name, bound)
+        if min_lr is not None and max_lr is not None and min_lr > max_lr:
+            raise ValueError(
+                f"min_lr must be at most max_lr, got min_lr={min_lr} and max_lr={max_lr}; lower "
+                "min_lr"
+            )
+        check_choice("module_scheduler", module_scheduler, ModuleScheduler)
+        check_choice("base_lr", base_lr, BaseOwner)
+        check_choice("cooldown_shape", cooldown_shape, CooldownShape)
+        check_between("cooldown_end", cooldown_end, 0, 1, ends="[]")
+        self.schedule = schedule
+        self.groups, self.optimizers = dict(groups or {}), dict(optimizers or {})
+        self.min_lr, self.max_lr = min_lr, max_lr
+        self.module_scheduler = module_scheduler
+        self.base_lr = base_lr
+        self.cooldown_shape, self.cooldown_end = cooldown_shape, cooldown_end
+        self.settings = ClockSettings(
             budget=budget, samples=samples, tokens=tokens, on_resume=on_resume, cooldown=cooldown
         )
-        super().__init__(
-            LearningRateController(
-                schedule,
-                groups=groups,
-                optimizers=optimizers,
-                module_scheduler=module_scheduler,
-                base_lr=base_lr,
-                cooldown_shape=cooldown_shape,
-                cooldown_end=cooldown_end,
-                settings=settings,
+        self._saved: dict[str, Any] | None = None
+        self._before: list[float] = []
+
+    def check_fit(self, fit: Fit) -> None:
+        """Raises if anything else writes the learning rate, and claims it."""
+        trainer = fit.trainer
+        if (
+            trainer_callbacks.find_callback(trainer, trainer_callbacks.StochasticWeightAveraging)
+            is not None
+        ):
+            raise ValueError(
+                "callbacks must not contain StochasticWeightAveraging with LearningRateScheduler, "
+                "got both: each writes the learning rate; remove one of them"
             )
+        if strategies.is_deepspeed(trainer) and "scheduler" in getattr(
+            trainer.strategy, "config", {}
+        ):
+            raise ValueError(
+                "the DeepSpeed config must not contain a scheduler with LearningRateScheduler, got "
+                "one; remove it from the config"
+            )
+        for _, optimizer in fit.groups:
+            if any(group.get("lr") is None for group in optimizer.param_groups):
+                raise ValueError(
+                    "lr must be a number in every parameter group with LearningRateScheduler, got "
+                    f"None in {type(optimizer).__name__}, which computes its own; pass lr= to it "
+                    "(Adafactor: relative_step=False, lr=1e-3), or remove the scheduler"
+                )
+        if trainer.lr_scheduler_configs and self.module_scheduler == "raise":
+            raise ValueError(
+                "configure_optimizers must not return a scheduler with LearningRateScheduler, got "
+                f"{schedulers.scheduler_names(trainer)}; return the optimizer only, or pass "
+                "module_scheduler='replace'"
+            )
+        schedulers.remove_schedulers(trainer)
+        fit.groups.claim("lr", base=self.base_lr)
+
+    def start(self, fit: Fit) -> None:
+        """Resolves the schedules on the horizon, and applies them to the learning rate."""
+        # On a resume these are the learning rates of the checkpoint: Lightning has restored the
+        # optimizers, and the engine has not written the groups yet.
+        self._before = [float(group["lr"]) for group in _groups(fit)]
+        self._schedules.resolve(
+            fit, cooldown_shape=self.cooldown_shape, cooldown_end=self.cooldown_end
+        )
+        fit.groups.follow(
+            "lr",
+            self._schedules.schedule_of,
+            owner=self,
+            minimum=self.min_lr,
+            maximum=self.max_lr,
         )
 
+    def announce(self, fit: Fit) -> None:
+        """Logs the differences between a resumed run and its checkpoint."""
+        saved, self._saved = self._saved, None
+        # Not the path alone: LearningRateFinder sets it too, at update 0.
+        if fit.trainer.ckpt_path is None or not fit.clock.fraction:
+            return
+        schedulers_of_fit = _lightning_schedulers(fit)
+        restored = [s.restored_bases for s in schedulers_of_fit if s.restored_bases is not None]
+        rates = [float(group["lr"]) for group in _groups(fit)]
+        report_changes(
+            None if saved is None or not restored else {**saved, "base_lrs": restored},
+            {
+                **self.saved_state(),
+                "base_lrs": [scheduler.bases for scheduler in schedulers_of_fit],
+            },
+            clock=fit.clock,
+            rates=list(zip(self._before, rates, strict=True)),
+            is_foreign=any(scheduler.is_foreign for scheduler in schedulers_of_fit),
+        )
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether the schedules have been resolved on the horizon of the current fit."""
+        return self._schedules.is_resolved
+
+    def schedule_of(self, group: str | None, *, optimizer: str = "") -> Schedule:
+        """Returns the resolved schedule of a group: by its name, its optimizer, or for all."""
+        return self._schedules.schedule_of(group, optimizer)
+
+    def specification(self) -> str:
+        """Returns the schedule as code."""
+        return repr(self.schedule)
+
+    def saved_state(self) -> dict[str, Any]:
+        """Returns the schedules as code."""
+        return {
+            "schedule": repr(self.schedule),
+            "groups": {name: repr(schedule) for name, schedule in self.groups.items()},
+            "optimizers": {name: repr(schedule) for name, schedule in self.optimizers.items()},
+        }
+
+    def load_saved_state(self, state: dict[str, Any]) -> None:
+        """Stores the schedules of the checkpoint for the report in :meth:`announce`."""
+        self._saved = dict(state)
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Does nothing: the schedules do not change within a fit."""
+
     def __repr__(self) -> str:
-        return f"LearningRateScheduler({type(self.controller.schedule).__name__}(...))"
+        return f"LearningRateScheduler({type(self.schedule).__name__}(...))"
+
+
+def _groups(fit: Fit) -> list[dict[str, Any]]:
+    return [group for _, optimizer in fit.groups for group in optimizer.param_groups]
+
+
+def _lightning_schedulers(fit: Fit) -> list[LightningLRScheduler]:
+    configs = fit.trainer.lr_scheduler_configs
+    return [c.scheduler for c in configs if isinstance(c.scheduler, LightningLRScheduler)]

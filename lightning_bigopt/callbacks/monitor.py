@@ -1,72 +1,85 @@
-"""OptimizationMonitor."""
+"""OptimizationMonitor: logs learning rates, norms, clipping, batch sizes and step times."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from importlib.util import find_spec
-from os import PathLike, fspath
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
-from lightning_bigopt import trainer_access
-from lightning_bigopt.callbacks.base import OptimizationCallback
-from lightning_bigopt.clock import BatchCount, ClockSettings
-from lightning_bigopt.controllers.layers import LayerValue
-from lightning_bigopt.controllers.monitor import MonitorController, XAxis
+from lightning_bigopt.callbacks.run_report import (
+    check_report,
+    check_report_name,
+    write_run_report,
+)
+from lightning_bigopt.checks import check_choice, check_count
+from lightning_bigopt.engine.batch_contents import BatchCount
+from lightning_bigopt.engine.capability import Capability
+from lightning_bigopt.engine.clock_settings import ClockSettings
+from lightning_bigopt.engine.stage import Batch, Fit
+from lightning_bigopt.engine.update import Rejection, Update
+from lightning_bigopt.gradients.clip_decision import ClipDecision
+from lightning_bigopt.monitoring import logging
+from lightning_bigopt.monitoring.layers import LayerMonitor, LayerValue, check_layers
+from lightning_bigopt.monitoring.logging import XAxis
+from lightning_bigopt.monitoring.metric_buffer import MetricBuffer
+from lightning_bigopt.monitoring.step_timer import StepTimer
+from lightning_bigopt.monitoring.tags import tag_name
+from lightning_bigopt.optimizers.names import group_names
+from lightning_bigopt.trainer_access import loggers, loop
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 __all__ = ["OptimizationMonitor"]
 
+_ALL_LAYER_VALUES: tuple[LayerValue, ...] = ("grad_norm", "weight_norm", "update_ratio", "zeros")
 
-class OptimizationMonitor(OptimizationCallback):
-    """Logs what every update really used, to every logger of the Trainer and the progress bar.
 
-    Values stay on the device until a logging update and are fetched together. TensorBoard gets
-    one event for each logging update, and a dashboard of its own (tab *Custom scalars*).
+class OptimizationMonitor(Capability):
+    """Logs the values that the updates used, to all loggers and the progress bar.
+
+    The values of a logged update stay on the device until its end, and are transferred in one copy.
+    TensorBoard gets one event for each logged update, and a dashboard (tab *Custom scalars*).
 
     Args:
         every: Log every n-th update; None follows ``Trainer(log_every_n_steps=)``.
-        layers: What is watched closely: ``"blocks"`` (a parameter's name up to its first number),
+        layers: Layers to measure: ``"blocks"`` (by the name of a parameter up to its first number),
             ``"parameters"``, patterns by name of layer such as
             ``{"attention": "*.attn.*", "mlp": "*.mlp.*"}``, or None.
-        per_layer: What is logged of each layer; None for all: ``"grad_norm"``, ``"weight_norm"``,
-            ``"update_ratio"`` (copies the weights for the length of a logged update) and
-            ``"zeros"``.
-        histograms_every: Write histograms of every gradient to TensorBoard every n-th update;
-            each one is copied to the host.
-        x_axis: What TensorBoard and the other loggers count: ``"updates"`` as Lightning does,
+        per_layer: Values to log for each layer: ``"grad_norm"``, ``"weight_norm"``,
+            ``"update_ratio"`` (copies the weights during a logged update) and ``"zeros"``; None for
+            all.
+        histograms_every: Write histograms of all gradients to TensorBoard every n-th update, which
+            copies them to the host; None for no histograms.
+        x_axis: Unit of the steps in all loggers: ``"updates"`` as Lightning counts them,
             ``"samples"`` or ``"tokens"``.
-        samples: Counts the samples in a batch (a function or a field's name); None for the
-            loader's batch size.
-        tokens: Counts the tokens in a batch (a function, or the name of an ids or mask field).
-        report: Where the report of the run is written when the fit ends, well or not; None for
-            none. Needs a TensorBoardLogger or a CSVLogger.
+        samples: Counts the samples of a batch (a function, or the name of a field); None for the
+            batch size of the loader.
+        tokens: Counts the tokens of a batch: a function, or the name of an ids or mask field.
+        report: File for the report of the run, written when the fit ends, also after an error;
+            None for no report. It needs a TensorBoardLogger or a CSVLogger.
 
     Logs:
-        What the table ``lightning_bigopt.reporting.TAGS`` holds; ``lr``, ``grad_norm``,
-        ``global_batch`` and ``skipped`` on the progress bar. Several optimizers add their class's
-        name.
-
-    State:
-        ``clock``: what has been consumed.
+        All tags of the table ``lightning_bigopt.monitoring.TAGS``; ``lr``, ``grad_norm``,
+        ``global_batch`` and ``skipped`` on the progress bar. With several optimizers the tags
+        contain the names of their classes.
 
     Raises:
-        ValueError: If an argument is out of range; at fit start for ``report`` where that is a
-            folder, or without a logger whose files can be read; at train start where the x axis
-            counts what nobody counts, or a pattern matches no parameter.
+        ValueError: If an argument is out of range; at fit start if ``report`` is a folder, or there
+            is no logger to read from; at train start if ``x_axis`` is tokens and no callback counts
+            them, or a pattern matches no parameter.
         ImportError: At fit start for ``report`` without matplotlib or jinja2.
 
     Example:
         >>> from lightning_bigopt import OptimizationMonitor
-        >>> OptimizationMonitor(every=10, layers="blocks").controller.every
+        >>> OptimizationMonitor(every=10, layers="blocks").every
         10
     """
 
-    controller: MonitorController
+    owns = "monitor"
+    rank = 90
+    logs_all_metrics = True
 
     def __init__(
         self,
@@ -80,88 +93,213 @@ class OptimizationMonitor(OptimizationCallback):
         tokens: BatchCount = None,
         report: str | None = None,
     ) -> None:
-        every_value: Sequence[LayerValue] = ("grad_norm", "weight_norm", "update_ratio", "zeros")
-        super().__init__(
-            MonitorController(
-                every=every,
-                layers=layers,
-                per_layer=every_value if per_layer is None else per_layer,
-                histograms_every=histograms_every,
-                x_axis=x_axis,
-                settings=ClockSettings(samples=samples, tokens=tokens),
-            )
-        )
-        if report is not None and not _names_a_file(report):
-            raise ValueError(
-                f"report must be the name of a file or None, got {report!r}; write 'report.html'"
-            )
+        for name, number, hint in (
+            ("every", every, "None follows Trainer(log_every_n_steps=)"),
+            ("histograms_every", histograms_every, "None writes no histograms"),
+        ):
+            if number is not None:
+                check_count(name, number, of="updates", hint=hint)
+        check_choice("x_axis", x_axis, XAxis, hint="'updates' is what Lightning counts")
+        self.per_layer = _ALL_LAYER_VALUES if per_layer is None else tuple(per_layer)
+        # Only for its checks of the arguments.
+        LayerMonitor(layers, _ALL_LAYER_VALUES if per_layer is None else per_layer)
+        check_report_name(report)
+        self.every, self.histograms_every, self.x_axis = every, histograms_every, x_axis
+        self.layers = layers
         self.report = report
+        self.settings = ClockSettings(samples=samples, tokens=tokens)
+        self.reset()
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Conflicts raise here, and a report that could not be written."""
-        super().on_fit_start(trainer, pl_module)
-        if self.report is None or trainer_access.is_fast_dev_run(trainer):
-            return
-        if Path(self.report).is_dir():
+    def reset(self) -> None:
+        """Clears the buffers and the timer."""
+        self._values = MetricBuffer()
+        self._layers: dict[str, LayerMonitor] = {}
+        self._timer = StepTimer()
+        self._bar_is_empty = True
+        self._due = self._stepped = False
+        self._micro_size = 0
+
+    def __repr__(self) -> str:
+        return f"OptimizationMonitor(every={self.every!r})"
+
+    # ------------------------------------------------------------------------- start and end
+
+    def check_fit(self, fit: Fit) -> None:
+        """Raises if the report could not be written."""
+        check_report(fit.trainer, self.report)
+
+    def start(self, fit: Fit) -> None:
+        """Checks the patterns of layers and the x axis, and starts the timer."""
+        if self.x_axis == "tokens" and fit.clock.settings.tokens is None:
             raise ValueError(
-                f"report must be the name of a file, got the folder {str(self.report)!r}; write "
-                f"{str(Path(self.report, 'report.html'))!r}"
+                "tokens must be counted for x_axis='tokens', got no callback that counts them; "
+                "pass tokens=a function of the batch, or the name of its ids or mask"
             )
-        if trainer_access.log_folder(trainer) is None:
-            kinds = ", ".join(type(logger).__name__ for logger in trainer.loggers)
-            raise ValueError(
-                "logger must be a TensorBoardLogger or a CSVLogger with "
-                f"OptimizationMonitor(report=), got {kinds or 'none'}; give one to the Trainer, or "
-                "leave report out"
-            )
-        for module in ("jinja2", "matplotlib"):
-            if find_spec(module) is None:
-                raise ImportError(
-                    f"{module} must be installed for OptimizationMonitor(report=); run pip install "
-                    "'lightning-bigopt[plot]'"
-                )
+        check_layers(fit.parameter_names(), self.layers)
+        self.reset()
+        self._timer.start(
+            fit.trainer.strategy.root_device, samples=fit.clock.samples, tokens=fit.clock.tokens
+        )
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Undoes every patch, and writes the report."""
-        super().teardown(trainer, pl_module, stage)
-        if stage == "fit":
-            self._write_report(trainer)
+    def announce(self, fit: Fit) -> None:
+        """Writes the plan of the run to TensorBoard."""
+        logging.write_start(fit, self.x_axis)
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Undoes every patch, and writes the report of what there was."""
-        super().on_exception(trainer, pl_module, exception)
-        self._write_report(trainer)
+    def end(self, fit: Fit) -> None:
+        """Writes hyperparameters with final metrics, and the report."""
+        self._values, self._layers = MetricBuffer(), {}
+        logging.write_end(fit)
+        write_run_report(fit.trainer, self.report)
 
-    def _write_report(self, trainer: Trainer) -> None:
-        folder = trainer_access.log_folder(trainer) if trainer.is_global_zero else None
-        if self.report is None or folder is None:
+    # ----------------------------------------------------------------------------- an update
+
+    def rescale(self, update: Update) -> None:
+        """Determines whether the update is logged; the first stage of an update."""
+        assert self.fit is not None  # set by the engine
+        self._due = self._is_due(self.fit.trainer, self.every)
+        self._stepped = True
+
+    def _is_due(self, trainer: Trainer, every: int | None) -> bool:
+        if every is None:
+            return loop.should_log(trainer)
+        return (loop.batches_that_stepped(trainer) + 1) % every == 0
+
+    def needs_norms(self, update: Update) -> bool:
+        """Returns whether the update is logged, or the progress bar shows no values yet."""
+        return self._due or self._bar_is_empty
+
+    def decide(self, update: Update) -> Rejection | None:
+        """Writes histograms of the gradients of an accepted update, before they are clipped."""
+        assert self.fit is not None  # set by the engine
+        if self.histograms_every and self._is_due(self.fit.trainer, self.histograms_every):
+            logging.write_histograms(self.fit, update, self.x_axis)
+        return None
+
+    def observe_rejection(self, update: Update, reason: str) -> None:
+        """Writes the reason for a rejection to TensorBoard."""
+        if self.fit is not None:
+            logging.write_rejection(self.fit, reason, self.x_axis)
+
+    def observe(self, update: Update) -> None:
+        """Collects the values of the update, on the device."""
+        if not self.needs_norms(update):
             return
-        from lightning_bigopt.reporting.report import write_report
-        from lightning_bigopt.reporting.runs import holds_logs
-
-        try:
-            for logger in trainer.loggers:
-                logger.save()
-            if holds_logs(folder):
-                write_report([folder], self.report)
-            else:
-                rank_zero_info(f"No report was written: nothing had been logged in {folder!r}.")
-        except Exception as error:  # noqa: BLE001  # the run, or what ended it, counts for more
-            rank_zero_warn(
-                f"The report {self.report!r} could not be written ({type(error).__name__}: "
-                f"{error}); write it elsewhere with bigopt report {folder}"
+        values, label, norms = self._values, update.label, update.norms
+        total = norms.value if norms.is_on_host else norms.total
+        values.add(tag_name("grad_norm/total", label), total)
+        groups = update.optimizer.param_groups
+        for name, group in zip(group_names(groups), groups, strict=True):
+            for tag, value in _hyperparameters(group).items():
+                values.add(tag_name(tag, label, name), value)
+        if not self._due:
+            return
+        if update.decision is not None:
+            self._add_clipping(update.decision, label)
+        if self.layers is not None:
+            layers = self._layers.get(label)
+            if layers is None:
+                layers = LayerMonitor(self.layers, self.per_layer, label=label)
+                self._layers[label] = layers
+            layers.before_step(
+                norms,
+                group=update.shard_group,
+                into=values,
+                is_rejected=update.rejection is not None,
             )
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validation is no part of a step's time."""
-        self.controller.pause()
+    def _add_clipping(self, decision: ClipDecision, label: str) -> None:
+        """Adds coefficient and threshold; ``clip/fraction`` is a metric of GradientClipping."""
+        for pattern, part in decision.each_group():
+            factor, threshold = part.coefficient, part.threshold
+            if factor is None and part.coefficients is not None:
+                factor = part.coefficients.mean()
+            if factor is not None:
+                self._values.add(tag_name("clip/coefficient", label, pattern), factor)
+            if threshold is not None and (not isinstance(threshold, Tensor) or threshold.ndim == 0):
+                self._values.add(tag_name("clip/threshold", label, pattern), threshold)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The next step begins."""
-        self.controller.resume()
+    def after_step(self, update: Update) -> None:
+        """Measures the norm of the change in the weights."""
+        layers = self._layers.get(update.label)
+        if layers is not None:
+            layers.after_step(group=update.shard_group, into=self._values)
+
+    def end_batch(self, batch: Batch) -> None:
+        """Transfers all values in one copy, and logs them if the update is logged."""
+        if not self._stepped:
+            return
+        self._stepped = False
+        self._timer.step()
+        if not self._values:
+            return
+        values, self._values = self._values, MetricBuffer()
+        fit, trainer, due = batch.fit, batch.fit.trainer, self._due
+        self._bar_is_empty, self._micro_size = False, batch.samples
+        for layers in self._layers.values():
+            layers.end_batch(into=values)
+        if due:
+            for tag, value in fit.metrics().items():
+                values.add(tag, value)
+        if not trainer.is_global_zero:
+            return
+        clock = fit.clock
+        values.add("batch/global_size", float(clock.window_samples))
+        fetched = values.fetch()
+        loggers.show_on_progress_bar(trainer, _for_progress_bar(fetched))
+        if due:
+            # After the transfer, which waits for the GPU: the events of its updates are complete.
+            times = MetricBuffer()
+            self._timer.report(samples=clock.samples, tokens=clock.tokens, into=times)
+            fetched.update(times.fetch())
+            logging.log_values(fit, fetched, self.x_axis)
+
+    def metrics(self, fit: Fit) -> Mapping[str, float | Tensor]:
+        """Returns sizes of the batch, and samples and tokens consumed by the run."""
+        clock = fit.clock
+        values = {
+            "batch/micro_size": float(self._micro_size),
+            "batch/accumulate": float(clock.window_batches),
+            "progress/samples": float(clock.samples),
+        }
+        if clock.settings.tokens is not None:
+            values["progress/tokens"] = float(clock.tokens)
+        return values
+
+    def begin_evaluation(self, trainer: Trainer, module: LightningModule) -> None:
+        """Pauses the timer, so that validation does not count as part of a step."""
+        self._timer.pause()
+
+    def end_evaluation(self, trainer: Trainer, module: LightningModule) -> None:
+        """Resumes the timer."""
+        self._timer.resume()
 
 
-def _names_a_file(path: object) -> bool:
-    return isinstance(path, (str, PathLike)) and bool(fspath(path))
+def _for_progress_bar(values: Mapping[str, float]) -> dict[str, float]:
+    shown = {
+        "grad_norm": next(v for k, v in values.items() if k.startswith("grad_norm/total")),
+        "global_batch": values["batch/global_size"],
+    }
+    rate = next((v for k, v in values.items() if k.startswith("optim/lr")), None)
+    if rate is not None:
+        shown = {"lr": rate, **shown}
+    if values.get("guard/skipped"):
+        shown["skipped"] = values["guard/skipped"]
+    return shown
+
+
+def _hyperparameters(group: Mapping[str, Any]) -> dict[str, float | Tensor]:
+    """Returns the values of a parameter group that are logged, by tag."""
+    momentum = group.get("momentum")
+    if momentum is None and group.get("betas"):
+        momentum = group["betas"][0]
+    values = {
+        "optim/lr": group.get("lr"),
+        "optim/weight_decay": group.get("weight_decay"),
+        "optim/momentum": momentum,
+    }
+    # A tensor is cloned: the engine overwrites it for the next update before it is transferred.
+    return {
+        tag: value.detach().clone() if isinstance(value, Tensor) else value
+        for tag, value in values.items()
+        if value is not None  # the lr of Adafactor(relative_step=True), for example
+    }

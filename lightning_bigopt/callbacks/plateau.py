@@ -1,53 +1,65 @@
-"""ReduceOnPlateau."""
+"""ReduceOnPlateau: reduces the learning rate when a metric stops improving."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+import math
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from lightning_bigopt.callbacks.base import OptimizationCallback
-from lightning_bigopt.controllers.plateau import PlateauController
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from lightning_bigopt.checks import check_between, check_choice, check_count
+from lightning_bigopt.engine.capability import Capability
+from lightning_bigopt.engine.stage import LEARNING_RATE, Fit
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 __all__ = ["ReduceOnPlateau"]
 
+Mode: TypeAlias = Literal["min", "max"]
+ThresholdMode: TypeAlias = Literal["rel", "abs"]
+Check: TypeAlias = Literal["validation", "train_epoch"]
 
-class ReduceOnPlateau(OptimizationCallback):
+
+class ReduceOnPlateau(Capability):
     """Multiplies the learning rate by ``factor`` when a metric stops improving.
 
-    A multiplier on top of any schedule of a LearningRateScheduler, warm-up included. The metric is
-    looked at after every validation, in mid-epoch too; ``check="train_epoch"`` looks at a training
-    metric when an epoch ends.
+    The factor multiplies the schedule of the LearningRateScheduler, including its warm-up. The
+    metric is checked after every validation, also within an epoch; ``check="train_epoch"`` checks a
+    training metric at the end of every epoch.
 
     Args:
-        monitor: The name of a logged metric.
-        factor: What the learning rate is multiplied by each time, between 0 and 1.
-        patience: Checks without improvement that are tolerated.
-        mode: ``"min"`` where less is better, ``"max"`` where more is.
-        threshold: How much better counts as better.
-        threshold_mode: ``"rel"`` to the best value, or ``"abs"``.
-        cooldown: Checks after a reduction that are not counted.
-        min_factor: The least product of all reductions.
+        monitor: Name of a logged metric.
+        factor: Factor on the learning rate at each reduction, in (0, 1).
+        patience: Number of checks without improvement before a reduction.
+        mode: ``"min"`` if lower values are better, ``"max"`` if higher values are.
+        threshold: Smallest change that counts as an improvement.
+        threshold_mode: ``"rel"`` if the threshold is relative to the best value, or ``"abs"``.
+        cooldown: Number of checks after a reduction that are not counted.
+        min_factor: Lower bound of the product of all reductions, in [0, 1).
         check: ``"validation"`` or ``"train_epoch"``.
 
     Raises:
-        ValueError: At fit start without a LearningRateScheduler; at the first check where nothing
-            logs ``monitor``.
+        ValueError: At fit start without a LearningRateScheduler; at the first check if ``monitor``
+            is not logged.
 
     State:
-        ``clock``; ``factor``, ``best``, ``bad_checks``, ``cooldown``.
+        ``factor``: product of all reductions; ``best``: best value; ``bad_checks``: checks without
+        improvement; ``cooldown``: remaining checks that are not counted.
 
     Example:
         >>> from lightning_bigopt import ReduceOnPlateau
-        >>> ReduceOnPlateau("val_loss", factor=0.5, patience=3).controller.factor
+        >>> ReduceOnPlateau("val_loss", factor=0.5, patience=3).factor
         1.0
 
     References:
-        ``torch.optim.lr_scheduler.ReduceLROnPlateau``, which does the counting.
+        ``torch.optim.lr_scheduler.ReduceLROnPlateau``, which implements the checks.
     """
 
-    controller: PlateauController
+    owns = "plateau"
+    rank = 21
 
     def __init__(
         self,
@@ -55,40 +67,110 @@ class ReduceOnPlateau(OptimizationCallback):
         *,
         factor: float = 0.1,
         patience: int = 10,
-        mode: Literal["min", "max"] = "min",
+        mode: Mode = "min",
         threshold: float = 1e-4,
-        threshold_mode: Literal["rel", "abs"] = "rel",
+        threshold_mode: ThresholdMode = "rel",
         cooldown: int = 0,
         min_factor: float = 0.0,
-        check: Literal["validation", "train_epoch"] = "validation",
+        check: Check = "validation",
     ) -> None:
-        if check not in ("validation", "train_epoch"):
-            raise ValueError(f"check must be 'validation' or 'train_epoch', got {check!r}")
+        check_between("factor", factor, 0, 1)
+        check_between("min_factor", min_factor, 0, 1, ends="[)")
+        check_count("patience", patience, minimum=0, of="checks")
+        check_count("cooldown", cooldown, minimum=0, of="checks")
+        check_choice("mode", mode, Mode)
+        check_choice("threshold_mode", threshold_mode, ThresholdMode)
+        check_choice("check", check, Check)
+        self.monitor = monitor
         self.check = check
-        super().__init__(
-            PlateauController(
-                monitor,
-                factor=factor,
-                patience=patience,
-                mode=mode,
-                threshold=threshold,
-                threshold_mode=threshold_mode,
-                cooldown=cooldown,
-                min_factor=min_factor,
-            )
-        )
+        self._options: dict[str, Any] = {
+            "mode": mode,
+            "factor": factor,
+            "patience": patience,
+            "threshold": threshold,
+            "threshold_mode": threshold_mode,
+            "cooldown": cooldown,
+            "min_lr": min_factor,
+            "eps": 0.0,
+        }
+        self.reset()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A validation has just logged its metrics."""
+    def reset(self) -> None:
+        """Resets the factor to 1 and clears the history of the metric."""
+        # torch's scheduler reduces the learning rate 1 of an optimizer that is never stepped: this
+        # learning rate is the factor, and min_lr is its lower bound.
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        self._plateau = ReduceLROnPlateau(optimizer, **self._options)
+
+    @property
+    def factor(self) -> float:
+        """The current factor on the learning rate: the product of all reductions."""
+        return float(self._plateau.optimizer.param_groups[0]["lr"])
+
+    def check_fit(self, fit: Fit) -> None:
+        """Raises if no callback schedules the learning rate."""
+        if LEARNING_RATE not in fit.owners():
+            raise ValueError(
+                "callbacks must contain a LearningRateScheduler with ReduceOnPlateau, got none; "
+                "add LearningRateScheduler(Constant())"
+            )
+
+    def start(self, fit: Fit) -> None:
+        """Adds the factor to the adjustments of the learning rate."""
+        fit.groups.adjust("lr", lambda value, _: value * self.factor, owner=self)
+
+    def end_evaluation(self, trainer: Trainer, module: LightningModule) -> None:
+        """Checks the metric after a validation."""
         if self.check == "validation" and not trainer.sanity_checking:
             self._check(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """An epoch has ended."""
-        super().on_train_epoch_end(trainer, pl_module)
+        """Checks the metric at the end of an epoch."""
         if self.check == "train_epoch":
             self._check(trainer)
 
     def _check(self, trainer: Trainer) -> None:
-        if self._pipeline is not None and self._pipeline.fitting:
-            self.controller.check(self._pipeline)
+        """Reads the metric, and reduces the learning rate if it has not improved.
+
+        Raises:
+            ValueError: If the metric is not logged.
+        """
+        if self.fit is None:  # Trainer.validate
+            return
+        metrics = trainer.callback_metrics
+        if self.monitor not in metrics:
+            raise ValueError(
+                f"monitor must be a logged metric, got {self.monitor!r}; logged are "
+                f"{', '.join(sorted(metrics)) or 'none'}"
+            )
+        # A metric logged without sync_dist differs between processes; the mean keeps the learning
+        # rate equal on all of them.
+        metric = metrics[self.monitor].detach().float()
+        value = float(trainer.strategy.reduce(metric, reduce_op="mean"))
+        before = self.factor
+        if not math.isfinite(value):  # a NaN as the best value could never be improved on
+            return
+        self._plateau.step(value)
+        if self.factor != before:
+            rank_zero_info(
+                f"{self.monitor} has not improved on {float(self._plateau.best):g}: the scheduled "
+                f"learning rate is now multiplied by {self.factor:g}."
+            )
+            self.fit.rewrite_groups()
+
+    def saved_state(self) -> dict[str, Any]:
+        """Returns the factor, the best value and the counters."""
+        plateau = self._plateau
+        return {
+            "factor": self.factor,
+            "best": float(plateau.best),
+            "bad_checks": plateau.num_bad_epochs,
+            "cooldown": plateau.cooldown_counter,
+        }
+
+    def load_saved_state(self, state: dict[str, Any]) -> None:
+        """Restores the factor, the best value and the counters from a checkpoint."""
+        self._plateau.optimizer.param_groups[0]["lr"] = float(state["factor"])
+        self._plateau.best = float(state["best"])
+        self._plateau.num_bad_epochs = int(state["bad_checks"])
+        self._plateau.cooldown_counter = int(state["cooldown"])

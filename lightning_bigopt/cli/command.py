@@ -1,4 +1,4 @@
-"""What a subcommand of ``bigopt`` is made of."""
+"""The description of a subcommand of ``bigopt``, and the check for optional dependencies."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ __all__ = ["Command", "MissingExtraError", "require"]
 
 
 class MissingExtraError(Exception):
-    """An optional dependency is not installed; the message says how to get it."""
+    """Raised if an optional dependency is missing; the message names the command to install it."""
 
 
 def require(module: str, *, extra: str) -> None:
-    """Makes sure of an optional dependency before any work is done.
+    """Raises unless an optional dependency is installed.
 
     Args:
-        module: The top-level module that is needed.
-        extra: The group of optional dependencies that brings it.
+        module: Name of the top-level module that is needed.
+        extra: The extra of this package that installs it.
 
     Raises:
-        MissingExtraError: If it is not installed.
+        MissingExtraError: If the module is not installed.
 
     Example:
         >>> require("json", extra="cli")
@@ -43,13 +43,13 @@ def require(module: str, *, extra: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """A subcommand.
+    """A subcommand of ``bigopt``.
 
     Args:
-        summary: What ``bigopt --help`` says of it.
-        examples: Command lines that its own ``--help`` shows, each with a few words.
-        parser: Makes its parser from the keyword arguments of an ``ArgumentParser``.
-        run: Does the work.
+        summary: Description in ``bigopt --help``.
+        examples: Command lines shown at the end of its own ``--help``, each with a short remark.
+        parser: Function that makes its parser from keyword arguments of ``ArgumentParser``.
+        run: Function that runs the subcommand with the parsed options.
     """
 
     summary: str
@@ -59,8 +59,8 @@ class Command:
 
     @property
     def epilog(self) -> str:
-        """The examples as the end of a help text."""
+        """The examples, formatted for the end of a help text."""
         width = max(len(line) for line, _ in self.examples)
         return "examples:\n" + "\n".join(
-            f"  {line.ljust(width)}  {words}".rstrip() for line, words in self.examples
+            f"  {line.ljust(width)}  {remark}".rstrip() for line, remark in self.examples
         )

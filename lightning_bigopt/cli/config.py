@@ -1,4 +1,4 @@
-"""A training as a config file and a command line write it, through LightningCLI."""
+"""Trainer, model and data built from a config file and a command line through LightningCLI."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-# What is imported here can be named in a config without its module.
-import lightning_bigopt.examples  # noqa: F401 - so the model and the data of the examples
+# jsonargparse accepts a class by its bare name only if its module has been imported.
+import lightning_bigopt.examples  # noqa: F401
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -22,14 +22,14 @@ __all__ = ["ConfiguredTraining", "KeepConfig"]
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Ignores what jsonargparse says of how Lightning calls it."""
+    """Ignores jsonargparse's deprecation warnings about the way Lightning calls it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         yield
 
 
 class KeepConfig(SaveConfigCallback):
-    """Saves the config beside the logs, and beside the configs of runs that logged there before.
+    """Saves the config in the log folder, and keeps the configs of earlier runs in that folder.
 
     Example:
         >>> KeepConfig(parser=None, config=None).config_filename
@@ -37,25 +37,27 @@ class KeepConfig(SaveConfigCallback):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Takes the first free name: config.yaml, config-1.yaml, …."""
+        """Saves the config under the first free name: config.yaml, config-1.yaml, …."""
         if not self.already_saved:
             folder = Path(trainer.log_dir or trainer.default_root_dir)
             name, number = self.config_filename, 0
             while (folder / name).exists():
                 number += 1
                 name = f"config-{number}.yaml"
+            # Process 0 may have written its file before another process looks for a free name.
             self.config_filename = trainer.strategy.broadcast(name)
         with _quiet():
             super().setup(trainer, pl_module, stage)
 
 
 class ConfiguredTraining(LightningCLI):
-    """A Trainer, a model and, where the model has none of its own, data.
+    """A Trainer, a model and an optional datamodule, built from arguments and config files.
 
     Args:
-        arguments: Command line, or what this class's own parser made of one.
-        parser_texts: Keyword arguments of the parser: what its help says.
-        save_config: Whether the fit saves the config.
+        arguments: Command-line arguments, or the namespace that :meth:`parser_for`'s parser
+            returned.
+        parser_texts: Keyword arguments of the parser, such as ``description`` and ``epilog``.
+        save_config: Whether the fit saves the config in the log folder.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class ConfiguredTraining(LightningCLI):
 
     @classmethod
     def parser_for(cls, **texts: Any) -> LightningArgumentParser:
-        """The parser, without parsing anything."""
+        """Makes the parser without parsing any arguments."""
         from jsonargparse import capture_parser
 
         parser = capture_parser(cls, [], parser_texts=texts)
@@ -85,21 +87,21 @@ class ConfiguredTraining(LightningCLI):
 
     @classmethod
     def read(cls, path: str | Path) -> ConfiguredTraining:
-        """What a config file describes, made but not trained."""
+        """Builds the objects of a config file, without training and without seeding."""
         return cls(["--config", str(path), "--seed_everything", "false"], save_config=False)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds what ``Trainer.fit`` takes: the checkpoint to resume from."""
+        """Adds the arguments of ``Trainer.fit``, such as ``ckpt_path``."""
         skipped = {"model", "train_dataloaders", "val_dataloaders", "datamodule"}
         self.fit_arguments = parser.add_method_arguments(Trainer, "fit", skip=skipped)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses once: what was parsed already is taken as it is."""
+        """Parses the arguments, unless they are a namespace that was parsed before."""
         from jsonargparse import Namespace
 
         self.config = args if isinstance(args, Namespace) else parser.parse_args(args)
 
     def fit(self) -> None:
-        """Trains."""
+        """Runs ``Trainer.fit`` with the configured model, data and arguments."""
         options = {name: self.config_init.get(name) for name in self.fit_arguments}
         self.trainer.fit(self.model, datamodule=self.datamodule, **options)

@@ -1,4 +1,4 @@
-"""``bigopt demo``: the same model with and without our callbacks."""
+"""``bigopt demo``: trains one model with and without the callbacks of this package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["DEMO"]
 
 
 def make_parser(**texts: Any) -> ArgumentParser:
-    """The options of ``bigopt demo``."""
+    """Makes the parser of ``bigopt demo``."""
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(**texts)
@@ -21,18 +21,20 @@ def make_parser(**texts: Any) -> ArgumentParser:
         "--max-steps",
         type=int,
         default=500,
-        help="Optimizer updates of the run with our callbacks; the others see as many samples.",
+        help="Optimizer updates with the callbacks; the other runs use as many samples.",
     )
     parser.add_argument("--devices", type=int, default=1, help="Processes; a divisor of 32.")
-    parser.add_argument("--strategy", type=str, default="auto", help="Such as ddp.")
-    parser.add_argument("--accelerator", type=str, default="cpu", help="Such as cpu or gpu.")
+    parser.add_argument("--strategy", type=str, default="auto", help="Strategy, such as ddp.")
+    parser.add_argument("--accelerator", type=str, default="cpu", help="Accelerator: cpu or gpu.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of weights and data order.")
-    parser.add_argument("--logdir", type=str, default="runs/demo", help="For logs and picture.")
+    parser.add_argument(
+        "--logdir", type=str, default="runs/demo", help="Folder for the logs and the picture."
+    )
     return parser
 
 
 def run(options: Namespace) -> None:
-    """Trains a small GPT with and without our callbacks and prints the difference."""
+    """Trains a small GPT with and without the callbacks and prints a comparison."""
     require("matplotlib", extra="plot")
     from lightning_bigopt.examples.demo import Demo
 
@@ -40,10 +42,10 @@ def run(options: Namespace) -> None:
 
 
 DEMO = Command(
-    summary="Trains a small GPT with and without our callbacks and prints the difference.",
+    summary="Trains a small GPT with and without the callbacks and prints a comparison.",
     examples=[
         ("bigopt demo", "three to four minutes on two cores"),
-        ("bigopt demo --max-steps 50", "a glance"),
+        ("bigopt demo --max-steps 50", "a short run"),
         ("bigopt demo --devices 2 --strategy ddp", "on two processes"),
     ],
     parser=make_parser,

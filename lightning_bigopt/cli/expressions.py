@@ -1,4 +1,4 @@
-"""Schedules as they are written in Python, read without running anything."""
+"""Parses schedules written as Python expressions, without evaluating any other code."""
 
 from __future__ import annotations
 
@@ -7,26 +7,30 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from lightning_bigopt import schedules
-from lightning_bigopt.schedules import Schedule
+from lightning_bigopt.schedules.base import Schedule
 
 __all__ = ["parse_schedule", "schedule_names"]
 
 
 def schedule_names() -> list[str]:
-    """The schedules that a user can write, in alphabetical order."""
+    """Returns the names of all schedules, in alphabetical order."""
     return sorted((name for name in schedules.__all__ if name != "Schedule"), key=str.lower)
 
 
 def parse_schedule(text: str) -> Schedule:
-    """The schedule that an expression makes.
+    """Parses an expression into a schedule.
 
-    Only names of schedules, their arguments and literals are understood; nothing else is run.
+    The expression may contain names of schedules, their arguments and literals. No other code is
+    evaluated.
 
     Args:
-        text: Such as ``Cosine`` or ``Warmup("5%", Cosine(end=0.1))``.
+        text: The expression, such as ``Cosine`` or ``Warmup("5%", Cosine(end=0.1))``.
+
+    Returns:
+        The schedule.
 
     Raises:
-        ValueError: If it is no schedule, or an argument is wrong.
+        ValueError: If the expression is not a schedule, or an argument is wrong.
 
     Example:
         >>> parse_schedule("Cosine")
@@ -41,31 +45,32 @@ def parse_schedule(text: str) -> Schedule:
         node = ast.parse(text.strip(), mode="eval").body
     except SyntaxError as error:
         raise ValueError(f"{_must_be(text)}; {error.msg}") from error
-    found = _value(node)
-    if isinstance(found, type):
-        found = _made(found, (), {})
-    if not isinstance(found, Schedule):
+    value = _evaluate(node)
+    if isinstance(value, type):  # a name without parentheses
+        value = _construct(value, (), {})
+    if not isinstance(value, Schedule):
         raise ValueError(f"{_must_be(text)}; for instance Cosine(end=0.1)")
-    return found
+    return value
 
 
 def _must_be(text: str) -> str:
     return f"schedule must be made of schedules and literals, got {text!r}"
 
 
-def _value(node: ast.expr) -> Any:
+def _evaluate(node: ast.expr) -> Any:
     match node:
         case ast.Name(id=name):
             if name in schedule_names():
                 return getattr(schedules, name)
             raise ValueError(
-                f"schedule must be one of those that bigopt schedules lists, got {name!r}"
+                f"schedule must be one of those that bigopt schedules lists, got {name!r}; for "
+                "instance Cosine"
             )
         case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords) if (
             name in schedule_names() and all(keyword.arg for keyword in keywords)
         ):
             named = {str(keyword.arg): _argument(keyword.value) for keyword in keywords}
-            return _made(getattr(schedules, name), tuple(map(_argument, args)), named)
+            return _construct(getattr(schedules, name), tuple(map(_argument, args)), named)
         case ast.List(elts=items):
             return [_argument(item) for item in items]
         case ast.Tuple(elts=items):
@@ -77,11 +82,11 @@ def _value(node: ast.expr) -> Any:
 
 
 def _argument(node: ast.expr) -> Any:
-    found = _value(node)
-    return _made(found, (), {}) if isinstance(found, type) else found
+    value = _evaluate(node)
+    return _construct(value, (), {}) if isinstance(value, type) else value
 
 
-def _made(schedule: type[Schedule], args: tuple[Any, ...], named: dict[str, Any]) -> Schedule:
+def _construct(schedule: type[Schedule], args: tuple[Any, ...], named: dict[str, Any]) -> Schedule:
     try:
         return schedule(*args, **named)
     except TypeError as error:

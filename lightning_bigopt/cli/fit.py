@@ -1,4 +1,4 @@
-"""``bigopt fit``: trains what a config describes."""
+"""``bigopt fit``: trains the model of a LightningCLI config."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ __all__ = ["FIT"]
 
 
 def make_parser(**texts: Any) -> ArgumentParser:
-    """The options of ``bigopt fit``: Lightning's, for Trainer, model, data and optimizer."""
+    """Makes the parser of ``bigopt fit``, with Lightning's options for Trainer, model and data."""
     from lightning_bigopt.cli.config import ConfiguredTraining
 
     return ConfiguredTraining.parser_for(**texts)
 
 
 def run(options: Namespace) -> None:
-    """Trains what a config describes, and saves the config beside its logs."""
+    """Trains the model of a config, and saves the config in the log folder."""
     from lightning_bigopt.cli.config import ConfiguredTraining
 
     ConfiguredTraining(options).fit()
 
 
 FIT = Command(
-    summary="Trains what a LightningCLI config describes; our classes go by their bare names.",
+    summary="Trains the model of a LightningCLI config; package classes need no module path.",
     examples=[
         ("bigopt fit --config examples/gpt.yaml", "a few minutes on two cores"),
         ("bigopt fit --config examples/gpt.yaml --trainer.max_steps 20", "overrides the file"),
-        ("bigopt fit --config examples/gpt.yaml --trainer.callbacks+ StepGuard", "adds to it"),
-        ("bigopt fit --config runs/gpt/version_0/config.yaml", "trains again as saved"),
+        ("bigopt fit --config examples/gpt.yaml --trainer.callbacks+ StepGuard", "adds a callback"),
+        ("bigopt fit --config runs/gpt/version_0/config.yaml", "repeats a saved run"),
         ("bigopt fit --config my.yaml --ckpt_path last.ckpt", "resumes"),
         (
             "bigopt fit --config examples/gpt.yaml --print_config",
-            "the whole config, and no training",
+            "prints the config, no training",
         ),
         ("bigopt fit --trainer.callbacks.help LearningRateScheduler", "a class's arguments"),
     ],

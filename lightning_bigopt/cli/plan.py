@@ -1,4 +1,4 @@
-"""``bigopt plan``: a whole run before anything is trained."""
+"""``bigopt plan``: prints the plan of a run without training."""
 
 from __future__ import annotations
 
@@ -13,36 +13,38 @@ __all__ = ["PLAN"]
 
 
 def make_parser(**texts: Any) -> ArgumentParser:
-    """The options of ``bigopt plan``."""
+    """Makes the parser of ``bigopt plan``."""
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(**texts)
     parser.add_argument(
-        "config", type=str, help="A config as for bigopt fit: trainer, model, data."
+        "config", type=str, help="Config file as for bigopt fit: trainer, model, data."
     )
-    parser.add_argument("--picture", type=str, default=None, help="Draw it, such as plan.png.")
+    parser.add_argument(
+        "--picture", type=str, default=None, help="File for a picture, such as plan.png."
+    )
     return parser
 
 
 def run(options: Namespace) -> None:
-    """Prints a whole run before anything is trained."""
+    """Prints the plan of a run without training, and draws it with ``--picture``."""
     if options.picture is not None:
         require("matplotlib", extra="plot")
     from lightning_bigopt.cli.config import ConfiguredTraining
-    from lightning_bigopt.reporting.plan import plan
+    from lightning_bigopt.tuning.run_plan import plan
 
     configured = ConfiguredTraining.read(options.config)
-    found = plan(configured.trainer, configured.model, datamodule=configured.datamodule)
-    print(found)
+    planned = plan(configured.trainer, configured.model, datamodule=configured.datamodule)
+    print(planned)
     if options.picture is not None:
-        print(f"picture: {found.picture(options.picture)}")
+        print(f"picture: {planned.picture(options.picture)}")
 
 
 PLAN = Command(
-    summary="Prints a whole run before anything is trained.",
+    summary="Prints the plan of a run without training.",
     examples=[
         ("bigopt plan examples/gpt.yaml", ""),
-        ("bigopt plan examples/gpt.yaml --picture plan.png", "and draws it"),
+        ("bigopt plan examples/gpt.yaml --picture plan.png", "also draws it"),
     ],
     parser=make_parser,
     run=run,

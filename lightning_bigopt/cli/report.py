@@ -1,4 +1,4 @@
-"""``bigopt report``: a run as one HTML file."""
+"""``bigopt report``: writes the report of a run as one HTML file."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ __all__ = ["REPORT"]
 
 
 def make_parser(**texts: Any) -> ArgumentParser:
-    """The options of ``bigopt report``."""
+    """Makes the parser of ``bigopt report``."""
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(**texts)
-    parser.add_argument("logdir", type=str, help="The logger's folder of a run.")
-    parser.add_argument("--beside", type=str, default=None, help="Another run, shown beside it.")
-    parser.add_argument("--output", type=str, default="report.html", help="The file to write.")
+    parser.add_argument("logdir", type=str, help="Log folder of a run.")
+    parser.add_argument(
+        "--beside", type=str, default=None, help="Log folder of another run, shown beside it."
+    )
+    parser.add_argument("--output", type=str, default="report.html", help="HTML file to write.")
     return parser
 
 
@@ -35,8 +37,8 @@ def run(options: Namespace) -> None:
 REPORT = Command(
     summary="Writes the report of a run as one HTML file.",
     examples=[
-        ("bigopt report runs/gpt/version_0", "report.html, also of a run that died"),
-        ("bigopt report runs/gpt/version_0 --beside runs/gpt/version_1", "two side by side"),
+        ("bigopt report runs/gpt/version_0", "an interrupted run works too"),
+        ("bigopt report runs/gpt/version_0 --beside runs/gpt/version_1", "two runs side by side"),
     ],
     parser=make_parser,
     run=run,

@@ -1,4 +1,4 @@
-"""``bigopt schedules``: lists them, or shows some over a budget as text or picture."""
+"""``bigopt schedules``: lists the schedules, or shows some over a budget as text or picture."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_bigopt.cli.expressions import parse_schedule, schedule_names
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
-    from lightning_bigopt.schedules import Schedule
+    from lightning_bigopt.schedules.base import Schedule
 
 __all__ = ["SCHEDULES"]
 
@@ -22,7 +22,7 @@ _WIDTH = 64
 
 
 def make_parser(**texts: Any) -> ArgumentParser:
-    """The options of ``bigopt schedules``."""
+    """Makes the parser of ``bigopt schedules``."""
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(**texts)
@@ -31,71 +31,73 @@ def make_parser(**texts: Any) -> ArgumentParser:
         nargs="*",
         type=str,
         default=[],
-        help="Schedules to show, with or without arguments; none: list all.",
+        help="Schedules to show, with or without arguments; all are listed if none is given.",
     )
-    parser.add_argument("--max-steps", type=int, default=1000, help="Updates of the whole run.")
+    parser.add_argument("--max-steps", type=int, default=1000, help="Updates in the run.")
     parser.add_argument(
-        "--picture", type=str, default=None, help="Draw them all in one file, such as wsd.png."
+        "--picture", type=str, default=None, help="File for a picture of them all, such as wsd.png."
     )
     return parser
 
 
 def run(options: Namespace) -> None:
-    """Lists all schedules, or shows those that are named."""
+    """Lists all schedules, or shows those on the command line."""
     if options.max_steps <= 0:
-        raise ValueError(f"max-steps must be positive, got {options.max_steps!r}")
+        raise ValueError(f"max-steps must be positive, got {options.max_steps!r}; write 1000")
     if not options.schedules:
         if options.picture is not None:
-            raise ValueError("picture must come with the schedules to draw, got none of them")
-        print(listing())
+            raise ValueError(
+                "picture must come with the schedules to draw, got none; add one, such as Cosine"
+            )
+        print(format_list())
         return
     chosen = [parse_schedule(text) for text in options.schedules]
-    print("\n\n".join(described(schedule, options.max_steps) for schedule in chosen))
+    print("\n\n".join(describe(schedule, options.max_steps) for schedule in chosen))
     if options.picture is not None:
         draw(chosen, options.max_steps, options.picture)
         print(f"\npicture: {options.picture}")
 
 
-def listing() -> str:
-    """Every schedule with a sentence."""
+def format_list() -> str:
+    """Returns one line for each schedule: its name and the summary of its docstring."""
     from lightning_bigopt import schedules
 
     width = max(map(len, schedule_names()))
     return "\n".join(
-        f"{name.ljust(width)}  {sentence(getattr(schedules, name))}" for name in schedule_names()
+        f"{name.ljust(width)}  {summary(getattr(schedules, name))}" for name in schedule_names()
     )
 
 
-def sentence(schedule: type[Schedule]) -> str:
-    """The first sentence of a docstring, in plain text."""
+def summary(schedule: type[Schedule]) -> str:
+    """Returns the summary of a class's docstring in plain text, without its markup."""
     first = (inspect.getdoc(schedule) or "").partition("\n\n")[0]
     return " ".join(re.sub(r"(?::\w+:)?(`+)(.*?)\1", r"\2", first).split())
 
 
-def described(schedule: Schedule, max_steps: int) -> str:
-    """A schedule in words, its seams and its factors as a line of blocks and as numbers.
+def describe(schedule: Schedule, max_steps: int) -> str:
+    """Describes a schedule: summary, curve in block characters, table of factors, boundaries.
 
     Example:
         >>> from lightning_bigopt import WarmupStableDecay
-        >>> print(described(WarmupStableDecay(), 100).splitlines()[-1].strip())
-        seams: warmup ends 2, cooldown starts 80
+        >>> print(describe(WarmupStableDecay(), 100).splitlines()[-1].strip())
+        boundaries: warmup ends 2, cooldown starts 80
     """
-    from lightning_bigopt.durations import Horizon
+    from lightning_bigopt.durations.horizon import Horizon
 
     resolved = schedule.resolve(Horizon.of_steps(max_steps))
-    lines = [repr(schedule), f"  {sentence(type(schedule))}", f"  {_blocks(resolved)}"]
+    lines = [repr(schedule), f"  {summary(type(schedule))}", f"  {_block_curve(resolved)}"]
     tenths = [tenth / 10 for tenth in range(11)]
     for title, cells in (
         ("update", [f"{tenth * max_steps:.0f}" for tenth in tenths]),
         ("factor", [f"{resolved(tenth):.3g}" for tenth in tenths]),
     ):
         lines.append(f"  {title}" + "".join(cell.rjust(7) for cell in cells))
-    seams = [f"{name} {share * max_steps:.6g}" for name, share in resolved.boundaries().items()]
-    return "\n".join([*lines, *([f"  seams: {', '.join(seams)}"] if seams else [])])
+    ends = [f"{name} {share * max_steps:.6g}" for name, share in resolved.boundaries().items()]
+    return "\n".join([*lines, *([f"  boundaries: {', '.join(ends)}"] if ends else [])])
 
 
-def _blocks(schedule: Schedule) -> str:
-    """The curve in blocks, the highest of them for the highest factor."""
+def _block_curve(schedule: Schedule) -> str:
+    """Returns the curve in block characters; a full block is the highest factor."""
     factors = [schedule(column / (_WIDTH - 1)) for column in range(_WIDTH)]
     highest = max(factors) or 1.0
     steps = len(_BLOCKS) - 1
@@ -103,12 +105,12 @@ def _blocks(schedule: Schedule) -> str:
 
 
 def draw(schedules: Sequence[Schedule], max_steps: int, path: str) -> None:
-    """Draws schedules over each other.
+    """Draws several schedules in one picture.
 
     Args:
-        schedules: What to draw.
-        max_steps: Updates of the whole run.
-        path: The file; its ending is its format.
+        schedules: The schedules.
+        max_steps: Updates in the run.
+        path: File to write; its suffix selects the format.
     """
     require("matplotlib", extra="plot")
     from matplotlib.figure import Figure
@@ -119,9 +121,9 @@ def draw(schedules: Sequence[Schedule], max_steps: int, path: str) -> None:
     ax = figure.subplots()
     curves = []
     for schedule in schedules:
-        first = len(ax.lines)
+        count = len(ax.lines)
         plot_schedule(schedule, max_steps, ax=ax)
-        curves.append(ax.lines[first])
+        curves.append(ax.lines[count])  # the curve is drawn first, then its boundaries
         curves[-1].set_label(repr(schedule))
     ax.relim()
     ax.autoscale(axis="y")
@@ -131,12 +133,12 @@ def draw(schedules: Sequence[Schedule], max_steps: int, path: str) -> None:
 
 
 SCHEDULES = Command(
-    summary="Lists the schedules, or shows some of them as text or picture.",
+    summary="Lists the schedules, or shows some of them as text or as a picture.",
     examples=[
-        ("bigopt schedules", "all, with a sentence each"),
-        ("bigopt schedules WarmupStableDecay", "one, with its defaults"),
-        ("bigopt schedules \"WarmupCosine(warmup='5%', end=0.1)\" Linear", "with arguments; two"),
-        ("bigopt schedules WarmupStableDecay --picture wsd.png", "drawn"),
+        ("bigopt schedules", "lists all"),
+        ("bigopt schedules WarmupStableDecay", "shows one with its defaults"),
+        ("bigopt schedules \"WarmupCosine(warmup='5%', end=0.1)\" Linear", "shows two"),
+        ("bigopt schedules WarmupStableDecay --picture wsd.png", "also draws it"),
     ],
     parser=make_parser,
     run=run,

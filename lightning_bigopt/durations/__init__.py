@@ -1,4 +1,4 @@
-"""Lengths of time in training, in any unit, and the whole budget that they are shares of."""
+"""Durations of training in any unit, the budget, and the progress through it."""
 
 from lightning_bigopt.durations.duration import Clock, Duration, DurationLike, Unit
 from lightning_bigopt.durations.horizon import Horizon

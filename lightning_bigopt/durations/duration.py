@@ -1,4 +1,4 @@
-"""A length of time in training, in any unit, as users write it."""
+"""Durations: lengths of training in any unit, as users write them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import math
 import re
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
+
+from lightning_bigopt.checks import check_choice, check_count, check_non_negative
 
 __all__ = ["Clock", "Duration", "DurationLike", "Unit"]
 
 Unit: TypeAlias = Literal["fraction", "steps", "epochs", "samples", "tokens"]
+"""Units of a duration."""
+
 Clock: TypeAlias = Literal["steps", "batches", "samples", "tokens"]
+"""Units of a budget."""
 
 _UNITS: dict[str, Unit] = {
     "%": "fraction",
@@ -35,9 +40,9 @@ class Duration:
     """A length of training in one unit.
 
     Args:
-        value: How much, in ``unit``; non-negative and finite.
-        unit: ``"fraction"`` (of the whole budget, 1.0 is all of it), ``"steps"`` (optimizer
-            updates), ``"epochs"``, ``"samples"`` or ``"tokens"``.
+        value: Amount in ``unit``; non-negative and finite.
+        unit: ``"fraction"`` (of the whole budget, which is 1.0), ``"steps"`` (optimizer updates),
+            ``"epochs"``, ``"samples"`` or ``"tokens"``.
 
     Raises:
         ValueError: If ``value`` is negative or not finite, or ``unit`` is unknown.
@@ -57,26 +62,24 @@ class Duration:
     unit: Unit
 
     def __post_init__(self) -> None:
-        if self.unit not in get_args(Unit):
-            raise ValueError(f"unit must be one of {', '.join(get_args(Unit))}, got {self.unit!r}")
-        if not (math.isfinite(self.value) and self.value >= 0):
-            raise ValueError(f"value must be finite and non-negative, got {self.value!r}")
+        check_choice("unit", self.unit, Unit)
+        check_non_negative("value", self.value)
 
     @classmethod
     def parse(cls, value: DurationLike, *, name: str = "duration") -> Duration:
-        """Reads a duration as users write it.
+        """Parses a duration as users write it.
 
         Args:
             value: A ``Duration``; a string such as ``"10%"``, ``"500 steps"`` or
-                ``"2e9 tokens"``; an int (optimizer steps); a float in [0, 1] (a fraction). A bare
-                number in a string means what the number itself would.
-            name: The argument's name, for the error.
+                ``"2e9 tokens"``; an int (optimizer steps); a float in [0, 1] (a fraction). A string
+                that holds only a number is parsed as that number.
+            name: Name of the argument, for the error.
 
         Returns:
             The duration.
 
         Raises:
-            ValueError: If ``value`` is none of these; the message names ``name``.
+            ValueError: If ``value`` is none of these.
 
         Example:
             >>> Duration.parse("3 epochs").unit
@@ -85,10 +88,10 @@ class Duration:
         if isinstance(value, Duration):
             return value
         if isinstance(value, bool):
+            # bool is a subclass of int: True would be one step.
             raise ValueError(f"{name} must be a duration such as {_FORMS}, got {value!r}")
         if isinstance(value, int):
-            if value < 0:
-                raise ValueError(f"{name} must be a non-negative number of steps, got {value!r}")
+            check_count(name, value, minimum=0, of="steps")
             return cls(value, "steps")
         if isinstance(value, float):
             if not 0.0 <= value <= 1.0:
@@ -112,16 +115,19 @@ class Duration:
             return cls.parse(int(number) if whole else float(number), name=name)
         if word not in _UNITS:
             raise ValueError(
-                f"{name} must have one of the units %, steps, epochs, samples, tokens, got {text!r}"
+                f"{name} must have one of the units %, steps, epochs, samples, tokens, got "
+                f"{text!r}; for instance '500 steps'"
             )
         unit = _UNITS[word]
-        # Decimal, because 2.3 * 10**9 and 1.1 / 100 are not what was written.
+        # Decimal, because the floats 2.3 * 10**9 and 1.1 / 100 differ from the numbers written.
         exact = Decimal(number).scaleb(_POWERS[suffix] - (2 if unit == "fraction" else 0))
         amount = float(exact)
         if not 0 <= amount < math.inf:
-            raise ValueError(f"{name} must be non-negative and finite, got {text!r}")
+            raise ValueError(
+                f"{name} must be non-negative and finite, got {text!r}; for instance '500 steps'"
+            )
         if unit == "fraction" and amount > 1:
-            raise ValueError(f"{name} must be at most 100%, got {text!r}")
+            raise ValueError(f"{name} must be at most 100%, got {text!r}; for instance '10%'")
         countable = unit != "fraction" and exact == exact.to_integral_value()
         return cls(int(exact) if countable else amount, unit)
 
@@ -132,4 +138,4 @@ class Duration:
 
 
 DurationLike: TypeAlias = Duration | int | float | str
-"""What stands for a duration wherever one is asked for: see :meth:`Duration.parse`."""
+"""Everything that :meth:`Duration.parse` accepts as a duration."""

@@ -1,4 +1,4 @@
-"""The whole budget in every unit, which durations are shares of."""
+"""Horizons: the budget in every unit, and the conversion of durations to fractions of it."""
 
 from __future__ import annotations
 
@@ -10,33 +10,35 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Literal, get_args
 
+from lightning_bigopt.checks import check_non_negative, check_positive
 from lightning_bigopt.durations.duration import Clock, Duration, DurationLike
 from lightning_bigopt.durations.progress import Span
 
 __all__ = ["Horizon"]
 
-_SLACK = 1e-9
-"""Shares of the budget that differ by less are the same: rounding, and far below one update."""
+_TOLERANCE = 1e-9
+"""Fractions of the budget that differ by less are equal; it is far less than one update."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Horizon:
-    """The whole budget in every unit.
+    """The budget of a run in every unit.
 
     Progress is ``consumed / budget`` in the unit of ``clock``. A duration in another unit is
-    converted through ``spans``, the run's updates laid end to end.
+    converted through ``spans``, which describe all updates of the run in order.
 
     Args:
-        clock: The unit of the budget: ``"steps"``, loader ``"batches"``, ``"samples"`` or
+        clock: Unit of the budget: ``"steps"``, loader ``"batches"``, ``"samples"`` or
             ``"tokens"``.
-        budget: The budget in that unit; positive.
-        spans: The run, as runs of equal updates; empty where it is not known in advance.
-        batches_per_epoch: Loader batches of one process in an epoch; None where unknown.
-        samples_per_epoch: Samples of all processes in an epoch, where epochs are counted so
-            because their batches differ.
-        overlong: ``"raise"``, or ``"compress"`` durations that do not fit (``fast_dev_run``).
-        offset: Where this horizon begins in the run, in the unit of ``clock``: 0, unless it is a
-            part of the run (:meth:`span`).
+        budget: Budget in that unit; positive.
+        spans: The updates of the run in order; empty if they are not known in advance.
+        batches_per_epoch: Loader batches of one process in an epoch; None if unknown.
+        samples_per_epoch: Samples of all processes in an epoch, if epochs are counted in samples
+            because their batches differ; else None.
+        overlong: ``"raise"`` an error for durations that do not fit, or ``"compress"`` them
+            (``fast_dev_run``).
+        offset: Amount consumed before this horizon begins, in the unit of ``clock``; 0 unless it is
+            a part of the run (:meth:`span`).
 
     Raises:
         ValueError: If ``budget`` is not positive, or ``offset`` is negative.
@@ -56,10 +58,8 @@ class Horizon:
     offset: float = 0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.budget) and self.budget > 0):
-            raise ValueError(f"budget must be positive and finite, got {self.budget!r}")
-        if not (math.isfinite(self.offset) and self.offset >= 0):
-            raise ValueError(f"offset must be non-negative and finite, got {self.offset!r}")
+        check_positive("budget", self.budget)
+        check_non_negative("offset", self.offset)
 
     @classmethod
     def of_steps(
@@ -70,7 +70,13 @@ class Horizon:
         tokens_per_step: int | None = None,
         steps_per_epoch: int | None = None,
     ) -> Horizon:
-        """A run of ``total_steps`` equal updates, one loader batch each.
+        """Returns the horizon of a run of equal updates with one loader batch each.
+
+        Args:
+            total_steps: Number of updates.
+            samples_per_step: Samples over all processes in each update; None if unknown.
+            tokens_per_step: Tokens over all processes in each update; None if unknown.
+            steps_per_epoch: Updates in an epoch; None if unknown.
 
         Raises:
             ValueError: If a count is not positive.
@@ -79,17 +85,16 @@ class Horizon:
             >>> Horizon.of_steps(200).fraction(50)
             0.25
         """
-        if total_steps <= 0:
-            raise ValueError(f"total_steps must be positive, got {total_steps!r}")
+        check_positive("total_steps", total_steps)
         span = Span(updates=total_steps, samples=samples_per_step, tokens=tokens_per_step)
         return cls(
             clock="steps", budget=total_steps, spans=(span,), batches_per_epoch=steps_per_epoch
         )
 
     def total(self, clock: Clock) -> float | None:
-        """The whole of it in the unit of ``clock``; None where that is not known.
+        """Returns the budget in the unit of ``clock``; None if it is unknown.
 
-        An update that begins before the end counts in full, as it does in training.
+        The last update counts in full even if the budget ends within it, as in training.
 
         Example:
             >>> Horizon.of_steps(10, samples_per_step=32).total("samples")
@@ -97,11 +102,13 @@ class Horizon:
         """
         if clock == self.clock:
             return self.budget
-        if not (self._marks[self.clock] and self._marks[clock]):
+        if not (self._cumulative[self.clock] and self._cumulative[clock]):
             return None
-        end = self._carry(self.offset + self.budget, self.clock, "steps")
-        whole = self._carry(math.ceil(end - _SLACK), "steps", clock)
-        return whole - self._carry(self.offset, self.clock, clock)
+        # Through updates, which are whole: a budget of 100 samples in updates of 32 takes 4 updates
+        # and their tokens. The tolerance keeps a rounding error from adding an update.
+        end = self._convert(self.offset + self.budget, self.clock, "steps")
+        last = self._convert(math.ceil(end - _TOLERANCE), "steps", clock)
+        return last - self._convert(self.offset, self.clock, clock)
 
     def fraction(
         self,
@@ -111,19 +118,19 @@ class Horizon:
         stop: float | None = None,
         name: str = "duration",
     ) -> float:
-        """The share of the budget that ``duration`` takes when it begins at ``start``.
+        """Returns the fraction of the budget that a duration takes if it begins at ``start``.
 
         Args:
-            duration: A duration in any unit; a percentage is a share of the whole budget.
-            start: Where it begins, as a share of the budget.
-            stop: Where it ends, as a share of the budget, instead of where it begins.
-            name: The argument's name, for the error.
+            duration: A duration in any unit; a percentage refers to the whole budget.
+            start: Fraction of the budget at which it begins.
+            stop: Fraction of the budget at which it ends; replaces ``start``.
+            name: Name of the argument, for the error.
 
         Returns:
-            The share, above 1 where the duration is longer than the budget.
+            The fraction; above 1 for a duration longer than the budget.
 
         Raises:
-            ValueError: If the unit cannot be converted, with the reason and the way out.
+            ValueError: If the unit cannot be converted.
 
         Example:
             >>> ramp = (Span(updates=50, samples=10), Span(updates=50, samples=30))
@@ -134,24 +141,31 @@ class Horizon:
         length = Duration.parse(duration, name=name)
         if length.unit == "fraction":
             return length.value
-        clock, value = self._count(length, name)
+        clock, value = self._countable(length, name)
         if clock == self.clock:
             return value / self.budget
+        # If the batch grows, the same number of samples takes a different fraction of a budget in
+        # updates at each position: hence the conversion at ``start`` or ``stop``.
         anchor = self.offset + (start if stop is None else stop) * self.budget
-        edge = self._carry(anchor, self.clock, clock)
-        other = self._carry(edge + value if stop is None else edge - value, clock, self.clock)
+        edge = self._convert(anchor, self.clock, clock)
+        other = self._convert(edge + value if stop is None else edge - value, clock, self.clock)
         return abs(other - anchor) / self.budget
 
     def shares(
         self, durations: Mapping[str, DurationLike], *, last: Collection[str] = ()
     ) -> tuple[float, ...]:
-        """The shares of parts that must fit into the budget together.
+        """Returns the fractions of the budget of parts that must fit into it together.
 
-        They are laid end to end from the beginning; those named in ``last`` end with the budget.
+        Args:
+            durations: Names and lengths of the parts, which follow each other from the beginning.
+            last: Names of the parts that end with the budget instead.
+
+        Returns:
+            The fractions in the order of ``durations``.
 
         Raises:
-            ValueError: If they are longer than the budget; compressed instead where
-                ``overlong="compress"``.
+            ValueError: If a unit cannot be converted, or the parts are longer than the budget
+                together (with ``overlong="compress"`` they are compressed instead).
 
         Example:
             >>> Horizon.of_steps(100).shares({"warmup": 10, "decay": "20%"}, last=["decay"])
@@ -169,28 +183,28 @@ class Horizon:
                 stop -= found[name]
         shares = tuple(found[name] for name in durations)
         total = math.fsum(shares)
-        if total <= 1.0 + _SLACK:
+        if total <= 1.0 + _TOLERANCE:
             return shares
         if self.overlong == "compress":
             return tuple(share / total for share in shares)
-        written = " + ".join(f"{n}={str(Duration.parse(d))!r}" for n, d in durations.items())
+        parts = " + ".join(f"{n}={str(Duration.parse(d))!r}" for n, d in durations.items())
         raise ValueError(
             f"{' + '.join(durations)} must be at most the whole budget "
-            f"({self.budget:g} {self.clock}), got {written}; shorten it, or train longer"
+            f"({self.budget:g} {self.clock}), got {parts}; shorten it, or train longer"
         )
 
     def axis(
         self, duration: DurationLike, *, name: str = "duration"
     ) -> tuple[tuple[float, float], ...]:
-        """How the amount in a duration's unit grows with the share of the budget.
+        """Returns the amount consumed in a duration's unit as a function of the fraction spent.
 
         Args:
             duration: Any duration in the unit of interest.
-            name: The argument's name, for the error.
+            name: Name of the argument, for the error.
 
         Returns:
-            The corners of a line through (share of the budget, amount since the beginning), from
-            share 0 to share 1; only these two where the amount grows evenly.
+            Corners (fraction of the budget, amount since the beginning) of a piecewise linear
+            function, from fraction 0 to 1; only these two if the amount grows evenly.
 
         Raises:
             ValueError: If the unit cannot be converted.
@@ -203,14 +217,14 @@ class Horizon:
         length = Duration.parse(duration, name=name)
         if length.unit == "fraction":
             return (0.0, 0.0), (1.0, 1.0)
-        clock, _ = self._count(length, name)
+        clock, _ = self._countable(length, name)
         one = self.batches_per_epoch or 1 if length.unit == "epochs" else 1
         if clock == self.clock:
             return (0.0, 0.0), (1.0, self.budget / one)
         end = self.offset + self.budget
-        inner = [mark for mark in self._marks[self.clock] if self.offset < mark < end]
+        inner = [mark for mark in self._cumulative[self.clock] if self.offset < mark < end]
         amounts = [
-            self._carry(mark, self.clock, clock) / one for mark in (self.offset, *inner, end)
+            self._convert(mark, self.clock, clock) / one for mark in (self.offset, *inner, end)
         ]
         shares = [(mark - self.offset) / self.budget for mark in inner]
         points = [
@@ -218,14 +232,20 @@ class Horizon:
             for share, amount in zip((0.0, *shares, 1.0), amounts, strict=True)
         ]
         total = points[-1][1]
+        # A straight line needs two points only; schedules then keep their simple form.
         if all(
-            math.isclose(amount, share * total, abs_tol=_SLACK * total) for share, amount in points
+            math.isclose(amount, share * total, abs_tol=_TOLERANCE * total)
+            for share, amount in points
         ):
             return points[0], points[-1]
         return tuple(points)
 
     def span(self, start: float, stop: float) -> Horizon:
-        """The part of this horizon from share ``start`` to share ``stop``, as a horizon of its own.
+        """Returns a part of this horizon as a separate horizon.
+
+        Args:
+            start: Fraction of the budget at which the part begins.
+            stop: Fraction of the budget at which it ends.
 
         Raises:
             ValueError: If the part is empty.
@@ -241,18 +261,22 @@ class Horizon:
         )
 
     @cached_property
-    def _marks(self) -> dict[Clock, list[float]]:
-        """Cumulative amounts at the seams of the spans; empty for a unit that is unknown."""
-        marks: dict[Clock, list[float]] = {}
+    def _cumulative(self) -> dict[Clock, list[float]]:
+        """Amounts consumed at the ends of the spans, by unit; empty for an unknown unit."""
+        cumulative: dict[Clock, list[float]] = {}
         for clock in get_args(Clock):
             each = [span.amount(clock) for span in self.spans]
             known = [s.updates * a for s, a in zip(self.spans, each, strict=True) if a is not None]
             complete = known and len(known) == len(each)
-            marks[clock] = list(accumulate(known, initial=0)) if complete else []
-        return marks
+            cumulative[clock] = list(accumulate(known, initial=0)) if complete else []
+        return cumulative
 
-    def _count(self, length: Duration, name: str) -> tuple[Clock, float]:
-        """A duration as an amount of what this horizon can count."""
+    def _countable(self, length: Duration, name: str) -> tuple[Clock, float]:
+        """Returns a duration as an amount in a unit that this horizon counts.
+
+        Raises:
+            ValueError: If there is no such unit.
+        """
         if length.unit == "fraction":
             return self.clock, length.value * self.budget
         clock: Clock = "batches" if length.unit == "epochs" else length.unit
@@ -262,25 +286,25 @@ class Horizon:
         elif length.unit == "epochs":
             if self.batches_per_epoch is None:
                 raise ValueError(
-                    f"{name} must not be in epochs where the length of an epoch is unknown, got "
+                    f"{name} must not be in epochs if the length of an epoch is unknown, got "
                     f"{str(length)!r}; write it in steps, samples or percent"
                 )
             value *= self.batches_per_epoch
         for needed in (self.clock, clock):
-            if clock != self.clock and not self._marks[needed]:
+            if clock != self.clock and not self._cumulative[needed]:
                 raise ValueError(
-                    f"{name} must be in {self.clock} or percent here, got {str(length)!r}: the run "
-                    f"is not known in advance in {needed}; with an adaptive batch size or a loader "
-                    f"without length write it in {self.clock} or percent"
+                    f"{name} must be in {self.clock} or percent here, got {str(length)!r}; the run "
+                    f"is not known in advance in {needed}: with an adaptive batch size or a loader "
+                    f"without a length write it in {self.clock} or percent"
                 )
         return clock, value
 
-    def _carry(self, value: float, source: Clock, target: Clock) -> float:
-        """Carries an amount counted from the start of the run over to another unit."""
-        have, want = self._marks[source], self._marks[target]
-        index = max(0, bisect_right(have, value) - 1)
-        if value == have[index]:
-            return want[index]
-        index = min(index, len(self.spans) - 1)
-        each = (want[index + 1] - want[index]) / (have[index + 1] - have[index])
-        return want[index] + (value - have[index]) * each
+    def _convert(self, value: float, source: Clock, target: Clock) -> float:
+        """Converts an amount counted from the start of the run to another unit."""
+        sources, targets = self._cumulative[source], self._cumulative[target]
+        index = max(0, bisect_right(sources, value) - 1)
+        if value == sources[index]:  # exact at the ends of spans, without a rounding error
+            return targets[index]
+        index = min(index, len(self.spans) - 1)  # beyond the run the last span continues
+        each = (targets[index + 1] - targets[index]) / (sources[index + 1] - sources[index])
+        return targets[index] + (value - sources[index]) * each

@@ -1,10 +1,11 @@
-"""What has been consumed before an update, and what the updates of a run consume."""
+"""Amounts consumed before an update, and amounts that the updates of a run consume."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+from lightning_bigopt.checks import check_positive
 from lightning_bigopt.durations.duration import Clock, Duration, DurationLike, Unit
 
 __all__ = ["Progress", "Span"]
@@ -12,15 +13,15 @@ __all__ = ["Progress", "Span"]
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """What has been consumed before an update, in every unit.
+    """Amounts consumed before an update, in every unit.
 
     Args:
-        fraction: The share of the budget, 0 at the first update.
+        fraction: Fraction of the budget, 0 at the first update.
         steps: Optimizer updates.
         batches: Loader batches of one process.
         epochs: Passes over the data, fractional inside a pass.
         samples: Samples over all processes.
-        tokens: Tokens over all processes; 0 where nobody counts them.
+        tokens: Tokens over all processes; 0 if they are not counted.
 
     Example:
         >>> Progress(fraction=0.5, steps=50, samples=1600).of("10%")
@@ -35,7 +36,7 @@ class Progress:
     tokens: int = 0
 
     def consumed(self, unit: Unit) -> float:
-        """The amount consumed in ``unit``.
+        """Returns the amount consumed in ``unit``.
 
         Example:
             >>> Progress(fraction=0.5, steps=50).consumed("steps")
@@ -45,7 +46,7 @@ class Progress:
         return amount
 
     def of(self, duration: DurationLike) -> float:
-        """How many times ``duration`` has passed: 1.0 is exactly once; ``inf`` for length zero.
+        """Returns the consumed amount as a multiple of ``duration``; ``inf`` for length zero.
 
         Example:
             >>> Progress(fraction=0.5, steps=50).of("200 steps")
@@ -57,13 +58,13 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """A run of updates that all consume the same amounts.
+    """Consecutive updates that consume the same amounts.
 
     Args:
-        updates: How many updates.
-        batches: Loader batches of one process in each of them.
-        samples: Samples over all processes in each; None where unknown.
-        tokens: Tokens over all processes in each; None where unknown.
+        updates: Number of updates.
+        batches: Loader batches of one process in each update.
+        samples: Samples over all processes in each update; None if unknown.
+        tokens: Tokens over all processes in each update; None if unknown.
 
     Raises:
         ValueError: If an amount is not positive.
@@ -81,11 +82,11 @@ class Span:
     def __post_init__(self) -> None:
         for name in ("updates", "batches", "samples", "tokens"):
             amount = getattr(self, name)
-            if amount is not None and not amount > 0:
-                raise ValueError(f"{name} must be positive in a span of updates, got {amount!r}")
+            if amount is not None:
+                check_positive(f"Span.{name}", amount)
 
     def amount(self, clock: Clock) -> float | None:
-        """What one update of this span consumes, in the unit of ``clock``.
+        """Returns the amount that one update consumes in the unit of ``clock``; None if unknown.
 
         Example:
             >>> Span(updates=10, samples=64).amount("samples")

@@ -1,4 +1,4 @@
-"""A model and real text to try the package on, without a download."""
+"""An example model and an example text dataset that need no download."""
 
 from lightning_bigopt.examples.gpt import BytesGPT
 from lightning_bigopt.examples.text import SourceText

@@ -1,4 +1,4 @@
-"""Finished runs side by side, read back from their TensorBoard logs: a table and a picture."""
+"""Compares finished runs in a table and a picture, from their TensorBoard logs."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["Run", "draw_comparison", "markdown_table", "read_scalars"]
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One finished training, as its log tells it.
+    """One finished run, with the scalars of its log.
 
     Args:
-        title: What it is called in table and picture.
+        title: Name of the run in table and picture.
         lr: Peak learning rate.
-        seconds: Wall-clock of the training alone.
-        scalars: What it logged every update: tag → step → value.
+        seconds: Wall-clock time of training, without validation.
+        scalars: Logged scalars: tag → step → value.
 
     Example:
         >>> norms = {0: 0.5, 1: float("inf")}
@@ -36,27 +36,27 @@ class Run:
 
     @property
     def validation_loss(self) -> float:
-        """The loss after the last update, in nats a byte."""
+        """Validation loss after the last update, in nats per byte."""
         return list(self.scalars["val_loss"].values())[-1]
 
     @property
     def updates(self) -> int:
-        """Optimizer updates."""
+        """Number of optimizer updates."""
         return len(self.scalars["grad_norm/total"])
 
     @property
     def samples(self) -> int:
-        """Samples trained on, over all processes."""
+        """Number of training samples, over all processes."""
         return round(max(self.scalars["progress/samples"].values()))
 
     @property
     def non_finite_steps(self) -> int:
-        """Updates whose gradient held a NaN or an infinity."""
+        """Number of updates whose gradient had a NaN or an infinity."""
         return sum(not math.isfinite(norm) for norm in self.scalars["grad_norm/total"].values())
 
 
 def read_scalars(folder: Path) -> dict[str, dict[int, float]]:
-    """Every scalar in a folder's TensorBoard log: tag → step → value."""
+    """Reads all scalars from the TensorBoard log of a folder: tag → step → value."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     return {
@@ -66,7 +66,7 @@ def read_scalars(folder: Path) -> dict[str, dict[int, float]]:
 
 
 def markdown_table(runs: Sequence[Run]) -> str:
-    """The runs as columns of a table that reads well in a terminal and in a README."""
+    """Formats the runs as columns of a Markdown table."""
     rows = [
         ["", *(run.title for run in runs)],
         ["peak learning rate", *(f"{run.lr:g}" for run in runs)],
@@ -77,8 +77,8 @@ def markdown_table(runs: Sequence[Run]) -> str:
         ["non-finite steps", *(str(run.non_finite_steps) for run in runs)],
     ]
     first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
-    rule = ["-" * first, *("-" * (width - 1) + ":" for width in others)]
-    rows.insert(1, rule)
+    separator = ["-" * first, *("-" * (width - 1) + ":" for width in others)]
+    rows.insert(1, separator)
     return "\n".join(
         f"| {name.ljust(first)} | "
         + " | ".join(cell.rjust(width) for cell, width in zip(cells, others, strict=True))
@@ -88,11 +88,11 @@ def markdown_table(runs: Sequence[Run]) -> str:
 
 
 def draw_comparison(runs: Sequence[Run], path: Path) -> None:
-    """Draws learning rate, gradient norm, batch size and loss over the samples seen, as a PNG.
+    """Draws learning rate, gradient norm, batch size and loss over the samples seen.
 
     Args:
-        runs: The first one is drawn in color, on top of the others.
-        path: Where the picture goes.
+        runs: The runs; the first is drawn in color, on top of the others.
+        path: Image file to write; its suffix selects the format.
     """
     from matplotlib.figure import Figure
 
@@ -132,7 +132,7 @@ def draw_comparison(runs: Sequence[Run], path: Path) -> None:
 
 
 def _curve(run: Run, tag: str) -> tuple[list[float], list[float]]:
-    """Samples seen before each update, and what the update logged."""
+    """Returns the samples seen before each update, and the values of the updates."""
     seen, values = run.scalars["progress/samples"], run.scalars[tag]
     sizes = run.scalars["batch/global_size"]
     steps = [step for step in values if step in seen]
@@ -140,6 +140,6 @@ def _curve(run: Run, tag: str) -> tuple[list[float], list[float]]:
 
 
 def _smooth(values: Iterable[float], *, keep: float = 0.95) -> list[float]:
-    """A moving average that does not lean towards its start."""
+    """Computes a bias-corrected exponential moving average."""
     sums = accumulate(values, lambda total, value: keep * total + (1 - keep) * value, initial=0.0)
     return [total / (1 - keep**count) for count, total in enumerate(sums) if count]

@@ -1,4 +1,4 @@
-"""The demo: one small GPT, trained by a Trainer with our callbacks and by a bare one."""
+"""The demo: trains one small GPT with the callbacks of this package and with a bare Trainer."""
 
 from __future__ import annotations
 
@@ -15,16 +15,12 @@ from lightning.pytorch.callbacks import Timer, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_bigopt import (
-    BatchSizeScheduler,
-    BatchSizeSteps,
-    GradientClipping,
-    LearningRateScheduler,
-    OptimizationMonitor,
-    StepGuard,
-    WarmupStableDecay,
-    ZClip,
-)
+from lightning_bigopt.batching.policies.steps_and_ramps import BatchSizeSteps
+from lightning_bigopt.callbacks.batch_size.batch_size_scheduler import BatchSizeScheduler
+from lightning_bigopt.callbacks.gradient_clipping import GradientClipping
+from lightning_bigopt.callbacks.learning_rate import LearningRateScheduler
+from lightning_bigopt.callbacks.monitor import OptimizationMonitor
+from lightning_bigopt.callbacks.step_guard.step_guard import StepGuard
 from lightning_bigopt.examples.comparison import (
     Run,
     draw_comparison,
@@ -33,6 +29,8 @@ from lightning_bigopt.examples.comparison import (
 )
 from lightning_bigopt.examples.gpt import BytesGPT
 from lightning_bigopt.examples.text import SourceText
+from lightning_bigopt.gradients.rules.adaptive_norm_clip import ZClip
+from lightning_bigopt.schedules.plateaus import WarmupStableDecay
 
 __all__ = ["Demo"]
 
@@ -40,31 +38,30 @@ SMALL_BATCH, LARGE_BATCH = 32, 64
 PEAK_LR = 3e-3
 BARE_LRS = (1e-3, 2e-3, 4e-3)
 
-_ADVICE = (
+_IGNORED_WARNINGS = (
     ".*does not have many workers",
     ".*recommended to use .*devices=1",
     ".*LeafSpec.* is deprecated",
 )
-
-
-_REPORTS = ("Global batch", "Clipping", "StepGuard")
+_SHOWN_MESSAGES = ("Global batch", "Clipping", "StepGuard")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Trains with our callbacks, then bare on as many samples, and shows the difference.
+    """Trains with the callbacks of this package and with bare Trainers, and compares the runs.
 
-    The bare Trainer has a constant batch and no clipping, and gets the best of three constant
-    learning rates. OptimizationMonitor is its only callback of ours, and only watches.
+    All runs train on the same number of samples. The three bare runs use a constant batch size, no
+    clipping and one constant learning rate each; OptimizationMonitor, which changes nothing, logs
+    them.
 
     Args:
-        max_steps: Updates of the run with our callbacks; positive. Half of them take 32 samples
-            and half 64, the bare runs always 32.
-        devices: Processes; a divisor of 32.
+        max_steps: Updates of the run with the callbacks, positive. The first half takes 32 samples
+            per update and the second half 64; the bare runs always take 32.
+        devices: Number of processes; a divisor of 32.
         strategy: Lightning's strategy, such as ``"ddp"``.
         accelerator: Lightning's accelerator.
         seed: Seed of weights and data order.
-        logdir: Where logs and picture go.
+        logdir: Folder for the logs and the picture.
 
     Raises:
         ValueError: If ``max_steps`` is not positive or ``devices`` does not divide 32.
@@ -84,24 +81,24 @@ class Demo:
 
     def __post_init__(self) -> None:
         if self.max_steps <= 0:
-            raise ValueError(f"max_steps must be positive, got {self.max_steps!r}")
+            raise ValueError(f"max_steps must be positive, got {self.max_steps!r}; write 500")
         if self.devices <= 0 or SMALL_BATCH % self.devices:
-            raise ValueError(f"devices must divide {SMALL_BATCH}, got {self.devices!r}")
+            raise ValueError(f"devices must divide {SMALL_BATCH}, got {self.devices!r}; write 2")
 
     @property
     def samples(self) -> int:
-        """Samples that every run trains on."""
+        """Number of samples that every run trains on."""
         small_steps = math.ceil(self.max_steps / 2)
         return small_steps * SMALL_BATCH + (self.max_steps - small_steps) * LARGE_BATCH
 
     @property
     def bare_steps(self) -> int:
-        """Updates of a bare run."""
+        """Number of updates of a bare run."""
         return self.samples // SMALL_BATCH
 
     def run(self) -> None:
-        """Trains all runs, and prints the table and where picture and charts are."""
-        with _quiet():
+        """Trains all runs, prints the table, and writes the picture."""
+        with _silenced():
             runs = [self._train("lightning_bigopt", PEAK_LR, self.max_steps, self._callbacks())]
             runs += [self._train("bare Trainer", lr, self.bare_steps, ()) for lr in BARE_LRS]
         self._show(runs)
@@ -118,7 +115,7 @@ class Demo:
 
     def _train(self, title: str, lr: float, steps: int, callbacks: Sequence[Callback]) -> Run:
         folder = Path(self.logdir, f"{title.replace(' ', '-')}-lr-{lr:g}")
-        _begin(folder, f"\n{title}: {steps} updates, peak learning rate {lr:g}")
+        _start_run(folder, f"\n{title}: {steps} updates, peak learning rate {lr:g}")
         seed_everything(self.seed, verbose=False)
         timer = Timer()
         trainer = Trainer(
@@ -142,17 +139,18 @@ class Demo:
 
     @rank_zero_only
     def _show(self, runs: Sequence[Run]) -> None:
-        ours, *bare = runs
+        scheduled, *bare = runs
+        # NaN is neither smaller nor larger: diverged runs are moved to the end explicitly.
         bare.sort(key=lambda run: (math.isnan(run.validation_loss), run.validation_loss))
         picture = Path(self.logdir, "demo.png")
-        draw_comparison([ours, *bare], picture)
-        print(f"\n{markdown_table([ours, *bare])}\n")
+        draw_comparison([scheduled, *bare], picture)
+        print(f"\n{markdown_table([scheduled, *bare])}\n")
         print(f"The picture:  {picture}")
         print(f"The charts:   tensorboard --logdir {self.logdir}")
 
 
 class _BatchBar(TQDMProgressBar):
-    """Counts loader batches to their true end: Lightning's bar would end at ``max_steps``."""
+    """Shows progress in loader batches; Lightning's bar would end at ``max_steps``."""
 
     def __init__(self, total: int) -> None:
         super().__init__(refresh_rate=5)
@@ -164,32 +162,32 @@ class _BatchBar(TQDMProgressBar):
 
 
 @rank_zero_only
-def _begin(folder: Path, headline: str) -> None:
-    """Announces a run, and keeps an earlier demo's curves out of its charts."""
+def _start_run(folder: Path, headline: str) -> None:
+    """Prints a headline, and deletes the event files of an earlier demo."""
     for path in folder.glob("events.out.tfevents.*"):
         path.unlink()
     print(headline, flush=True)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences Lightning's advice, none of which concerns a run of half a minute."""
+def _silenced() -> Iterator[None]:
+    """Silences Lightning's information and performance advice, which do not apply to a demo."""
     handlers = [
         handler
         for name in ("pytorch", "fabric")
         for handler in logging.getLogger(f"lightning.{name}").handlers
     ]
     for handler in handlers:
-        handler.addFilter(_worth_reading)
+        handler.addFilter(_is_shown)
     try:
         with warnings.catch_warnings():
-            for message in _ADVICE:
+            for message in _IGNORED_WARNINGS:
                 warnings.filterwarnings("ignore", message=message)
             yield
     finally:
         for handler in handlers:
-            handler.removeFilter(_worth_reading)
+            handler.removeFilter(_is_shown)
 
 
-def _worth_reading(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR or record.getMessage().startswith(_REPORTS)
+def _is_shown(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR or record.getMessage().startswith(_SHOWN_MESSAGES)

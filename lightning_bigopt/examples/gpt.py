@@ -1,4 +1,4 @@
-"""A small byte-level GPT, written as any LightningModule: nothing in it knows of this package."""
+"""A small byte-level GPT: a plain LightningModule that does not depend on this package."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["BytesGPT", "CausalSelfAttention", "TransformerBlock"]
 
 
 class CausalSelfAttention(nn.Module):
-    """Attention of every position to itself and those before it, with rotary positions.
+    """Causal multi-head self-attention with rotary position embeddings.
 
     Args:
-        width: Features of a position; a multiple of ``2 * heads``.
-        heads: Attention heads.
-        length: Longest input.
+        width: Number of features; a multiple of ``2 * heads``.
+        heads: Number of attention heads.
+        length: Maximum length of an input.
 
     Example:
         >>> CausalSelfAttention(width=8, heads=2, length=5)(torch.zeros(3, 5, 8)).shape
@@ -42,7 +42,7 @@ class CausalSelfAttention(nn.Module):
         self.register_buffer("sine", angles.sin(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mixes positions: ``(batch, time, width)`` to the same shape."""
+        """Applies attention; input and output have shape ``(batch, time, width)``."""
         batch, time, width = x.shape
         split = self.expand(x).view(batch, time, 3, self.heads, width // self.heads)
         query, key, value = split.permute(2, 0, 3, 1, 4)
@@ -53,19 +53,19 @@ class CausalSelfAttention(nn.Module):
         return projected
 
     def _rotate(self, x: Tensor) -> Tensor:
-        """Turns each pair of features by an angle that grows with the position."""
+        """Rotates each pair of features by an angle proportional to the position."""
         cosine, sine = self.cosine[: x.shape[-2]], self.sine[: x.shape[-2]]
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cosine - second * sine, first * sine + second * cosine), dim=-1)
 
 
 class TransformerBlock(nn.Module):
-    """Attention and a two-layer perceptron, each normalized before and added to its input.
+    """A pre-norm transformer block: attention and a two-layer perceptron with residual connections.
 
     Args:
-        width: Features of a position.
-        heads: Attention heads.
-        length: Longest input.
+        width: Number of features.
+        heads: Number of attention heads.
+        length: Maximum length of an input.
 
     Example:
         >>> TransformerBlock(width=8, heads=2, length=5)(torch.zeros(3, 5, 8)).shape
@@ -81,22 +81,23 @@ class TransformerBlock(nn.Module):
         self.narrow = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Refines positions: ``(batch, time, width)`` to the same shape."""
+        """Applies the block; input and output have shape ``(batch, time, width)``."""
         x = x + self.attention(self.attention_norm(x))
-        refined: Tensor = x + self.narrow(functional.gelu(self.widen(self.perceptron_norm(x))))
-        return refined
+        output: Tensor = x + self.narrow(functional.gelu(self.widen(self.perceptron_norm(x))))
+        return output
 
 
 class BytesGPT(LightningModule):
-    """A GPT that predicts the next byte; 0.4M parameters as it stands.
+    """A GPT that predicts the next byte; it has 0.4M parameters by default.
 
     Args:
         lr: Peak learning rate of AdamW.
-        weight_decay: Decay of the matrices; biases, gains and nothing else go without.
-        width: Features of a position.
-        layers: Transformer blocks.
-        heads: Attention heads.
-        length: Longest input in bytes.
+        weight_decay: Weight decay of parameters with at least two dimensions; biases and the
+            weights of normalization layers have none.
+        width: Number of features.
+        layers: Number of transformer blocks.
+        heads: Number of attention heads.
+        length: Maximum length of an input in bytes.
 
     Example:
         >>> model = BytesGPT()
@@ -118,7 +119,10 @@ class BytesGPT(LightningModule):
     ) -> None:
         super().__init__()
         if width % (2 * heads):
-            raise ValueError(f"width must be a multiple of 2 * heads={2 * heads}, got {width!r}")
+            raise ValueError(
+                f"width must be a multiple of 2 * heads={2 * heads}, got {width!r}; write "
+                f"{2 * heads * max(1, round(width / (2 * heads)))}"
+            )
         self.save_hyperparameters()
         self.lr = lr
         self.weight_decay = weight_decay
@@ -132,7 +136,7 @@ class BytesGPT(LightningModule):
         self._initialize()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Scores the next byte at every position.
+        """Computes the logits of the next byte at every position.
 
         Args:
             inputs: Bytes, int64 of shape ``(batch, time)`` with ``time <= length``.
@@ -144,12 +148,12 @@ class BytesGPT(LightningModule):
         return logits
 
     def loss(self, batch: Tensor) -> Tensor:
-        """Mean cross-entropy in nats a byte of windows ``(batch, time + 1)``."""
+        """Computes the mean cross-entropy, in nats per byte, of windows ``(batch, time + 1)``."""
         logits = self(batch[:, :-1])
         return functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
 
     def training_step(self, batch: Tensor) -> Tensor:
-        """Trains on a batch of windows."""
+        """Computes and logs the loss of a batch of windows."""
         loss = self.loss(batch)
         self.log("loss", loss.detach(), prog_bar=True, logger=True)
         return loss
@@ -160,7 +164,7 @@ class BytesGPT(LightningModule):
         self.log("val_loss", self.validation_loss, prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW with weight decay on the matrices only."""
+        """Makes an AdamW with weight decay on the matrices only."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {
@@ -177,9 +181,11 @@ class BytesGPT(LightningModule):
         return torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95), fused=True)
 
     def _initialize(self) -> None:
-        """Keeps activations near one at any depth, and the first guess near uniform."""
+        """Initializes weights: unit activations at any depth, and a nearly uniform prediction."""
         for name, layer in self.blocks.named_modules():
             if isinstance(layer, nn.Linear):
+                # Each block adds two branches to the residual stream; scaling down the last layer
+                # of each keeps the variance of their sum independent of the depth (GPT-2).
                 ends_branch = name.endswith(("project", "narrow"))
                 branches = 2 * len(self.blocks) if ends_branch else 1
                 nn.init.normal_(layer.weight, std=(layer.in_features * branches) ** -0.5)

@@ -1,4 +1,4 @@
-"""Real text that every machine has: the source of the running Python's standard library."""
+"""Windows of bytes from the source files of Python's standard library, as a datamodule."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _SKIPPED_FOLDERS = frozenset(
 
 @cache
 def read_sources(split: Split, *, validation_share: float = 0.1) -> bytes:
-    """The standard library's source files of one split, end to end in sorted order.
+    """Reads the source files of the standard library that belong to one split.
 
-    A file belongs to a split by the checksum of its path: no file is in both, and the same
-    Python gives the same bytes on every machine.
+    The checksum of a file's path decides its split: no file is in both splits, and the same Python
+    version gives the same bytes on every machine.
 
     Args:
         split: ``"train"`` or ``"val"``.
-        validation_share: Share of the files that are kept for validation, in [0, 1].
+        validation_share: Fraction of the files in the validation split, in [0, 1].
 
     Returns:
-        The bytes, files separated by a zero byte.
+        The contents of the files in sorted order, separated by a zero byte.
 
     Raises:
         ValueError: If the split is unknown or the standard library has no source files.
@@ -47,7 +47,7 @@ def read_sources(split: Split, *, validation_share: float = 0.1) -> bytes:
         (True, True)
     """
     if split not in {"train", "val"}:
-        raise ValueError(f"split must be 'train' or 'val', got {split!r}")
+        raise ValueError(f"split must be 'train' or 'val', got {split!r}; write 'train'")
     root = Path(sysconfig.get_path("stdlib"))
     chosen = []
     for folder, subfolders, files in os.walk(root):
@@ -62,20 +62,20 @@ def read_sources(split: Split, *, validation_share: float = 0.1) -> bytes:
     if not chosen:
         raise ValueError(
             f"the standard library must come with its source files, found none below {root}; "
-            "use a Python that is not packed into an archive"
+            "use a Python whose standard library is not packed into an archive"
         )
     return b"\0".join(path.read_bytes() for path in chosen)
 
 
 class ByteWindows(Dataset[Tensor]):
-    """Windows of text, ``length + 1`` bytes each: the inputs and, one further, the targets.
+    """Windows of ``length + 1`` bytes: ``length`` inputs, and as many targets shifted by one.
 
     Args:
         text: The text.
-        length: Bytes that the model reads in one sample, positive.
+        length: Input bytes of one sample, positive.
 
     Raises:
-        ValueError: If ``length`` is not positive, or ``text`` holds no whole window.
+        ValueError: If ``length`` is not positive, or ``text`` is shorter than one window.
 
     Example:
         >>> windows = ByteWindows(b"hello world", length=4)
@@ -85,10 +85,12 @@ class ByteWindows(Dataset[Tensor]):
 
     def __init__(self, text: bytes, *, length: int = 64) -> None:
         if length <= 0:
-            raise ValueError(f"length must be positive, got {length!r}")
+            raise ValueError(f"length must be positive, got {length!r}; write 64")
         if len(text) <= length:
-            raise ValueError(f"text must be longer than length={length}, got {len(text)} bytes")
-        # A copy of bytes into a tensor of its own, so that the tensor may be written to.
+            raise ValueError(
+                f"text must be longer than length={length}, got {len(text)} bytes; lower length"
+            )
+        # bytes are read-only and torch warns about tensors on read-only memory, hence the copy.
         self.bytes = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         self.length = length
 
@@ -106,12 +108,12 @@ class ByteWindows(Dataset[Tensor]):
 
 
 class SourceText(LightningDataModule):
-    """The standard library's source as windows of bytes, for training and validation.
+    """A datamodule of byte windows from the source files of the standard library.
 
     Args:
-        micro_batch_size: Samples in a loader batch of one process.
-        length: Bytes in a sample.
-        validation_samples: How many validation windows, evenly spaced over all validation files;
+        micro_batch_size: Samples in one training batch of one process.
+        length: Input bytes of one sample.
+        validation_samples: Number of validation windows, evenly spaced over all validation files;
             None for all.
 
     Example:
@@ -134,7 +136,7 @@ class SourceText(LightningDataModule):
         self.validation_samples = validation_samples
 
     def setup(self, stage: str) -> None:
-        """Reads the files of both splits."""
+        """Reads the source files of both splits."""
         self.train = ByteWindows(read_sources("train"), length=self.length)
         self.validation: Dataset[Tensor] = self._spread(
             ByteWindows(read_sources("val"), length=self.length)
@@ -148,11 +150,11 @@ class SourceText(LightningDataModule):
         return torch.utils.data.Subset(windows, indices)
 
     def train_dataloader(self) -> DataLoader[Tensor]:
-        """Shuffled windows of the training files, whole batches only."""
+        """Makes a loader of shuffled training windows, without an incomplete last batch."""
         return DataLoader(
             self.train, batch_size=self.micro_batch_size, shuffle=True, drop_last=True
         )
 
     def val_dataloader(self) -> DataLoader[Tensor]:
-        """The same validation windows in the same order, every time."""
+        """Makes a loader of the validation windows, always in the same order."""
         return DataLoader(self.validation, batch_size=256)

@@ -1,6 +1,4 @@
-"""Gradients: one look at them a step, rules that limit them, a guard that refuses bad steps.
-
-Everything here works without Lightning:
+"""Gradients: measuring norms, clipping, and detecting bad steps. Works without Lightning.
 
 >>> from torch import nn, optim
 >>> import torch
@@ -23,9 +21,15 @@ from lightning_bigopt.gradients.apply import (
 )
 from lightning_bigopt.gradients.clip import clip_gradients_
 from lightning_bigopt.gradients.detectors import LossSpike, NonFinite, NormSpike
+from lightning_bigopt.gradients.gradient_norms import GradientNorms
 from lightning_bigopt.gradients.guard import Detector, Verdict, inspect, record
-from lightning_bigopt.gradients.measuring import measure, norms_of
-from lightning_bigopt.gradients.norms import GradientNorms
+from lightning_bigopt.gradients.measure import measure, norms_of
+from lightning_bigopt.gradients.noise_scale import (
+    NoiseScaleEstimator,
+    NoiseScaleReport,
+    noise_scale_terms,
+)
+from lightning_bigopt.gradients.optimizer_step import StepControl, step_control
 from lightning_bigopt.gradients.rules import (
     AGC,
     AdaGC,
@@ -61,12 +65,15 @@ __all__ = [
     "Groups",
     "LossSpike",
     "MaxUpdateRatio",
+    "NoiseScaleEstimator",
+    "NoiseScaleReport",
     "NonFinite",
     "NormClip",
     "NormSpike",
     "PerParameterNormClip",
     "RuleState",
     "Skip",
+    "StepControl",
     "UpdateClip",
     "UpdateRule",
     "ValueClip",
@@ -78,9 +85,11 @@ __all__ = [
     "clip_gradients_",
     "inspect",
     "measure",
+    "noise_scale_terms",
     "norms_of",
     "record",
     "scale_",
     "skip_update_",
+    "step_control",
     "takes_grad_scale",
 ]

@@ -1,31 +1,35 @@
-"""What is done about a rejected update: specifications, and the arithmetic that they need."""
+"""Specifications of the actions that ``StepGuard`` takes after a rejected update."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_bigopt.gradients.rules.base import check_between, check_count
+from lightning_bigopt.checks import check_between, check_count
+from lightning_bigopt.removed import RemovedAttribute
 
 __all__ = ["Abort", "Action", "Backoff", "ClipToMedian", "Skip"]
 
 
 class Action:
-    """What is done about a rejected update. Subclasses are frozen dataclasses.
+    """Base class of the actions, which are specifications for ``StepGuard``.
+
+    ``StepGuard`` implements the four actions of this module; other subclasses have no effect.
 
     Example:
         >>> isinstance(Skip(), Action)
         True
     """
 
-    def initial_state(self) -> dict[str, Any]:
-        """What it remembers before the first update."""
-        return {}
+    initial_state: Any = RemovedAttribute("0.2", "only Backoff has a state")
 
 
 @dataclass(frozen=True)
 class Skip(Action):
-    """Leaves the update out: parameters and optimizer state stay as they are, to the bit.
+    """Skips the update: parameters and optimizer state do not change.
+
+    ``StepGuard`` also skips without this action, unless :class:`ClipToMedian` handles the
+    rejection.
 
     Example:
         >>> Skip()
@@ -35,9 +39,10 @@ class Skip(Action):
 
 @dataclass(frozen=True)
 class ClipToMedian(Action):
-    """Makes the update with its gradient scaled to the typical norm.
+    """Scales the gradient to the typical norm instead of skipping the update.
 
-    Only for a finite norm that a norm detector rejects; every other rejection is skipped.
+    Only a finite norm that :class:`NormSpike` rejects is scaled; every other rejected update is
+    skipped.
 
     Example:
         >>> ClipToMedian()
@@ -47,14 +52,14 @@ class ClipToMedian(Action):
 
 @dataclass(frozen=True)
 class Backoff(Action):
-    """Lowers the learning rate after a rejection, and lets it recover.
+    """Lowers the learning rate after a rejection and raises it again over accepted updates.
 
-    State: ``level``, the factor now; every rejection multiplies it by ``factor``, and every
-    accepted update brings it back by an equal part, from ``factor`` to 1 in ``recover`` updates.
+    The state holds ``level``, the current factor on the learning rate. A rejection multiplies it
+    by ``factor``; each accepted update adds ``(1 - factor) / recover``, up to 1.
 
     Args:
-        factor: By which the learning rate is multiplied, in (0, 1).
-        recover: How many accepted updates lead from ``factor`` back to 1.
+        factor: Multiplies the learning rate at each rejection, in (0, 1).
+        recover: Number of accepted updates from ``factor`` back to 1.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -75,55 +80,44 @@ class Backoff(Action):
     recover: int = 100
 
     def __post_init__(self) -> None:
-        check_between("factor", self.factor, low=0, high=1)
+        check_between("factor", self.factor, 0, 1)
         check_count("recover", self.recover)
 
     def initial_state(self) -> dict[str, Any]:
-        """The full learning rate."""
+        """Returns the state at the full learning rate: level 1."""
         return {"level": 1.0}
 
     def reject(self, state: dict[str, Any]) -> None:
-        """Lowers the level."""
+        """Lowers the level after a rejection."""
         state["level"] *= self.factor
 
     def accept(self, state: dict[str, Any]) -> None:
-        """Brings the level back by one part."""
+        """Raises the level after an accepted update."""
         state["level"] = min(1.0, state["level"] + (1.0 - self.factor) / self.recover)
 
 
 @dataclass(frozen=True)
 class Abort(Action):
-    """Stops the run after so many rejections in a row.
+    """Ends the run with an error after several rejections in a row.
 
-    State: ``consecutive``, the rejections since the last accepted update.
+    ``StepGuard`` counts them. The smallest of several limits applies, including its own
+    ``max_consecutive``.
 
     Args:
-        after: How many rejections in a row end the run.
+        after: Number of rejections in a row that end the run.
 
     Raises:
         ValueError: If ``after`` is not a positive integer.
 
     Example:
-        >>> abort = Abort(after=2)
-        >>> state = abort.initial_state()
-        >>> abort.reject(state), abort.reject(state)
-        (False, True)
+        >>> Abort(after=2)
+        Abort(after=2)
     """
 
     after: int = 10
 
+    accept = RemovedAttribute("0.2", "StepGuard counts the rejections in a row")
+    reject = RemovedAttribute("0.2", "StepGuard counts the rejections in a row")
+
     def __post_init__(self) -> None:
         check_count("after", self.after)
-
-    def initial_state(self) -> dict[str, Any]:
-        """No rejections."""
-        return {"consecutive": 0}
-
-    def reject(self, state: dict[str, Any]) -> bool:
-        """Counts a rejection, and says whether the run must end."""
-        state["consecutive"] += 1
-        return bool(state["consecutive"] >= self.after)
-
-    def accept(self, state: dict[str, Any]) -> None:
-        """Forgets the rejections."""
-        state["consecutive"] = 0

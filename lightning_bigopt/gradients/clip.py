@@ -1,4 +1,4 @@
-"""Clipping in a plain training loop: measure, decide and write in one call."""
+"""Clips gradients in a plain training loop: measures, decides and applies in one call."""
 
 from __future__ import annotations
 
@@ -10,12 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_bigopt.gradients.apply import apply_
-from lightning_bigopt.gradients.rules.base import (
-    ClipContext,
-    ClipDecision,
-    ClippingRule,
-    RuleState,
-)
+from lightning_bigopt.gradients.clip_decision import ClipDecision
+from lightning_bigopt.gradients.rules.clipping_rule import ClipContext, ClippingRule, RuleState
 
 __all__ = ["clip_gradients_"]
 
@@ -31,25 +27,25 @@ def clip_gradients_(
     optimizer: Optimizer | None = None,
     fraction: float = 0.0,
 ) -> ClipDecision:
-    """Clips gradients by a rule, between ``backward`` and ``step``.
+    """Clips gradients by a rule; call it between ``backward`` and ``step``.
 
-    Synchronizes with the host only where the rule does.
+    Synchronizes with the host only if the rule does.
 
     Args:
-        parameters: A module, a parameter, parameters, or names and parameters.
-        rule: The rule.
-        state: What the rule remembers, from ``rule.initial_state()``; changed in place. Needed by
+        parameters: A module, a parameter, parameters, or pairs of name and parameter.
+        rule: The clipping rule.
+        state: The state of the rule, from ``rule.initial_state()``; changed in place. Required by
             adaptive rules.
-        optimizer: The optimizer about to step. A fused one scales the gradients in its own
-            kernel, where it owns exactly these parameters, and leaves out an update from
-            gradients that are not finite. Needed by rules that limit the update.
-        fraction: The share of the budget spent, for scheduled thresholds.
+        optimizer: The optimizer that is about to step. A fused optimizer that owns exactly these
+            parameters scales the gradients in its kernel, and skips an update with non-finite
+            gradients. Required by rules that limit the update.
+        fraction: Fraction of the budget consumed, for scheduled thresholds.
 
     Returns:
-        What was decided: coefficient, threshold and norms.
+        The decision: coefficient, threshold and norms.
 
     Raises:
-        ValueError: If the rule needs a state or an optimizer that is not given.
+        ValueError: If the rule requires a state or an optimizer that is not given.
 
     Example:
         >>> import torch
@@ -61,7 +57,7 @@ def clip_gradients_(
         >>> round(decision.norms.value, 3), round(decision.coefficient.item(), 3)
         (50.01, 0.02)
 
-        An adaptive rule remembers; save its state beside the optimizer's:
+        An adaptive rule has a state; save it together with the state of the optimizer:
 
         >>> rule = ZClip()
         >>> state = rule.initial_state()
@@ -76,10 +72,10 @@ def clip_gradients_(
     named = _named(parameters)
     if state is None:
         state = rule.initial_state()
-        if _remembers(state):
+        if _has_content(state):
             raise ValueError(
-                f"state must be given to {type(rule).__name__}, which remembers, got None; make it "
-                "once with rule.initial_state()"
+                f"state must be given to {type(rule).__name__}, which is adaptive, got None; "
+                "create it once with rule.initial_state()"
             )
     context = ClipContext(parameters=named, optimizer=optimizer, fraction=fraction)
     decision = rule.decide(context, state)
@@ -88,9 +84,9 @@ def clip_gradients_(
     return decision
 
 
-def _remembers(state: RuleState) -> bool:
-    """Whether there is anything in a state, groups of empty states aside."""
-    return any(not isinstance(value, dict) or _remembers(value) for value in state.values())
+def _has_content(state: RuleState) -> bool:
+    """Returns whether a state contains more than empty states of groups."""
+    return any(not isinstance(value, dict) or _has_content(value) for value in state.values())
 
 
 def _owns_exactly(optimizer: Optimizer, parameters: list[nn.Parameter]) -> bool:
@@ -116,7 +112,7 @@ def _named(
         if not isinstance(parameter, Tensor):
             raise ValueError(
                 "parameters must be a module, parameters or pairs of name and parameter, got "
-                f"{parameter!r} among them; of a dict pass its items()"
+                f"{parameter!r} among them; pass the items() of a dict"
             )
         named.append((name, cast("nn.Parameter", parameter)))
     return named

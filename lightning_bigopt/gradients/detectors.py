@@ -1,4 +1,4 @@
-"""Detectors of bad steps: what is not finite, and spikes of the norm or of the loss."""
+"""Detectors of bad steps: non-finite gradients, and spikes of the gradient norm or the loss."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from itertools import pairwise
 from statistics import median
 from typing import ClassVar
 
+from lightning_bigopt.checks import check_between, check_count, check_positive
 from lightning_bigopt.gradients.guard import Detector, DetectorState, Quantity, Verdict
-from lightning_bigopt.gradients.rules.base import check_count, check_positive
 
 __all__ = ["LossSpike", "NonFinite", "NormSpike"]
 
-# From the median absolute difference of two normal numbers to the standard deviation of one.
+# Median absolute difference of two normal numbers → standard deviation of one.
 _MEDIAN_TO_SIGMA = 1.4826 / math.sqrt(2.0)
 
 
 @dataclass(frozen=True)
 class NonFinite(Detector):
-    """Rejects an update whose gradient holds a NaN or an infinity. Keeps no state.
+    """Rejects an update with a NaN or an infinity in its gradient. Has no state.
 
     Example:
         >>> NonFinite().check(1.0, {}) is None
@@ -41,10 +41,10 @@ class NonFinite(Detector):
         )
 
     def accept(self, value: float, state: DetectorState) -> None:
-        """Remembers nothing."""
+        """Does nothing."""
 
     def reject(self, value: float, state: DetectorState) -> None:
-        """Remembers nothing."""
+        """Does nothing."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class _Spike(Detector):
     threshold: float = 6.0
     max_rejections: int = 5
 
+    noun: ClassVar[str] = "value"
+
     def __post_init__(self) -> None:
         check_count("window", self.window)
         check_count("armed", self.armed)
@@ -64,44 +66,45 @@ class _Spike(Detector):
         check_positive("threshold", self.threshold)
         if self.armed > self.window:
             raise ValueError(
-                f"armed must be at most window, got {self.armed!r} with window={self.window!r}"
+                f"armed must be at most window, got {self.armed!r} with window={self.window!r}; "
+                "lower armed"
             )
 
     def initial_state(self) -> DetectorState:
-        """Nothing accepted, nothing rejected."""
+        """Returns empty histories."""
         return {"accepted": [], "rejected": []}
 
     @abstractmethod
     def score(self, value: float) -> float:
-        """The number whose distribution is followed; not finite where there is none."""
+        """Returns the score of a value; not finite if it has none."""
 
     @abstractmethod
     def unscore(self, score: float) -> float:
-        """The value of a score."""
+        """Returns the value of a score."""
 
     @property
     @abstractmethod
     def least_excess(self) -> float:
-        """How far beyond the median a score must lie at the least."""
+        """Smallest distance above the median at which a score is rejected."""
 
     def typical(self, state: DetectorState) -> float | None:
-        """The median of the last quarter of the window; None before anything was accepted."""
+        """Returns the median of the last quarter of the history; None for an empty one."""
         accepted: list[float] = state["accepted"]
-        return self.unscore(self._middle(accepted)) if accepted else None
+        return self.unscore(self._recent_median(accepted)) if accepted else None
 
-    def _middle(self, accepted: list[float]) -> float:
+    def _recent_median(self, accepted: list[float]) -> float:
         return median(accepted[-max(1, self.window // 4) :])
 
     def limit(self, state: DetectorState) -> float:
-        """The greatest value that is typical; ``inf`` until armed."""
+        """Returns the largest value that is accepted; ``inf`` until armed."""
         accepted: list[float] = state["accepted"]
         if len(accepted) < self.armed:
             return math.inf
         excess = max(self.threshold * spread(accepted), self.least_excess)
-        return self.unscore(self._middle(accepted) + excess)
+        return self.unscore(self._recent_median(accepted) + excess)
 
     def check(self, value: float, state: DetectorState) -> Verdict | None:
-        """Rejects a value beyond the limit; what is not finite is left to :class:`NonFinite`."""
+        """Rejects a finite value above the limit; :class:`NonFinite` rejects the others."""
         if not math.isfinite(value) or len(state["rejected"]) >= self.max_rejections:
             return None
         limit = self.limit(state)
@@ -116,34 +119,38 @@ class _Spike(Detector):
             reason=f"the {self.noun} is {value:.4g}, typically {typical:.4g}, at most {limit:.4g}",
         )
 
-    noun: ClassVar[str] = "value"
-
     def accept(self, value: float, state: DetectorState) -> None:
-        """Adds a score to the window; after too many rejections the window begins anew."""
+        """Adds a score to the history, which starts again after too many rejections."""
         score = self.score(value)
         if not math.isfinite(score):
             return
         if len(state["rejected"]) >= self.max_rejections and value > self.limit(state):
-            # A new regime: the old window would reject all of it, so what was rejected seeds the
-            # new one, and the detector is not armed until that is long enough.
+            # The level of the values has changed, and the old history would reject all new ones.
+            # The rejected scores start a new history, which rejects nothing until it is armed.
             state["accepted"] = list(state["rejected"])
         state["rejected"] = []
         state["accepted"].append(score)
         del state["accepted"][: -self.window]
 
     def reject(self, value: float, state: DetectorState) -> None:
-        """Counts a finite rejection, with its score."""
+        """Counts a finite rejection and keeps its score."""
         score = self.score(value)
         if math.isfinite(score):
             state["rejected"].append(score)
 
 
 def spread(scores: Sequence[float]) -> float:
-    """A standard deviation that neither outliers nor a drift move: from neighbors' differences.
+    """Estimates a standard deviation from differences of neighbors, robust to outliers and drift.
 
-    The median of absolute differences, scaled to the standard deviation of independent normal
-    scores (Rice 1984, with a median for the mean). A trend adds only its slope to it, where it
-    would add its whole height to a deviation from one median.
+    The median of the absolute differences is scaled to the standard deviation of independent
+    normal scores (Rice 1984, with a median in place of the mean). A trend adds only its slope per
+    step to the differences; to deviations from one median it would add its full height.
+
+    Args:
+        scores: Scores in order of time.
+
+    Returns:
+        The estimate, in units of the scores; 0 for less than two.
 
     Example:
         >>> noise = [0.0, 0.1, -0.1, 0.2, 0.0, -0.2, 0.1, 9.0, 0.1]
@@ -163,21 +170,21 @@ class NormSpike(_Spike):
         \sigma = \frac{1.4826}{\sqrt 2} \operatorname{median} |x_t - x_{t-1}|
 
     with the log-norms :math:`x` of the last ``window`` accepted updates and the median :math:`m`
-    of the last quarter of them. Neither moves with an outlier, and both follow norms that drift,
-    as they do while the learning rate warms up. Good batches have norms of two or three times the
-    median now and then, which :math:`\sigma` does not tell: hence the least ratio :math:`r`.
+    of the last quarter of them. Neither is sensitive to outliers, and both follow a drift of the
+    norm, as during the warm-up of the learning rate. The norms of good batches occasionally reach
+    two or three times the median, which :math:`\sigma` does not cover: hence the ratio :math:`r`.
 
-    After ``max_rejections`` finite rejections in a row the next norm is accepted: the regime has
-    changed, and the window begins anew with the rejected norms. State: ``accepted`` and
-    ``rejected``, log-norms; norms that are not finite never enter it.
+    After ``max_rejections`` finite rejections in a row the next norm is accepted, because the level
+    of the norms has changed, and the history starts again with the rejected norms. State:
+    ``accepted`` and ``rejected``, log-norms; non-finite norms never enter it.
 
     Args:
-        window: How many accepted norms are remembered.
-        armed: How many are needed before any is rejected.
+        window: Number of accepted norms in the history.
+        armed: Number of accepted norms before any norm is rejected.
         threshold: :math:`\theta`, in standard deviations.
-        ratio: :math:`r`: what is below so many times the median is never rejected. Raise it for
+        ratio: :math:`r`: norms below this multiple of the median are never rejected. Raise it for
             batches of one or two samples.
-        max_rejections: How many may be rejected in a row.
+        max_rejections: Largest number of rejections in a row.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -198,38 +205,36 @@ class NormSpike(_Spike):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive("ratio", self.ratio)
-        if self.ratio <= 1:
-            raise ValueError(f"ratio must be above 1, got {self.ratio!r}; try 4.0")
+        check_between("ratio", self.ratio, 1, math.inf, hint="try 4.0")
 
     @property
     def least_excess(self) -> float:
-        """The logarithm of the ratio."""
+        """Logarithm of the ratio."""
         return math.log(self.ratio)
 
     def score(self, value: float) -> float:
-        """The logarithm of the norm."""
+        """Returns the logarithm of a norm."""
         return math.log(value) if value > 0 else -math.inf
 
     def unscore(self, score: float) -> float:
-        """The norm of a log-norm."""
-        return math.exp(min(score, 709.0))
+        """Returns the norm of a log-norm."""
+        return math.exp(min(score, 709.0))  # math.exp raises OverflowError above
 
 
 @dataclass(frozen=True)
 class LossSpike(_Spike):
     """Rejects a loss far above the losses of accepted updates.
 
-    As :class:`NormSpike`, on the loss itself (which may be negative) instead of a logarithm, so
-    that the least distance from the median is in units of the loss, not a ratio.
+    Works as :class:`NormSpike`, on the loss itself, which may be negative, instead of a logarithm.
+    The smallest distance from the median is therefore in units of the loss, not a ratio.
 
     Args:
-        window: How many accepted losses are remembered.
-        armed: How many are needed before any is rejected.
-        threshold: In standard deviations.
-        floor: The least standard deviation of the loss: what is less than ``threshold * floor``
+        window: Number of accepted losses in the history.
+        armed: Number of accepted losses before any loss is rejected.
+        threshold: Number of standard deviations above the median.
+        floor: Smallest standard deviation of the loss: a loss less than ``threshold * floor``
             above the median is never rejected.
-        max_rejections: How many may be rejected in a row.
+        max_rejections: Largest number of rejections in a row.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -255,9 +260,9 @@ class LossSpike(_Spike):
         return self.threshold * self.floor
 
     def score(self, value: float) -> float:
-        """The loss."""
+        """Returns the loss."""
         return value
 
     def unscore(self, score: float) -> float:
-        """The loss."""
+        """Returns the loss."""
         return score

@@ -1,8 +1,8 @@
-"""Decides whether an update may happen: detectors of bad steps, in pure Python on one number.
+"""The interface of detectors of bad steps, and the decision whether an update is made.
 
-A detector is a frozen specification; what it has seen lies in a state of plain lists that the
-caller keeps and saves. :func:`inspect` looks without changing anything, :func:`record` takes the
-outcome in, once an update:
+A detector is a frozen specification that checks one number of an update. The caller stores and
+saves its state, which contains plain lists and numbers. :func:`inspect` checks an update and
+changes nothing; :func:`record` adds the outcome to the states, once for each update:
 
 >>> from lightning_bigopt.gradients import NonFinite, NormSpike
 >>> detectors = (NonFinite(), NormSpike(armed=2))
@@ -42,14 +42,14 @@ Quantity: TypeAlias = Literal["norm", "loss"]
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Why an update is rejected.
+    """The reason for a rejected update.
 
     Args:
-        detector: The detector's class name.
-        quantity: What it looked at.
-        value: What it saw.
-        limit: What would have been accepted; None where that is not one number.
-        reason: One sentence for people.
+        detector: Class name of the detector.
+        quantity: The quantity that it checked.
+        value: Value of the quantity.
+        limit: Largest accepted value; None if there is no such number.
+        reason: Description in one sentence.
 
     Example:
         >>> from lightning_bigopt.gradients import NonFinite
@@ -65,11 +65,11 @@ class Verdict:
 
 
 class Detector(ABC):
-    """Judges one number an update. Subclasses are frozen dataclasses.
+    """Checks one number of each update. Subclasses are frozen dataclasses.
 
     Attributes:
-        quantity: What it looks at: the gradient ``"norm"`` before clipping, or the ``"loss"``,
-            the mean over the window and all processes.
+        quantity: The number: the gradient ``"norm"`` before clipping, or the ``"loss"``, the mean
+            over the accumulation window and all processes.
 
     Example:
         >>> from lightning_bigopt.gradients import NonFinite
@@ -80,20 +80,20 @@ class Detector(ABC):
     quantity: ClassVar[Quantity] = "norm"
 
     def initial_state(self) -> DetectorState:
-        """What it has seen before the first update; loads with ``weights_only=True``."""
+        """Returns the state before the first update; it loads with ``weights_only=True``."""
         return {}
 
     @abstractmethod
     def check(self, value: float, state: DetectorState) -> Verdict | None:
-        """Why the update is bad, or None. Changes nothing."""
+        """Returns the reason to reject an update, or None. Changes nothing."""
 
     @abstractmethod
     def accept(self, value: float, state: DetectorState) -> None:
-        """Takes in a value whose update happened."""
+        """Adds the value of an accepted update to the state."""
 
     @abstractmethod
     def reject(self, value: float, state: DetectorState) -> None:
-        """Takes in a value that this detector rejected."""
+        """Adds a value that this detector rejected to the state."""
 
 
 def inspect(
@@ -101,15 +101,16 @@ def inspect(
     states: Sequence[DetectorState],
     readings: Mapping[Quantity, float],
 ) -> Verdict | None:
-    """What the first detector that objects has to say; None where none does. Changes nothing.
+    """Returns the verdict of the first detector that rejects the update. Changes nothing.
 
     Args:
-        detectors: In order.
-        states: One for each.
-        readings: The norm, the loss, or both; a detector without its reading is passed over.
+        detectors: The detectors, in order.
+        states: The state of each detector.
+        readings: The norm, the loss, or both; a detector without its reading is skipped.
 
     Returns:
-        The verdict, the same on every process where the readings are.
+        The verdict, or None if no detector rejects the update; equal on all processes if the
+        readings are.
 
     Example:
         >>> from lightning_bigopt.gradients import NonFinite
@@ -130,16 +131,16 @@ def record(
     readings: Mapping[Quantity, float],
     verdict: Verdict | None,
 ) -> None:
-    """Takes one update's outcome into the states. To be called exactly once an update.
+    """Adds the outcome of an update to the states. Must be called once for each update.
 
-    Values of a rejected update never enter a history of accepted ones. A rejection counts only
-    with the detectors that object themselves.
+    Values of a rejected update never enter a history of accepted values. The rejection is counted
+    by those detectors that reject its value.
 
     Args:
-        detectors: In order.
-        states: One for each, changed in place.
-        readings: As given to :func:`inspect`.
-        verdict: What :func:`inspect` said, or None where the update happened anyway.
+        detectors: The detectors, in order.
+        states: The state of each detector; changed in place.
+        readings: The argument of :func:`inspect`.
+        verdict: The result of :func:`inspect`, or None if the update was made anyway.
 
     Example:
         >>> from lightning_bigopt.gradients import NormSpike

@@ -1,4 +1,4 @@
-"""What a distributed tensor holds here, and over which processes its parts are summed."""
+"""Local shards of DTensors, and the process groups over which they are sharded."""
 
 from __future__ import annotations
 
@@ -14,40 +14,41 @@ from torch.distributed.tensor import DTensor, Replicate
 
 __all__ = [
     "ShardGroups",
-    "local_part",
+    "redistribute_like_parameter_",
     "reduce_norms",
-    "settle_",
+    "reduce_partial",
     "shard_groups",
-    "without_partial",
+    "to_local",
 ]
 
 ShardGroups: TypeAlias = tuple[ProcessGroup, ...]
-"""The process groups over which a tensor's parts lie, one for each sharded mesh dimension."""
+"""The process groups over which a tensor is sharded, one for each sharded mesh dimension."""
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """The part of a tensor that lies in this process, as a view; the tensor itself where plain."""
+def to_local(tensor: Tensor) -> Tensor:
+    """Returns a view of the local shard of a DTensor; a plain tensor unchanged."""
     if not isinstance(tensor, DTensor):
         return tensor
     with torch.no_grad():
         local: Tensor = tensor.to_local()
-    # Tensor parallelism hands over results of collectives that may still be under way.
-    settled: Tensor = local.wait() if hasattr(local, "wait") else local
-    return settled
+    # With tensor parallelism the local tensor may be the result of an unfinished collective.
+    finished: Tensor = local.wait() if hasattr(local, "wait") else local
+    return finished
 
 
-def without_partial(tensor: Tensor) -> Tensor:
-    """The tensor with its pending sums over processes carried out; itself where there are none."""
+def reduce_partial(tensor: Tensor) -> Tensor:
+    """Returns the tensor after its pending sums over processes; a collective if there are any."""
     if not isinstance(tensor, DTensor) or not any(p.is_partial() for p in tensor.placements):
         return tensor
-    settled = [Replicate() if p.is_partial() else p for p in tensor.placements]
-    return tensor.redistribute(placements=settled)
+    # The norm of a sum cannot be computed from the norms of its parts.
+    placements = [Replicate() if p.is_partial() else p for p in tensor.placements]
+    return tensor.redistribute(placements=placements)
 
 
-def settle_(parameter: nn.Parameter) -> Tensor:
-    """The parameter's gradient, placed as the parameter is, for good."""
+def redistribute_like_parameter_(parameter: nn.Parameter) -> Tensor:
+    """Redistributes a gradient to the placements of its parameter, and returns it."""
     gradient = parameter.grad
-    assert gradient is not None  # callers leave out parameters without one
+    assert gradient is not None  # callers skip parameters without a gradient
     if not isinstance(gradient, DTensor) or not isinstance(parameter, DTensor):
         return gradient
     if gradient.placements != parameter.placements:
@@ -57,54 +58,57 @@ def settle_(parameter: nn.Parameter) -> Tensor:
 
 
 def shard_groups(tensor: Tensor, *, beyond_dim: int | None = None) -> ShardGroups:
-    """The groups over which the parts of a tensor lie; empty where every process holds all of it.
+    """Returns the process groups over which a tensor is sharded.
 
     Args:
         tensor: A plain tensor or a DTensor.
-        beyond_dim: Count only shards of the tensor's later dimensions.
+        beyond_dim: Include only shards along later dimensions of the tensor; None includes all.
 
     Returns:
-        One group for each such mesh dimension of more than one process.
+        One group for each sharded mesh dimension with more than one process; empty if every process
+        has the full tensor.
     """
     if not isinstance(tensor, DTensor):
         return ()
-    mesh, found = tensor.device_mesh, []
+    mesh, groups = tensor.device_mesh, []
     for mesh_dim, placement in enumerate(tensor.placements):
-        # Not is_shard(): it is false for the strided shards of FSDP2 × tensor parallelism.
+        # Not is_shard(), which is false for the strided shards of FSDP2 × tensor parallelism.
         if placement.is_replicate() or placement.is_partial() or mesh.size(mesh_dim) == 1:
             continue
         if beyond_dim is None or _sharded_dim(placement) % tensor.ndim > beyond_dim:
-            found.append(mesh.get_group(mesh_dim))
-    return tuple(found)
+            groups.append(mesh.get_group(mesh_dim))
+    return tuple(groups)
 
 
 def _sharded_dim(placement: Any) -> int:
-    """The tensor's dimension that a shard divides; Shard and its strided twin share no class."""
+    # Shard and _StridedShard both have this attribute, but no common base class.
     return int(placement.dim)
 
 
 def reduce_norms(
     norms: Sequence[Tensor], groups: Sequence[ShardGroups], order: float
 ) -> list[Tensor]:
-    """Makes norms of parts into norms of the whole: one collective for each mesh dimension.
+    """Combines norms of shards into norms of full tensors; one collective per mesh dimension.
 
     Args:
-        norms: For each tensor a vector, of the local part's norm or its units' norms.
-        groups: For each tensor the groups over which it is spread; the same on every process.
-        order: 1, 2 or ``inf``.
+        norms: For each tensor a vector with the norm of its local shard, or of each of its units.
+        groups: For each tensor the groups over which it is sharded; equal on all processes.
+        order: Order of the norms: 1, 2 or ``inf``.
 
     Returns:
-        Vectors of the same lengths, the same on every process of the groups. With ``order=inf`` a
-        NaN becomes ``inf``, because a maximum over processes may lose it.
+        Vectors of the same lengths, equal on all processes of the groups. With ``order=inf`` a NaN
+        becomes ``inf``.
     """
-    whole = list(norms)
+    full = list(norms)
+    # One collective for all tensors that are sharded over the same groups.
     members: dict[ShardGroups, list[int]] = {}
     for index, key in enumerate(groups):
         if key:
             members.setdefault(key, []).append(index)
     for key, indices in members.items():
-        powers = torch.cat([whole[index] for index in indices])
+        powers = torch.cat([full[index] for index in indices])
         if order == math.inf:
+            # The maximum of a NaN and a number depends on the backend, and may lose the NaN.
             powers = powers.nan_to_num(nan=math.inf, posinf=math.inf)
             operation = dist.ReduceOp.MAX
         else:
@@ -113,7 +117,7 @@ def reduce_norms(
         for group in key:
             dist.all_reduce(powers, op=operation, group=group)
         reduced = powers if order == math.inf else powers.pow(1.0 / order)
-        sizes = [len(whole[index]) for index in indices]
+        sizes = [len(full[index]) for index in indices]
         for index, part in zip(indices, torch.split(reduced, sizes), strict=True):
-            whole[index] = part
-    return whole
+            full[index] = part
+    return full

@@ -1,34 +1,36 @@
-"""Leaves one update out: parameters and optimizer state stay as they are, to the bit."""
+"""Skips one update of an optimizer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from lightning_bigopt.gradients.apply import clear_, while_stepping
+from lightning_bigopt.gradients.apply import clear_
+from lightning_bigopt.gradients.optimizer_step import step_control
 
 __all__ = ["skip_update_"]
 
 
 def skip_update_(optimizer: Optimizer, parameters: Iterable[nn.Parameter] | None = None) -> None:
-    """Makes the coming ``optimizer.step`` change nothing. Does not synchronize.
+    """Skips the next ``optimizer.step``. Does not synchronize.
 
-    Gradients become None, which every optimizer of torch passes over: no moment, no step counter,
-    no weight decay. What an optimizer counts in its parameter groups (schedulefree's ``k`` and
-    ``weight_sum``) is put back once it has stepped. To multiply the gradients by zero instead
-    would decay moments and weights, and leave a NaN a NaN.
+    Gradients become None, and the step is not made: parameters, moments, step counters and
+    parameter groups do not change. Multiplying gradients by zero would instead decay moments and
+    weights, and would not remove a NaN.
 
-    It may be called before ``optimizer.step`` or inside its closure, and after a GradScaler's
-    ``unscale_``. If the step never comes, because the GradScaler leaves it out too, the next step
-    with gradients is not touched. Optimizers that call their closure several times, as LBFGS
-    does, cannot be skipped this way.
+    Call it before ``optimizer.step`` or inside its closure, and after a GradScaler's ``unscale_``.
+    If a GradScaler skips the step as well, the skip does not apply to the next step with gradients.
+
+    If the first call for an optimizer is made inside the closure of a running step, that step
+    continues with gradients of None, for which the optimizers of torch do nothing; counters in its
+    parameter groups are restored after it. Call :func:`step_control` before the first step to avoid
+    this.
 
     Args:
-        optimizer: The optimizer about to step.
-        parameters: Its parameters; read from its groups by default.
+        optimizer: The optimizer that is about to step.
+        parameters: Further parameters, not in its groups, whose gradients become None.
 
     Example:
         >>> import torch
@@ -41,31 +43,9 @@ def skip_update_(optimizer: Optimizer, parameters: Iterable[nn.Parameter] | None
         (tensor([1.]), 0)
     """
     clear_(optimizer)
-    owned = [p for group in optimizer.param_groups for p in group["params"]]
-    skipped = owned if parameters is None else [*owned, *parameters]
-    for parameter in skipped:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
+    for parameter in parameters or ():
         parameter.grad = None
-    before = [(group, _settings(group)) for group in optimizer.param_groups]
-
-    def restore() -> None:
-        if any(parameter.grad is not None for parameter in owned):
-            return  # this step is a later one: the skipped step itself never came
-        for group, settings in before:
-            for name in group.keys() - settings.keys() - {"params"}:
-                del group[name]
-            for name, value in settings.items():
-                current = group[name]
-                if isinstance(value, Tensor) and isinstance(current, Tensor):
-                    current.copy_(value)
-                else:
-                    group[name] = value
-
-    while_stepping(optimizer, restore)
-
-
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: value.detach().clone() if isinstance(value, Tensor) else value
-        for name, value in group.items()
-        if name != "params"
-    }
+    step_control(optimizer).skip_next(unless_gradients=True)

@@ -1,4 +1,4 @@
-"""The same capabilities for a LightningModule that wants to own them."""
+"""Mixins for LightningModules: a module defines its schedule, clipping rule or batch policy."""
 
 from lightning_bigopt.mixins.batch_size import BatchSizePolicyMixin
 from lightning_bigopt.mixins.gradient_clipping import GradientClippingMixin

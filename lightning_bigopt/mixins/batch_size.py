@@ -1,19 +1,19 @@
-"""BatchSizePolicyMixin."""
+"""BatchSizePolicyMixin: a LightningModule that defines its batch-size policy."""
 
 from __future__ import annotations
 
-from lightning_bigopt.batching import BatchSizePolicy
-from lightning_bigopt.callbacks.batch_size import BatchSizeScheduler
+from lightning_bigopt.batching.policies.batch_size_policy import BatchSizePolicy
+from lightning_bigopt.callbacks.batch_size.batch_size_scheduler import BatchSizeScheduler
 from lightning_bigopt.mixins.base import OwnedCallbackMixin
 
 __all__ = ["BatchSizePolicyMixin"]
 
 
 class BatchSizePolicyMixin(OwnedCallbackMixin):
-    """A LightningModule that owns its batch-size policy; stands before it among the bases.
+    """A mixin for a LightningModule that defines its batch-size policy.
 
-    The module says which policy in :meth:`configure_batch_size_policy`; everything else is
-    :class:`BatchSizeScheduler`, whose code this drives.
+    List it before LightningModule among the base classes. The module returns its policy from
+    :meth:`configure_batch_size_policy`; the mixin adds a :class:`BatchSizeScheduler` with it.
 
     Raises:
         ValueError: If the Trainer holds a BatchSizeScheduler too.
@@ -31,7 +31,7 @@ class BatchSizePolicyMixin(OwnedCallbackMixin):
     owns = (BatchSizeScheduler, "configure_batch_size_policy")
 
     def configure_batch_size_policy(self) -> BatchSizePolicy | BatchSizeScheduler:
-        """The global batch of every update, or a whole :class:`BatchSizeScheduler`."""
+        """Returns the policy, or a :class:`BatchSizeScheduler` with all its arguments."""
         raise TypeError(
             f"{type(self).__name__} must define configure_batch_size_policy, got "
             "BatchSizePolicyMixin without it; return a BatchSizePolicy"

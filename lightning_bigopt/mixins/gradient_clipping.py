@@ -1,19 +1,19 @@
-"""GradientClippingMixin."""
+"""GradientClippingMixin: a LightningModule that defines its clipping rule."""
 
 from __future__ import annotations
 
 from lightning_bigopt.callbacks.gradient_clipping import GradientClipping
-from lightning_bigopt.gradients import ClippingRule
+from lightning_bigopt.gradients.rules.clipping_rule import ClippingRule
 from lightning_bigopt.mixins.base import OwnedCallbackMixin
 
 __all__ = ["GradientClippingMixin"]
 
 
 class GradientClippingMixin(OwnedCallbackMixin):
-    """A LightningModule that owns its gradient clipping; stands before it among the bases.
+    """A mixin for a LightningModule that defines its clipping rule.
 
-    The module says which rule in :meth:`configure_clipping_rule`; everything else is
-    :class:`GradientClipping`, whose code this drives.
+    List it before LightningModule among the base classes. The module returns its rule from
+    :meth:`configure_clipping_rule`; the mixin adds a :class:`GradientClipping` with it.
 
     Raises:
         ValueError: If the Trainer holds a GradientClipping too.
@@ -31,7 +31,7 @@ class GradientClippingMixin(OwnedCallbackMixin):
     owns = (GradientClipping, "configure_clipping_rule")
 
     def configure_clipping_rule(self) -> ClippingRule | GradientClipping:
-        """The rule that limits the gradient, or a whole :class:`GradientClipping`."""
+        """Returns the clipping rule, or a :class:`GradientClipping` with all its arguments."""
         raise TypeError(
             f"{type(self).__name__} must define configure_clipping_rule, got "
             "GradientClippingMixin without it; return a ClippingRule"

@@ -1,19 +1,20 @@
-"""LearningRateScheduleMixin."""
+"""LearningRateScheduleMixin: a LightningModule that defines its learning-rate schedule."""
 
 from __future__ import annotations
 
 from lightning_bigopt.callbacks.learning_rate import LearningRateScheduler
 from lightning_bigopt.mixins.base import OwnedCallbackMixin
-from lightning_bigopt.schedules import Schedule
+from lightning_bigopt.schedules.base import Schedule
 
 __all__ = ["LearningRateScheduleMixin"]
 
 
 class LearningRateScheduleMixin(OwnedCallbackMixin):
-    """A LightningModule that owns its learning-rate schedule; stands before it among the bases.
+    """A mixin for a LightningModule that defines its learning-rate schedule.
 
-    The module says which schedule in :meth:`configure_learning_rate_schedule`; everything else is
-    :class:`LearningRateScheduler`, whose code this drives.
+    List it before LightningModule among the base classes. The module returns its schedule from
+    :meth:`configure_learning_rate_schedule`; the mixin adds a :class:`LearningRateScheduler` with
+    it.
 
     Raises:
         ValueError: If the Trainer holds a LearningRateScheduler too.
@@ -31,7 +32,7 @@ class LearningRateScheduleMixin(OwnedCallbackMixin):
     owns = (LearningRateScheduler, "configure_learning_rate_schedule")
 
     def configure_learning_rate_schedule(self) -> Schedule | LearningRateScheduler:
-        """The schedule of the learning rate, or a whole :class:`LearningRateScheduler`."""
+        """Returns the schedule, or a :class:`LearningRateScheduler` with all its arguments."""
         raise TypeError(
             f"{type(self).__name__} must define configure_learning_rate_schedule, got "
             "LearningRateScheduleMixin without it; return a Schedule"

@@ -1,14 +1,14 @@
-"""Parameter groups: weight decay where it belongs, and a learning rate for each layer."""
+"""Parameter groups with and without weight decay, optionally with a learning rate per layer."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any, Literal
 
 from torch import nn
 
+from lightning_bigopt.checks import check_between, check_non_negative
 from lightning_bigopt.parameters import (
     as_patterns,
     check_all_match,
@@ -30,40 +30,41 @@ def parameter_groups(
     min_factor: float = 0.0,
     layers: Literal["blocks"] | Sequence[str] = "blocks",
 ) -> list[dict[str, Any]]:
-    r"""Named parameter groups for any optimizer of torch's kind.
+    r"""Returns named parameter groups for any torch optimizer.
 
-    Matrices decay; biases and whatever has one dimension or none (gains of normalizations) do not.
-    With ``layer_decay`` each layer has a learning rate of its own, the layer at the output the
-    whole one:
+    Parameters with two or more dimensions get weight decay; biases and parameters with fewer
+    dimensions, such as the gains of normalizations, do not. With ``layer_decay`` each of the layers
+    0 … L from the input to the output has its own learning rate:
 
     .. math:: \eta_i = \eta \max(m, d^{L - i}), \quad 0 \le i \le L
 
-    Schedules multiply each group's own ``lr``, so these ratios last. A parameter that several
-    modules share counts once, under its first name; frozen ones are left out.
+    Schedules multiply the ``lr`` of each group, so that ratios between layers are kept. A parameter
+    that several modules share is listed once, under its first name. Frozen parameters are not
+    listed.
 
     Args:
-        module: Its parameters, registered from the input to the output.
-        weight_decay: Decay of the matrices, zero or more.
+        module: The module; its parameters must be registered from the input to the output.
+        weight_decay: Weight decay of the parameters that get one, non-negative.
         no_decay: Patterns of further parameters without decay, such as ``"*.wpe.weight"``.
-        lr: Learning rate :math:`\eta`; needed with ``layer_decay``, else None leaves it to the
-            optimizer.
-        layer_decay: The factor :math:`d` from one layer to the one before, in (0, 1]; None for one
+        lr: Learning rate :math:`\eta`. Required with ``layer_decay``; otherwise None uses the
+            learning rate of the optimizer.
+        layer_decay: Factor :math:`d` from one layer to the previous layer, in (0, 1]; None for one
             learning rate.
-        min_factor: The least factor :math:`m`, in [0, 1].
-        layers: Which parameters make up a layer. ``"blocks"`` takes the name up to its first
-            number; parameters without one, such as embedding and head, make a layer where they
-            stand between those. Or patterns from the input to the output, of which the first that
-            matches counts.
+        min_factor: Smallest factor :math:`m`, in [0, 1].
+        layers: ``"blocks"`` assigns parameters whose names are equal up to their first number to
+            one layer, and consecutive parameters without a number, such as those of an embedding
+            or a head, to another. Or patterns from the input to the output, one for each layer; the
+            first that matches a name decides.
 
     Returns:
-        Groups with ``name``, ``params``, ``weight_decay`` and, where it is given, ``lr``. The names
+        Groups with ``name``, ``params``, ``weight_decay`` and, if it is given, ``lr``. The names
         are ``decay`` and ``no_decay``, with layers ``layer_0.decay`` and so on; OptimizationMonitor
         shows them in its tags. No group is empty.
 
     Raises:
         ValueError: If a number is out of range, a pattern matches nothing, a parameter belongs to
-            no layer, nothing is left to train, or no parameter would decay (as with the flat
-            shards of FSDP1).
+            no layer, no parameter requires a gradient, or no parameter would get weight decay (as
+            with the flat shards of FSDP1).
 
     Example:
         >>> import torch
@@ -92,16 +93,16 @@ def parameter_groups(
         )
     names, patterns = tuple(parameters), as_patterns(no_decay)
     check_all_match(names, patterns)
-    spared = first_match(names, patterns)
+    excluded = first_match(names, patterns)
     decays = [
         match is None and parameter.ndim > 1 and name.rpartition(".")[2] != "bias"
-        for (name, parameter), match in zip(parameters.items(), spared, strict=True)
+        for (name, parameter), match in zip(parameters.items(), excluded, strict=True)
     ]
     if weight_decay and not any(decays):
         raise ValueError(
-            f"weight_decay must be 0 where no parameter has two dimensions, got {weight_decay!r} "
+            f"weight_decay must be 0 if no parameter has two dimensions, got {weight_decay!r} "
             f"for {names[0]} and others; under FSDP1, whose shards are flat, make the groups by "
-            "their names"
+            "name"
         )
     depths = [0] * len(names) if layer_decay is None else _depths(names, layers)
     groups: dict[str, dict[str, Any]] = {}
@@ -125,7 +126,7 @@ def parameter_groups(
 
 
 def _depths(names: tuple[str, ...], layers: Literal["blocks"] | Sequence[str]) -> list[int]:
-    """The layer of each parameter, counted from the input."""
+    """Returns the layer of each parameter, counted from the input."""
     if layers == "blocks":
         return [
             index for index, (_, run) in enumerate(groupby(names, key=numbered_prefix)) for _ in run
@@ -136,8 +137,8 @@ def _depths(names: tuple[str, ...], layers: Literal["blocks"] | Sequence[str]) -
     for name, match in zip(names, first_match(names, patterns), strict=True):
         if match is None:
             raise ValueError(
-                f"layers must hold a pattern for every parameter, got none for {name!r}; add '*' "
-                "where the rest belongs"
+                f"layers must contain a pattern for every parameter, got none for {name!r}; add "
+                "'*' for the layer of the others"
             )
         depths.append(match)
     return depths
@@ -146,15 +147,14 @@ def _depths(names: tuple[str, ...], layers: Literal["blocks"] | Sequence[str]) -
 def _check(
     *, weight_decay: float, lr: float | None, layer_decay: float | None, min_factor: float
 ) -> None:
-    if not 0 <= weight_decay < math.inf:
-        raise ValueError(f"weight_decay must be zero or more, got {weight_decay!r}; 0.1 is usual")
-    if lr is not None and not 0 <= lr < math.inf:
-        raise ValueError(f"lr must be zero or more, got {lr!r}; pass the optimizer's peak rate")
-    if not 0 <= min_factor <= 1:
-        raise ValueError(f"min_factor must be in [0, 1], got {min_factor!r}; 0 sets no floor")
+    check_non_negative("weight_decay", weight_decay, hint="for instance 0.1")
+    if lr is not None:
+        check_non_negative("lr", float(lr), hint="pass the peak learning rate")  # may be a tensor
+    check_between("min_factor", min_factor, 0, 1, ends="[]", hint="0 sets no lower bound")
     if layer_decay is None:
         return
-    if not 0 < layer_decay <= 1:
-        raise ValueError(f"layer_decay must be in (0, 1], got {layer_decay!r}; try 0.8")
+    check_between("layer_decay", layer_decay, 0, 1, ends="(]", hint="for instance 0.8")
     if lr is None:
-        raise ValueError("lr must be given with layer_decay, got None; pass the output layer's")
+        raise ValueError(
+            "lr must be given with layer_decay, got None; pass the learning rate of the last layer"
+        )

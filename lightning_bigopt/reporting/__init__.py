@@ -1,5 +1,5 @@
-"""What is logged, and under which name."""
+"""Reads the logs of a run, and draws and reports them."""
 
-from lightning_bigopt.reporting.tags import TAGS, Tag
+from lightning_bigopt.monitoring.tags import TAGS, Tag
 
 __all__ = ["TAGS", "Tag"]

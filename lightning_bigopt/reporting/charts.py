@@ -1,4 +1,4 @@
-"""Pictures of runs, drawn by matplotlib without a display."""
+"""The charts of a report, drawn as SVG by matplotlib without a display."""
 
 from __future__ import annotations
 
@@ -18,23 +18,27 @@ __all__ = ["CHARTS", "Chart", "draw", "new_picture", "to_svg"]
 
 _COLORS = ("#2b6cb0", "#dd6b20", "#2f855a", "#805ad5", "#b83280", "#4a5568")
 _GRAY, _RED = "#a0aec0", "#c53030"
-_MANY = 8
-_SPIKE = 20
+# With more curves than this, only the three highest and the three lowest get a color.
+_MAX_COLORED_CURVES = 8
+# A maximum above this multiple of the median is a spike.
+_SPIKE_RATIO = 20
+# Stands for all tags that contain the word loss; no other chart matches inside a tag.
 _LOSSES = ("*loss*",)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """One picture of a report.
+    """The specification of one chart of a report.
 
     Args:
-        title: Its heading.
-        text: How to read it.
-        unit: What the upright axis counts.
-        tags: Prefixes of the tags that are drawn as lines.
-        planned: Prefixes of those drawn dashed, as plan or limit.
+        title: Heading of the chart.
+        text: Explanation shown below the heading.
+        unit: Label of the vertical axis.
+        tags: Prefixes of the tags that are drawn as solid lines.
+        planned: Prefixes of the tags that are drawn dashed: plans and limits.
         scale: ``"log"`` for a logarithmic axis, with zeros marked at its lower edge;
-            ``"log where it spikes"`` where one value would press all others to the floor.
+            ``"log where it spikes"`` for a logarithmic axis only if the largest value is more than
+            20 times the median.
     """
 
     title: str
@@ -48,21 +52,21 @@ class Chart:
 CHARTS: tuple[Chart, ...] = (
     Chart(
         title="Loss",
-        text="Everything logged whose name has the word loss in it.",
+        text="All logged values whose name contains the word loss.",
         unit="loss",
         tags=_LOSSES,
         scale="log where it spikes",
     ),
     Chart(
         title="Learning rate",
-        text="Dashed: as planned before the first update. Solid: as used.",
+        text="Dashed: planned before the first update. Solid: used.",
         unit="learning rate",
         tags=("optim/lr",),
         planned=("plan/lr",),
     ),
     Chart(
         title="Gradient norm",
-        text="Before clipping. Dashed: the norm from which on clipping acted.",
+        text="Before clipping. Dashed: the norm above which clipping acts.",
         unit="norm",
         tags=("grad_norm/total",),
         planned=("clip/threshold",),
@@ -70,51 +74,51 @@ CHARTS: tuple[Chart, ...] = (
     ),
     Chart(
         title="Clipping",
-        text="Share of the updates between two points that were clipped.",
-        unit="share of the updates",
+        text="Fraction of the updates since the previous point that were clipped.",
+        unit="fraction of the updates",
         tags=("clip/fraction",),
     ),
     Chart(
-        title="Refused updates",
-        text="Updates that each detector of the guard has objected to since the beginning.",
+        title="Rejected updates",
+        text="Updates rejected by each detector of the guard, since the beginning of the run.",
         unit="updates",
         tags=("guard/rejected/",),
     ),
     Chart(
         title="Global batch",
-        text="Samples in an update over all processes. Dashed: as planned.",
+        text="Samples per update over all processes. Dashed: planned.",
         unit="samples",
         tags=("batch/global_size", "noise_scale/simple"),
         planned=("plan/global_size",),
     ),
     Chart(
         title="Update-to-weight ratio",
-        text="How far one update moved the weights, relative to their norm, by layer.",
+        text="Norm of one update relative to the norm of the weights, by layer.",
         unit="ratio",
         tags=("layers/update_ratio",),
         scale="log",
     ),
     Chart(
         title="Throughput",
-        text="Samples per second over all processes, validation left out.",
+        text="Samples per second over all processes, without validation.",
         unit="samples/s",
         tags=("throughput/samples_per_second",),
     ),
     Chart(
         title="Tokens per second",
-        text="Over all processes, validation left out.",
+        text="Over all processes, without validation.",
         unit="tokens/s",
         tags=("throughput/tokens_per_second",),
     ),
     Chart(
         title="Seconds per step",
-        text="Median and 95th percentile of the last 128 steps at most, validation left out.",
+        text="Median and 95th percentile of up to 128 recent steps, without validation.",
         unit="s",
         tags=("time/step",),
     ),
     Chart(
         title="GPU memory",
-        text="The most since the point before, in GiB: in tensors, and held by the allocator.",
+        text="Peak since the previous point, in GiB: allocated to tensors, and reserved.",
         unit="GiB",
         tags=("memory/",),
     ),
@@ -122,32 +126,33 @@ CHARTS: tuple[Chart, ...] = (
 
 
 def draw(chart: Chart, runs: Sequence[Run]) -> str | None:
-    """A chart of one run, or of several beside each other on the same axes, as SVG.
+    """Draws a chart of one run, or of several runs side by side with a common scale.
 
     Args:
-        chart: What to draw.
-        runs: Whose.
+        chart: The specification of the chart.
+        runs: The runs, from left to right.
 
     Returns:
-        The picture; None where no run has anything to show.
+        The chart as an SVG element; None if no run has a curve for it.
     """
-    solid = [_wanted(run, chart.tags) for run in runs]
-    dashed = [_wanted(run, chart.planned) for run in runs]
+    solid = [_select_curves(run, chart.tags) for run in runs]
+    dashed = [_select_curves(run, chart.planned) for run in runs]
     if not any(solid):
         return None
-    colors = _colors(solid)
+    colors = _choose_colors(solid)
     is_log = _is_log(chart, [v for curves in solid for curve in curves.values() for _, v in curve])
 
     def paint(axes: Sequence[Axes]) -> None:
         for axis, run, lines, plan in zip(axes, runs, solid, dashed, strict=True):
             if is_log:
                 axis.set_yscale("log")
-            _lines(axis, lines, colors, is_log=is_log)
-            _plan(axis, plan)
+            _draw_lines(axis, lines, colors, is_log=is_log)
+            _draw_plan(axis, plan)
             axis.grid(alpha=0.25)
             axis.set_title(run.name if len(runs) > 1 else chart.title, fontsize=10)
+            # Modules log losses per update, even if the x axis of the monitor has another unit.
             axis.set_xlabel("update" if chart.tags == _LOSSES else run.axis)
-            if axis.get_legend_handles_labels()[1]:  # below the axes, where it hides nothing
+            if axis.get_legend_handles_labels()[1]:  # below the axes, so that it hides no curve
                 axis.legend(
                     fontsize=8,
                     frameon=False,
@@ -158,7 +163,8 @@ def draw(chart: Chart, runs: Sequence[Run]) -> str | None:
         axes[0].set_ylabel(chart.unit)
 
     entries = max(
-        min(len(lines), _MANY) + len(plan) for lines, plan in zip(solid, dashed, strict=True)
+        min(len(lines), _MAX_COLORED_CURVES) + len(plan)
+        for lines, plan in zip(solid, dashed, strict=True)
     )
     return to_svg(new_picture(paint, columns=len(runs), rows_below=math.ceil(entries / 2)))
 
@@ -168,45 +174,51 @@ def _is_log(chart: Chart, values: Sequence[float]) -> bool:
     if chart.scale == "log":
         return any(v > 0 for v in finite)
     spikes = chart.scale == "log where it spikes" and bool(finite)
-    return spikes and min(finite) > 0 and max(finite) > _SPIKE * median(finite)
+    return spikes and min(finite) > 0 and max(finite) > _SPIKE_RATIO * median(finite)
 
 
-def _wanted(run: Run, prefixes: Sequence[str]) -> dict[str, Curve]:
+def _select_curves(run: Run, prefixes: Sequence[str]) -> dict[str, Curve]:
     if prefixes == _LOSSES:
         return {tag: curve for tag, curve in run.curves.items() if "loss" in tag.lower()}
     return run.select(*prefixes) if prefixes else {}
 
 
-def _colors(runs: Sequence[Mapping[str, Curve]]) -> dict[str, str]:
-    """The color of each tag, the same in every run; of many only the extremes have one."""
+def _choose_colors(runs: Sequence[Mapping[str, Curve]]) -> dict[str, str]:
+    """Returns the color of each tag, the same in every run.
+
+    Of more than eight tags, only the three with the highest and the three with the lowest median
+    get a color.
+    """
     tags = list(dict.fromkeys(tag for curves in runs for tag in curves))
-    if len(tags) > _MANY:
-        tags.sort(key=lambda tag: -_typical([curves.get(tag, []) for curves in runs]))
+    if len(tags) > _MAX_COLORED_CURVES:
+        tags.sort(key=lambda tag: -_median([curves.get(tag, []) for curves in runs]))
         tags = [*tags[:3], *tags[-3:]]
     return {tag: _COLORS[number % len(_COLORS)] for number, tag in enumerate(tags)}
 
 
-def _typical(curves: Sequence[Curve]) -> float:
+def _median(curves: Sequence[Curve]) -> float:
     return median([v for curve in curves for _, v in curve if math.isfinite(v)] or [0.0])
 
 
-def _lines(
+def _draw_lines(
     axis: Axes, curves: Mapping[str, Curve], colors: Mapping[str, str], *, is_log: bool
 ) -> None:
     others = [tag for tag in curves if tag not in colors]
     for tag in others:
         label = f"{len(others)} between them" if tag == others[0] else None
-        _line(axis, curves[tag], label, _GRAY, is_log=is_log, alpha=0.5)
+        _draw_line(axis, curves[tag], label, _GRAY, is_log=is_log, alpha=0.5)
     for tag in sorted(curves.keys() & colors.keys(), key=list(colors).index):
-        _line(axis, curves[tag], tag, colors[tag], is_log=is_log)
-        _mark(axis, [x for x, y in curves[tag] if not math.isfinite(y)], "x", f"{tag} not finite")
+        _draw_line(axis, curves[tag], tag, colors[tag], is_log=is_log)
+        non_finite = [x for x, y in curves[tag] if not math.isfinite(y)]
+        _mark_at_edge(axis, non_finite, "x", f"{tag} not finite")
         zeros = [x for x, y in curves[tag] if y == 0]
         if is_log and zeros:
+            # matplotlib leaves labels with a leading underscore out of the legend.
             is_named = "zero" in axis.get_legend_handles_labels()[1]
-            _mark(axis, zeros, "v", "_zero" if is_named else "zero", colors[tag])
+            _mark_at_edge(axis, zeros, "v", "_zero" if is_named else "zero", colors[tag])
 
 
-def _line(
+def _draw_line(
     axis: Axes, curve: Curve, label: str | None, color: str, *, is_log: bool, alpha: float = 1.0
 ) -> None:
     shown = [(x, y if y > 0 or not is_log else math.nan) for x, y in curve if math.isfinite(y)]
@@ -215,16 +227,16 @@ def _line(
     axis.plot(xs, ys, color=color, linewidth=1.2, label=label, marker=marker, alpha=alpha)
 
 
-def _mark(axis: Axes, places: Sequence[float], sign: str, label: str, color: str = _RED) -> None:
-    """Marks at the lower edge what has no place on the axis."""
-    if places:
+def _mark_at_edge(
+    axis: Axes, xs: Sequence[float], sign: str, label: str, color: str = _RED
+) -> None:
+    """Marks values that the axis cannot show, such as NaN, at its lower edge."""
+    if xs:
         edge = axis.get_xaxis_transform()
-        axis.plot(
-            places, [0.02] * len(places), sign, color=color, label=label, transform=edge, ms=4
-        )
+        axis.plot(xs, [0.02] * len(xs), sign, color=color, label=label, transform=edge, ms=4)
 
 
-def _plan(axis: Axes, curves: Mapping[str, Curve]) -> None:
+def _draw_plan(axis: Axes, curves: Mapping[str, Curve]) -> None:
     for number, (tag, curve) in enumerate(curves.items()):
         finite = [(x, y) for x, y in curve if math.isfinite(y)]
         axis.plot(
@@ -241,7 +253,16 @@ def _plan(axis: Axes, curves: Mapping[str, Curve]) -> None:
 def new_picture(
     paint: Callable[[Sequence[Axes]], None], *, columns: int = 1, rows_below: int = 2
 ) -> Any:
-    """A matplotlib figure of some axes in a row with a common scale, painted; no display needed."""
+    """Makes a matplotlib figure with axes in a row on a common scale, and paints it.
+
+    Args:
+        paint: Draws on the axes, from left to right.
+        columns: Number of axes.
+        rows_below: Rows of the legend below the axes; the figure grows by those beyond two.
+
+    Returns:
+        The ``matplotlib.figure.Figure``; it needs no display.
+    """
     from matplotlib.figure import Figure
 
     size = (6.4 * columns if columns > 1 else 8.0, 3.0 + 0.17 * max(0, rows_below - 2))
@@ -252,8 +273,8 @@ def new_picture(
 
 
 def to_svg(figure: Any) -> str:
-    """The figure as an SVG element, to be put into a page."""
+    """Renders a figure as an SVG element that can be embedded in an HTML page."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, format="svg", metadata={"Date": None})  # no date in the file
     text = buffer.getvalue()
     return text[text.index("<svg") :]

@@ -1,4 +1,4 @@
-"""A run before it begins: a table, a picture, and what will surprise."""
+"""The result of ``plan()``: a table of updates, stage boundaries, warnings and a picture."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
 __all__ = ["Boundary", "PlanRow", "TrainingPlan"]
 
 
-_GRAY = "#718096"  # no color of a learning rate's
+_GRAY = "#718096"  # the color of the batch size; learning rates use matplotlib's color cycle
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRow:
-    """One update of the plan, or one share of a budget whose updates are not known.
+    """One update of the plan, or one fraction of a budget whose updates are unknown.
 
     Args:
-        update: Its number, from 0; None where unknown.
-        fraction: The share of the budget spent before it.
-        epoch: Passes over the data before it; None for a loader without length.
-        samples: Samples over all processes before it; None where unknown.
-        tokens: Tokens before it; None where unknown.
-        learning_rates: By parameter group.
-        global_batch_size: Samples in it over all processes; None where unknown.
-        accumulate: Its micro-batches of one process; None where unknown.
+        update: Index of the update, from 0; None if unknown.
+        fraction: Fraction of the budget consumed before the update.
+        epoch: Epochs completed before the update; None for a loader without a length.
+        samples: Samples consumed before the update, over all processes; None if unknown.
+        tokens: Tokens consumed before the update, over all processes; None if unknown.
+        learning_rates: Learning rate of the update for each parameter group, by name.
+        global_batch_size: Samples in the update over all processes; None if unknown.
+        accumulate: Micro-batches of the update on one process; None if unknown.
     """
 
     update: int | None
@@ -44,18 +44,19 @@ class PlanRow:
 
     @property
     def percent(self) -> float:
-        """The share of the budget in percent."""
+        """The fraction of the budget consumed before the update, in percent."""
         return 100 * self.fraction
 
 
 @dataclass(frozen=True, kw_only=True)
 class Boundary:
-    """Where a stage of a schedule begins or ends.
+    """The beginning or end of a stage of a schedule.
 
     Args:
-        name: Such as ``"warmup ends"``.
-        update: The first update behind it; None where updates are not known in advance.
-        fraction: The share of the budget at which it lies.
+        name: Name of the boundary, such as ``"warmup ends"``.
+        update: Index of the first update after the boundary; None if the updates are not known in
+            advance.
+        fraction: Position of the boundary as a fraction of the budget.
     """
 
     name: str
@@ -69,14 +70,14 @@ class Boundary:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """A run before it begins.
+    """The plan of a run; ``print`` shows it as a table.
 
     Args:
-        totals: The whole run by unit.
-        rows: Updates spread over the run, the first and the last among them.
-        boundaries: Where stages begin and end.
-        checkpoints: What is saved when, a line each.
-        warnings: What will surprise, a sentence each.
+        totals: Length of the run in each unit that is known, such as ``{"updates": 1000.0}``.
+        rows: Updates spread over the run, including the first and the last.
+        boundaries: Beginnings and ends of the stages of the learning-rate schedule.
+        checkpoints: One line for each checkpoint callback.
+        warnings: One sentence for each likely mistake.
 
     Example:
         >>> row = PlanRow(
@@ -104,10 +105,10 @@ class TrainingPlan:
 
     def __str__(self) -> str:
         lines = [f"{unit}: {_number(total)}" for unit, total in self.totals.items()]
-        lines += [str(stage) for stage in self.boundaries]
+        lines += [str(boundary) for boundary in self.boundaries]
         lines += [f"checkpoint: {line}" for line in self.checkpoints]
         if self.rows:
-            rows = _few(self.rows, 12)
+            rows = _spread(self.rows, 12)
             columns = [column for column in _COLUMNS if any(map(column.write, rows))]
             head = [f"{column.name:>{column.width}}" for column in columns]
             head += [f"{group:<9}" for group in self.rows[0].learning_rates]
@@ -117,18 +118,19 @@ class TrainingPlan:
         return "\n".join(lines)
 
     def picture(self, path: str | Path) -> Path:
-        """Draws learning rates and batch; the suffix chooses the format.
+        """Draws learning rates and global batch size over the run, and writes a file.
 
-        They are drawn over the updates, or over the share of the budget where these are not known.
+        The horizontal axis counts updates, or percent of the budget if the updates are unknown.
 
         Args:
-            path: Such as ``"plan.png"`` or ``"plan.svg"``.
+            path: File to write, such as ``"plan.png"`` or ``"plan.svg"``; the suffix selects the
+                format.
 
         Returns:
             The path.
 
         Raises:
-            ValueError: If it is a folder, or of a format that matplotlib does not write.
+            ValueError: If the path is a folder, or matplotlib does not support the format.
         """
         target = Path(path)
         if target.is_dir():
@@ -142,38 +144,39 @@ class TrainingPlan:
         return target
 
     def _paint(self, axis: Axes) -> None:
-        counted = all(row.update is not None for row in self.rows)
-        places = [_place(row) for row in self.rows]
+        has_updates = all(row.update is not None for row in self.rows)
+        xs = [_x_position(row) for row in self.rows]
         for group in self.rows[0].learning_rates if self.rows else ():
-            axis.plot(places, [row.learning_rates[group] for row in self.rows], label=group)
-        axis.set_xlabel("update" if counted else "share of the budget, %")
+            axis.plot(xs, [row.learning_rates[group] for row in self.rows], label=group)
+        axis.set_xlabel("update" if has_updates else "fraction of the budget, %")
         axis.set_ylabel("learning rate")
-        for stage in self.boundaries:
-            at = _place(stage)
-            axis.axvline(at, color="#a0aec0", linestyle=":", linewidth=1)
+        for boundary in self.boundaries:
+            x = _x_position(boundary)
+            axis.axvline(x, color="#a0aec0", linestyle=":", linewidth=1)
             axis.text(
-                at,
+                x,
                 1.01,
-                stage.name,
+                boundary.name,
                 fontsize=7,
                 ha="center",
                 transform=axis.get_xaxis_transform(),
             )
         sizes = [row.global_batch_size for row in self.rows]
         if None not in sizes:
-            beside = axis.twinx()
-            beside.step(places, sizes, where="post", color=_GRAY, linewidth=1)  # type: ignore[arg-type]
-            beside.set_ylabel("global batch, samples", color=_GRAY)
-            beside.set_ylim(bottom=0)
+            right = axis.twinx()
+            right.step(xs, sizes, where="post", color=_GRAY, linewidth=1)  # type: ignore[arg-type]
+            right.set_ylabel("global batch, samples", color=_GRAY)
+            right.set_ylim(bottom=0)
         axis.legend(fontsize=8, frameon=False, loc="lower center")
 
 
-def _place(item: PlanRow | Boundary) -> float:
-    """Where it is drawn: at its update, or at its share in percent."""
+def _x_position(item: PlanRow | Boundary) -> float:
+    """Returns the update of a row or boundary, or its percentage of the budget."""
     return 100 * item.fraction if item.update is None else item.update
 
 
-def _few(rows: Sequence[PlanRow], count: int) -> list[PlanRow]:
+def _spread(rows: Sequence[PlanRow], count: int) -> list[PlanRow]:
+    """Returns at most ``count`` rows, evenly spaced, including the first and the last."""
     if len(rows) <= count:
         return list(rows)
     return [rows[round(i * (len(rows) - 1) / (count - 1))] for i in range(count)]
@@ -181,7 +184,7 @@ def _few(rows: Sequence[PlanRow], count: int) -> list[PlanRow]:
 
 @dataclass(frozen=True)
 class _Column:
-    """A column of the table, left out where nothing is known of it."""
+    """A column of the printed table; a column without any value is not printed."""
 
     name: str
     width: int

@@ -1,28 +1,28 @@
-"""Pictures; matplotlib is imported when one is drawn."""
+"""Plots of schedules; matplotlib is imported only when a plot is drawn."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from lightning_bigopt.durations import Horizon
-from lightning_bigopt.schedules import Schedule
+from lightning_bigopt.durations.horizon import Horizon
+from lightning_bigopt.schedules.base import Schedule
 
 __all__ = ["axes_of", "plot_schedule"]
 
 
 def plot_schedule(schedule: Schedule, horizon: Horizon | int, *, ax: Any = None) -> Any:
-    """Draws a schedule over a budget, its seams marked.
+    """Plots the factor of a schedule over a budget, with a vertical line at each stage boundary.
 
     Args:
         schedule: The schedule.
-        horizon: The budget; an int is updates.
+        horizon: The budget; an int counts updates.
         ax: Matplotlib axes to draw on; None for new ones.
 
     Returns:
         The axes.
 
     Raises:
-        ImportError: Without matplotlib.
+        ImportError: If matplotlib is not installed.
         ValueError: If a duration of the schedule does not fit into the horizon.
 
     Example:
@@ -35,15 +35,15 @@ def plot_schedule(schedule: Schedule, horizon: Horizon | int, *, ax: Any = None)
     if isinstance(horizon, int):
         horizon = Horizon.of_steps(horizon)
     resolved = schedule.resolve(horizon)
-    seams = resolved.boundaries()
+    boundaries = resolved.boundaries().values()
     points = {i / _POINTS for i in range(_POINTS + 1)}
-    # Both sides of a seam, so that a jump is drawn as one.
-    points |= {min(max(seam + side, 0.0), 1.0) for seam in seams.values() for side in (-1e-9, 1e-9)}
+    # A point on each side of a boundary, so that a jump is drawn as a vertical line.
+    points |= {min(max(at + side, 0.0), 1.0) for at in boundaries for side in (-1e-9, 1e-9)}
     fractions = sorted(points)
-    factors = [resolved.value(fraction, 1.0) for fraction in fractions]
+    factors = [resolved(fraction) for fraction in fractions]
     ax.plot([fraction * horizon.budget for fraction in fractions], factors)
-    for seam in seams.values():
-        ax.axvline(seam * horizon.budget, color="0.8", linewidth=0.8, zorder=0)
+    for boundary in boundaries:
+        ax.axvline(boundary * horizon.budget, color="0.8", linewidth=0.8, zorder=0)
     ax.set(xlabel=horizon.clock, ylabel="factor", ylim=(min(0.0, *factors), 1.05 * max(factors)))
     return ax
 
@@ -52,10 +52,10 @@ _POINTS = 1000
 
 
 def axes_of(ax: Any = None) -> Any:
-    """The axes given, or new ones.
+    """Returns the given matplotlib axes, or new ones for None.
 
     Raises:
-        ImportError: Without matplotlib.
+        ImportError: If matplotlib is not installed.
     """
     if ax is not None:
         return ax

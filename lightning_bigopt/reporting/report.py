@@ -1,4 +1,4 @@
-"""The report of a run, or of two side by side: one HTML file that needs no other."""
+"""The HTML report of one run, or of several runs side by side, as one self-contained file."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from lightning_bigopt.monitoring.tags import TAGS, find_tag
 from lightning_bigopt.reporting.charts import CHARTS, draw
 from lightning_bigopt.reporting.runs import Curve, Run, read_run
-from lightning_bigopt.reporting.tags import TAGS, find_tag
 
 __all__ = ["clip_audit", "render_report", "write_report"]
 
-_REFUSALS = 20
+_MAX_REJECTIONS = 20
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -50,13 +50,13 @@ figure.beside svg { min-width: 48rem; } code { overflow-wrap: anywhere; }
 </section>
 {% endfor %}
 {% for run in runs if run.refusals %}
-<h2>Why updates were refused{% if runs | length > 1 %} in {{ run.name }}{% endif %}</h2>
+<h2>Why updates were rejected{% if runs | length > 1 %} in {{ run.name }}{% endif %}</h2>
 <ul>{% for line in run.refusals[:shown] %}<li>{{ line }}</li>{% endfor %}</ul>
 {% if run.refusals | length > shown %}
 <p class="note">… and {{ run.refusals | length - shown }} more.</p>
 {% endif %}
 {% endfor %}
-<h2>Clip audit</h2>
+<h2>Clipping summary</h2>
 {% for run in runs %}
 <p class="note">{{ run.name }}</p>
 <ul>{% for line in audits[loop.index0] %}<li>{{ line }}</li>{% endfor %}</ul>
@@ -71,7 +71,7 @@ figure.beside svg { min-width: 48rem; } code { overflow-wrap: anywhere; }
 </table>
 {% endif %}
 {% endfor %}
-<h2>What was logged</h2>
+<h2>Logged values</h2>
 <table>
 <tr><th>tag</th><th>unit</th><th>meaning</th></tr>
 {% for tag in tags %}
@@ -84,10 +84,13 @@ figure.beside svg { min-width: 48rem; } code { overflow-wrap: anywhere; }
 
 
 def render_report(runs: Sequence[Run]) -> str:
-    """The HTML of a report.
+    """Renders the report of one run or several runs as HTML.
 
     Args:
-        runs: One run, or several to be shown side by side.
+        runs: The runs; several are shown side by side.
+
+    Returns:
+        The HTML page.
 
     Example:
         >>> run = Run(name="tiny", curves={"train_loss": [(0, 2.0), (1, 1.0)]})
@@ -105,30 +108,33 @@ def render_report(runs: Sequence[Run]) -> str:
         summary=_summary(runs),
         pictures=[(chart, picture) for chart, picture in pictures if picture is not None],
         audits=[clip_audit(run) for run in runs],
-        plans=[_rows(run.texts.get("plan", "")) for run in runs],
+        plans=[_table_rows(run.texts.get("plan", "")) for run in runs],
         tags=[tag for tag in TAGS if tag in logged],
-        shown=_REFUSALS,
+        shown=_MAX_REJECTIONS,
     )
 
 
 def write_report(
     folders: str | PathLike[str] | Sequence[str | PathLike[str]], output: str | Path
 ) -> Path:
-    """Reads runs and writes their report.
+    """Reads the logs of runs and writes their report.
 
     Args:
-        folders: The folder of one run, or those of several to be shown side by side.
-        output: The HTML file to be written.
+        folders: The log folder of one run, or the log folders of several runs, which are shown
+            side by side.
+        output: The HTML file to write.
 
     Returns:
-        Its path.
+        The path of the HTML file.
 
     Raises:
-        ValueError: If there is no folder or one holds no logs, or if ``output`` is a folder.
+        ValueError: If no folder is given, if a folder holds no logs, or if ``output`` is a folder.
     """
     several = [folders] if isinstance(folders, (str, PathLike)) else folders
     if not several:
-        raise ValueError("folders must be those of one run or more, got none; pass the logger's")
+        raise ValueError(
+            "folders must be the log folders of at least one run, got none; pass trainer.log_dir"
+        )
     path = Path(output)
     if path.is_dir():
         raise ValueError(
@@ -142,44 +148,50 @@ def write_report(
 
 
 def clip_audit(run: Run) -> list[str]:
-    """What clipping did to a run, a sentence each.
+    """Summarizes the clipping of a run.
+
+    Args:
+        run: The run.
+
+    Returns:
+        One sentence for each finding.
 
     Example:
         >>> curves = {"clip/coefficient": [(0, 1.0), (1, 0.5)], "clip/fraction": [(0, 0), (1, 1)]}
         >>> clip_audit(Run(name="a", curves=curves))[0]
-        'clip: 50.0 % of the updates were clipped; logged coefficients: median 0.75, least 0.5.'
+        'clip: 50.0 % of the updates were clipped; logged coefficients: median 0.75, minimum 0.5.'
     """
     lines = []
     for tag, curve in run.select("clip/coefficient").items():
-        whose = "clip" + tag.removeprefix("clip/coefficient")
+        name = "clip" + tag.removeprefix("clip/coefficient")
         values = _finite(curve)
         fractions = run.curves.get(tag.replace("coefficient", "fraction"), [])
         share = _weighted_mean(fractions)
         if not values or share is None:
             continue
         lines.append(
-            f"{whose}: {100 * share:.1f} % of the updates were clipped; logged coefficients: "
-            f"median {median(values):.3g}, least {min(values):.3g}."
+            f"{name}: {100 * share:.1f} % of the updates were clipped; logged coefficients: "
+            f"median {median(values):.3g}, minimum {min(values):.3g}."
         )
         if share > 0.9:
             lines.append(
-                "Clipping acted almost always: it set the length of nearly every gradient, which "
-                "lowers the learning rate under SGD and differs little under Adam. A larger "
-                "threshold would catch outliers only."
+                "Almost every update was clipped: the threshold set the norm of nearly every "
+                "gradient, which lowers the effective learning rate of SGD and changes little for "
+                "Adam. A larger threshold would clip outliers only."
             )
         elif share == 0:
-            lines.append("Clipping never acted: no update that was made had a norm to be clipped.")
-    lost = [s for c in run.select("grad_norm/total").values() for s, v in c if not math.isfinite(v)]
-    if lost:
-        lines.append(f"{len(lost)} logged gradient norms were not finite, the first at {lost[0]}.")
+            lines.append("No update was clipped: the norm of every update was below the threshold.")
+    bad = [s for c in run.select("grad_norm/total").values() for s, v in c if not math.isfinite(v)]
+    if bad:
+        lines.append(f"{len(bad)} logged gradient norms were not finite, the first at {bad[0]}.")
     return lines or ["Nothing was clipped, or clipping was not logged."]
 
 
-def _rows(text: str) -> list[list[str]]:
-    r"""The rows of a Markdown table of two columns, its head left out.
+def _table_rows(text: str) -> list[list[str]]:
+    r"""Parses the rows of a Markdown table of two columns, without its header.
 
     Example:
-        >>> _rows("| | |\n|---|---|\n| budget | `10 steps` |")
+        >>> _table_rows("| | |\n|---|---|\n| budget | `10 steps` |")
         [['budget', '10 steps']]
     """
     rows = [line.strip("| ").split(" | ", 1) for line in text.splitlines()[2:]]
@@ -187,12 +199,13 @@ def _rows(text: str) -> list[list[str]]:
 
 
 def _weighted_mean(fractions: Curve) -> float | None:
-    """The mean over updates of shares that were taken over unequal stretches."""
+    """Returns the mean over all updates; each point covers the updates since the previous one."""
     steps = [step for step, _ in fractions]
-    stretches = [after - before for before, after in pairwise(steps)]
-    stretches = [*stretches[:1], *stretches] or [1]  # the first as long as the second
-    total = sum(s * share for s, (_, share) in zip(stretches, fractions, strict=False))
-    return total / sum(stretches) if fractions else None
+    widths = [after - before for before, after in pairwise(steps)]
+    # The first point has no predecessor: it is taken to cover as many updates as the second.
+    widths = [*widths[:1], *widths] or [1]
+    total = sum(width * share for width, (_, share) in zip(widths, fractions, strict=False))
+    return total / sum(widths) if fractions else None
 
 
 def _summary(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
@@ -201,8 +214,8 @@ def _summary(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         ("samples", [_number(run.last("progress/samples"), "{:,.0f}") for run in runs]),
         ("tokens", [_number(run.last("progress/tokens"), "{:,.0f}") for run in runs]),
         ("global batch", [_number(run.last("batch/global_size"), "{:,.0f}") for run in runs]),
-        ("refused updates", [_number(run.last("guard/skipped"), "{:.0f}") for run in runs]),
-        ("samples per second", [_typical(run, "throughput/samples_per_second") for run in runs]),
+        ("skipped updates", [_number(run.last("guard/skipped"), "{:.0f}") for run in runs]),
+        ("samples per second", [_median(run, "throughput/samples_per_second") for run in runs]),
     ]
     losses = sorted({tag for run in runs for tag in run.curves if "loss" in tag.lower()})
     rows += [(f"last {t}", [_number(run.last(t), "{:.4g}") for run in runs]) for t in losses]
@@ -211,12 +224,12 @@ def _summary(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 
 def _last_step(run: Run) -> str:
     used = [c[-1][0] for tag, c in run.curves.items() if c and find_tag(tag) and tag[:5] != "plan/"]
-    used = used or [curve[-1][0] for curve in run.curves.values() if curve]  # nothing of ours
+    used = used or [curve[-1][0] for curve in run.curves.values() if curve]  # no known tag
     unit = "" if run.axis == "update" else f" {run.axis}"
     return f"{max(used):,}{unit}" if used else ""
 
 
-def _typical(run: Run, tag: str) -> str:
+def _median(run: Run, tag: str) -> str:
     values = _finite(run.curves.get(tag, []))
     return f"{median(values):,.1f} (median)" if values else ""
 

@@ -1,4 +1,4 @@
-"""A run as its log files tell it, whether it ended well or was killed."""
+"""Reads the logged scalars and texts of a run from TensorBoard events or CSV files."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Curve: TypeAlias = list[tuple[int, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """The scalars of one run.
+    """The logged scalars and texts of one run.
 
     Args:
-        name: What to call it.
-        curves: By tag, pairs of step and value in ascending order, one for each step.
-        texts: By tag, what was logged last as text.
-        refusals: Why updates were refused, as far as it was logged.
+        name: Name of the run in reports.
+        curves: For each tag, pairs of step and value; steps are unique and ascend.
+        texts: For each tag, the text logged last.
+        refusals: The logged reasons for rejected updates, one text for each update.
 
     Example:
         >>> run = Run(name="a", curves={"loss": [(0, 2.0), (1, 1.0)]})
@@ -39,7 +39,7 @@ class Run:
 
     @property
     def axis(self) -> str:
-        """What our curves are drawn over: ``"update"``, ``"samples"`` or ``"tokens"``."""
+        """The unit of the steps of known tags: ``"update"``, ``"samples"`` or ``"tokens"``."""
         for unit in ("samples", "tokens"):
             counted = self.curves.get(f"progress/{unit}", [])
             if counted and all(math.isclose(x, y, rel_tol=1e-6) for x, y in counted):
@@ -47,11 +47,11 @@ class Run:
         return "update"
 
     def select(self, *prefixes: str) -> dict[str, Curve]:
-        """The curves whose tags begin with one of some prefixes."""
+        """Returns the curves whose tags begin with one of the prefixes."""
         return {tag: curve for tag, curve in self.curves.items() if tag.startswith(prefixes)}
 
     def last(self, tag: str) -> float | None:
-        """The last value of a curve; None where there is none."""
+        """Returns the last value of a curve; None if the tag was not logged."""
         curve = self.curves.get(tag)
         return curve[-1][1] if curve else None
 
@@ -59,48 +59,54 @@ class Run:
 def read_run(folder: str | PathLike[str]) -> Run:
     """Reads the TensorBoard events in a folder, or the ``metrics.csv`` of a CSVLogger.
 
-    Where a run was resumed, what its killed predecessor logged beyond the checkpoint gives way, as
-    in TensorBoard. A file that ends in mid-record is read up to there.
+    If a run was resumed, its values replace those that the interrupted run logged after the
+    checkpoint, as in TensorBoard. A file whose last record is incomplete is read up to that record.
 
     Args:
-        folder: The logger's folder of one run, or one above that holds a single run.
+        folder: The log folder of one run, or a folder above it that holds no other run.
+
+    Returns:
+        The run; the prefix of its logger is removed from all tags.
 
     Raises:
-        ValueError: If it is no folder, if there are no logs in it, or those of several runs.
+        ValueError: If the path is not a folder, or the folder holds no logs or several runs.
     """
     root = Path(folder)
     if not root.is_dir():
-        what = "a file" if root.exists() else "nothing there"
-        raise ValueError(f"logdir must be a folder, got {str(root)!r}, {what}; pass the logger's")
-    found = sorted({path.parent for path in root.rglob("*") if _is_log(path)})
-    found = [path for path in found if path == root or path.name != "hyperparameters"]
-    if not found:
+        found = "which is a file" if root.exists() else "which does not exist"
         raise ValueError(
-            f"logdir must hold TensorBoard events or a metrics.csv, got none in {str(root)!r}; "
+            f"logdir must be a folder, got {str(root)!r}, {found}; pass the logger's folder"
+        )
+    folders = sorted({path.parent for path in root.rglob("*") if _is_log(path)})
+    # TensorBoard's HParams tab needs a separate event file, in a folder beside the run's.
+    folders = [path for path in folders if path == root or path.name != "hyperparameters"]
+    if not folders:
+        raise ValueError(
+            f"logdir must contain TensorBoard events or a metrics.csv, got none in {str(root)!r}; "
             "pass the folder of the logger"
         )
-    if len(found) > 1 and root not in found:
-        names = ", ".join(str(path.relative_to(root)) for path in found[:5])
+    if len(folders) > 1 and root not in folders:
+        names = ", ".join(str(path.relative_to(root)) for path in folders[:5])
         raise ValueError(
-            f"logdir must hold one run, got {len(found)} in {str(root)!r}; pass one of {names}"
+            f"logdir must contain one run, got {len(folders)} in {str(root)!r}; pass one of {names}"
         )
-    home = root if root in found else found[0]
+    home = root if root in folders else folders[0]
     events = any(path.name.startswith("events.out.") for path in home.iterdir())
     curves, texts = _from_events(home) if events else (_from_csv(home / "metrics.csv"), {})
     prefix = _prefix_of(curves)
     curves = {tag.removeprefix(prefix): curve for tag, curve in curves.items()}
-    curves.pop("epoch", None)  # Lightning's own, which is an axis
+    curves.pop("epoch", None)  # Lightning logs it as an x axis, not as a result
     texts = {tag.removeprefix(prefix): text for tag, text in texts.items()}
     return Run(
         name=_name(home),
         curves=curves,
-        texts={tag: written[-1] for tag, written in texts.items()},
+        texts={tag: logged[-1] for tag, logged in texts.items()},
         refusals=texts.get("guard/rejected", ()),
     )
 
 
 def holds_logs(folder: str | Path) -> bool:
-    """Whether :func:`read_run` would find anything in a folder."""
+    """Returns whether a folder itself, without subfolders, holds logs of a run."""
     return any(_is_log(path) for path in Path(folder).glob("*"))
 
 
@@ -113,7 +119,8 @@ def _name(home: Path) -> str:
 
 
 def _prefix_of(tags: Iterable[str]) -> str:
-    """What the logger put before every tag; the monitor logs a total norm in any case."""
+    """Returns the prefix that the logger added to every tag."""
+    # Any tag that is always logged would do; OptimizationMonitor always logs a total norm.
     found = [match for tag in tags if (match := re.match(r"(.*-)?grad_norm/total", tag))]
     return min((match[1] or "" for match in found), default="")
 
@@ -153,7 +160,11 @@ def _from_csv(path: Path) -> dict[str, Curve]:
 
 
 def _in_order(points: Iterable[tuple[int, float]]) -> Curve:
-    """Points in the order they were logged; one that goes back makes way for what it repeats."""
+    """Returns points in ascending order of their steps.
+
+    A point whose step is not larger than the previous one, as after a resume, replaces all points
+    from its step on.
+    """
     curve: Curve = []
     for step, value in points:
         while curve and curve[-1][0] >= step:

@@ -1,24 +1,23 @@
-"""What a schedule is: a pure function of the fraction of the budget spent."""
+"""The base class of schedules, and the cooldown that can end any of them."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from importlib import import_module
 from typing import Any, ClassVar
 
-from lightning_bigopt.durations import Duration, Horizon
-from lightning_bigopt.schedules.checks import (
-    COOLDOWNS,
-    SNAP,
-    CooldownShape,
+from lightning_bigopt.checks import (
     check_choice,
-    check_fit,
+    check_instance,
     check_non_negative,
-    position,
-    resolved_share,
+    check_positive,
 )
+from lightning_bigopt.durations.duration import Duration
+from lightning_bigopt.durations.horizon import Horizon
+from lightning_bigopt.removed import RemovedAttribute
+from lightning_bigopt.schedules.part_lengths import check_fit, resolved_share
+from lightning_bigopt.schedules.shapes import COOLDOWNS, TOLERANCE, CooldownShape, position
 
 __all__ = ["CooledDown", "Schedule"]
 
@@ -27,11 +26,11 @@ __all__ = ["CooledDown", "Schedule"]
 class Schedule(ABC):
     """A pure function from the fraction of the budget spent to a dimensionless factor.
 
-    Whoever owns the base value multiplies, so one type schedules a learning rate, a weight decay,
-    a momentum or a clip threshold. A schedule of your own is a frozen dataclass with one method,
-    :meth:`factor`. Fields that hold durations are named in ``_parts`` (laid end to end from the
-    beginning of the budget) or ``_last`` (ending with the budget); they are then parsed, checked
-    and resolved for it.
+    The caller multiplies a base value by the factor, so that one type schedules learning rates,
+    weight decays, momenta and clip thresholds. A custom schedule is a frozen dataclass with one
+    method, :meth:`factor`. The class variables ``_parts`` and ``_last`` name the fields that hold
+    durations: those in ``_parts`` follow each other from the beginning of the budget, those in
+    ``_last`` end with it. The base class parses, checks and resolves them.
 
     Example:
         >>> @dataclass(frozen=True, kw_only=True)
@@ -48,65 +47,36 @@ class Schedule(ABC):
     _last: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        lengths = self._durations(*self._parts, *self._last)
-        self._set(**lengths)
-        check_fit(lengths)
+        if lengths := self._durations(*self._parts, *self._last):
+            self._set(**lengths)
+            check_fit(lengths)
 
     def __call__(self, fraction: float) -> float:
-        """The factor when ``fraction`` of the budget is spent; flat beyond 1.
+        """Returns the factor at a fraction of the budget; flat beyond 1.
 
         Args:
-            fraction: Share of the budget spent, non-negative.
+            fraction: Fraction of the budget consumed, non-negative.
 
         Raises:
             ValueError: If ``fraction`` is negative, or a duration has not been resolved.
         """
-        if not fraction >= 0.0:
-            raise ValueError(f"fraction must be non-negative, got {fraction!r}")
+        if not fraction >= 0.0:  # also raises for NaN
+            raise ValueError(
+                f"fraction must be non-negative, got {fraction!r}; divide the amount consumed by "
+                "the budget"
+            )
         return self.factor(min(fraction, 1.0))
 
     @abstractmethod
     def factor(self, fraction: float) -> float:
-        """The factor at a ``fraction`` in [0, 1]: what a schedule of your own implements."""
-
-    def value(self, fraction: float, base: float) -> float:
-        """The scheduled value: ``base`` times the factor, unless a bound in absolute terms acts.
-
-        Args:
-            fraction: Share of the budget spent, non-negative.
-            base: The value that the factor multiplies.
-
-        Raises:
-            ValueError: If ``fraction`` is negative, or a duration has not been resolved.
-
-        Example:
-            >>> from lightning_bigopt.schedules import Linear
-            >>> Linear().value(0.75, 0.1)
-            0.025
-        """
-        if not fraction >= 0.0:
-            raise ValueError(f"fraction must be non-negative, got {fraction!r}")
-        return self.scaled(min(fraction, 1.0), base)
-
-    def scaled(self, fraction: float, base: float) -> float:
-        """:meth:`value` at a ``fraction`` in [0, 1]; compositions hand it on to their parts."""
-        return base * self.factor(fraction)
-
-    @cached_property
-    def needs_base(self) -> bool:
-        """Whether only :meth:`value` is defined, because a bound inside is an absolute value."""
-        return any(part.needs_base for part in self._inner())
-
-    def _inner(self) -> tuple[Schedule, ...]:
-        """The schedules that this one is made of."""
-        return ()
+        """Returns the factor at a ``fraction`` in [0, 1]; custom schedules implement it."""
 
     def values(self, total_steps: int, *, base: float | None = None) -> list[float]:
-        """The factors of updates 0 … T-1 of a run with a constant batch.
+        """Returns the factors of updates 0 … T-1 of a run with a constant batch size.
 
         Args:
-            total_steps: Updates in the run, T.
-            base: Gives values instead of factors where it is not None.
+            total_steps: Number T of updates in the run.
+            base: Multiplies every factor; None for the factors themselves.
 
         Raises:
             ValueError: If ``total_steps`` is not positive, or a duration does not fit.
@@ -117,18 +87,19 @@ class Schedule(ABC):
             [0.0, 0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25]
         """
         resolved = self.resolve(Horizon.of_steps(total_steps))
-        moments = [step / total_steps for step in range(total_steps)]
-        if base is None:
-            return [resolved(moment) for moment in moments]
-        return [resolved.value(moment, base) for moment in moments]
+        factors = [resolved(step / total_steps) for step in range(total_steps)]
+        return factors if base is None else [base * factor for factor in factors]
 
     def resolve(self, horizon: Horizon) -> Schedule:
-        """An equivalent schedule whose durations are all fractions of this horizon's budget.
+        """Returns an equivalent schedule with all durations as fractions of a horizon's budget.
 
-        The original stays what it was: resolved anew on a longer horizon it fits the longer run.
+        The schedule does not change: for a longer run resolve it on a longer horizon.
+
+        Args:
+            horizon: The budget.
 
         Raises:
-            ValueError: If a duration cannot be converted, or the parts do not fit together.
+            ValueError: If a duration cannot be converted, or the parts are longer than the budget.
 
         Example:
             >>> from lightning_bigopt.schedules import WarmupStableDecay
@@ -143,7 +114,10 @@ class Schedule(ABC):
         )
 
     def boundaries(self) -> dict[str, float]:
-        """The named seams of a resolved schedule, as fractions of the budget.
+        """Returns the named boundaries between the parts of a resolved schedule.
+
+        Returns:
+            For each name the fraction of the budget.
 
         Example:
             >>> from lightning_bigopt.schedules import WarmupStableDecay
@@ -152,16 +126,37 @@ class Schedule(ABC):
         """
         return {}
 
+    def warmup_end(self) -> float:
+        """Returns the fraction of the budget at which the warm-up of a resolved schedule ends.
+
+        A warm-up is a rise at the beginning that is followed by another part. A rise over the whole
+        budget and the rises of a wave (:class:`Cyclic`) are not warm-ups. For a custom schedule
+        this is the boundary named ``"warmup ends"``.
+
+        Returns:
+            The fraction; 0.0 without a warm-up.
+
+        Raises:
+            ValueError: If a duration has not been resolved.
+
+        Example:
+            >>> from lightning_bigopt.schedules import Linear, OneCycle
+            >>> OneCycle(warmup="30%").warmup_end(), Linear().warmup_end()
+            (0.3, 0.0)
+        """
+        return self.boundaries().get("warmup ends", 0.0)
+
     def with_cooldown(
         self, at: float, *, over: float, shape: CooldownShape = "1-sqrt", end: float = 0.0
     ) -> Schedule:
-        """This schedule up to ``at``, then a cooldown from the factor reached there.
+        """Returns this schedule up to ``at``, then a cooldown from the factor reached there.
 
         Args:
-            at: Share of the budget at which the cooldown starts.
-            over: Share of the budget that it takes; it may end beyond the budget.
-            shape: How it falls.
-            end: Factor at which it ends.
+            at: Fraction of the budget at which the cooldown starts.
+            over: Length of the cooldown as a fraction of the budget; it may end beyond the budget.
+            shape: Curve of the cooldown: ``"linear"``, ``"cosine"``, ``"1-sqrt"`` or
+                ``"exponential"``.
+            end: Factor at the end of the cooldown.
 
         Raises:
             ValueError: If ``at`` is negative, ``over`` not positive, or ``end`` negative.
@@ -174,32 +169,21 @@ class Schedule(ABC):
         """
         return CooledDown(schedule=self, at=at, over=over, shape=shape, end=end)
 
-    def as_lr_scheduler(self, optimizer: Any, horizon: Horizon | int) -> Any:
-        """This schedule as a ``torch.optim.lr_scheduler.LRScheduler``, for use without Lightning.
-
-        Args:
-            optimizer: Its groups' ``lr`` are the bases.
-            horizon: The budget; an int is updates.
-
-        Example:
-            >>> import torch
-            >>> from lightning_bigopt.schedules import Linear
-            >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.4)
-            >>> Linear().as_lr_scheduler(optimizer, 100).get_last_lr()
-            [0.4]
-        """
-        # A schedule knows nothing of torch; only whoever holds an optimizer calls this, and has
-        # torch already.
-        return import_module("lightning_bigopt.optimizers.scheduler").ScheduleLR(
-            optimizer, self, horizon
-        )
+    as_lr_scheduler = RemovedAttribute(
+        "0.2",
+        "write from lightning_bigopt.optimizers import as_lr_scheduler; "
+        "as_lr_scheduler(schedule, optimizer, horizon)",
+    )
+    value = RemovedAttribute("0.2", "write base * schedule(fraction)")
+    needs_base = RemovedAttribute("0.2", "a schedule is only a factor, and needs no base")
+    scaled = RemovedAttribute("0.2", "write base * schedule(fraction)")
 
     def __repr__(self) -> str:
-        written = ", ".join(f"{f.name}={_written(getattr(self, f.name))}" for f in fields(self))
-        return f"{type(self).__name__}({written})"
+        arguments = ", ".join(f"{f.name}={_format(getattr(self, f.name))}" for f in fields(self))
+        return f"{type(self).__name__}({arguments})"
 
     def _durations(self, *names: str) -> dict[str, Duration]:
-        """The durations that these fields hold; None is left out where it is the default."""
+        """Parses the durations in some fields; skips None in fields whose default is None."""
         optional = {field.name for field in fields(self) if field.default is None}
         held = {name: getattr(self, name) for name in names}
         return {
@@ -209,16 +193,16 @@ class Schedule(ABC):
         }
 
     def _share(self, name: str) -> float:
-        """A resolved duration as a fraction of the budget."""
+        """Returns the resolved duration in a field as a fraction of the budget."""
         return resolved_share(getattr(self, name), f"{type(self).__name__}.{name}")
 
     def _set(self, **values: Any) -> None:
-        """Normalizes fields while the instance is being made."""
+        """Normalizes fields in ``__post_init__``."""
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
     def _changed(self, **values: Any) -> Schedule:
-        """This schedule where nothing changes, otherwise a copy."""
+        """Returns a copy with other values in some fields, or the schedule itself if equal."""
         if all(getattr(self, name) == value for name, value in values.items()):
             return self
         return replace(self, **values)
@@ -226,19 +210,19 @@ class Schedule(ABC):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class CooledDown(Schedule):
-    r"""A schedule that is left at ``at`` for a cooldown; see :meth:`Schedule.with_cooldown`.
+    r"""A schedule up to ``at``, then a cooldown; created by :meth:`Schedule.with_cooldown`.
 
     .. math:: s(\tau) = e + c\bigl((\tau - a) / d\bigr)\,(s_0(a) - e) \quad (\tau \ge a)
 
-    A cooldown never rises: where :math:`s_0(a)` is below ``end``, it stays there. Unlike other
-    schedules it becomes flat at ``at + over``, even beyond the budget.
+    A cooldown never rises: if :math:`s_0(a)` is below ``end``, the factor stays at :math:`s_0(a)`.
+    Unlike other schedules it is flat from ``at + over`` on, even beyond the budget.
 
     Args:
-        schedule: The schedule :math:`s_0` before.
-        at: Share of the budget :math:`a` at which the cooldown starts.
-        over: Share of the budget :math:`d` that it takes.
-        shape: The curve :math:`c`.
-        end: The factor :math:`e` at which it ends.
+        schedule: The schedule :math:`s_0` before the cooldown.
+        at: Fraction of the budget :math:`a` at which the cooldown starts.
+        over: Length of the cooldown :math:`d` as a fraction of the budget.
+        shape: Curve :math:`c` of the cooldown.
+        end: Factor :math:`e` at the end of the cooldown.
 
     Raises:
         ValueError: If ``at`` is negative, ``over`` not positive, or ``end`` negative.
@@ -258,64 +242,55 @@ class CooledDown(Schedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_schedule("schedule", self.schedule)
-        check_non_negative(at=self.at, over=self.over, end=self.end)
+        check_non_negative("at", self.at)
+        check_positive("over", self.over)
         check_choice("shape", self.shape, CooldownShape)
-        if not self.over:
-            raise ValueError(f"over must be positive, got {self.over!r}")
-
-    def __call__(self, fraction: float) -> float:
-        """The factor when ``fraction`` of the budget is spent; flat beyond ``at + over``."""
-        if fraction < self.at:
-            return self.schedule(fraction)
-        return self._cool(fraction, self._level, self.end)
-
-    def factor(self, fraction: float) -> float:
-        """Follows the formula above; ``fraction`` in [0, 1]."""
-        return self(fraction)
-
-    def value(self, fraction: float, base: float) -> float:
-        """The value when ``fraction`` of the budget is spent; flat beyond ``at + over``."""
-        if fraction < self.at:
-            return self.schedule.value(fraction, base)
-        return self._cool(fraction, self.schedule.value(self.at, base), self.end * base)
-
-    def scaled(self, fraction: float, base: float) -> float:
-        """Follows the formula above, times ``base``; ``fraction`` in [0, 1]."""
-        return self.value(fraction, base)
-
-    def _cool(self, fraction: float, level: float, end: float) -> float:
-        shape = COOLDOWNS[self.shape](position(fraction, self.at, self.over))
-        return end + shape * (level - end) if level > end else level
-
-    def _inner(self) -> tuple[Schedule, ...]:
-        return (self.schedule,)
+        check_non_negative("end", self.end)
 
     @cached_property
     def _level(self) -> float:
+        """Factor at which the cooldown starts."""
         return self.schedule(self.at)
 
+    def __call__(self, fraction: float) -> float:
+        """Returns the factor at a ``fraction`` that may exceed 1; flat beyond ``at + over``."""
+        return self.factor(fraction) if fraction > 1.0 else super().__call__(fraction)
+
+    def factor(self, fraction: float) -> float:
+        """Evaluates the formula above; ``fraction`` may exceed 1."""
+        if fraction < self.at:
+            return self.schedule(fraction)
+        level = self._level
+        if level <= self.end:
+            return level
+        shape = COOLDOWNS[self.shape](position(fraction, self.at, self.over))
+        return self.end + shape * (level - self.end)
+
     def resolve(self, horizon: Horizon) -> Schedule:
-        """The same on a resolved schedule; ``at`` and ``over`` are shares already."""
+        """Resolves the inner schedule; ``at`` and ``over`` are fractions of the budget already."""
         return self._changed(schedule=self.schedule.resolve(horizon))
 
     def boundaries(self) -> dict[str, float]:
-        """The seams before the cooldown, and its own."""
+        """Returns the boundaries of the schedule before the cooldown, and those of the cooldown."""
         before = {n: at for n, at in self.schedule.boundaries().items() if at < self.at}
-        seams = {**before, "cooldown starts": self.at}
+        found = {**before, "cooldown starts": self.at}
         end = self.at + self.over
-        return {**seams, "cooldown ends": end} if end < 1.0 - SNAP else seams
+        return {**found, "cooldown ends": end} if end < 1.0 - TOLERANCE else found
+
+    def warmup_end(self) -> float:
+        """Returns the end of the inner schedule's warm-up, at most the start of the cooldown."""
+        return min(self.schedule.warmup_end(), self.at)
 
 
-def check_schedule(name: str, value: Any) -> None:
-    """Refuses what is not a schedule."""
-    if not isinstance(value, Schedule):
-        raise ValueError(f"{name} must be a Schedule, got {value!r}; for instance Cosine()")
+def check_schedule(name: str, value: object) -> None:
+    """Raises unless a value is a schedule."""
+    check_instance(name, value, Schedule, hint="for instance Cosine()")
 
 
-def _written(value: Any) -> str:
-    """A field's value as a user would write it."""
+def _format(value: Any) -> str:
+    """Formats the value of a field as a user would write it."""
     if isinstance(value, Duration):
         return repr(str(value))
     if isinstance(value, tuple):
-        return f"({', '.join(map(_written, value))}{',' if len(value) == 1 else ''})"
+        return f"({', '.join(map(_format, value))}{',' if len(value) == 1 else ''})"
     return repr(value)

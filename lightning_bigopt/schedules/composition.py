@@ -1,52 +1,26 @@
-"""Schedules made of schedules."""
+"""Schedules made of schedules: Warmup, Product and Clamp."""
 
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from lightning_bigopt.durations import Duration, DurationLike, Horizon
+from lightning_bigopt.checks import check_choice, check_non_negative
+from lightning_bigopt.durations.duration import Duration, DurationLike
+from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.schedules.base import Schedule, check_schedule
-from lightning_bigopt.schedules.checks import (
-    COOLDOWNS,
-    SNAP,
-    WarmupShape,
-    check_choice,
-    check_non_negative,
-    position,
-)
+from lightning_bigopt.schedules.part_lengths import part_horizon
+from lightning_bigopt.schedules.shapes import COOLDOWNS, WarmupShape, position
 
-__all__ = ["Clamp", "Composition", "Product", "Warmup"]
-
-
-class Composition(Schedule):
-    """What compositions share: the factor is the value at base 1, where that means anything."""
-
-    @abstractmethod
-    def scaled(self, fraction: float, base: float) -> float:
-        """The value at a ``fraction`` in [0, 1]."""
-
-    def factor(self, fraction: float) -> float:
-        """The factor at a ``fraction`` in [0, 1].
-
-        Raises:
-            ValueError: If a bound inside is an absolute value, so that there is no factor.
-        """
-        if self.needs_base:
-            raise ValueError(
-                f"{type(self).__name__} must be given a base value, because it holds "
-                "Clamp(unit='lr'), got none; call schedule.value(fraction, base)"
-            )
-        return self.scaled(fraction, 1.0)
+__all__ = ["Clamp", "Product", "Warmup"]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Warmup(Composition):
-    r"""A rise from ``start`` to where ``schedule`` begins, then ``schedule`` on its own 0 … 1.
+class Warmup(Schedule):
+    r"""A rise from ``start`` to the first factor of ``schedule``, then ``schedule``.
 
     .. math::
         s(\tau) = \begin{cases}
@@ -54,14 +28,14 @@ class Warmup(Composition):
             s_0\bigl((\tau - d) / (1 - d)\bigr) & \text{else}
         \end{cases}
 
-    Update 0 sees exactly ``start``, the first update after the warm-up exactly :math:`s_0(0)`, as
-    in transformers' ``get_*_schedule_with_warmup``. Inside ``schedule`` a percentage is a share of
-    what the warm-up leaves, and other durations are counted from its end.
+    Update 0 uses exactly ``start``, and the first update after the warm-up exactly :math:`s_0(0)`,
+    as in transformers' ``get_*_schedule_with_warmup``. Within ``schedule`` a percentage refers to
+    the budget after the warm-up, and other durations are counted from the end of the warm-up.
 
     Args:
         duration: Length :math:`d` of the warm-up.
-        schedule: The schedule :math:`s_0` after it.
-        shape: The rise :math:`w`: ``"linear"`` :math:`r`, ``"cosine"``
+        schedule: The schedule :math:`s_0` over the rest of the budget.
+        shape: Curve :math:`w` of the rise: ``"linear"`` :math:`r`, ``"cosine"``
             :math:`\tfrac12 (1 - \cos \pi r)` or ``"1-sqrt"`` :math:`1 - \sqrt{1 - r}`.
         start: Factor :math:`b` at update 0, dimensionless.
 
@@ -89,52 +63,57 @@ class Warmup(Composition):
         super().__post_init__()
         check_schedule("schedule", self.schedule)
         check_choice("shape", self.shape, WarmupShape)
-        check_non_negative(start=self.start)
+        check_non_negative("start", self.start)
 
     @cached_property
     def _length(self) -> float:
         return self._share("duration")
 
-    def _inner(self) -> tuple[Schedule, ...]:
-        return (self.schedule,)
-
-    def scaled(self, fraction: float, base: float) -> float:
-        """Follows the formula above, times ``base``; ``fraction`` in [0, 1]."""
+    def factor(self, fraction: float) -> float:
+        """Evaluates the formula above; ``fraction`` in [0, 1]."""
         length = self._length
         risen = position(fraction, 0.0, length) if fraction < length else 1.0
         if risen == 1.0:
-            return self.schedule.scaled(position(fraction, length, 1.0 - length), base)
-        start = self.start * base
+            return self.schedule.factor(position(fraction, length, 1.0 - length))
         rise = risen if self.shape == "linear" else COOLDOWNS[self.shape](1.0 - risen)
-        return start + rise * (self.schedule.scaled(0.0, base) - start)
+        return self.start + rise * (self.schedule.factor(0.0) - self.start)
 
     def resolve(self, horizon: Horizon) -> Schedule:
-        """The same on resolved parts, each on its own part of the horizon."""
+        """Resolves the warm-up, and the schedule on the part of the horizon after it.
+
+        Raises:
+            ValueError: If a duration cannot be converted, or the warm-up is longer than the
+                budget.
+        """
         (length,) = horizon.shares({"duration": self.duration})
-        rest = window(horizon, length, 1.0 - length)
+        rest = part_horizon(horizon, length, 1.0 - length)
         return self._changed(
             duration=Duration(length, "fraction"), schedule=self.schedule.resolve(rest)
         )
 
     def boundaries(self) -> dict[str, float]:
-        """The seams of the parts, and those between them."""
+        """Returns the end of the warm-up, and the boundaries of the schedule after it."""
         length = self._length
         later = {n: length + at * (1.0 - length) for n, at in self.schedule.boundaries().items()}
         return {"warmup ends": length, **later} if length else later
 
+    def warmup_end(self) -> float:
+        """Returns the end of the warm-up, including a warm-up at the start of the schedule."""
+        length = self._length
+        return length + self.schedule.warmup_end() * (1.0 - length)
+
 
 @dataclass(frozen=True, kw_only=True)
-class Product(Composition):
-    r"""Several schedules at once, multiplied.
+class Product(Schedule):
+    r"""Several schedules multiplied.
 
     .. math:: s(\tau) = \prod_i s_i(\tau)
 
     Args:
-        schedules: The factors; each sees the whole budget.
+        schedules: The factors; each is a function of the whole budget.
 
     Raises:
-        ValueError: If there is none, or one is bounded in absolute terms: the bound then belongs
-            around the product, ``Clamp(Product([...]), unit="lr")``.
+        ValueError: If ``schedules`` is empty or not a list of schedules.
 
     Example:
         >>> from lightning_bigopt.schedules import Linear, MultiStep
@@ -151,109 +130,115 @@ class Product(Composition):
         super().__post_init__()
         schedules: Any = self.schedules
         if not isinstance(schedules, list | tuple) or not schedules:
-            raise ValueError(f"schedules must be a list of schedules, got {schedules!r}")
+            raise ValueError(
+                f"schedules must be a list of schedules, got {schedules!r}; for instance "
+                "[Cosine(), MultiStep()]"
+            )
         for index, schedule in enumerate(schedules):
             check_schedule(f"schedules[{index}]", schedule)
-            if schedule.needs_base:
-                raise ValueError(
-                    f"schedules[{index}] must not hold Clamp(unit='lr'), got {schedule!r}; put the "
-                    "bound around the product: Clamp(Product([...]), unit='lr', ...)"
-                )
         self._set(schedules=tuple(schedules))
 
-    def scaled(self, fraction: float, base: float) -> float:
-        """Follows the formula above, times ``base``; ``fraction`` in [0, 1]."""
-        for schedule in self.schedules:
-            base *= schedule.factor(fraction)
-        return base
-
-    def _inner(self) -> tuple[Schedule, ...]:
-        return tuple(self.schedules)
+    def factor(self, fraction: float) -> float:
+        """Evaluates the formula above; ``fraction`` in [0, 1]."""
+        return math.prod([schedule.factor(fraction) for schedule in self.schedules])
 
     def resolve(self, horizon: Horizon) -> Schedule:
-        """The same on resolved parts, each on its own part of the horizon."""
+        """Resolves every schedule on the whole horizon.
+
+        Raises:
+            ValueError: If a duration cannot be converted, or does not fit.
+        """
         return self._changed(schedules=tuple([s.resolve(horizon) for s in self.schedules]))
 
     def boundaries(self) -> dict[str, float]:
-        """The seams of the parts, and those between them."""
+        """Returns the boundaries of every schedule."""
         return {
             f"schedule {number}: {name}": at
             for number, schedule in enumerate(self.schedules, start=1)
             for name, at in schedule.boundaries().items()
         }
 
+    def warmup_end(self) -> float:
+        """Returns the end of the longest warm-up among the schedules."""
+        return max(schedule.warmup_end() for schedule in self.schedules)
+
 
 @dataclass(frozen=True, kw_only=True)
-class Clamp(Composition):
-    r"""A schedule kept between bounds: learning-rate clipping.
+class Clamp(Schedule):
+    r"""A schedule limited to a range of factors.
 
     .. math:: s(\tau) = \min(\max(s_0(\tau), l), h)
 
-    With ``unit="lr"`` the bounds hold for the value itself, base times factor, so that there is no
-    factor: only :meth:`value` is defined. It composes with Warmup, Chain and Clamp; a Product or a
-    Seesaw goes inside it.
+    For bounds on the learning rate itself write
+    ``LearningRateScheduler(schedule, min_lr=..., max_lr=...)``.
 
     Args:
         schedule: The schedule :math:`s_0`.
-        low: Lower bound :math:`l`; None for none.
-        high: Upper bound :math:`h`; None for none.
-        unit: ``"factor"``, or ``"lr"`` for bounds on the scheduled value.
+        low: Lower bound :math:`l`, dimensionless; None for no bound.
+        high: Upper bound :math:`h`, dimensionless; None for no bound.
+        unit: ``"factor"``, the only unit. Configurations saved by version 0.1 contain it.
 
     Raises:
-        ValueError: If there is no bound, one is negative, or ``low`` exceeds ``high``.
+        ValueError: If there is no bound, one is negative, ``low`` exceeds ``high``, or ``unit`` is
+            ``"lr"`` as in version 0.1.
 
     Example:
         >>> from lightning_bigopt.schedules import Linear
         >>> Clamp(Linear(), low=0.1)(0.95)
         0.1
-        >>> Clamp(Linear(), low=1e-5, unit="lr").value(0.999, base=1e-3)
-        1e-05
     """
 
     schedule: Schedule = field(kw_only=False)
     low: float | None = None
     high: float | None = None
-    unit: Literal["factor", "lr"] = "factor"
+    unit: str = "factor"  # not a Literal: a parser would reject "lr" without naming the new line
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_schedule("schedule", self.schedule)
-        check_choice("unit", self.unit, Literal["factor", "lr"])
-        bounds = {"low": self.low, "high": self.high}
-        given = {name: bound for name, bound in bounds.items() if bound is not None}
-        check_non_negative(**given)
-        if not given:
-            raise ValueError("low or high must be given, got None for both")
-        if given.get("low", 0.0) > given.get("high", math.inf):
-            raise ValueError(f"low must be at most high, got low={self.low} and high={self.high}")
+        self._check_unit()
+        if self.low is None and self.high is None:
+            raise ValueError("low or high must be given, got None for both; for instance low=0.1")
+        for name, bound in (("low", self.low), ("high", self.high)):
+            if bound is not None:
+                check_non_negative(name, bound)
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError(
+                f"low must be at most high, got low={self.low} and high={self.high}; lower low"
+            )
 
-    @cached_property
-    def needs_base(self) -> bool:
-        """Whether only :meth:`value` is defined, because a bound is an absolute value."""
-        return self.unit == "lr" or self.schedule.needs_base
+    def _check_unit(self) -> None:
+        bounds = {"min_lr": self.low, "max_lr": self.high}
+        given = [f"{name}={bound!r}" for name, bound in bounds.items() if bound is not None]
+        arguments = ", ".join(given or [f"{name}=..." for name in bounds])
+        check_choice(
+            "Clamp's unit",
+            self.unit,
+            ("factor",),
+            hint=f"absolute bounds are LearningRateScheduler(schedule, {arguments})",
+        )
 
-    def _inner(self) -> tuple[Schedule, ...]:
-        return (self.schedule,)
-
-    def scaled(self, fraction: float, base: float) -> float:
-        """Follows the formula above, times ``base``; ``fraction`` in [0, 1]."""
-        value = self.schedule.scaled(fraction, base)
-        scale = 1.0 if self.unit == "lr" else base
+    def factor(self, fraction: float) -> float:
+        """Evaluates the formula above; ``fraction`` in [0, 1]."""
+        factor = self.schedule.factor(fraction)
         if self.low is not None:
-            value = max(value, self.low * scale)
+            factor = max(factor, self.low)
         if self.high is not None:
-            value = min(value, self.high * scale)
-        return value
+            factor = min(factor, self.high)
+        return factor
 
     def resolve(self, horizon: Horizon) -> Schedule:
-        """The same on resolved parts, each on its own part of the horizon."""
+        """Resolves the inner schedule.
+
+        Raises:
+            ValueError: If a duration cannot be converted, or does not fit.
+        """
         return self._changed(schedule=self.schedule.resolve(horizon))
 
     def boundaries(self) -> dict[str, float]:
-        """The seams of the parts, and those between them."""
+        """Returns the boundaries of the inner schedule."""
         return self.schedule.boundaries()
 
-
-def window(horizon: Horizon, begin: float, length: float) -> Horizon:
-    """A part of a horizon; a part without length is never entered, and any horizon will do."""
-    return horizon.span(begin, begin + length) if length > SNAP else horizon
+    def warmup_end(self) -> float:
+        """Returns the end of the warm-up of the inner schedule."""
+        return self.schedule.warmup_end()

@@ -1,4 +1,4 @@
-"""Shapes that go up and down again."""
+"""Schedules that rise and fall: one cycle, triangular cycles, cosines with restarts."""
 
 from __future__ import annotations
 
@@ -9,16 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal, TypeAlias
 
-from lightning_bigopt.durations import DurationLike
+from lightning_bigopt.checks import check_between, check_choice, check_non_negative
+from lightning_bigopt.durations.duration import DurationLike
 from lightning_bigopt.schedules.base import Schedule
-from lightning_bigopt.schedules.checks import (
-    COOLDOWNS,
-    SNAP,
-    check_choice,
-    check_non_negative,
-    position,
-)
-from lightning_bigopt.schedules.periodic import Periodic, check_decay
+from lightning_bigopt.schedules.periodic import Periodic
+from lightning_bigopt.schedules.shapes import COOLDOWNS, TOLERANCE, position
 
 __all__ = ["CosineWithRestarts", "Cyclic", "OneCycle"]
 
@@ -27,7 +22,7 @@ CyclicMode: TypeAlias = Literal["triangular", "triangular2", "exp_range"]
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class OneCycle(Schedule):
-    r"""One rise to the peak and one long fall far below the start.
+    r"""One rise to the peak, then one long fall to far below the start.
 
     .. math::
         s(\tau) = \begin{cases}
@@ -36,8 +31,9 @@ class OneCycle(Schedule):
         \end{cases}
 
     with :math:`c(r) = \tfrac12 (1 + \cos \pi r)` (``"cosine"``) or :math:`1 - r` (``"linear"``).
-    The peak lies at :math:`w T` and the end at :math:`T`; torch's ``OneCycleLR`` puts them one
-    update earlier, at ``pct_start * total_steps - 1`` and ``total_steps - 1``.
+    In a run of T updates the peak is at update :math:`w T` and the end at :math:`T`. torch's
+    ``OneCycleLR`` reaches both one update earlier, at ``pct_start * total_steps - 1`` and
+    ``total_steps - 1``.
 
     Args:
         warmup: Length :math:`w` of the rise.
@@ -67,7 +63,8 @@ class OneCycle(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_non_negative(start=self.start, end=self.end)
+        check_non_negative("start", self.start)
+        check_non_negative("end", self.end)
         check_choice("shape", self.shape, Literal["cosine", "linear"])
 
     @cached_property
@@ -75,15 +72,19 @@ class OneCycle(Schedule):
         return self._share("warmup")
 
     def factor(self, fraction: float) -> float:
-        """Follows the formula above; ``fraction`` in [0, 1]."""
+        """Evaluates the formula above; ``fraction`` in [0, 1]."""
         length, fall = self._length, COOLDOWNS[self.shape]
         if fraction < length:
             return 1.0 + fall(position(fraction, 0.0, length)) * (self.start - 1.0)
         return self.end + fall(position(fraction, length, 1.0 - length)) * (1.0 - self.end)
 
     def boundaries(self) -> dict[str, float]:
-        """Where the peak lies."""
+        """Returns the position of the peak."""
         return {"peak": self._length}
+
+    def warmup_end(self) -> float:
+        """Returns the end of the rise."""
+        return self._length
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -97,10 +98,10 @@ class Cyclic(Periodic):
     :math:`\gamma^{\lfloor q \rfloor}` (``"triangular2"``) or :math:`\gamma^q` (``"exp_range"``).
 
     Args:
-        low: Factor :math:`l` at the foot, from 0 to 1 (torch: ``base_lr / max_lr``).
+        low: Factor :math:`l` at the bottom, from 0 to 1 (torch: ``base_lr / max_lr``).
         up: Length of a rise (torch: ``step_size_up``).
-        down: Length of a fall; None for that of the rise.
-        mode: How the amplitude develops.
+        down: Length of a fall; None for the length of the rise.
+        mode: Change of the amplitude over the cycles; see above.
         cycle_decay: Factor :math:`\gamma` of the amplitude over a whole cycle, in (0, 1]; one half
             is Smith's ``triangular2``. (torch's ``gamma`` is per update.)
 
@@ -126,21 +127,19 @@ class Cyclic(Periodic):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_non_negative(low=self.low)
+        check_between("low", self.low, 0, 1, ends="[]", hint="the peak is 1")
         check_choice("mode", self.mode, CyclicMode)
-        check_decay("cycle_decay", self.cycle_decay)
-        if self.low > 1:
-            raise ValueError(f"low must be at most 1, the peak, got {self.low!r}")
+        check_between("cycle_decay", self.cycle_decay, 0, 1, ends="(]")
 
     @cached_property
     def _cycle(self) -> tuple[float, float]:
-        """The length of a cycle, and the share of it that is the rise."""
+        """Length of a cycle, and the fraction of the cycle that the rise takes."""
         up = self._share("up")
         length = up + (up if self.down is None else self._share("down"))
         return length, up / length
 
     def factor(self, fraction: float) -> float:
-        """Follows the formula above; ``fraction`` in [0, 1]."""
+        """Evaluates the formula above; ``fraction`` in [0, 1]."""
         length, rise = self._cycle
         passed = fraction / length
         cycle = math.floor(passed)
@@ -159,17 +158,17 @@ class CosineWithRestarts(Periodic):
         s(\tau) = e + \tfrac12 (d^i - e)(1 + \cos \pi r), \qquad
         p_i = p_0 m^i
 
-    in cycle i, where r runs from 0 to 1 over its length :math:`p_i`. A restart shows at the update
-    at which a cycle is complete; at the end of the budget there is none. The index of a cycle
-    comes from adding lengths up, never from a logarithm, which is wrong at the seams.
+    in cycle i, where r goes from 0 to 1 over its length :math:`p_i`. The update at which a cycle is
+    complete uses the next peak; there is no restart at the end of the budget.
 
     Args:
         first_cycle: Length :math:`p_0` of the first cycle (torch: ``T_0``; transformers:
             ``1 / num_cycles``; timm: ``t_initial``).
-        cycle_multiplier: Factor :math:`m` of each next length, at least 1 (``T_mult``,
-            ``cycle_mul``).
-        cycle_decay: Factor :math:`d` of each next peak, in (0, 1] (timm: ``cycle_decay``).
-        end: Factor :math:`e` at the end of every cycle; a peak never lies below it.
+        cycle_multiplier: Ratio :math:`m` of each length to the previous one, at least 1 (torch:
+            ``T_mult``; timm: ``cycle_mul``).
+        cycle_decay: Ratio :math:`d` of each peak to the previous one, in (0, 1] (timm:
+            ``cycle_decay``).
+        end: Factor :math:`e` at the end of every cycle; it is a lower bound of the peaks.
 
     Raises:
         ValueError: If ``first_cycle`` is zero, or a factor is out of range.
@@ -193,10 +192,9 @@ class CosineWithRestarts(Periodic):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_non_negative(cycle_multiplier=self.cycle_multiplier, end=self.end)
-        check_decay("cycle_decay", self.cycle_decay)
-        if self.cycle_multiplier < 1:
-            raise ValueError(f"cycle_multiplier must be at least 1, got {self.cycle_multiplier!r}")
+        check_between("cycle_multiplier", self.cycle_multiplier, 1, math.inf, ends="[)")
+        check_between("cycle_decay", self.cycle_decay, 0, 1, ends="(]")
+        check_non_negative("end", self.end)
 
     @cached_property
     def _first(self) -> float:
@@ -204,7 +202,8 @@ class CosineWithRestarts(Periodic):
 
     @cached_property
     def _begins(self) -> list[float]:
-        """Where growing cycles begin, in first cycles, to one beyond the end of the budget."""
+        """Beginnings of growing cycles, in first cycles, up to one beyond the end of the budget."""
+        # Sums of lengths, because a logarithm gives the wrong index at the boundaries of cycles.
         begins, length = [0.0], 1.0
         while begins[-1] <= 1.0 / self._first + 1.0:
             begins.append(begins[-1] + length)
@@ -212,25 +211,26 @@ class CosineWithRestarts(Periodic):
         return begins
 
     def factor(self, fraction: float) -> float:
-        """Follows the formula above; ``fraction`` in [0, 1]."""
+        """Evaluates the formula above; ``fraction`` in [0, 1]."""
         passed = fraction / self._first
         if self.cycle_multiplier == 1.0:
-            index = math.floor(passed + SNAP)
+            index = math.floor(passed + TOLERANCE)
             inside = passed - index
         else:
             begins = self._begins
-            index = bisect_right(begins, passed + SNAP) - 1
+            index = bisect_right(begins, passed + TOLERANCE) - 1
             inside = (passed - begins[index]) / (begins[index + 1] - begins[index])
-        if fraction >= 1.0 and index and inside < SNAP:
+        if fraction >= 1.0 and index and inside < TOLERANCE:
+            # The budget ends with a cycle: the last factor is ``end``, not a new peak.
             index, inside = index - 1, 1.0
         peak = max(math.pow(self.cycle_decay, index), self.end)
         return self.end + 0.5 * (peak - self.end) * (1.0 + math.cos(math.pi * inside))
 
     def boundaries(self) -> dict[str, float]:
-        """Where the restarts lie."""
+        """Returns the positions of the restarts."""
         if self.cycle_multiplier == 1.0:
-            begins: Iterable[float] = range(1, math.ceil(1.0 / self._first - SNAP))
+            begins: Iterable[float] = range(1, math.ceil(1.0 / self._first - TOLERANCE))
         else:
             begins = self._begins[1:]
         moments = [begin * self._first for begin in begins]
-        return {f"restart {i}": at for i, at in enumerate(moments, start=1) if at < 1.0 - SNAP}
+        return {f"restart {i}": at for i, at in enumerate(moments, start=1) if at < 1.0 - TOLERANCE}

@@ -1,17 +1,13 @@
-"""Shapes that run once over their budget, from one factor to another."""
+"""Schedules from one factor to another: constant, linear, cosine, polynomial and others."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
 
+from lightning_bigopt.checks import check_choice, check_non_negative, check_positive
 from lightning_bigopt.schedules.base import Schedule
-from lightning_bigopt.schedules.checks import (
-    COOLDOWNS,
-    CooldownShape,
-    check_choice,
-    check_non_negative,
-)
+from lightning_bigopt.schedules.shapes import COOLDOWNS, CooldownShape
 
 __all__ = ["REX", "Constant", "Cooldown", "Cosine", "Linear", "Polynomial"]
 
@@ -40,10 +36,10 @@ class Constant(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_non_negative(level=self.level)
+        check_non_negative("level", self.level)
 
     def factor(self, fraction: float) -> float:
-        """Follows the formula above; ``fraction`` in [0, 1]."""
+        """Evaluates the formula above; ``fraction`` in [0, 1]."""
         return self.level
 
 
@@ -74,11 +70,12 @@ class Linear(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_non_negative(start=self.start, end=self.end)
+        check_non_negative("start", self.start)
+        check_non_negative("end", self.end)
 
     def factor(self, fraction: float) -> float:
-        """Follows the formula above; ``fraction`` in [0, 1]."""
-        return self.start * (1.0 - fraction) + self.end * fraction
+        """Evaluates the formula above; ``fraction`` in [0, 1]."""
+        return self.start * (1.0 - fraction) + self.end * fraction  # exact at both ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,16 +105,17 @@ class Cosine(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_non_negative(start=self.start, end=self.end)
+        check_non_negative("start", self.start)
+        check_non_negative("end", self.end)
 
     def factor(self, fraction: float) -> float:
-        """Follows the formula above; ``fraction`` in [0, 1]."""
+        """Evaluates the formula above; ``fraction`` in [0, 1]."""
         return self.end + 0.5 * (self.start - self.end) * (1.0 + math.cos(math.pi * fraction))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Polynomial(Schedule):
-    r"""A power of the share that remains, from 1 to ``end``.
+    r"""Polynomial decay: a power of the remaining fraction, from 1 to ``end``.
 
     .. math:: s(\tau) = e + (1 - e)(1 - \tau)^p
 
@@ -141,18 +139,17 @@ class Polynomial(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_non_negative(power=self.power, end=self.end)
-        if not self.power:
-            raise ValueError(f"power must be positive, got {self.power!r}")
+        check_positive("power", self.power)
+        check_non_negative("end", self.end)
 
     def factor(self, fraction: float) -> float:
-        """Follows the formula above; ``fraction`` in [0, 1]."""
+        """Evaluates the formula above; ``fraction`` in [0, 1]."""
         return self.end + (1.0 - self.end) * math.pow(1.0 - fraction, self.power)
 
 
 @dataclass(frozen=True, kw_only=True)
 class REX(Schedule):
-    r"""The reflected exponential: close to 1 for long, then steeply down.
+    r"""Reflected exponential decay: slow at first, steep at the end.
 
     .. math:: s(\tau) = e + (1 - e)\,\frac{1 - \tau}{\tfrac12 + \tfrac12 (1 - \tau)}
 
@@ -175,17 +172,17 @@ class REX(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_non_negative(end=self.end)
+        check_non_negative("end", self.end)
 
     def factor(self, fraction: float) -> float:
-        """Follows the formula above; ``fraction`` in [0, 1]."""
+        """Evaluates the formula above; ``fraction`` in [0, 1]."""
         remaining = 1.0 - fraction
         return self.end + (1.0 - self.end) * remaining / (0.5 + 0.5 * remaining)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cooldown(Schedule):
-    r"""A cooldown of :class:`WarmupStableDecay` as a shape of its own, from ``start`` to ``end``.
+    r"""The cooldown of :class:`WarmupStableDecay` on its own, from ``start`` to ``end``.
 
     .. math::
         s(\tau) = e + c(\tau)(b - e), \qquad
@@ -193,7 +190,7 @@ class Cooldown(Schedule):
             2 \cdot 0.5^\tau - 1\}
 
     Args:
-        shape: The curve :math:`c`: ``"linear"``, ``"cosine"``, ``"1-sqrt"`` or ``"exponential"``.
+        shape: Curve :math:`c`: ``"linear"``, ``"cosine"``, ``"1-sqrt"`` or ``"exponential"``.
         start: Factor :math:`b` at :math:`\tau = 0`, dimensionless.
         end: Factor :math:`e` from :math:`\tau = 1` on, dimensionless.
 
@@ -216,8 +213,9 @@ class Cooldown(Schedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("shape", self.shape, CooldownShape)
-        check_non_negative(start=self.start, end=self.end)
+        check_non_negative("start", self.start)
+        check_non_negative("end", self.end)
 
     def factor(self, fraction: float) -> float:
-        """Follows the formula above; ``fraction`` in [0, 1]."""
+        """Evaluates the formula above; ``fraction`` in [0, 1]."""
         return self.end + COOLDOWNS[self.shape](fraction) * (self.start - self.end)

@@ -1,4 +1,4 @@
-"""Shapes measured against a duration of their own, which may be longer than the budget."""
+"""Decays with a period or timescale, which may be longer than the budget."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
 
-from lightning_bigopt.durations import Duration, DurationLike, Horizon
+from lightning_bigopt.checks import check_between
+from lightning_bigopt.durations.duration import Duration, DurationLike
+from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.schedules.base import Schedule
-from lightning_bigopt.schedules.checks import (
-    SNAP,
-    check_non_negative,
-)
+from lightning_bigopt.schedules.part_lengths import check_longer_than_zero
+from lightning_bigopt.schedules.shapes import TOLERANCE
 
 __all__ = ["Exponential", "InverseSquareRoot", "OnAxis", "Periodic", "Power", "StepDecay"]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Periodic(Schedule):
-    """What depends on how many periods have passed.
+    """Base class of schedules that depend on the number of periods passed.
 
-    The fields in ``_periods`` hold durations that need not fit into the budget. Where updates grow
-    during the run, periods in samples, tokens or epochs are not equally long in updates: the
-    schedule is then laid out on the axis of its own unit (:class:`OnAxis`), so that it is the same
-    curve against samples as without the growth.
+    The fields named in ``_periods`` hold durations that need not fit into the budget. If the batch
+    size changes during the run, periods in samples, tokens or epochs take different numbers of
+    updates: the schedule is then evaluated on the axis of that unit (:class:`OnAxis`), so that it
+    is the same curve over samples as with a constant batch size.
 
     Example:
         >>> from lightning_bigopt.durations import Span
@@ -43,15 +43,14 @@ class Periodic(Schedule):
         lengths = self._durations(*self._periods)
         self._set(**lengths)
         for name, length in lengths.items():
-            if not length.value:
-                raise ValueError(f"{name} must be longer than zero, got {str(length)!r}")
+            check_longer_than_zero(name, length)
 
     def resolve(self, horizon: Horizon) -> Schedule:
-        """The same curve with its periods as fractions, on their own axis where updates grow.
+        """Converts periods to fractions of the budget; uses their own axis if batch sizes change.
 
         Raises:
-            ValueError: If a unit cannot be converted, or several periods are in different units
-                and updates grow.
+            ValueError: If a unit cannot be converted, or the batch grows and the periods are in
+                different units.
         """
         lengths = self._durations(*self._periods)
         axes = {d.unit: horizon.axis(d, name=n) for n, d in lengths.items()}
@@ -63,21 +62,21 @@ class Periodic(Schedule):
         if not uneven:
             return resolved
         if len(axes) > 1:
-            written = ", ".join(f"{name}={str(length)!r}" for name, length in lengths.items())
+            given = ", ".join(f"{name}={str(length)!r}" for name, length in lengths.items())
             raise ValueError(
-                f"{' and '.join(lengths)} must be in the same unit where updates grow, got "
-                f"{written}; write them in one unit"
+                f"{' and '.join(lengths)} must be in the same unit if the batch grows, got "
+                f"{given}; write them in one unit"
             )
         return OnAxis(schedule=resolved, axis=uneven[0])
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnAxis(Schedule):
-    """A resolved schedule whose own time is another unit's than the budget's.
+    """A resolved schedule on the axis of another unit than that of the budget.
 
     Args:
-        schedule: The schedule, as a function of the share of that unit's total.
-        axis: Corners (share of the budget, amount of the unit), as :meth:`Horizon.axis` gives.
+        schedule: The schedule, as a function of the fraction of the other unit's total.
+        axis: Corners (fraction of the budget, amount of the other unit) from :meth:`Horizon.axis`.
 
     Example:
         >>> from lightning_bigopt.schedules import Linear
@@ -90,21 +89,27 @@ class OnAxis(Schedule):
 
     @cached_property
     def _corners(self) -> tuple[list[float], list[float]]:
+        """Fractions of the budget and of the other unit's total at the corners."""
         total = self.axis[-1][1]
         return [share for share, _ in self.axis], [amount / total for _, amount in self.axis]
 
     def factor(self, fraction: float) -> float:
-        """The schedule's factor at the share of its own unit's total."""
-        return self.schedule.factor(self._moved(fraction, *self._corners))
+        """Returns the schedule's factor at the fraction of the other unit's total."""
+        return self.schedule.factor(self._interpolate(fraction, *self._corners))
 
     def boundaries(self) -> dict[str, float]:
-        """The schedule's seams, as fractions of the budget."""
+        """Returns the boundaries of the schedule, as fractions of the budget."""
         shares, own = self._corners
-        seams = self.schedule.boundaries().items()
-        return {name: self._moved(at, own, shares) for name, at in seams}
+        found = self.schedule.boundaries().items()
+        return {name: self._interpolate(at, own, shares) for name, at in found}
+
+    def warmup_end(self) -> float:
+        """Returns the end of the schedule's warm-up, as a fraction of the budget."""
+        shares, own = self._corners
+        return self._interpolate(self.schedule.warmup_end(), own, shares)
 
     @staticmethod
-    def _moved(at: float, source: list[float], target: list[float]) -> float:
+    def _interpolate(at: float, source: list[float], target: list[float]) -> float:
         right = min(bisect_right(source, at), len(source) - 1)
         left = right - 1
         inside = (at - source[left]) / (source[right] - source[left])
@@ -113,13 +118,13 @@ class OnAxis(Schedule):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Exponential(Periodic):
-    r"""Exponential decay, continuous: by ``decay`` over every given duration.
+    r"""Continuous exponential decay: by the factor ``decay`` in every period.
 
     .. math:: s(\tau) = \gamma^{\tau / p}
 
     Args:
         decay: Factor :math:`\gamma` in (0, 1].
-        every: Duration :math:`p`; by default the whole budget, which then ends at ``decay``.
+        every: Period :math:`p`; by default the whole budget, which then ends at ``decay``.
 
     Raises:
         ValueError: If ``decay`` is not in (0, 1], or ``every`` is zero.
@@ -139,29 +144,29 @@ class Exponential(Periodic):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_decay("decay", self.decay)
+        check_between("decay", self.decay, 0, 1, ends="(]")
 
     @cached_property
     def _period(self) -> float:
         return self._share("every")
 
     def factor(self, fraction: float) -> float:
-        """Follows the formula above; ``fraction`` in [0, 1]."""
+        """Evaluates the formula above; ``fraction`` in [0, 1]."""
         return math.pow(self.decay, fraction / self._period)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class StepDecay(Periodic):
-    r"""A staircase: multiplied by ``decay`` once every given duration.
+    r"""Step decay: multiplied by ``decay`` at the end of every period.
 
     .. math:: s(\tau) = \gamma^{\lfloor \tau / p \rfloor}
 
-    The update at which a period is complete sees the new factor. Positions within 1e-9 of a period
-    count as complete, so that rounding never delays a stair.
+    The update at which a period is complete uses the new factor. A period counts as complete from
+    1e-9 periods before its end, so that rounding errors never delay a step.
 
     Args:
         decay: Factor :math:`\gamma` in (0, 1].
-        every: Duration :math:`p` of a stair.
+        every: Period :math:`p`.
 
     Raises:
         ValueError: If ``decay`` is not in (0, 1], or ``every`` is zero.
@@ -181,29 +186,29 @@ class StepDecay(Periodic):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_decay("decay", self.decay)
+        check_between("decay", self.decay, 0, 1, ends="(]")
 
     @cached_property
     def _period(self) -> float:
         return self._share("every")
 
     def factor(self, fraction: float) -> float:
-        """Follows the formula above; ``fraction`` in [0, 1]."""
-        return math.pow(self.decay, math.floor(fraction / self._period + SNAP))
+        """Evaluates the formula above; ``fraction`` in [0, 1]."""
+        return math.pow(self.decay, math.floor(fraction / self._period + TOLERANCE))
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Power(Periodic):
-    r"""A power law of the time since its beginning.
+    r"""A power law of the time since the beginning.
 
     .. math:: s(\tau) = (1 + \tau / p)^a
 
-    After a warm-up of the same length as the timescale this is :math:`(t / W)^a` in updates t of
-    the whole run. The power scheduler ends with a linear tail; see the example.
+    After a warm-up of W updates and with a timescale of W updates this is :math:`(t / W)^a` in
+    updates t of the whole run. The power scheduler ends with a linear tail; see the example.
 
     Args:
         exponent: Exponent :math:`a`, at most 0.
-        timescale: Duration :math:`p`.
+        timescale: Timescale :math:`p`.
 
     Raises:
         ValueError: If ``exponent`` is positive, or ``timescale`` is zero.
@@ -227,32 +232,28 @@ class Power(Periodic):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (math.isfinite(self.exponent) and self.exponent <= 0):
-            raise ValueError(
-                f"exponent must be at most 0, because a schedule never rises for ever, got "
-                f"{self.exponent!r}"
-            )
+        check_between("exponent", self.exponent, -math.inf, 0, ends="(]", hint="for instance -0.51")
 
     @cached_property
     def _period(self) -> float:
         return self._share("timescale")
 
     def factor(self, fraction: float) -> float:
-        """Follows the formula above; ``fraction`` in [0, 1]."""
+        """Evaluates the formula above; ``fraction`` in [0, 1]."""
         return math.pow(1.0 + fraction / self._period, self.exponent)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class InverseSquareRoot(Periodic):
-    r"""One over the square root of the time since its beginning.
+    r"""One over the square root of the time since the beginning.
 
     .. math:: s(\tau) = \frac{1}{\sqrt{1 + \tau / p}}
 
-    After a warm-up of the same length as the timescale this is :math:`\sqrt{W / t}` in updates t
-    of the whole run.
+    After a warm-up of W updates and with a timescale of W updates this is :math:`\sqrt{W / t}` in
+    updates t of the whole run.
 
     Args:
-        timescale: Duration :math:`p`: after three of them the factor is one half.
+        timescale: Timescale :math:`p`: after three of them the factor is one half.
 
     Raises:
         ValueError: If ``timescale`` is zero.
@@ -275,12 +276,5 @@ class InverseSquareRoot(Periodic):
         return self._share("timescale")
 
     def factor(self, fraction: float) -> float:
-        """Follows the formula above; ``fraction`` in [0, 1]."""
+        """Evaluates the formula above; ``fraction`` in [0, 1]."""
         return 1.0 / math.sqrt(1.0 + fraction / self._period)
-
-
-def check_decay(name: str, value: float) -> None:
-    """Refuses what would not decay, or would fall to zero at once."""
-    check_non_negative(**{name: value})
-    if not 0 < value <= 1:
-        raise ValueError(f"{name} must be in (0, 1], got {value!r}")

@@ -1,4 +1,4 @@
-"""Recipes that hold a plateau for most of the run and leave it at the end."""
+"""Schedules with a warm-up, a plateau for most of the run, and a decay or cooldown."""
 
 from __future__ import annotations
 
@@ -7,19 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
-from lightning_bigopt.durations import DurationLike
+from lightning_bigopt.checks import check_between, check_choice, check_non_negative
+from lightning_bigopt.durations.duration import DurationLike
 from lightning_bigopt.schedules.base import Schedule
 from lightning_bigopt.schedules.chain import Chain
-from lightning_bigopt.schedules.checks import (
-    CooldownShape,
-    WarmupShape,
-    check_choice,
-    check_end,
-    check_non_negative,
-    position,
-)
 from lightning_bigopt.schedules.decays import Constant, Cosine
 from lightning_bigopt.schedules.recipes import Recipe
+from lightning_bigopt.schedules.shapes import CooldownShape, WarmupShape, position
 
 __all__ = ["InfiniteSchedule", "TriStage", "WarmupStableDecay"]
 
@@ -41,10 +35,10 @@ class WarmupStableDecay(Recipe):
 
     Args:
         warmup: Length :math:`w` of the warm-up.
-        warmup_shape: How it rises: ``"linear"``, ``"cosine"`` or ``"1-sqrt"``.
+        warmup_shape: Curve of the rise: ``"linear"``, ``"cosine"`` or ``"1-sqrt"``.
         start: Factor at update 0, dimensionless.
         decay: Length :math:`d` of the cooldown.
-        cooldown: The curve :math:`c` of the cooldown.
+        cooldown: Curve :math:`c` of the cooldown.
         end: Factor :math:`e` at the end of the budget, from 0 to 1.
 
     Raises:
@@ -62,7 +56,7 @@ class WarmupStableDecay(Recipe):
 
     _last: ClassVar[tuple[str, ...]] = ("decay",)
 
-    warmup_shape: WarmupShape = "linear"  # again: type hints are looked up in this module
+    warmup_shape: WarmupShape = "linear"  # repeated: type hints are resolved in this module
     decay: DurationLike = "20%"
     cooldown: CooldownShape = "1-sqrt"
     end: float = 0.0
@@ -70,10 +64,10 @@ class WarmupStableDecay(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("cooldown", self.cooldown, CooldownShape)
-        check_end(self.end)
+        check_between("end", self.end, 0, 1, ends="[]", hint="the peak is 1")
 
     def expand(self) -> Schedule:
-        """The same curve, written in shapes and compositions; durations must be resolved."""
+        """Returns the same curve made of basic schedules; durations must be resolved."""
         stable, decay = self._warmed_up(Constant()), self._share("decay")
         if not decay:
             return stable
@@ -82,7 +76,7 @@ class WarmupStableDecay(Recipe):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class InfiniteSchedule(Recipe):
-    r"""A warm-up, half a cosine to a plateau, the plateau for ever; a cooldown on demand.
+    r"""A warm-up, half a cosine to a plateau, the plateau, and optionally a cooldown.
 
     .. math::
         s(\tau) = \begin{cases}
@@ -92,19 +86,19 @@ class InfiniteSchedule(Recipe):
             p & \text{else}
         \end{cases}
 
-    Without ``cooldown`` the run can be extended for ever, and a finished model branched off at any
-    moment with :meth:`Schedule.with_cooldown`; with it the factor falls from the plateau to ``end``
-    at the end of the budget, as :class:`WarmupStableDecay` does.
+    Without ``cooldown`` the run can be extended at any time; :meth:`Schedule.with_cooldown` makes
+    the schedule of a branch that ends with a finished model. With ``cooldown`` the factor falls
+    from the plateau to ``end`` at the end of the budget, as in :class:`WarmupStableDecay`.
 
     Args:
         warmup: Length :math:`w` of the warm-up.
-        warmup_shape: How it rises: ``"linear"``, ``"cosine"`` or ``"1-sqrt"``.
+        warmup_shape: Curve of the rise: ``"linear"``, ``"cosine"`` or ``"1-sqrt"``.
         start: Factor at update 0, dimensionless.
         decay: Length :math:`d` of the fall to the plateau.
         plateau: Factor :math:`p` of the plateau, from 0 to 1.
-        cooldown: Length of a cooldown that ends with the budget; None for none.
-        cooldown_shape: Its curve: see :class:`WarmupStableDecay`.
-        end: Factor at which it ends, from 0 to 1.
+        cooldown: Length of a cooldown that ends with the budget; None for no cooldown.
+        cooldown_shape: Curve of the cooldown: see :class:`WarmupStableDecay`.
+        end: Factor at the end of the cooldown, from 0 to 1.
 
     Raises:
         ValueError: If the parts are longer than the budget together, a shape is unknown, or a
@@ -125,7 +119,7 @@ class InfiniteSchedule(Recipe):
     _parts: ClassVar[tuple[str, ...]] = ("warmup", "decay")
     _last: ClassVar[tuple[str, ...]] = ("cooldown",)
 
-    warmup_shape: WarmupShape = "linear"  # again: type hints are looked up in this module
+    warmup_shape: WarmupShape = "linear"  # repeated: type hints are resolved in this module
     decay: DurationLike = "20%"
     plateau: float = 0.5
     cooldown: DurationLike | None = None
@@ -135,13 +129,11 @@ class InfiniteSchedule(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("cooldown_shape", self.cooldown_shape, CooldownShape)
-        check_end(self.end)
-        check_non_negative(plateau=self.plateau)
-        if self.plateau > 1:
-            raise ValueError(f"plateau must be at most 1, the peak, got {self.plateau!r}")
+        check_between("end", self.end, 0, 1, ends="[]", hint="the peak is 1")
+        check_between("plateau", self.plateau, 0, 1, ends="[]", hint="the peak is 1")
 
     def expand(self) -> Schedule:
-        """The same curve, written in shapes and compositions; durations must be resolved."""
+        """Returns the same curve made of basic schedules; durations must be resolved."""
         rest = 1.0 - self._share("warmup")
         decay = min(self._share("decay") / rest, 1.0) if rest > 0 else 0.0
         fall = Cosine(end=self.plateau)
@@ -155,17 +147,17 @@ class InfiniteSchedule(Recipe):
         )
 
     def boundaries(self) -> dict[str, float]:
-        """Where the warm-up ends, the plateau starts, and the cooldown starts if there is one."""
+        """Returns the end of the warm-up and the starts of the plateau and of the cooldown."""
         warmup = self._share("warmup")
-        seams = {"warmup ends": warmup} if warmup else {}
-        seams["plateau starts"] = warmup + self._share("decay")
+        found = {"warmup ends": warmup} if warmup else {}
+        found["plateau starts"] = warmup + self._share("decay")
         length = 0.0 if self.cooldown is None else self._share("cooldown")
-        return {**seams, "cooldown starts": 1.0 - length} if length else seams
+        return {**found, "cooldown starts": 1.0 - length} if length else found
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class TriStage(Schedule):
-    r"""A linear rise, the peak, and an exponential fall; flat at ``end`` where time is left.
+    r"""A linear rise, the peak, an exponential fall, then flat at ``end``.
 
     .. math::
         s(\tau) = \begin{cases}
@@ -203,20 +195,17 @@ class TriStage(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_non_negative(start=self.start)
-        check_end(self.end)
-        if not self.end:
-            raise ValueError(
-                f"end must be above 0, which an exponential never reaches, got {self.end!r}"
-            )
+        check_non_negative("start", self.start)
+        check_between("end", self.end, 0, 1, ends="(]", hint="an exponential never reaches 0")
 
     @cached_property
     def _lengths(self) -> tuple[float, float, float]:
+        """End of the rise, start of the fall, and length of the fall."""
         warmup, hold = self._share("warmup"), self._share("hold")
         return warmup, warmup + hold, self._share("decay")
 
     def factor(self, fraction: float) -> float:
-        """Follows the formula above; ``fraction`` in [0, 1]."""
+        """Evaluates the formula above; ``fraction`` in [0, 1]."""
         warmup, fall, decay = self._lengths
         if fraction < warmup:
             return self.start + (1.0 - self.start) * position(fraction, 0.0, warmup)
@@ -225,6 +214,6 @@ class TriStage(Schedule):
         return math.pow(self.end, position(fraction, fall, decay))
 
     def boundaries(self) -> dict[str, float]:
-        """Where the rise ends, and where the fall starts and ends."""
+        """Returns the end of the rise, and the start and the end of the fall."""
         warmup, fall, decay = self._lengths
         return {"warmup ends": warmup, "decay starts": fall, "decay ends": fall + decay}

@@ -1,4 +1,4 @@
-"""Warm-ups with a decay, under the field's names; a percentage is of the whole budget."""
+"""Common schedules with a warm-up; all percentages refer to the whole budget."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
-from lightning_bigopt.durations import Duration, DurationLike, Horizon
+from lightning_bigopt.checks import check_between, check_choice, check_non_negative
+from lightning_bigopt.durations.duration import Duration, DurationLike
+from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.schedules.base import Schedule
-from lightning_bigopt.schedules.checks import (
-    WarmupShape,
-    check_choice,
-    check_end,
-    check_non_negative,
-)
 from lightning_bigopt.schedules.composition import Warmup
 from lightning_bigopt.schedules.decays import Constant, Cosine, Linear
+from lightning_bigopt.schedules.part_lengths import check_longer_than_zero
 from lightning_bigopt.schedules.periodic import InverseSquareRoot
+from lightning_bigopt.schedules.shapes import WarmupShape
 
 __all__ = [
     "Noam",
@@ -32,11 +30,11 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Recipe(Schedule):
-    """A warm-up and what follows, under one name.
+    """Base class of schedules that begin with a warm-up.
 
     Args:
         warmup: Length of the warm-up.
-        warmup_shape: How it rises: see :class:`Warmup`.
+        warmup_shape: Curve of the rise: see :class:`Warmup`.
         start: Factor at update 0, dimensionless.
 
     Raises:
@@ -56,11 +54,11 @@ class Recipe(Schedule):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("warmup_shape", self.warmup_shape, WarmupShape)
-        check_non_negative(start=self.start)
+        check_non_negative("start", self.start)
 
     @abstractmethod
     def expand(self) -> Schedule:
-        """The same curve, written in shapes and compositions; durations must be resolved."""
+        """Returns the same curve made of basic schedules; durations must be resolved."""
 
     @cached_property
     def _curve(self) -> Schedule:
@@ -71,23 +69,27 @@ class Recipe(Schedule):
         return Warmup(length, schedule, shape=self.warmup_shape, start=self.start)
 
     def factor(self, fraction: float) -> float:
-        """The factor of the expanded curve; ``fraction`` in [0, 1]."""
+        """Returns the factor of the expanded curve; ``fraction`` in [0, 1]."""
         return self._curve.factor(fraction)
 
     def boundaries(self) -> dict[str, float]:
-        """The seams of the expanded curve."""
+        """Returns the boundaries of the expanded curve."""
         return self._curve.boundaries()
+
+    def warmup_end(self) -> float:
+        """Returns the end of the warm-up."""
+        return self._curve.warmup_end()
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class WarmupConstant(Recipe):
-    r"""A warm-up, then the peak for ever.
+    r"""A warm-up, then the peak.
 
     .. math:: s(\tau) = \min(1,\ \tau / w)
 
     Args:
         warmup: Length :math:`w` of the warm-up.
-        warmup_shape: How it rises: ``"linear"``, ``"cosine"`` or ``"1-sqrt"``.
+        warmup_shape: Curve of the rise: ``"linear"``, ``"cosine"`` or ``"1-sqrt"``.
         start: Factor at update 0, dimensionless.
 
     Raises:
@@ -102,7 +104,7 @@ class WarmupConstant(Recipe):
     """
 
     def expand(self) -> Schedule:
-        """The same curve, written in shapes and compositions; durations must be resolved."""
+        """Returns the same curve made of basic schedules; durations must be resolved."""
         return self._warmed_up(Constant())
 
 
@@ -114,7 +116,7 @@ class WarmupLinear(Recipe):
 
     Args:
         warmup: Length :math:`w` of the warm-up.
-        warmup_shape: How it rises: ``"linear"``, ``"cosine"`` or ``"1-sqrt"``.
+        warmup_shape: Curve of the rise: ``"linear"``, ``"cosine"`` or ``"1-sqrt"``.
         start: Factor at update 0, dimensionless.
         end: Factor :math:`e` at the end of the budget, from 0 to 1.
 
@@ -134,10 +136,10 @@ class WarmupLinear(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_end(self.end)
+        check_between("end", self.end, 0, 1, ends="[]", hint="the peak is 1")
 
     def expand(self) -> Schedule:
-        """The same curve, written in shapes and compositions; durations must be resolved."""
+        """Returns the same curve made of basic schedules; durations must be resolved."""
         return self._warmed_up(Linear(end=self.end))
 
 
@@ -151,7 +153,7 @@ class WarmupCosine(Recipe):
 
     Args:
         warmup: Length :math:`w` of the warm-up.
-        warmup_shape: How it rises: ``"linear"``, ``"cosine"`` or ``"1-sqrt"``.
+        warmup_shape: Curve of the rise: ``"linear"``, ``"cosine"`` or ``"1-sqrt"``.
         start: Factor at update 0, dimensionless.
         end: Factor :math:`e` at the end of the budget, from 0 to 1.
 
@@ -172,10 +174,10 @@ class WarmupCosine(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_end(self.end)
+        check_between("end", self.end, 0, 1, ends="[]", hint="the peak is 1")
 
     def expand(self) -> Schedule:
-        """The same curve, written in shapes and compositions; durations must be resolved."""
+        """Returns the same curve made of basic schedules; durations must be resolved."""
         return self._warmed_up(Cosine(end=self.end))
 
 
@@ -187,13 +189,13 @@ class WarmupInverseSquareRoot(Recipe):
 
     Args:
         warmup: Length :math:`w` of the warm-up.
-        warmup_shape: How it rises: ``"linear"``, ``"cosine"`` or ``"1-sqrt"``.
+        warmup_shape: Curve of the rise: ``"linear"``, ``"cosine"`` or ``"1-sqrt"``.
         start: Factor at update 0, dimensionless.
-        timescale: Duration :math:`p`; None for the length of the warm-up, which makes the curve
+        timescale: Timescale :math:`p`; None for the length of the warm-up, which makes the curve
             :math:`\sqrt{w / \tau}`.
 
     Raises:
-        ValueError: If the warm-up is longer than the budget, or no timescale is left to take.
+        ValueError: If the warm-up is longer than the budget, or the timescale is zero.
 
     Example:
         >>> WarmupInverseSquareRoot(warmup="25%")(1.0)
@@ -213,22 +215,23 @@ class WarmupInverseSquareRoot(Recipe):
         if not list(lengths.values())[-1].value:
             raise ValueError(
                 f"timescale must be longer than zero, got {self.timescale!r} with "
-                f"warmup={str(self.warmup)!r}; give a timescale, or a warm-up to take it from"
+                f"warmup={str(self.warmup)!r}; pass timescale=, or a warm-up longer than zero"
             )
 
     def expand(self) -> Schedule:
-        """The same curve, written in shapes and compositions; durations must be resolved."""
+        """Returns the same curve made of basic schedules; durations must be resolved."""
         timescale = self._share("warmup" if self.timescale is None else "timescale")
         rest = 1.0 - self._share("warmup")
-        # The inner schedule measures its timescale in what the warm-up leaves.
+        # The budget of the inner schedule is the rest after the warm-up.
         own = Duration(timescale / rest if rest > 0 else 1.0, "fraction")
         return self._warmed_up(InverseSquareRoot(timescale=own))
 
     def resolve(self, horizon: Horizon) -> Schedule:
-        """An equivalent schedule whose durations are fractions, on its own axis where it must be.
+        """Converts the durations; uses the axis of the timescale's unit if batch sizes change.
 
         Raises:
-            ValueError: If a duration cannot be converted, or the warm-up does not fit.
+            ValueError: If a duration cannot be converted, or the warm-up is longer than the
+                budget.
         """
         timescale = self.warmup if self.timescale is None else self.timescale
         if Duration.parse(timescale).unit == "fraction":
@@ -240,12 +243,12 @@ class WarmupInverseSquareRoot(Recipe):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Noam(Schedule):
-    r"""The Transformer's schedule, scaled so that its peak is 1.
+    r"""The schedule of the Transformer paper, scaled so that its peak is 1.
 
     .. math:: s(\tau) = \min\left(\frac{\tau}{w},\ \sqrt{\frac{w}{\tau}}\right)
 
-    The paper's learning rate is this times :math:`d_{model}^{-0.5} W^{-0.5}` with W warm-up
-    updates, and counts updates from 1 where we count from 0.
+    The paper's learning rate is :math:`d_{model}^{-0.5} W^{-0.5}` times this factor, with W warm-up
+    updates. The paper counts updates from 1, this class from 0.
 
     Args:
         warmup: Length :math:`w` of the warm-up.
@@ -267,18 +270,17 @@ class Noam(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self._durations("warmup")["warmup"].value:
-            raise ValueError(f"warmup must be longer than zero, got {str(self.warmup)!r}")
+        check_longer_than_zero("warmup", self.warmup)
 
     @cached_property
     def _length(self) -> float:
         return self._share("warmup")
 
     def factor(self, fraction: float) -> float:
-        """Follows the formula above; ``fraction`` in [0, 1]."""
+        """Evaluates the formula above; ``fraction`` in [0, 1]."""
         length = self._length
         return fraction / length if fraction < length else math.sqrt(length / fraction)
 
     def boundaries(self) -> dict[str, float]:
-        """Where the warm-up ends."""
+        """Returns the end of the warm-up."""
         return {"warmup ends": self._length}

@@ -1,4 +1,4 @@
-"""Seesaw: half of every decay of the learning rate is left to the batch."""
+"""Seesaw: decays the learning rate by the square root, while SeesawBatchSize grows the batch."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from lightning_bigopt.durations import Horizon
+from lightning_bigopt.checks import check_between
+from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.schedules.base import Schedule, check_schedule
 
 __all__ = ["Seesaw"]
 
-LOOKS = 1024
-"""Moments at which the inner schedule is looked at for its peak, besides its own seams."""
+GRID_POINTS = 1024
+"""Intervals of the grid on which the peak is searched; boundaries of the schedule are added."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Seesaw(Schedule):
     r"""The learning-rate half of Seesaw: decays by the square root while the batch grows.
 
-    Where the inner schedule :math:`s_0` would multiply the learning rate by :math:`\alpha`, the
-    learning rate is multiplied by :math:`\sqrt\alpha` and the batch by :math:`1 / \alpha`. What the
-    batch may not grow by any more, the learning rate falls by in full. With the peak :math:`P` of
-    :math:`s_0` first reached at :math:`\tau_P` and the batch's cap :math:`c`,
+    When the inner schedule :math:`s_0` would multiply the learning rate by :math:`\alpha`, the
+    learning rate is multiplied by :math:`\sqrt\alpha` and the batch by :math:`1 / \alpha`. Once the
+    batch has reached its cap, the learning rate falls by :math:`\alpha` again. With the peak
+    :math:`P` of :math:`s_0` first reached at :math:`\tau_P` and the cap :math:`c` of the batch,
 
     .. math::
         s(\tau) = \begin{cases}
@@ -33,16 +34,15 @@ class Seesaw(Schedule):
             1 & \tau \le \tau_P \\ \min(c, P / s_0(\tau)) & \text{else}
         \end{cases}
 
-    so that a warm-up stays as it is. Updates are saved only under a budget in samples, tokens or
-    epochs, which the growing batch spends faster.
+    so that a warm-up stays unchanged. Updates are saved only with a budget in samples, tokens or
+    epochs, which a growing batch consumes faster.
 
     Args:
-        schedule: The schedule :math:`s_0`; it may rise to its peak once and then only falls.
+        schedule: The schedule :math:`s_0`; it may rise to one peak and must not rise after it.
         max_batch_factor: The cap :math:`c` on the growth of the batch; at least 1 and finite.
 
     Raises:
-        ValueError: If the schedule rises again after its peak (found when it is resolved), or is
-            bounded in absolute terms: ``Clamp(Seesaw(...), unit="lr")`` is right; or if
+        ValueError: If the schedule rises again after its peak (found when it is resolved), or
             ``max_batch_factor`` is below 1 or infinite.
 
     Example:
@@ -61,38 +61,31 @@ class Seesaw(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (math.isfinite(self.max_batch_factor) and self.max_batch_factor >= 1):
-            raise ValueError(
-                "max_batch_factor must be at least 1 and finite, got "
-                f"{self.max_batch_factor!r}; write 8.0"
-            )
         check_schedule("schedule", self.schedule)
-        if self.schedule.needs_base:
-            raise ValueError(
-                f"schedule must not hold Clamp(unit='lr'), got {self.schedule!r}; put the bound "
-                "around it: Clamp(Seesaw(...), unit='lr', ...)"
-            )
+        check_between(
+            "max_batch_factor", self.max_batch_factor, 1, math.inf, ends="[)", hint="write 8.0"
+        )
 
     @cached_property
     def _peak(self) -> tuple[float, float]:
-        """Where the inner schedule first reaches its peak, and the factor there."""
-        grid = {look / LOOKS for look in range(LOOKS + 1)}
+        """Fraction at which the inner schedule first reaches its peak, and the factor there."""
+        grid = {index / GRID_POINTS for index in range(GRID_POINTS + 1)}
         moments = sorted(grid.union(self.schedule.boundaries().values()))
         factors = [self.schedule(moment) for moment in moments]
         height = max(factors)
         first = factors.index(height)
         lowest = height
         for moment, factor in zip(moments[first:], factors[first:], strict=True):
-            if factor > lowest + 1e-9 * height:
+            if factor > lowest + 1e-9 * height:  # more than a rounding error
                 raise ValueError(
                     f"schedule must only fall after its peak, got {self.schedule!r}, which rises "
-                    f"again before {moment:.1%} of the budget; a batch cannot shrink with it"
+                    f"again before {moment:.1%} of the budget; the batch cannot shrink again"
                 )
             lowest = factor
         return moments[first], height
 
     def factor(self, fraction: float) -> float:
-        """Follows the formula above; ``fraction`` in [0, 1]."""
+        """Evaluates the formula above; ``fraction`` in [0, 1]."""
         inner = self.schedule.factor(fraction)
         moment, height = self._peak
         if fraction <= moment:
@@ -102,13 +95,13 @@ class Seesaw(Schedule):
         return inner * math.sqrt(self.max_batch_factor)
 
     def batch_factor(self, fraction: float) -> float:
-        """What the batch is multiplied by when ``fraction`` of the budget is spent.
+        """Returns the factor :math:`b` on the batch size at a fraction of the budget.
 
         Args:
-            fraction: Share of the budget spent, non-negative.
+            fraction: Fraction of the budget consumed, non-negative.
 
         Returns:
-            From 1 to ``max_batch_factor``.
+            The factor, from 1 to ``max_batch_factor``.
 
         Example:
             >>> from lightning_bigopt.schedules import WarmupLinear
@@ -125,15 +118,20 @@ class Seesaw(Schedule):
         return max(height / inner, 1.0)
 
     def resolve(self, horizon: Horizon) -> Schedule:
-        """The same on a resolved inner schedule.
+        """Resolves the inner schedule.
 
         Raises:
-            ValueError: If that rises again after its peak.
+            ValueError: If a duration cannot be converted, or the schedule rises again after its
+                peak.
         """
         resolved = self._changed(schedule=self.schedule.resolve(horizon))
-        resolved(0.0)
+        resolved(0.0)  # raises for a second rise before the training begins
         return resolved
 
     def boundaries(self) -> dict[str, float]:
-        """The inner schedule's seams."""
+        """Returns the boundaries of the inner schedule."""
         return self.schedule.boundaries()
+
+    def warmup_end(self) -> float:
+        """Returns the end of the inner schedule's warm-up."""
+        return self.schedule.warmup_end()

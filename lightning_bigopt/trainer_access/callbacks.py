@@ -1,25 +1,60 @@
-"""The Trainer's callbacks, and the checkpoints that some of them write."""
+"""The Trainer's list of callbacks, and the checkpoints that ModelCheckpoint saves."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from lightning.fabric.utilities.cloud_io import get_filesystem
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    Checkpoint,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
 
-__all__ = ["callbacks_of", "checkpoint_exists", "checkpoint_interval", "newest_checkpoint"]
+__all__ = [
+    "GradientAccumulationScheduler",
+    "StochasticWeightAveraging",
+    "callbacks_of",
+    "checkpoint_descriptions",
+    "checkpoint_exists",
+    "find_callback",
+    "first_checkpoint_callback",
+    "newest_checkpoint",
+]
+
+CallbackT = TypeVar("CallbackT")
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
-    """The Trainer's callbacks, those that a module brought included."""
-    return list(trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
+    """Returns the Trainer's list of callbacks (not a copy), including those of the module."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    return callbacks
+
+
+def find_callback(trainer: Trainer, kind: type[CallbackT]) -> CallbackT | None:
+    """Returns the first callback of a class; None if there is none."""
+    return next((c for c in callbacks_of(trainer) if isinstance(c, kind)), None)
+
+
+def first_checkpoint_callback(trainer: Trainer) -> int:
+    """Returns the index of the first checkpoint callback, or the length of the list without one.
+
+    Lightning moves these callbacks to the end of the list.
+    """
+    callbacks = callbacks_of(trainer)
+    indices = (i for i, callback in enumerate(callbacks) if isinstance(callback, Checkpoint))
+    return next(indices, len(callbacks))
 
 
 def newest_checkpoint(trainer: Trainer) -> str | None:
-    """The checkpoint written last in this fit, or else the one that it resumed from."""
+    """Returns the path of the newest checkpoint: saved in this fit, or the one resumed from."""
+    # The private fields, because the public best_model_path is not the newest, and
+    # last_model_path is empty without save_last.
     saved = [
         (callback._last_global_step_saved, callback._last_checkpoint_saved)
         for callback in trainer.checkpoint_callbacks
@@ -31,15 +66,24 @@ def newest_checkpoint(trainer: Trainer) -> str | None:
 
 
 def checkpoint_exists(path: str) -> bool:
-    """Whether a checkpoint, a file or a folder of shards, is still there; paths may be remote."""
+    """Returns whether a checkpoint exists: a file or a folder of shards, local or remote."""
     return bool(get_filesystem(path).exists(path))
 
 
-def checkpoint_interval(callback: ModelCheckpoint) -> str:
-    """When a ModelCheckpoint saves, in words."""
+def checkpoint_descriptions(callbacks: Sequence[Callback]) -> tuple[str, ...]:
+    """Describes each ModelCheckpoint in one line: when it saves, and the monitored metric."""
+    lines = []
+    for callback in callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            monitored = f" by {callback.monitor}" if callback.monitor else ""
+            lines.append(f"{_interval(callback)}{monitored}")
+    return tuple(lines)
+
+
+def _interval(callback: ModelCheckpoint) -> str:
     if callback._every_n_train_steps:
         return f"every {callback._every_n_train_steps} updates"
     if callback._train_time_interval is not None:
         return f"every {callback._train_time_interval}"
-    epochs = callback._every_n_epochs
+    epochs = callback.every_n_epochs
     return "every epoch" if epochs == 1 else f"every {epochs} epochs"

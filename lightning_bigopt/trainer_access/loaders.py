@@ -1,100 +1,158 @@
-"""The training loaders: set up before a fit, and as their source and the fit loop have them."""
+"""Training loaders: access, sizes, and a hook that runs before they are first iterated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import BatchSampler
 
-from lightning_bigopt.batching import GlobalBatchLoader
-from lightning_bigopt.trainer_access.position import is_unlimited
+from lightning_bigopt.batching.exact_loader import GlobalBatchLoader
+from lightning_bigopt.trainer_access.loop import epoch_batches, ready_batches
+from lightning_bigopt.trainer_access.strategies import data_parallel_size
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.strategies import Strategy
 
 __all__ = [
-    "data_in_place",
+    "epoch_samples",
     "exact_loader",
-    "greet_loaders",
+    "last_batch_samples",
+    "micro_batch_size",
+    "restart_epoch",
     "source_loaders",
+    "stop_watching_loaders",
     "train_loaders",
     "train_source",
+    "watch_loaders",
 ]
 
-
-@contextmanager
-def data_in_place(
-    trainer: Trainer, module: LightningModule, data: Any = None, *, datamodule: Any = None
-) -> Iterator[None]:
-    """Sets the training data up as a fit would, and takes it back: nothing is trained.
-
-    The hooks ``prepare_data``, ``setup`` and ``configure_model`` of module and datamodule run. No
-    process is started: a strategy of several processes is asked for their number only.
-    """
-    loop, connector = trainer.fit_loop, trainer._data_connector
-    before = dict(vars(loop)), trainer.state.fn, trainer.state.stage
-    trainer.state.fn, trainer.state.stage = TrainerFn.FITTING, RunningStage.TRAINING
-    trainer.strategy._lightning_module = module
-    try:
-        connector.attach_data(module, train_dataloaders=data, datamodule=datamodule)
-        module.trainer = trainer
-        for owner in (datamodule, module):
-            if owner is not None:
-                owner.prepare_data()
-                owner.setup("fit")
-        module.configure_model()
-        if is_unlimited(trainer):
-            loop.max_epochs = 1000  # as Lightning decides when the loop begins
-        loop.setup_data()
-        yield
-    finally:
-        vars(loop).clear()
-        vars(loop).update(before[0])
-        trainer.state.fn, trainer.state.stage = before[1:]
-        trainer.strategy._lightning_module = None
+_PROCESS = "process_dataloader"
 
 
 def train_loaders(trainer: Trainer) -> list[Any]:
-    """The training loaders as the fit loop runs them; known from ``on_train_start`` on."""
-    combined = trainer.fit_loop._combined_loader
-    return [] if combined is None else list(combined.flattened)
+    """Returns the training loaders as the fit loop iterates them; from ``on_train_start`` on."""
+    return _flat(trainer.train_dataloader)
 
 
 def exact_loader(trainer: Trainer) -> GlobalBatchLoader | None:
-    """The training loader where it is a :class:`GlobalBatchLoader`; known when it is iterated."""
-    loaders = train_loaders(trainer)
-    return next((loader for loader in loaders if isinstance(loader, GlobalBatchLoader)), None)
+    """Returns the training loader if it is a :class:`GlobalBatchLoader`, else None.
 
-
-def greet_loaders(trainer: Trainer, greet: Callable[[list[Any]], None] | None) -> None:
-    """Has every training loader shown to ``greet`` before it is iterated for the first time.
-
-    Lightning fetches a batch before ``on_train_start``. None takes it back.
+    Raises:
+        ValueError: If it is one of several loaders.
     """
-    source = trainer.fit_loop._data_source
-    source.__dict__.pop("dataloader", None)
-    if greet is None:
+    loaders = train_loaders(trainer)
+    exact = next((loader for loader in loaders if isinstance(loader, GlobalBatchLoader)), None)
+    if exact is not None and len(loaders) > 1:
+        raise ValueError(
+            f"a GlobalBatchLoader must be the only training loader, got {len(loaders)} loaders; "
+            "combine their datasets into one"
+        )
+    return exact
+
+
+def watch_loaders(trainer: Trainer, receive: Callable[[Any], None]) -> None:
+    """Calls ``receive`` with every training loader before the loader is first iterated.
+
+    Lightning creates the iterator, and may fetch a batch, before ``on_train_start``. Every loader
+    passes the public method ``Strategy.process_dataloader`` before that; it is replaced on this
+    strategy object until :func:`stop_watching_loaders`.
+
+    Args:
+        trainer: The Trainer, from ``on_fit_start`` on.
+        receive: Function of a training loader.
+    """
+    vars(trainer.strategy)[_PROCESS] = partial(_process, trainer, trainer.strategy, receive)
+
+
+def stop_watching_loaders(trainer: Trainer) -> None:
+    """Undoes :func:`watch_loaders`."""
+    vars(trainer.strategy).pop(_PROCESS, None)
+
+
+def _process(
+    trainer: Trainer, strategy: Strategy, receive: Callable[[Any], None], dataloader: Any
+) -> Any:
+    if trainer.training:  # Lightning passes validation loaders to this method too
+        receive(dataloader)
+    # Looked up on the class: on the instance this name is the replacement.
+    return type(strategy).process_dataloader(strategy, dataloader)
+
+
+def micro_batch_size(trainer: Trainer) -> int | None:
+    """Returns the samples in a full batch of one process; None if the loader has no such size."""
+    loaders = train_loaders(trainer)
+    size = getattr(_batch_holder(loaders[0]), "batch_size", None) if len(loaders) == 1 else None
+    return size if isinstance(size, int) else None
+
+
+def last_batch_samples(trainer: Trainer) -> int | None:
+    """Returns the samples in the last batch of an epoch of one process; None if unknown."""
+    size, batches = micro_batch_size(trainer), epoch_batches(trainer)
+    if size is None or batches is None:
+        return None
+    loader = train_loaders(trainer)[0]
+    sampler = getattr(_batch_holder(loader), "sampler", None)
+    if getattr(_batch_holder(loader), "drop_last", False):
+        return size
+    try:
+        if batches < len(loader):  # limit_train_batches ends the epoch before a partial batch
+            return size
+        samples = len(sampler)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+    return samples - size * (batches - 1)
+
+
+def epoch_samples(trainer: Trainer) -> int | None:
+    """Returns the samples of an epoch over all processes; None if unknown."""
+    size, last, batches = (
+        micro_batch_size(trainer),
+        last_batch_samples(trainer),
+        epoch_batches(trainer),
+    )
+    if size is None or last is None or batches is None:
+        return None
+    return (size * (batches - 1) + last) * data_parallel_size(trainer)
+
+
+def restart_epoch(trainer: Trainer) -> None:
+    """Restarts the iteration of the training loaders in the current epoch, if there is one.
+
+    Lightning creates one iterator for each epoch, which does not follow a restored loader.
+    """
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    if epochs.started == epochs.processed:
         return
-
-    def dataloader() -> Any:
-        loaders = type(source).dataloader(source)
-        several = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders)
-        greet(several.flattened)
-        return loaders
-
-    source.__dict__["dataloader"] = dataloader
+    fetcher = trainer.fit_loop._data_fetcher
+    assert fetcher is not None  # while fitting
+    iter(fetcher)
+    fetcher.fetched += ready_batches(trainer)  # as Lightning does on a resume
 
 
 def train_source(trainer: Trainer) -> Any:
-    """Who gives the training loaders: a module, a datamodule, or the loaders themselves."""
+    """Returns the source of the training loaders: a module, a datamodule, or the loaders."""
     return trainer.fit_loop._data_source.instance
 
 
 def source_loaders(trainer: Trainer) -> list[Any]:
-    """The training loaders as their source gives them, before Lightning changes them."""
-    loaders = trainer.fit_loop._data_source.dataloader()
-    several = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders)
-    return list(several.flattened)
+    """Returns the training loaders as their source makes them, before Lightning changes them."""
+    return _flat(trainer.fit_loop._data_source.dataloader())
+
+
+def _flat(loaders: Any) -> list[Any]:
+    if loaders is None:
+        return []
+    combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders)
+    return list(combined.flattened)
+
+
+def _batch_holder(loader: Any) -> Any:
+    """Returns the object with ``batch_size`` and ``sampler``: the loader or its BatchSampler."""
+    # A DataLoader with batch_sampler= has batch_size None. Subclasses of BatchSampler may change
+    # the size of each batch, so that their attribute is not trusted.
+    batches = getattr(loader, "batch_sampler", None)
+    return batches if type(batches) is BatchSampler else loader

@@ -1,4 +1,4 @@
-"""What the strategy makes of the processes: who sees what data, who sums, who shards."""
+"""Properties of the strategy: data-parallel processes, reductions over them, and sharding."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lightning_bigopt.batching.local_squares import LocalSquares
+from lightning_bigopt.gradients.local_gradient_norm import LocalGradientNorm
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -18,16 +18,16 @@ __all__ = [
     "data_parallel_size",
     "data_rank",
     "is_deepspeed",
+    "register_gradient_norm_hook",
     "shard_group",
     "shards_gradients",
     "sum_over_data",
     "sum_over_data_",
-    "watch_local_gradients",
 ]
 
 
 def data_parallel_size(trainer: Trainer) -> int:
-    """The number of processes that see different data."""
+    """Returns the number of processes that train on different data."""
     if isinstance(trainer.strategy, ModelParallelStrategy):
         mesh = trainer.strategy.device_mesh
         return mesh["data_parallel"].size()
@@ -35,7 +35,7 @@ def data_parallel_size(trainer: Trainer) -> int:
 
 
 def data_rank(trainer: Trainer) -> int:
-    """This process's place among those that see different data."""
+    """Returns the rank of this process among those that train on different data."""
     if isinstance(trainer.strategy, ModelParallelStrategy):
         mesh = trainer.strategy.device_mesh
         return int(mesh["data_parallel"].get_local_rank())
@@ -43,15 +43,16 @@ def data_rank(trainer: Trainer) -> int:
 
 
 def sum_over_data(trainer: Trainer, value: float) -> float:
-    """The sum of a number over the processes that see different data; a collective."""
+    """Sums a number over the processes that train on different data; a collective."""
     if data_parallel_size(trainer) == 1:
         return value
+    # On the root device, because NCCL reduces tensors on a GPU only.
     total = torch.tensor([value], device=trainer.strategy.root_device)
     return float(sum_over_data_(trainer, total.double() if total.is_cpu else total))
 
 
 def sum_over_data_(trainer: Trainer, values: Tensor) -> Tensor:
-    """Sums a tensor in place over the processes that see different data; a collective."""
+    """Sums a tensor in place over the processes that train on different data; a collective."""
     if data_parallel_size(trainer) > 1:
         group = None
         if isinstance(trainer.strategy, ModelParallelStrategy):
@@ -62,46 +63,55 @@ def sum_over_data_(trainer: Trainer, values: Tensor) -> Tensor:
 
 
 def is_deepspeed(trainer: Trainer) -> bool:
-    """Whether DeepSpeed owns gradients, clipping and accumulation."""
-    return "DeepSpeed" in type(trainer.strategy).__name__
+    """Returns whether the strategy is DeepSpeed, which accumulates, clips and steps itself."""
+    return "DeepSpeed" in type(trainer.strategy).__name__  # its class needs the deepspeed package
 
 
 def shards_gradients(trainer: Trainer) -> bool:
-    """Whether every backward averages over the processes, accumulating or not."""
+    """Returns whether every backward pass averages over the processes, also while accumulating."""
     return isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
 
 
 def shard_group(trainer: Trainer) -> ProcessGroup | None:
-    """The group over which FSDP1 shards flat parameters; None where tensors know their shards."""
+    """Returns the process group over which FSDP1 shards flat parameters; None otherwise.
+
+    DTensors (FSDP2) carry their process groups themselves.
+    """
     if not isinstance(trainer.strategy, FSDPStrategy):
         return None
     model = trainer.strategy.model
     if getattr(getattr(model, "sharding_strategy", None), "name", None) == "NO_SHARD":
-        return None  # every process holds whole gradients
+        return None  # every process holds full gradients
     return getattr(model, "process_group", None)
 
 
-def watch_local_gradients(trainer: Trainer) -> LocalSquares | None:
-    """Has DDP note the norm of what this process contributes; None for other strategies.
+def register_gradient_norm_hook(trainer: Trainer) -> LocalGradientNorm | None:
+    """Registers a DDP communication hook that measures the gradient of this process.
+
+    Returns:
+        The state of the hook; None for other strategies and for one process.
 
     Raises:
-        ValueError: If DDP has a communication hook already: it holds one.
+        ValueError: If DDP already has a communication hook; it supports only one.
     """
     strategy = trainer.strategy
     if not isinstance(strategy, DDPStrategy) or trainer.world_size == 1:
         return None
-    squares = LocalSquares()
-    refused = "ddp_comm_hook=" if strategy._ddp_comm_hook is not None else ""
+    norm = LocalGradientNorm()
     model: Any = strategy.model
+    # On a CPU Lightning silently ignores DDPStrategy(ddp_comm_hook=). Without this check, a second
+    # hook would be accepted on a CPU and raise on a GPU.
+    conflict = "" if strategy._ddp_comm_hook is None else "ddp_comm_hook="
     try:
-        if not refused:
-            # DDP reads the hook's annotations, and knows no postponed ones.
-            model.register_comm_hook(squares, lambda state, bucket: state.reduce(bucket))
+        if not conflict:
+            # A lambda, because DDP checks the annotations of the hook, and does not resolve those
+            # that are strings under ``from __future__ import annotations``.
+            model.register_comm_hook(norm, lambda state, bucket: state.reduce(bucket))
     except RuntimeError as error:
-        refused = str(error)
-    if refused:
+        conflict = str(error)
+    if conflict:
         raise ValueError(
-            "DDP must have no communication hook with GradientNoiseScale, which needs its own and "
-            f"DDP holds one, got one ({refused}); remove the hook, or GradientNoiseScale"
+            "DDP must have no communication hook with GradientNoiseScale, which needs the only "
+            f"one, got one ({conflict}); remove the hook or GradientNoiseScale"
         )
-    return squares
+    return norm

@@ -1,4 +1,4 @@
-"""The largest micro-batch that fits, tried on the real module before training begins."""
+"""GlobalBatchFinder: finds the largest micro-batch that fits into memory, before training."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.utils.data import default_collate
 
-from lightning_bigopt import trainer_access
-from lightning_bigopt.batching import (
-    GlobalBatchLoader,
-    MicroBatchSearch,
-    plan_update,
-    search_micro_batch_size,
-)
-from lightning_bigopt.tuning.snapshot import Snapshot
+from lightning_bigopt.batching.batch_plan import plan_update
+from lightning_bigopt.batching.exact_loader import GlobalBatchLoader
+from lightning_bigopt.batching.micro_batch_search import MicroBatchSearch, search_micro_batch_size
+from lightning_bigopt.checks import check_between, check_choice
+from lightning_bigopt.optimizers.names import unwrapped
+from lightning_bigopt.trainer_access import loaders, strategies
+from lightning_bigopt.tuning.object_snapshot import ObjectSnapshot
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -30,32 +29,33 @@ __all__ = ["GlobalBatchFinder"]
 
 
 class GlobalBatchFinder(Callback):
-    """Finds the largest micro-batch for a global batch, and sets it before training begins.
+    """Finds the largest micro-batch that fits into memory, and sets it before training begins.
 
-    Every trial accumulates two micro-batches and takes an optimizer step, on each process for
-    itself and without gradient synchronization; then all processes agree on the worst verdict, so
-    that one that runs out of memory leaves none waiting (a training step that gathers over the
-    processes by itself would). Afterwards weights, buffers, optimizer, metrics and random
-    generators are as they were. Only sizes that ran are ever chosen.
+    A trial accumulates two micro-batches and takes an optimizer step. Every process runs its trial
+    without gradient synchronization; then a size counts as fitting if it fits on all processes. A
+    process that runs out of memory therefore does not block the others, unless the training step
+    itself calls a collective. After the search weights, buffers, optimizer, metrics and random
+    generators are restored. The chosen size has always been run.
 
-    The size is written into a :class:`GlobalBatchLoader`, or into ``attribute`` of the datamodule
-    or module whose ``train_dataloader`` reads it.
+    The size is written to a :class:`GlobalBatchLoader`, or to ``attribute`` of the datamodule or
+    module, for its ``train_dataloader`` to read.
 
     Args:
-        global_batch_size: The global batch to be carried out; the micro-batch divides its share of
-            one process.
-        attribute: The attribute that ``train_dataloader`` reads its batch size from.
-        smallest: Where the search begins, such as 2 for a model with batch normalization.
-        search: ``"binary"`` closes in on the limit, ``"power"`` stays with powers of two.
-        headroom: Share of the largest size to leave free, in [0, 1), because later batches may
-            need more memory.
+        global_batch_size: Samples per update over all processes. The micro-batch size divides the
+            share of one process.
+        attribute: Attribute from which ``train_dataloader`` reads its batch size.
+        smallest: Smallest size to try, such as 2 for a model with batch normalization.
+        search: ``"binary"`` bisects between the sizes that fit and those that do not; ``"power"``
+            tries powers of two only.
+        headroom: Fraction of the largest size that is left free, in [0, 1), because later batches
+            may need more memory.
 
     Attributes:
-        found: What the last search found; None before.
+        found: The result of the last search; None before the first one.
 
     Raises:
-        ValueError: At fit start for sharded strategies, SyncBatchNorm and manual optimization, for
-            loaders whose batch cannot be set, and where not even one sample fits.
+        ValueError: At fit start for sharded strategies, SyncBatchNorm, manual optimization and
+            loaders whose batch size cannot be set, and if the smallest size does not fit.
 
     Example:
         >>> from lightning_bigopt import GlobalBatchFinder
@@ -72,11 +72,9 @@ class GlobalBatchFinder(Callback):
         search: Literal["binary", "power"] = "binary",
         headroom: float = 0.1,
     ) -> None:
-        plan_update(global_batch_size, world_size=1, max_micro_batch_size=1)  # refuses bad sizes
-        if search not in ("binary", "power"):
-            raise ValueError(f"search must be 'binary' or 'power', got {search!r}")
-        if not 0 <= headroom < 1:
-            raise ValueError(f"headroom must be in [0, 1), got {headroom!r}; write 0.1")
+        plan_update(global_batch_size, world_size=1, max_micro_batch_size=1)  # checks the size
+        check_choice("search", search, ("binary", "power"))
+        check_between("headroom", headroom, 0, 1, ends="[)", hint="write 0.1")
         self.global_batch_size = global_batch_size
         self.attribute = attribute
         self.smallest = smallest
@@ -85,33 +83,35 @@ class GlobalBatchFinder(Callback):
         self.found: MicroBatchSearch | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Searches, before Lightning asks for the first batch."""
-        self._refuse(trainer, pl_module)
-        world = trainer_access.data_parallel_size(trainer)
+        """Runs the search, before Lightning creates the iterator of the training loader."""
+        self._check_supported(trainer, pl_module)
+        world = strategies.data_parallel_size(trainer)
         share = plan_update(
             self.global_batch_size, world_size=world, max_micro_batch_size=1
         ).accumulate
-        with as_it_was(trainer, pl_module):
-            source = trainer_access.train_source(trainer)
-            loaders = trainer_access.source_loaders(trainer)
-            loader = loaders[0] if len(loaders) == 1 else None
+        with state_restored(trainer, pl_module):
+            source = loaders.train_source(trainer)
+            given = loaders.source_loaders(trainer)
+            loader = given[0] if len(given) == 1 else None
             dataset = getattr(loader, "dataset", None)
             if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
                 raise ValueError(
                     "the training loader must be one DataLoader or GlobalBatchLoader of a dataset "
-                    f"with a length and an index with GlobalBatchFinder, got {loaders!r}; set the "
+                    f"with a length and an index with GlobalBatchFinder, got {given!r}; set the "
                     "micro-batch by hand"
                 )
             is_exact = isinstance(loader, GlobalBatchLoader)
             if not is_exact and not hasattr(source, self.attribute):
                 raise ValueError(
-                    f"attribute must name what train_dataloader reads its batch_size from, got "
-                    f"{self.attribute!r}, which {type(source).__name__} does not have; set "
-                    f"self.{self.attribute} in it, or train on a GlobalBatchLoader"
+                    "attribute must be the name of the attribute from which train_dataloader reads "
+                    f"its batch_size, got {self.attribute!r}, which {type(source).__name__} does "
+                    f"not have; set self.{self.attribute} in it, or train on a GlobalBatchLoader"
                 )
             collate = getattr(loader, "collate_fn", None) or default_collate
             self.found = search_micro_batch_size(
-                lambda size: self._agree(trainer, pl_module, _batch(dataset, collate, size)),
+                lambda size: self._all_ranks_fit(
+                    trainer, pl_module, _batch(dataset, collate, size)
+                ),
                 maximum=share,
                 minimum=self.smallest,
                 search=self.search,
@@ -126,18 +126,18 @@ class GlobalBatchFinder(Callback):
             f"process(es); the largest that ran was {self.found.largest}."
         )
 
-    def _refuse(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer_access.is_deepspeed(trainer) or trainer_access.shards_gradients(trainer):
+    def _check_supported(self, trainer: Trainer, module: LightningModule) -> None:
+        if strategies.is_deepspeed(trainer) or strategies.shards_gradients(trainer):
             raise ValueError(
                 "strategy must keep the whole model on each process with GlobalBatchFinder, got "
-                f"{type(trainer.strategy).__name__}, whose forward waits for all processes; set "
-                "the micro-batch by hand"
+                f"{type(trainer.strategy).__name__}, whose forward needs all processes; set the "
+                "micro-batch by hand"
             )
-        waits = any(isinstance(part, torch.nn.SyncBatchNorm) for part in module.modules())
-        if waits and trainer.world_size > 1:
+        synchronizes = any(isinstance(part, torch.nn.SyncBatchNorm) for part in module.modules())
+        if synchronizes and trainer.world_size > 1:
             raise ValueError(
-                "the module must hold no SyncBatchNorm with GlobalBatchFinder, got one and "
-                f"{trainer.world_size} processes, for all of which its forward waits; set the "
+                "the module must contain no SyncBatchNorm with GlobalBatchFinder, got one and "
+                f"{trainer.world_size} processes, all of which its forward needs; set the "
                 "micro-batch by hand"
             )
         if not module.automatic_optimization:
@@ -146,24 +146,28 @@ class GlobalBatchFinder(Callback):
                 "micro-batch by hand"
             )
 
-    def _agree(self, trainer: Trainer, module: LightningModule, batch: Any) -> bool:
-        """One trial on every process, and the worst verdict of all."""
+    def _all_ranks_fit(self, trainer: Trainer, module: LightningModule, batch: Any) -> bool:
+        """Runs a trial on every process, and returns whether it fits on all of them."""
         failure: Exception | None = None
         fits = True
         try:
-            _try(trainer, module, batch)
-        except Exception as error:  # noqa: BLE001  # the other processes must hear of any
+            _run_trial(trainer, module, batch)
+        except Exception as error:  # noqa: BLE001
+            # Every process must reach the collectives below, or the others would hang in them.
             fits = False
             if not (isinstance(error, torch.OutOfMemoryError) or is_oom_error(error)):
                 failure = error
         for optimizer in trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)
         garbage_collection_cuda()
-        broken = trainer.strategy.reduce_boolean_decision(failure is not None, all=False)
+        any_failed = trainer.strategy.reduce_boolean_decision(failure is not None, all=False)
         if failure is not None:
             raise failure
-        if broken:
-            raise RuntimeError("GlobalBatchFinder stopped: a trial failed on another process")
+        if any_failed:
+            raise RuntimeError(
+                "GlobalBatchFinder stopped because a trial failed on another process; see the "
+                "error of that process"
+            )
         return trainer.strategy.reduce_boolean_decision(fits, all=True)
 
 
@@ -171,8 +175,8 @@ def _batch(dataset: Any, collate: Any, size: int) -> Any:
     return collate([dataset[index % len(dataset)] for index in range(size)])
 
 
-def _try(trainer: Trainer, module: LightningModule, batch: Any) -> None:
-    """Two micro-batches and an update, on the module itself: DDP does not hear of it."""
+def _run_trial(trainer: Trainer, module: LightningModule, batch: Any) -> None:
+    """Runs two micro-batches and an update on the unwrapped module, without DDP's reduction."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = trainer.strategy.batch_to_device(batch)
     arguments = {"batch": batch}
@@ -185,26 +189,27 @@ def _try(trainer: Trainer, module: LightningModule, batch: Any) -> None:
         if loss is not None:
             loss.backward()
     for optimizer in trainer.optimizers:
-        raw = getattr(optimizer, "optimizer", optimizer)
-        raw.step()
+        unwrapped(optimizer).step()
 
 
 @contextmanager
-def as_it_was(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Puts modules, optimizers and generators back; meanwhile the module trains and logs nothing.
+def state_restored(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Restores modules, optimizers and random generators when the block ends.
 
-    Copies wait in the CPU's memory, so that they take none of what is searched.
+    Inside the block the module is in training mode and its ``log`` does nothing. The copies are
+    kept in CPU memory, so that they do not reduce the GPU memory that the trials measure.
     """
-    optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in trainer.optimizers]
-    snapshot = Snapshot(*module.modules(), *optimizers, device="cpu")
+    optimizers = [unwrapped(optimizer) for optimizer in trainer.optimizers]
+    snapshot = ObjectSnapshot(*module.modules(), *optimizers, device="cpu")
     try:
         with isolate_rng():
-            module.__dict__.update(log=_nothing, log_dict=_nothing)
+            # LightningModule.log raises in on_fit_start; these attributes shadow the method.
+            module.__dict__.update(log=_ignore, log_dict=_ignore)
             module.train()
             yield
     finally:
         snapshot.restore()
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """A trial logs nothing."""
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """Replaces ``LightningModule.log`` in a trial."""

@@ -1,4 +1,4 @@
-"""What a learning-rate sweep says: smoothing, the steepest descent, the valley."""
+"""The result of a learning-rate range test: smoothed losses, suggested rate, bracket, plot."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ __all__ = ["RangeTest", "exponential_rates", "smooth", "steepest", "valley"]
 class RangeTest:
     """The result of a learning-rate range test.
 
-    The rates are those of the first parameter group; the others keep their ratios to it.
+    The learning rates are those of the first parameter group; the other groups keep their ratios
+    to it.
 
     Args:
-        learning_rates: The rates tried, ascending.
-        losses: The training loss of the update that used each, before it was applied.
-        smoothing: Decay of the losses' moving average.
-        skip: First points that no suggestion is made from.
-        diverged: Whether the sweep ended because the loss rose.
+        learning_rates: The learning rates tried, ascending.
+        losses: For each learning rate the training loss of its update, computed before the update.
+        smoothing: Decay of the moving average of the losses.
+        skip: Number of first points that the suggestion ignores.
+        diverged: Whether the sweep ended early because the loss rose.
 
     Attributes:
         smoothed: The bias-corrected moving average of the losses.
-        suggestion: The rate where the smoothed loss falls fastest against the logarithm of the
-            rate; None where it falls nowhere.
-        bracket: Two further rates, the lower first: the middle of the longest descent (the valley)
-            and a tenth of the rate at the minimum. None where the loss falls nowhere.
+        suggestion: The learning rate at the steepest descent of the smoothed loss over the
+            logarithm of the learning rate; None if the loss never falls.
+        bracket: Two further suggestions, the lower first: the middle of the longest descent (the
+            valley), and a tenth of the learning rate at the minimum. None if the loss never falls.
 
     Example:
         >>> rates = exponential_rates(1e-6, 1.0, 61)
@@ -70,7 +71,7 @@ class RangeTest:
             object.__setattr__(self, name, value)
 
     def plot(self, ax: Any = None) -> Any:
-        """Draws the sweep with its suggestion and bracket.
+        """Plots the losses over the learning rates, with suggestion and bracket.
 
         Args:
             ax: Matplotlib axes to draw on; None for new ones.
@@ -79,7 +80,7 @@ class RangeTest:
             The axes.
 
         Raises:
-            ImportError: Without matplotlib.
+            ImportError: If matplotlib is not installed.
         """
         ax = axes_of(ax)
         ax.plot(self.learning_rates, self.losses, color="0.75", label="loss")
@@ -89,15 +90,15 @@ class RangeTest:
             ax.axvspan(*self.bracket, alpha=0.15, label="[{:.2g}, {:.2g}]".format(*self.bracket))
         finite = [loss for loss in self.smoothed if math.isfinite(loss)]
         if finite:
-            room = 0.05 * (max(finite) - min(finite)) or 1.0
-            ax.set_ylim(min(finite) - 2 * room, max(finite) + 2 * room)
+            margin = 0.05 * (max(finite) - min(finite)) or 1.0
+            ax.set_ylim(min(finite) - 2 * margin, max(finite) + 2 * margin)
         ax.set(xscale="log", xlabel="learning rate", ylabel="training loss")
         ax.legend()
         return ax
 
 
 def exponential_rates(start: float, end: float, count: int) -> tuple[float, ...]:
-    """``count`` rates from ``start`` to ``end``, each the same multiple of the one before.
+    """Returns ``count`` learning rates from ``start`` to ``end``, equally spaced in log scale.
 
     Example:
         >>> [round(rate, 3) for rate in exponential_rates(0.001, 1.0, 4)]
@@ -107,7 +108,7 @@ def exponential_rates(start: float, end: float, count: int) -> tuple[float, ...]
 
 
 def smooth(losses: Sequence[float], decay: float) -> tuple[float, ...]:
-    """An exponential moving average without the bias of its start; what is not finite enters not.
+    """Computes a bias-corrected exponential moving average; non-finite losses are skipped.
 
     Example:
         >>> smooth([2.0, 4.0, float("nan")], 0.5)
@@ -123,7 +124,9 @@ def smooth(losses: Sequence[float], decay: float) -> tuple[float, ...]:
 
 
 def steepest(rates: Sequence[float], losses: Sequence[float]) -> int | None:
-    """The index where the loss falls fastest against log(rate), by central differences.
+    """Returns the index at which the loss falls fastest over log(rate), by central differences.
+
+    Returns None if the loss never falls, or for fewer than three points.
 
     Example:
         >>> steepest([0.1, 1.0, 10.0, 100.0], [3.0, 2.9, 1.0, 1.5])
@@ -135,20 +138,23 @@ def steepest(rates: Sequence[float], losses: Sequence[float]) -> int | None:
         i: (losses[i + 1] - losses[i - 1]) / math.log(rates[i + 1] / rates[i - 1])
         for i in range(1, len(rates) - 1)
     }
-    best = min(slopes, key=lambda i: slopes[i] if slopes[i] == slopes[i] else math.inf)
+    # The average is NaN until the first finite loss; a NaN slope must not win the comparison.
+    best = min(slopes, key=lambda i: math.inf if math.isnan(slopes[i]) else slopes[i])
     return best if slopes[best] < 0 else None
 
 
 def valley(rates: Sequence[float], losses: Sequence[float]) -> float:
-    """The middle, in log(rate), of the longest descent: the longest decreasing subsequence.
+    """Returns the middle, in log(rate), of the longest decreasing subsequence of the losses.
 
     Example:
         >>> valley([0.1, 1.0, 10.0, 100.0, 1000.0], [5.0, 4.0, 6.0, 3.0, 9.0])
         3.162...
     """
-    ends: list[float] = []  # the last, negated, loss of the best descent of each length
+    # Patience sorting: for each length of a subsequence, the last loss (negated, so that bisect
+    # can search an ascending list) and its index, of the subsequence that is easiest to extend.
+    ends: list[float] = []
     at: list[int] = []
-    before: list[int | None] = []
+    before: list[int | None] = []  # the predecessor of each point in its subsequence
     for index, loss in enumerate(losses):
         length = bisect_left(ends, -loss)
         before.append(at[length - 1] if length else None)

@@ -1,59 +1,64 @@
-"""The learning-rate range test: one exponential sweep, after which nothing is changed."""
+"""The learning-rate range test: an exponential sweep, after which all state is restored."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_deprecation, rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_bigopt import trainer_access, trial_runs
-from lightning_bigopt.pipeline import Pipeline
+from lightning_bigopt.checks import check_between, check_choice, check_count
+from lightning_bigopt.engine.engine import Engine
+from lightning_bigopt.removed import RemovedAttribute
+from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
+from lightning_bigopt.trainer_access import loop, trial_runs
+from lightning_bigopt.tuning.base_rates import BaseRates
 from lightning_bigopt.tuning.curve import RangeTest, exponential_rates
-from lightning_bigopt.tuning.rates import BaseRates
-from lightning_bigopt.tuning.snapshot import Snapshot
-from lightning_bigopt.tuning.sweep import Sweep, companions_of
+from lightning_bigopt.tuning.object_snapshot import ObjectSnapshot
+from lightning_bigopt.tuning.sweep import Sweep, callbacks_affecting_gradients
 
 __all__ = ["LearningRateRangeTest", "learning_rate_range_test"]
 
-Then = Literal["use", "report"]
+OnResult: TypeAlias = Literal["use", "report"]
 
 
 class LearningRateRangeTest(Callback):
-    """Sweeps the learning rate before the training starts, and trains with the rate it found.
+    """Sweeps the learning rate before training starts, and trains with the suggested rate.
 
-    The sweep is ordinary training on the user's loader, with the same precision, accumulation,
-    GradientClipping and (its first) batch of a BatchSizeScheduler; no other callback takes part
-    and nothing is logged. Parameters, optimizer, gradient scaler, loaders, random states and the
-    Trainer's counters are then put back to the bit. A resumed run is not tested again.
+    The sweep trains on the Trainer's loader with its precision and accumulation, with
+    GradientClipping, and with the first batch size of a BatchSizeScheduler. It runs no other
+    callbacks and logs nothing. Afterwards parameters, optimizers, GradScaler, loaders, random
+    states and the Trainer's counters are restored bit for bit. A resumed run is not tested again.
 
-    Parameter groups keep their ratios: the rates are the first group's. The rate found becomes the
-    base of LearningRateScheduler, of a scheduler of the module's own, or the plain optimizer's
-    rate; where the module's ``lr`` or ``learning_rate`` was the old one, it becomes the new.
+    Learning rates are those of the first parameter group; other groups keep their ratios to it. The
+    suggestion becomes the base of LearningRateScheduler, of the module's own scheduler, or of the
+    optimizer. The attributes ``lr`` and ``learning_rate`` of the module are replaced if they equal
+    the old base.
 
     Args:
-        start: The first rate.
-        end: The last rate.
-        steps: Updates in the sweep.
-        smoothing: Decay of the moving average of the losses, from 0 to below 1.
-        skip: First points that no suggestion is made from.
-        stop_at: The sweep ends when the smoothed loss is this multiple of its lowest.
-        then: ``"use"`` the suggestion, or only ``"report"`` it.
+        start: First learning rate.
+        end: Last learning rate.
+        steps: Number of updates in the sweep.
+        smoothing: Decay of the moving average of the losses, in [0, 1).
+        skip: Number of first points that the suggestion ignores.
+        stop_at: The sweep ends when the smoothed loss exceeds this multiple of its minimum.
+        on_result: ``"use"`` trains with the suggestion; ``"report"`` only logs it.
+        then: The name of ``on_result`` in version 0.1; deprecated.
 
     Attributes:
         result: The :class:`RangeTest`; None before the test.
 
     Raises:
-        ValueError: For an argument out of range; at fit start where the training step returns no
+        ValueError: If an argument is out of range, or at fit start if the training step returns no
             loss.
 
     State:
-        The sweep's rates and losses.
+        Learning rates and losses of the sweep, and whether it diverged.
 
     Example:
         >>> LearningRateRangeTest(start=1e-6, end=1.0, steps=80).result is None
@@ -62,6 +67,8 @@ class LearningRateRangeTest(Callback):
     References:
         Smith, "Cyclical Learning Rates for Training Neural Networks", WACV 2017, Sec. 3.3.
     """
+
+    say = RemovedAttribute("0.2", "read .result")
 
     def __init__(
         self,
@@ -72,33 +79,40 @@ class LearningRateRangeTest(Callback):
         smoothing: float = 0.98,
         skip: int = 10,
         stop_at: float = 4.0,
-        then: Then = "use",
+        on_result: OnResult = "use",
+        then: OnResult | None = None,
     ) -> None:
         if not 0.0 < start < end < math.inf:
-            raise ValueError(f"start and end must be 0 < start < end, got {start!r} and {end!r}")
-        if type(steps) is not int or steps < skip + 3:
-            raise ValueError(f"steps must be at least skip + 3 = {skip + 3}, got {steps!r}")
-        if type(skip) is not int or skip < 0:
-            raise ValueError(f"skip must be a non-negative number of points, got {skip!r}")
-        if not 0.0 <= smoothing < 1.0:
-            raise ValueError(f"smoothing must be from 0 to below 1, got {smoothing!r}")
+            raise ValueError(
+                f"start and end must be 0 < start < end, got {start!r} and {end!r}; write "
+                "start=1e-7, end=1.0"
+            )
+        check_count("skip", skip, minimum=0, of="points")
+        check_count("steps", steps, minimum=skip + 3, of="updates", hint="it must exceed skip")
+        check_between("smoothing", smoothing, 0, 1, ends="[)")
         if not stop_at > 1.0:
             raise ValueError(f"stop_at must be above 1, got {stop_at!r}; inf never stops")
-        if then not in get_args(Then):
-            raise ValueError(f"then must be 'use' or 'report', got {then!r}")
+        if then is not None:
+            rank_zero_deprecation(
+                "LearningRateRangeTest(then=) is renamed to on_result= in lightning_bigopt 0.2; "
+                f"write LearningRateRangeTest(on_result={then!r})"
+            )
+            on_result = then
+        check_choice("on_result", on_result, OnResult)
         self.rates = exponential_rates(start, end, steps)
-        self.smoothing, self.skip, self.stop_at, self.then = smoothing, skip, stop_at, then
+        self.smoothing, self.skip, self.stop_at = smoothing, skip, stop_at
+        self.on_result = on_result
         self.result: RangeTest | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sweeps, restores, and applies what was found."""
-        if trainer.ckpt_path is not None or trainer_access.is_fast_dev_run(trainer):
+        """Runs the sweep, restores all state, and applies the suggestion."""
+        if trainer.ckpt_path is not None or loop.is_fast_dev_run(trainer):
             return
         groups = BaseRates(trainer)
-        companions = companions_of(trainer_access.callbacks_of(trainer))
-        self.result = self.sweep(trainer, pl_module, groups, companions)
-        self.say()
-        if self.then == "use" and self.result.suggestion is not None:
+        copies = callbacks_affecting_gradients(trainer_callbacks.callbacks_of(trainer))
+        self.result = self.sweep(trainer, pl_module, groups, copies)
+        self.report()
+        if self.on_result == "use" and self.result.suggestion is not None:
             groups.use(self.result.suggestion, trainer, pl_module)
 
     def sweep(
@@ -106,24 +120,30 @@ class LearningRateRangeTest(Callback):
         trainer: Trainer,
         module: LightningModule,
         groups: BaseRates,
-        companions: list[Any],
+        callbacks: Sequence[Callback],
     ) -> RangeTest:
-        """Runs the sweep beside the Trainer's own loop; nothing else is changed."""
+        """Runs the sweep in a separate loop, and restores all state.
+
+        Args:
+            trainer: The Trainer, from ``on_fit_start`` on.
+            module: The module to train.
+            groups: Writes the learning rates.
+            callbacks: The callbacks that take part in the sweep.
+
+        Returns:
+            The result of the sweep.
+        """
         sweep = Sweep(
             self.rates, groups, smoothing=self.smoothing, stop_at=self.stop_at, skip=self.skip
         )
-        with _restored(trainer, module), Pipeline.beside(trainer):
-            try:
-                for callback in companions:
-                    callback.setup(trainer, module, "fit")
-                for callback in companions:
-                    callback.on_fit_start(trainer, module)
-                trial_runs.run_beside(
-                    trainer, callbacks=[*companions, sweep], max_steps=len(self.rates)
-                )
-            finally:
-                for callback in companions:
-                    callback.teardown(trainer, module, "fit")
+        engine = [Engine()] if callbacks else []
+        with _state_restored(trainer, module):
+            trial_runs.run_separate_loop(
+                trainer,
+                module,
+                callbacks=[*callbacks, *engine, sweep],
+                max_steps=len(self.rates),
+            )
         count = len(sweep.losses)
         return RangeTest(
             learning_rates=self.rates[:count],
@@ -133,13 +153,13 @@ class LearningRateRangeTest(Callback):
             diverged=sweep.diverged,
         )
 
-    def say(self) -> None:
-        """Tells the outcome."""
+    def report(self) -> None:
+        """Logs the suggestion and its bracket, or a warning if there is none."""
         assert self.result is not None
         if self.result.suggestion is None or self.result.bracket is None:
             rank_zero_warn(
-                "The learning-rate range test found no rate at which the loss falls; the learning "
-                "rate is left alone. Look at .result.plot(), and give it more steps."
+                "The learning-rate range test found no learning rate at which the loss falls, and "
+                "does not change the learning rate. Inspect .result.plot(), and raise steps."
             )
             return
         low, high = self.result.bracket
@@ -149,17 +169,17 @@ class LearningRateRangeTest(Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The sweep, so that a resumed run still knows it."""
-        found = self.result
+        """Returns learning rates and losses of the sweep, and whether it diverged."""
+        result = self.result
         return {
             "version": 1,
-            "learning_rates": [] if found is None else list(found.learning_rates),
-            "losses": [] if found is None else list(found.losses),
-            "diverged": found is not None and found.diverged,
+            "learning_rates": [] if result is None else list(result.learning_rates),
+            "losses": [] if result is None else list(result.losses),
+            "diverged": result is not None and result.diverged,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the sweep of a checkpoint."""
+        """Restores :attr:`result` from a checkpoint."""
         if state_dict["losses"]:
             self.result = RangeTest(
                 learning_rates=tuple(state_dict["learning_rates"]),
@@ -178,18 +198,20 @@ def learning_rate_range_test(
     datamodule: Any = None,
     **options: Any,
 ) -> RangeTest:
-    """Runs the range test alone; Trainer and module can then be used as if it had not been.
+    """Runs the learning-rate range test without training afterwards.
+
+    The state of Trainer and module is restored.
 
     Args:
-        trainer: Its precision, strategy, accumulation and clipping are those of the test.
-        module: The module; trained, then restored.
-        train_dataloaders: As for ``trainer.fit``.
-        datamodule: As for ``trainer.fit``.
-        options: As for :class:`LearningRateRangeTest`; ``then="use"`` sets the module's ``lr`` or
-            ``learning_rate``.
+        trainer: The Trainer; the test uses its precision, strategy, accumulation and clipping.
+        module: The module; it is trained, then restored.
+        train_dataloaders: As for ``Trainer.fit``.
+        datamodule: As for ``Trainer.fit``.
+        options: Arguments of :class:`LearningRateRangeTest`, but with ``on_result="report"`` by
+            default; ``"use"`` sets ``lr`` or ``learning_rate`` of the module.
 
     Returns:
-        The sweep, with its suggestion, bracket and picture.
+        The result of the sweep.
 
     Example:
         >>> from lightning_bigopt.examples.gpt import BytesGPT
@@ -198,8 +220,8 @@ def learning_rate_range_test(
         >>> found.suggestion, found.bracket  # doctest: +SKIP
         (0.0047, (0.0011, 0.0083))
     """
-    callback = _Alone(**{"then": "report", **options})
-    callback.others = trainer_access.callbacks_of(trainer)
+    callback = _RangeTestOnly(**{"on_result": "report", **options})
+    callback.trainer_callbacks = trainer_callbacks.callbacks_of(trainer)
     with isolate_rng(include_cuda=torch.cuda.is_available()):
         trial_runs.fit_quietly(
             trainer, module, train_dataloaders, datamodule=datamodule, callbacks=[callback]
@@ -208,28 +230,31 @@ def learning_rate_range_test(
     return callback.result
 
 
-class _Alone(LearningRateRangeTest):
-    """Ends the fit after the test."""
+class _RangeTestOnly(LearningRateRangeTest):
+    """Runs the test and ends the fit.
 
-    others: list[Callback]
+    ``fit_quietly`` replaces the Trainer's callbacks: they are passed in :attr:`trainer_callbacks`.
+    """
+
+    trainer_callbacks: list[Callback]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sweeps and leaves."""
+        """Runs the sweep, and ends the fit by :class:`trial_runs.ExitFit`."""
         groups = BaseRates(trainer)
-        brought = [c for c in trainer_access.callbacks_of(trainer) if c is not self]
-        companions = companions_of([*self.others, *brought])
-        self.result = self.sweep(trainer, pl_module, groups, companions)
-        self.say()
-        if self.then == "use" and self.result.suggestion is not None:
+        of_module = [c for c in trainer_callbacks.callbacks_of(trainer) if c is not self]
+        copies = callbacks_affecting_gradients([*self.trainer_callbacks, *of_module])
+        self.result = self.sweep(trainer, pl_module, groups, copies)
+        self.report()
+        if self.on_result == "use" and self.result.suggestion is not None:
             groups.use(self.result.suggestion, trainer, pl_module)
         raise trial_runs.ExitFit
 
 
 @contextmanager
-def _restored(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Puts back whatever a training inside changes."""
+def _state_restored(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Restores module, optimizers, Trainer and random states when the block ends."""
     with isolate_rng(include_cuda=torch.cuda.is_available()):
-        snapshot = Snapshot(*module.modules(), *trial_runs.what_a_fit_changes(trainer))
+        snapshot = ObjectSnapshot(*module.modules(), *trial_runs.objects_changed_by_fit(trainer))
         try:
             yield
         finally:

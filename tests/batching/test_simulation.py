@@ -1,4 +1,4 @@
-"""The run laid out in advance, against a loop that takes every batch one by one."""
+"""The simulated run, compared with loops over single batches and single samples."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lightning_bigopt.schedules import Linear
 
 @dataclass
 class Setting:
-    """A run: everything that simulate takes, and the naive loop too."""
+    """Arguments of a run, for ``simulate`` and for the loops."""
 
     policy: BatchSizePolicy
     clock: str
@@ -39,7 +39,6 @@ class Setting:
     world: int
     batches_per_epoch: int | None
     last: int | None
-    tokens_per_sample: int | None
 
     @property
     def samples_per_epoch(self):
@@ -57,25 +56,22 @@ class Setting:
             world_size=self.world,
             batches_per_epoch=self.batches_per_epoch,
             last_batch_samples=self.last,
-            tokens_per_sample=self.tokens_per_sample,
         )
 
 
 def progress_of(setting, steps, batches, samples, epochs):
-    tokens = samples * (setting.tokens_per_sample or 0)
-    used = {"steps": steps, "batches": batches, "samples": samples, "tokens": tokens}
+    used = {"steps": steps, "batches": batches, "samples": samples}
     return Progress(
         fraction=used[setting.clock] / setting.budget,
         steps=steps,
         batches=batches,
         epochs=epochs,
         samples=samples,
-        tokens=tokens,
     ), used[setting.clock] >= setting.budget
 
 
 def loop_over_batches(setting):
-    """Every loader batch by itself: [(batches, samples)] of each update."""
+    """Loops over single batches; returns (batches, samples) of each update."""
     updates, steps, batches, samples, place = [], 0, 0, 0, 0
     each = setting.batches_per_epoch
     while True:
@@ -115,10 +111,9 @@ def run_settings(draw):
     grain = micro * world
     each = draw(st.none() | st.integers(1, 40))
     last = draw(st.none() | st.integers(1, micro)) if each else None
-    tokens = draw(st.none() | st.integers(1, 9))
-    units = ["%", " steps", " samples"] + [" tokens"] * bool(tokens) + [" epochs"] * bool(each)
-    clock = draw(st.sampled_from(["steps", "batches", "samples"] + ["tokens"] * bool(tokens)))
-    scale = {"steps": 1, "batches": 1, "samples": grain, "tokens": grain * (tokens or 1)}[clock]
+    units = ["%", " steps", " samples"] + [" epochs"] * bool(each)
+    clock = draw(st.sampled_from(["steps", "batches", "samples"]))
+    scale = {"steps": 1, "batches": 1, "samples": grain}[clock]
 
     def duration():
         return f"{draw(st.integers(1, 100))}{draw(st.sampled_from(units))}"
@@ -142,24 +137,22 @@ def run_settings(draw):
         assume(False)
     assume(kind != "full" or each)
     budget = draw(st.integers(1, 300)) * scale + draw(st.sampled_from([0, 0.5]))
-    return Setting(policy, clock, budget, micro, world, each, last, tokens)
+    return Setting(policy, clock, budget, micro, world, each, last)
 
 
 @given(run_settings())
 @settings(max_examples=200, deadline=None)
-def test_simulation_is_the_naive_loop(setting):
+def test_simulation_equals_the_loop_over_batches(setting):
     horizon = setting.simulate()
     assert unrolled(horizon) == loop_over_batches(setting)
     assert (horizon.clock, horizon.budget) == (setting.clock, setting.budget)
     assert horizon.batches_per_epoch == setting.batches_per_epoch
-    for span in horizon.spans:
-        tokens = setting.tokens_per_sample
-        assert span.tokens == (None if tokens is None else tokens * span.samples)
+    assert all(span.tokens is None for span in horizon.spans)
 
 
 @given(run_settings())
 @settings(max_examples=100, deadline=None)
-def test_windows_cover_every_batch_once_and_the_last_update_starts_inside_the_budget(setting):
+def test_windows_cover_every_batch_and_the_last_update_starts_inside_the_budget(setting):
     assume(setting.batches_per_epoch is not None)
     each, updates = setting.batches_per_epoch, unrolled(setting.simulate())
     place = 0
@@ -170,9 +163,8 @@ def test_windows_cover_every_batch_once_and_the_last_update_starts_inside_the_bu
         missing = (setting.micro - (setting.last or setting.micro)) * setting.world
         assert samples == full - (missing if place == each else 0)
         place %= each
-    index = ["steps", "batches", "samples"].index(setting.clock) if setting.clock != "tokens" else 2
-    each_tokens = setting.tokens_per_sample if setting.clock == "tokens" else 1
-    amounts = [(1, b, s)[index] * each_tokens for b, s in updates]
+    index = ["steps", "batches", "samples"].index(setting.clock)
+    amounts = [(1, b, s)[index] for b, s in updates]
     assert sum(amounts[:-1]) < setting.budget <= sum(amounts)
 
 
@@ -180,7 +172,7 @@ def test_windows_cover_every_batch_once_and_the_last_update_starts_inside_the_bu
 
 
 def loop_over_samples(setting):
-    """Every sample by itself, for a loader that is exact."""
+    """Loops over single samples, as on the exact loader; returns (batches, samples)."""
     updates, steps, batches, samples, place = [], 0, 0, 0, 0
     length = setting.samples_per_epoch
     while True:
@@ -200,7 +192,7 @@ def loop_over_samples(setting):
 
 @given(run_settings(), st.integers(1, 12))
 @settings(max_examples=100, deadline=None)
-def test_exact_simulation_is_the_naive_loop(setting, odd):
+def test_exact_simulation_equals_the_loop_over_samples(setting, odd):
     assume(setting.clock != "batches" and setting.batches_per_epoch)
     if isinstance(setting.policy, ConstantBatchSize):
         setting.policy = ConstantBatchSize(odd)
@@ -211,14 +203,13 @@ def test_exact_simulation_is_the_naive_loop(setting, odd):
         micro_batch_size=setting.micro,
         world_size=setting.world,
         samples_per_epoch=setting.samples_per_epoch,
-        tokens_per_sample=setting.tokens_per_sample,
     )
     assert unrolled(horizon) == loop_over_samples(setting)
 
 
 @given(run_settings(), st.data())
 @settings(max_examples=50, deadline=None)
-def test_planned_sizes_are_the_sizes_of_the_simulated_run_from_any_update(setting, data):
+def test_planned_sizes_equal_the_simulated_run_from_any_update(setting, data):
     assume(setting.clock != "batches" and setting.batches_per_epoch)
     length = setting.samples_per_epoch
     updates = loop_over_samples(setting)
@@ -236,7 +227,6 @@ def test_planned_sizes_are_the_sizes_of_the_simulated_run_from_any_update(settin
             micro_batch_size=setting.micro,
             world_size=setting.world,
             samples_per_epoch=length,
-            tokens_per_sample=setting.tokens_per_sample,
         )
     )
     for size, (_, expected) in zip(sizes, updates[first:], strict=False):
@@ -257,7 +247,7 @@ def best_seconds(function, *, times=5):
     return min(once() for _ in range(times))
 
 
-def test_a_million_constant_updates_cost_milliseconds():
+def test_million_constant_updates_take_milliseconds():
     def run():
         horizon = simulate(
             ConstantBatchSize(32),
@@ -273,7 +263,7 @@ def test_a_million_constant_updates_cost_milliseconds():
     assert best_seconds(run) < 5e-3  # 0.2 ms on an idle machine
 
 
-def test_a_ramp_costs_microseconds_an_update():
+def test_ramp_takes_microseconds_per_update():
     updates = 100_000
     ramp = BatchSizeRamp(start=16, end=1024, over="30%")
 
@@ -287,7 +277,7 @@ def test_a_ramp_costs_microseconds_an_update():
             batches_per_epoch=12_345,
         )
 
-    assert best_seconds(run) / updates < 5e-6  # far below on an idle machine
+    assert best_seconds(run) / updates < 5e-6  # much less on an idle machine
 
 
 def test_equal_updates_are_one_span():
@@ -335,21 +325,23 @@ GOOD = {
         ),
     ],
 )
-def test_bad_runs_are_refused(policy, changes, message):
+def test_invalid_arguments_raise(policy, changes, message):
     with pytest.raises(ValueError, match=message):
         simulate(policy, **{**GOOD, **changes})
 
 
-def test_a_policy_that_names_no_size_is_refused_in_the_run():
-    class Broken(BatchSizePolicy):
+def test_policy_that_returns_no_positive_size_raises_in_the_run():
+    class ReturnsZero(BatchSizePolicy):
         def __call__(self, progress, *, context=None):
             return 16 - 8 * progress.steps
 
-    with pytest.raises(ValueError, match=r"the global batch of Broken must be a positive .* got 0"):
-        simulate(Broken(), **{**GOOD, "micro_batch_size": 4, "world_size": 1})
+    with pytest.raises(
+        ValueError, match=r"the global batch of ReturnsZero must be a positive .* got 0"
+    ):
+        simulate(ReturnsZero(), **{**GOOD, "micro_batch_size": 4, "world_size": 1})
 
 
-def test_without_a_count_of_tokens_percentages_hold_and_conversions_say_why_not():
+def test_run_in_tokens_holds_percentages_and_raises_for_other_units():
     for policy, clock in (
         (ConstantBatchSize(32), "tokens"),
         (BatchSizeSteps("0:16 1M:32"), "steps"),
@@ -360,7 +352,7 @@ def test_without_a_count_of_tokens_percentages_hold_and_conversions_say_why_not(
             horizon.fraction("3 samples", name="warmup")
 
 
-def test_the_exact_loader_has_no_batches_to_count():
+def test_invalid_arguments_of_the_exact_loader_raise():
     arguments = {k: v for k, v in GOOD.items() if k != "batches_per_epoch"}
     arguments["samples_per_epoch"] = 50
     with pytest.raises(ValueError, match=r"clock must be .* got 'batches'; count epochs as"):
@@ -368,5 +360,9 @@ def test_the_exact_loader_has_no_batches_to_count():
     start = Progress(fraction=0.0)
     with pytest.raises(ValueError, match=r"adaptive NoiseScaleBatchSize"):
         planned_sizes(NoiseScaleBatchSize(8, high=9), start=start, position=0, **arguments)
-    with pytest.raises(ValueError, match=r"tokens_per_sample must be given"):
+    message = r"thresholds and budget must not be in tokens .* write them in samples or percent"
+    with pytest.raises(ValueError, match=message):
         planned_sizes(BatchSizeSteps("0:8 1K:9"), start=start, position=0, **arguments)
+    arguments["clock"] = "tokens"
+    with pytest.raises(ValueError, match=message):
+        planned_sizes(ConstantBatchSize(8), start=start, position=0, **arguments)

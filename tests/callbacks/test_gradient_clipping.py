@@ -1,4 +1,4 @@
-"""GradientClipping in real fits: the global norm, limited, in every precision."""
+"""GradientClipping in fits: equal to torch's clipping in every precision; conflicts."""
 
 from __future__ import annotations
 
@@ -22,32 +22,26 @@ from lightning_bigopt import (
     ZClip,
 )
 from lightning_bigopt.gradients import clip_gradients_
-from tests.kit import QUIET, Probe, cpu_precision, loader
+from tests.helpers import Probe, cpu_precision, fit, loader
 
 
-def fit(module: L.LightningModule, data: Any, *callbacks: Any, **options: Any) -> L.Trainer:
-    trainer = L.Trainer(**{**QUIET, "callbacks": list(callbacks), **options})
-    trainer.fit(module, data)
-    return trainer
-
-
-class Clipped(Probe):
-    """Compares the parameters after each update with torch's own clip on the true gradient."""
+class RecordsUnclippedNorm(Probe):
+    """Records the norm of the unclipped gradient, computed in float64."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.true_norms: list[float] = []
+        self.unclipped_norms: list[float] = []
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         x, y, _ = self.open[-1]
-        truth = self._true_gradient(x, y)
-        self.true_norms.append(float(torch.stack([t.norm() for t in truth]).norm()))
+        truth = self._expected_gradient(x, y)
+        self.unclipped_norms.append(float(torch.stack([t.norm() for t in truth]).norm()))
         super().on_before_optimizer_step(optimizer)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
-def test_the_gradient_is_limited_to_the_global_norm(precision: str) -> None:
-    module = Clipped(lr=0.01)
+def test_gradient_norm_is_limited(precision: str) -> None:
+    module = RecordsUnclippedNorm(lr=0.01)
     fit(
         module,
         loader(32, 2),
@@ -56,16 +50,16 @@ def test_the_gradient_is_limited_to_the_global_norm(precision: str) -> None:
         **cpu_precision(precision),
     )
     tolerance = {"32-true": 1e-5, "bf16-mixed": 2e-2, "16-mixed": 5e-3}[precision]
-    assert max(module.true_norms) > 1.4
+    assert max(module.unclipped_norms) > 1.4
     assert len(module.norms) == 16
-    for norm, true in zip(module.norms, module.true_norms, strict=True):
+    for norm, true in zip(module.norms, module.unclipped_norms, strict=True):
         assert norm == pytest.approx(min(true, 0.7), rel=tolerance)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 @pytest.mark.parametrize("kind", ["for-loop", "foreach", "fused"])
-def test_training_equals_torchs_own_clip(precision: str, kind: str) -> None:
-    """The reference clips in the module's hook, and unscales by itself where fused needs it."""
+def test_training_equals_torch_clip_grad_norm(precision: str, kind: str) -> None:
+    """The reference clips in the module's hook, and unscales first for a fused optimizer."""
     options = {
         "for-loop": {"foreach": False},
         "foreach": {"foreach": True},
@@ -103,7 +97,7 @@ def test_value_clip_limits_every_entry() -> None:
     assert module.norms == pytest.approx([0.03] * 8, rel=1e-6)
 
 
-def test_a_fused_optimizer_is_left_without_scale() -> None:
+def test_fused_optimizer_keeps_no_scale_after_a_fit() -> None:
     module = Probe(optimizer=torch.optim.AdamW, fused=True)
     trainer = fit(module, loader(8, 2), GradientClipping(NormClip(max_norm=0.1)), max_epochs=1)
     optimizer = trainer.optimizers[0]
@@ -111,7 +105,7 @@ def test_a_fused_optimizer_is_left_without_scale() -> None:
     assert getattr(optimizer, "found_inf", None) is None
 
 
-def test_manual_optimization_clips_each_optimizer_by_itself() -> None:
+def test_each_optimizer_is_clipped_separately_under_manual_optimization() -> None:
     class Manual(L.LightningModule):
         def __init__(self) -> None:
             super().__init__()
@@ -136,8 +130,8 @@ def test_manual_optimization_clips_each_optimizer_by_itself() -> None:
     assert module.norms == pytest.approx([0.2] * 8, rel=1e-4)
 
 
-class Owner(GradientClippingMixin, L.LightningModule):
-    """Two networks, two optimizers that step by hand, one every batch and one every second."""
+class ManualModuleWithMixin(GradientClippingMixin, L.LightningModule):
+    """Manual optimization: one optimizer steps every batch, the other one every second batch."""
 
     def __init__(self, rule: ClippingRule) -> None:
         super().__init__()
@@ -169,11 +163,11 @@ class Owner(GradientClippingMixin, L.LightningModule):
     [NormClip(0.2), ZClip(warmup=2, z_threshold=0.1), AGC(0.02), UpdateClip(0.3)],
     ids=lambda rule: type(rule).__name__,
 )
-def test_a_module_that_steps_by_hand_owns_its_clipping(rule: ClippingRule) -> None:
-    module = Owner(rule)
+def test_mixin_clips_under_manual_optimization(rule: ClippingRule) -> None:
+    module = ManualModuleWithMixin(rule)
     data = loader(16, 2)
     fit(module, data, max_epochs=1)
-    plain = Owner(rule)
+    plain = ManualModuleWithMixin(rule)
     optimizers = plain.configure_optimizers()
     states = [rule.initial_state() for _ in optimizers]
     for batch_idx, batch in enumerate(data):
@@ -183,26 +177,26 @@ def test_a_module_that_steps_by_hand_owns_its_clipping(rule: ClippingRule) -> No
                 clip_gradients_(net, rule, state=states[index], optimizer=optimizer)
                 optimizer.step()
                 optimizer.zero_grad()
-    free = Owner(rule)
+    untrained = ManualModuleWithMixin(rule)
     for mine, theirs, start in zip(
-        module.parameters(), plain.parameters(), free.parameters(), strict=True
+        module.parameters(), plain.parameters(), untrained.parameters(), strict=True
     ):
         assert torch.equal(mine, theirs)
         assert not torch.equal(mine, start)
 
 
-def test_two_owners_of_clipping_raise_at_fit_start() -> None:
+def test_second_source_of_clipping_raises_at_fit_start() -> None:
     with pytest.raises(ValueError, match=r"gradient_clip_val must be None.*got 1.0"):
         fit(
             Probe(), loader(8, 2), GradientClipping(NormClip()), max_epochs=1, gradient_clip_val=1.0
         )
 
-    class Own(Probe):
+    class ClipsItself(Probe):
         def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
             """Clips by itself."""
 
     with pytest.raises(ValueError, match="configure_gradient_clipping"):
-        fit(Own(), loader(8, 2), GradientClipping(NormClip()), max_epochs=1)
+        fit(ClipsItself(), loader(8, 2), GradientClipping(NormClip()), max_epochs=1)
 
 
 def test_the_same_callback_twice_raises() -> None:
@@ -217,7 +211,7 @@ def test_the_same_callback_twice_raises() -> None:
 
 
 @pytest.mark.parametrize("bad", [-1.0, 0.0, float("nan")])
-def test_bad_limits_name_themselves(bad: float) -> None:
+def test_invalid_limits_raise_with_their_names(bad: float) -> None:
     with pytest.raises(ValueError, match=rf"max_norm must be .*got {bad}"):
         NormClip(max_norm=bad)
     with pytest.raises(ValueError, match=rf"max_abs must be .*got {bad}"):
@@ -226,10 +220,10 @@ def test_bad_limits_name_themselves(bad: float) -> None:
         GradientClipping(1.0)  # type: ignore[arg-type]
 
 
-def test_a_schedule_inside_groups_needs_to_know_where_the_run_ends() -> None:
+def test_schedule_inside_groups_needs_the_horizon() -> None:
     rule = Groups({"net.0.*": NormClip(max_norm=0.2, schedule=Linear()), "*": None})
     module = Probe(lr=0.0)
     fit(module, loader(8, 2), GradientClipping(rule), max_epochs=1)
-    assert GradientClipping(rule).controller.needs_horizon
-    assert not GradientClipping(NormClip()).controller.needs_horizon
+    assert GradientClipping(rule).needs_horizon
+    assert not GradientClipping(NormClip()).needs_horizon
     assert len(module.norms) == 4

@@ -1,4 +1,4 @@
-"""LearningRateScheduler in real fits: one clock, exact on the budget, exact on resume."""
+"""LearningRateScheduler in fits: the fraction of the budget, resume, and conflicts."""
 
 from __future__ import annotations
 
@@ -14,22 +14,14 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_bigopt import Constant, Cosine, LearningRateScheduler, Linear, WarmupStableDecay
-from tests.kit import QUIET, Probe, Regression, ResumableLoader, loader
+from lightning_bigopt import Cosine, LearningRateScheduler, Linear, WarmupStableDecay
+from tests.helpers import Probe, Regression, ResumableLoader, fit, loader
 
 DOWN = Linear(start=1.0, end=0.0)
 
 
-def fit(
-    module: L.LightningModule, data: Any, *callbacks: Any, ckpt_path: Any = None, **options: Any
-) -> L.Trainer:
-    trainer = L.Trainer(**{**QUIET, "callbacks": list(callbacks), **options})
-    trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
-    return trainer
-
-
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_update_t_sees_t_over_max_steps(accumulate: int) -> None:
+def test_update_t_gets_t_over_max_steps(accumulate: int) -> None:
     module = Probe(lr=2.0)
     fit(
         module,
@@ -41,7 +33,7 @@ def test_update_t_sees_t_over_max_steps(accumulate: int) -> None:
     assert module.lrs == [2.0 * (1 - t / 7) for t in range(7)]
 
 
-def test_updates_see_the_share_of_batches_consumed_under_max_epochs() -> None:
+def test_updates_get_the_fraction_of_batches_consumed_under_max_epochs() -> None:
     module = Probe(lr=1.0)
     # 5 batches an epoch in windows of 2: the last window of an epoch holds one batch.
     fit(module, loader(10, 2), LearningRateScheduler(DOWN), max_epochs=2, accumulate_grad_batches=2)
@@ -58,13 +50,13 @@ def test_limit_train_batches_shortens_the_budget() -> None:
     ("limits", "updates"),
     [({"max_steps": 4, "max_epochs": 3}, 4), ({"max_steps": 40, "max_epochs": 1}, 5)],
 )
-def test_of_two_limits_the_first_to_end_counts(limits: dict[str, int], updates: int) -> None:
+def test_the_limit_that_ends_first_sets_the_budget(limits: dict[str, int], updates: int) -> None:
     module = Probe(lr=1.0)
     fit(module, loader(10, 2), LearningRateScheduler(DOWN), **limits)
     assert module.lrs == [1 - t / updates for t in range(updates)]
 
 
-class Endless(IterableDataset[Any]):
+class EndlessStream(IterableDataset[Any]):
     def __iter__(self) -> Any:
         data = Regression(8)
         while True:
@@ -73,11 +65,11 @@ class Endless(IterableDataset[Any]):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_budget_in_samples_ends_an_endless_run(accumulate: int) -> None:
+def test_budget_in_samples_ends_an_endless_stream(accumulate: int) -> None:
     module = Probe(lr=1.0)
     trainer = fit(
         module,
-        DataLoader(Endless(), batch_size=3),
+        DataLoader(EndlessStream(), batch_size=3),
         LearningRateScheduler(DOWN, budget="20 samples"),
         max_epochs=-1,
         accumulate_grad_batches=accumulate,
@@ -88,7 +80,7 @@ def test_a_budget_in_samples_ends_an_endless_run(accumulate: int) -> None:
     assert trainer.global_step == len(starts)
 
 
-def test_a_budget_in_tokens_counts_them_with_the_users_function() -> None:
+def test_budget_in_tokens_uses_the_given_function() -> None:
     module = Probe(lr=1.0)
     fit(
         module,
@@ -99,12 +91,17 @@ def test_a_budget_in_tokens_counts_them_with_the_users_function() -> None:
     assert module.lrs == [1 - 14 * t / 50 for t in range(4)]
 
 
-def test_an_unknown_length_raises_with_the_way_out() -> None:
+def test_unknown_length_raises_and_names_budget() -> None:
     with pytest.raises(ValueError, match=r"length of the training must be known.*budget="):
-        fit(Probe(), DataLoader(Endless(), batch_size=3), LearningRateScheduler(DOWN), max_epochs=3)
+        fit(
+            Probe(),
+            DataLoader(EndlessStream(), batch_size=3),
+            LearningRateScheduler(DOWN),
+            max_epochs=3,
+        )
 
 
-def test_learning_rate_monitor_sees_the_same_values(tmp_path: Path) -> None:
+def test_learning_rate_monitor_logs_the_same_values(tmp_path: Path) -> None:
     module, logger = Probe(lr=1.0), CSVLogger(tmp_path)
     fit(
         module,
@@ -120,46 +117,7 @@ def test_learning_rate_monitor_sees_the_same_values(tmp_path: Path) -> None:
     assert seen == module.lrs
 
 
-def test_ratios_between_groups_are_kept_and_named_groups_have_their_own_schedule() -> None:
-    class Grouped(Probe):
-        def configure_optimizers(self) -> Any:
-            first, _, last = self.net
-            return torch.optim.SGD(
-                [
-                    {"params": first.parameters(), "lr": 0.4, "name": "body"},
-                    {"params": last.parameters(), "lr": 0.1, "name": "head"},
-                ]
-            )
-
-        def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-            self.seen.append(tuple(float(g["lr"]) for g in optimizer.param_groups))
-
-    module = Grouped()
-    module.seen = []
-    fit(module, loader(8, 2), LearningRateScheduler(DOWN, groups={"head": Constant()}), max_steps=4)
-    assert module.seen == [(0.4 * (1 - t / 4), 0.1) for t in range(4)]
-    with pytest.raises(ValueError, match=r"groups must name parameter groups.*'tail'.*body"):
-        fit(
-            Grouped(), loader(8, 2), LearningRateScheduler(DOWN, groups={"tail": DOWN}), max_steps=4
-        )
-
-
-def test_a_tensor_learning_rate_is_filled_in_place() -> None:
-    class TensorRate(Probe):
-        def configure_optimizers(self) -> Any:
-            self.rate = torch.tensor(0.5)
-            return torch.optim.Adam(self.parameters(), lr=self.rate)
-
-        def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-            assert optimizer.param_groups[0]["lr"] is self.rate
-            super().on_before_optimizer_step(optimizer)
-
-    module = TensorRate()
-    fit(module, loader(8, 2), LearningRateScheduler(DOWN), max_steps=4)
-    assert module.lrs == [0.5, 0.375, 0.25, 0.125]
-
-
-def test_a_modules_own_scheduler_raises_or_is_replaced() -> None:
+def test_scheduler_of_the_module_raises_or_is_replaced() -> None:
     class Scheduled(Probe):
         def configure_optimizers(self) -> Any:
             optimizer = super().configure_optimizers()
@@ -172,7 +130,7 @@ def test_a_modules_own_scheduler_raises_or_is_replaced() -> None:
     assert module.lrs == [1.0, 0.75, 0.5, 0.25]
 
 
-def test_manual_optimization_with_two_optimizers_is_scheduled() -> None:
+def test_two_optimizers_under_manual_optimization_are_scheduled() -> None:
     class Manual(L.LightningModule):
         def __init__(self) -> None:
             super().__init__()
@@ -201,7 +159,7 @@ def test_manual_optimization_with_two_optimizers_is_scheduled() -> None:
 
 @pytest.mark.parametrize("limits", [{"max_steps": 11}, {"max_epochs": 3}])
 @pytest.mark.parametrize("stop", [2, 4, 5, 7])
-def test_resume_gives_the_same_rates_and_weights_to_the_bit(
+def test_resume_gives_the_same_learning_rates_and_weights_to_the_bit(
     tmp_path: Path, limits: dict[str, int], stop: int
 ) -> None:
     def build() -> tuple[Probe, LearningRateScheduler, ResumableLoader]:
@@ -223,7 +181,7 @@ def test_resume_gives_the_same_rates_and_weights_to_the_bit(
         assert torch.equal(mine, theirs)
 
 
-def test_a_longer_resume_keeps_the_checkpoints_horizon_unless_extended(tmp_path: Path) -> None:
+def test_resume_with_a_longer_limit_keeps_the_horizon_unless_extended(tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     fit(
         Probe(lr=1.0),
@@ -239,9 +197,7 @@ def test_a_longer_resume_keeps_the_checkpoints_horizon_unless_extended(tmp_path:
         fit(kept, ResumableLoader(8, 2), LearningRateScheduler(DOWN), max_steps=8, ckpt_path=path)
     assert kept.lrs == [0.5, 0.25, 0.0, 0.0, 0.0, 0.0]
     extended = Probe(lr=1.0)
-    with pytest.warns(
-        UserWarning, match=r"jumps where the run is resumed: 0\.5 → 0\.75 \(× 1\.5\)"
-    ):
+    with pytest.warns(UserWarning, match=r"jumps when the run is resumed: 0\.5 → 0\.75 \(× 1\.5\)"):
         fit(
             extended,
             ResumableLoader(8, 2),
@@ -252,7 +208,7 @@ def test_a_longer_resume_keeps_the_checkpoints_horizon_unless_extended(tmp_path:
     assert extended.lrs == [1 - t / 8 for t in range(2, 8)]
 
 
-def test_a_checkpoint_of_another_scheduler_is_named_and_the_configured_rate_used(
+def test_checkpoint_of_another_scheduler_warns_and_uses_the_configured_learning_rate(
     tmp_path: Path,
 ) -> None:
     class Scheduled(Probe):
@@ -281,14 +237,14 @@ def test_fast_dev_run_compresses_durations() -> None:
     assert len(module.lrs) == 1
 
 
-def test_a_warmup_longer_than_the_run_raises() -> None:
+def test_warmup_longer_than_the_run_raises() -> None:
     with pytest.raises(ValueError, match=r"warmup.*500"):
         fit(
             Probe(), loader(8, 2), LearningRateScheduler(WarmupStableDecay(warmup=500)), max_steps=4
         )
 
 
-def test_a_second_fit_goes_on_and_a_new_trainer_starts_again() -> None:
+def test_second_fit_continues_and_a_new_trainer_starts_again() -> None:
     callback, module = LearningRateScheduler(Cosine(end=0.0)), Probe(lr=1.0)
     trainer = fit(module, loader(8, 2), callback, max_epochs=1)
     first = list(module.lrs)
@@ -302,7 +258,7 @@ def test_a_second_fit_goes_on_and_a_new_trainer_starts_again() -> None:
     assert again.lrs == first
 
 
-def test_bad_arguments_name_themselves() -> None:
+def test_invalid_arguments_raise_with_their_names() -> None:
     with pytest.raises(ValueError, match=r"schedule must be a Schedule, got 'cosine'"):
         LearningRateScheduler("cosine")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"module_scheduler must be .*got 'keep'"):
@@ -311,17 +267,3 @@ def test_bad_arguments_name_themselves() -> None:
         LearningRateScheduler(DOWN, budget="10%")
     with pytest.raises(ValueError, match=r"tokens must be given.*'2e9 tokens'"):
         LearningRateScheduler(DOWN, budget="2e9 tokens")
-
-
-def test_an_optimizer_that_finds_its_own_rate_is_refused() -> None:
-    class Adafactor(Probe):
-        def configure_optimizers(self) -> Any:
-            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
-            optimizer.param_groups[0]["lr"] = None
-            return optimizer
-
-    trainer = L.Trainer(
-        **{**QUIET, "max_steps": 2}, callbacks=[LearningRateScheduler(Linear(start=1.0, end=0.0))]
-    )
-    with pytest.raises(ValueError, match=r"lr must be a number.*got None in SGD.*relative_step"):
-        trainer.fit(Adafactor(), loader(16, 4))

@@ -1,4 +1,4 @@
-"""GradientNoiseScale against a toy whose noise and signal are known."""
+"""GradientNoiseScale, compared with a model whose noise and signal are known."""
 
 from __future__ import annotations
 
@@ -23,61 +23,63 @@ from lightning_bigopt import (
     OptimizationMonitor,
     Warmup,
 )
-from tests.batch_kit import Toy, noise_loader
-from tests.kit import QUIET, Probe, cpu_precision, loader
+from tests.batch_helpers import QuadraticNoise, noise_loader
+from tests.helpers import QUIET, Probe, cpu_precision, loader
 
-TRUTH = Toy.noise / Toy.signal  # 4 samples
+EXPECTED = QuadraticNoise.noise / QuadraticNoise.signal  # 4 samples
 
 
-def measured(*callbacks: Any, micro: int = 2, **options: Any) -> GradientNoiseScale:
+def measure(*callbacks: Any, micro: int = 2, **options: Any) -> GradientNoiseScale:
     scale = GradientNoiseScale(decay=0.999)
     trainer = L.Trainer(**{**QUIET, "max_steps": 150, "callbacks": [scale, *callbacks], **options})
-    trainer.fit(Toy(), noise_loader(micro))
+    trainer.fit(QuadraticNoise(), noise_loader(micro))
     return scale
 
 
-def close_to_the_truth(scale: GradientNoiseScale) -> None:
+def check_estimate(scale: GradientNoiseScale) -> None:
     report = scale.report
     assert report.noise_scale is not None
     assert report.standard_error is not None
-    assert report.standard_error < 0.2 * TRUTH
-    assert abs(report.noise_scale - TRUTH) <= 2 * report.standard_error
-    assert report.noise == pytest.approx(Toy.noise, rel=0.1)
-    assert report.signal == pytest.approx(Toy.signal, rel=0.15)
+    assert report.standard_error < 0.2 * EXPECTED
+    assert abs(report.noise_scale - EXPECTED) <= 2 * report.standard_error
+    assert report.noise == pytest.approx(QuadraticNoise.noise, rel=0.1)
+    assert report.signal == pytest.approx(QuadraticNoise.signal, rel=0.15)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
-def test_the_first_micro_batch_tells_it(precision: str) -> None:
+def test_estimate_from_the_first_micro_batch_of_a_window(precision: str) -> None:
     planned = BatchSizeScheduler(ConstantBatchSize(8))
-    close_to_the_truth(measured(planned, **cpu_precision(precision)))
+    check_estimate(measure(planned, **cpu_precision(precision)))
 
 
-def test_it_works_with_lightnings_own_accumulation_and_with_clipping() -> None:
-    close_to_the_truth(measured(accumulate_grad_batches=4))
+def test_estimate_with_accumulate_grad_batches_and_with_clipping() -> None:
+    check_estimate(measure(accumulate_grad_batches=4))
     clipped = [BatchSizeScheduler(ConstantBatchSize(8)), GradientClipping(NormClip(max_norm=0.1))]
-    close_to_the_truth(measured(*clipped))
+    check_estimate(measure(*clipped))
     other_norm = [GradientClipping(NormClip(max_norm=0.1, norm_type=1.0))]
-    close_to_the_truth(measured(*other_norm, accumulate_grad_batches=4))
+    check_estimate(measure(*other_norm, accumulate_grad_batches=4))
 
 
-def test_weights_do_not_lean_it() -> None:
+def test_loss_weights_do_not_bias_the_estimate() -> None:
     weighed = BatchSizeScheduler(ConstantBatchSize(8), weight=lambda batch: 96.0)
-    close_to_the_truth(measured(weighed))
+    check_estimate(measure(weighed))
 
 
-def test_one_batch_size_is_not_enough_and_it_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_one_batch_size_only_gives_no_estimate_and_a_log_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     with caplog.at_level("INFO"):
-        scale = measured(max_steps=5)
+        scale = measure(max_steps=5)
     assert scale.report.noise_scale is None
-    said = [r.getMessage() for r in caplog.records if "noise scale" in r.getMessage()]
-    assert len(said) == 1
-    assert "at one batch size only" in said[0]
+    messages = [r.getMessage() for r in caplog.records if "noise scale" in r.getMessage()]
+    assert len(messages) == 1
+    assert "at one batch size only" in messages[0]
 
 
-def test_where_it_is_hopeless_nothing_is_logged_and_it_says_why(
+def test_estimate_within_its_error_is_not_logged_and_a_line_says_why(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Hopeless(Toy):
+    class SmallGradient(QuadraticNoise):
         value = 0.001
 
     scale, logger = GradientNoiseScale(), CSVLogger(tmp_path)
@@ -89,14 +91,14 @@ def test_where_it_is_hopeless_nothing_is_logged_and_it_says_why(
         callbacks=[scale],
     )
     with caplog.at_level("INFO"):
-        trainer.fit(Hopeless(), noise_loader(2))
+        trainer.fit(SmallGradient(), noise_loader(2))
     assert scale.report.noise_scale is None
     assert not Path(logger.log_dir, "metrics.csv").exists()
     assert "standard errors above zero" in caplog.text
 
 
 @pytest.mark.parametrize("monitored", [True, False])
-def test_it_is_logged_with_its_error(tmp_path: Path, monitored: bool) -> None:
+def test_estimate_is_logged_with_its_standard_error(tmp_path: Path, monitored: bool) -> None:
     logger = CSVLogger(tmp_path)
     callbacks: list[Any] = [GradientNoiseScale()]
     callbacks += [OptimizationMonitor()] if monitored else []
@@ -107,26 +109,29 @@ def test_it_is_logged_with_its_error(tmp_path: Path, monitored: bool) -> None:
         log_every_n_steps=10,
         callbacks=callbacks,
     )
-    trainer.fit(Toy(), noise_loader(2))
+    trainer.fit(QuadraticNoise(), noise_loader(2))
     text = Path(logger.log_dir, "metrics.csv").read_text()
     for name in ("simple", "standard_error", "noise", "signal"):
         assert f"noise_scale/{name}" in text
 
 
-def test_its_state_resumes(tmp_path: Path) -> None:
+def test_state_resumes(tmp_path: Path) -> None:
     path = tmp_path / "state.ckpt"
     scale = GradientNoiseScale()
     trainer = L.Trainer(**QUIET, max_steps=30, accumulate_grad_batches=2, callbacks=[scale])
-    trainer.fit(Toy(), noise_loader(2))
+    trainer.fit(QuadraticNoise(), noise_loader(2))
     trainer.save_checkpoint(path)
     again = GradientNoiseScale()
     state = torch.load(path, weights_only=True)["callbacks"]["GradientNoiseScale"]
     again.load_state_dict(state)
+    assert again.state_dict() == state  # a loaded state is not lost before training consumes it
+    resumed = L.Trainer(**QUIET, max_steps=30, accumulate_grad_batches=2, callbacks=[again])
+    resumed.fit(QuadraticNoise(), noise_loader(2), ckpt_path=path, weights_only=True)
     assert again.report == scale.report
 
 
-def test_it_drives_the_batch() -> None:
-    class Large(Toy):
+def test_noise_scale_batch_size_follows_the_estimate() -> None:
+    class Large(QuadraticNoise):
         value = 0.2  # |w|² = 1.6: a noise scale of 25
 
     policy = NoiseScaleBatchSize(8, high=16)
@@ -136,15 +141,15 @@ def test_it_drives_the_batch() -> None:
         **QUIET, max_steps=120, callbacks=[scheduler, GradientNoiseScale(decay=0.995)]
     )
     trainer.fit(module, noise_loader(4))
-    assert scheduler.controller.size == 16
-    with pytest.raises(ValueError, match="callbacks must hold GradientNoiseScale"):
+    assert scheduler.size == 16
+    with pytest.raises(ValueError, match="callbacks must contain GradientNoiseScale"):
         L.Trainer(**QUIET, max_steps=4, callbacks=[BatchSizeScheduler(policy)]).fit(
             Large(), noise_loader(4)
         )
 
 
-class Rows:
-    """The same micro-batches of two in every run; goes on where its checkpoint stopped."""
+class FixedBatches:
+    """Yields the same micro-batches of two in every run, from a saved position on."""
 
     batch_size = 2
 
@@ -158,7 +163,7 @@ class Rows:
         for number in range(self.position, len(self)):
             self.position = number + 1
             generator = torch.Generator().manual_seed(number)
-            yield torch.randn(2, Toy.dimensions, generator=generator)
+            yield torch.randn(2, QuadraticNoise.dimensions, generator=generator)
 
     def state_dict(self) -> dict[str, int]:
         return {"position": self.position}
@@ -167,7 +172,7 @@ class Rows:
         self.position = state["position"]
 
 
-class Driven(Toy):
+class RecordsWindows(QuadraticNoise):
     value = 0.2
 
     def __init__(self) -> None:
@@ -182,9 +187,9 @@ class Driven(Toy):
         self.used.append((window, optimizer.param_groups[0]["lr"]))
 
 
-def test_what_the_measurement_decided_is_decided_again_after_a_resume(tmp_path: Path) -> None:
-    def go(*callbacks: Any, ckpt: Any = None) -> Driven:
-        module = Driven()
+def test_resume_decides_the_same_batch_sizes(tmp_path: Path) -> None:
+    def go(*callbacks: Any, ckpt: Any = None) -> RecordsWindows:
+        module = RecordsWindows()
         ours = [
             BatchSizeScheduler(NoiseScaleBatchSize(4, high=32), lr_scaling="sqrt"),
             GradientNoiseScale(),
@@ -192,7 +197,7 @@ def test_what_the_measurement_decided_is_decided_again_after_a_resume(tmp_path: 
         ]
         options = {**QUIET, "enable_checkpointing": bool(callbacks)}
         trainer = L.Trainer(**options, max_steps=100, callbacks=[*ours, *callbacks])
-        trainer.fit(module, Rows(), ckpt_path=ckpt, weights_only=True if ckpt else None)
+        trainer.fit(module, FixedBatches(), ckpt_path=ckpt, weights_only=True if ckpt else None)
         return module
 
     save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
@@ -200,20 +205,20 @@ def test_what_the_measurement_decided_is_decided_again_after_a_resume(tmp_path: 
     windows = [window for window, _ in straight.used]
     changes = [step for step in range(1, 100) if windows[step] != windows[step - 1]]
     assert len(changes) > 1
-    for step in (*changes, 90):  # the very update before which it is decided, and any other
+    for step in (*changes, 90):  # at the updates where the batch size changes, and one other
         resumed = go(ckpt=tmp_path / f"step={step}.ckpt")
         assert resumed.used == straight.used[step:], step
         assert torch.equal(resumed.layer.w, straight.layer.w), step
 
 
-def test_a_measured_run_cannot_be_counted_in_steps_where_epochs_end_it() -> None:
+def test_duration_in_steps_with_an_adaptive_batch_size_and_max_epochs_raises() -> None:
     policy = BatchSizeScheduler(NoiseScaleBatchSize(4, high=16))
     callbacks = [policy, GradientNoiseScale(), LearningRateScheduler(Warmup("10 steps", Linear()))]
     with pytest.raises(ValueError, match=r"got '10 steps'.*adaptive batch size.*percent"):
         L.Trainer(**QUIET, max_epochs=2, callbacks=callbacks).fit(Probe(), loader(32, 2))
 
 
-def test_manual_optimization_is_refused() -> None:
+def test_manual_optimization_raises() -> None:
     module = Probe()
     module.automatic_optimization = False
     with pytest.raises(ValueError, match="automatic_optimization must be True"):

@@ -1,4 +1,4 @@
-"""ReduceOnPlateau: torch's own counting as the oracle, on top of any schedule."""
+"""ReduceOnPlateau with any schedule, compared with torch's ReduceLROnPlateau."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from lightning_bigopt import (
     ReduceOnPlateau,
     WarmupCosine,
 )
-from tests.kit import QUIET, Probe, ResumableLoader, loader
+from tests.helpers import QUIET, Probe, ResumableLoader, loader
 
 METRICS = [5.0, 4.0, 4.0, 4.5, 3.9999, 3.0, 3.5, 3.5, 3.5, 3.5, 2.0, 2.0, 2.0, 2.0]
 OPTIONS: dict[str, Any] = {"factor": 0.5, "patience": 1, "threshold": 1e-3, "cooldown": 1}
 
 
-class Validated(Probe):
-    """Logs a given metric at every validation, whichever run it belongs to."""
+class LogsGivenMetric(Probe):
+    """Logs a given metric at every validation, chosen by the batches trained so far."""
 
     def __init__(self, metrics: list[float] = METRICS, *, every: int = 4, **options: Any) -> None:
         super().__init__(**options)
@@ -59,7 +59,7 @@ def fit(
 
 
 def torch_factors(metrics: list[float], **options: Any) -> list[float]:
-    """torch's learning rate, of 1, after each metric."""
+    """Returns torch's learning rate after each metric, starting at 1."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     scheduler = ReduceLROnPlateau(optimizer, **options)
     found = []
@@ -70,8 +70,8 @@ def torch_factors(metrics: list[float], **options: Any) -> list[float]:
 
 
 @pytest.mark.parametrize("schedule", [Constant(), Linear(end=0.1), WarmupCosine(warmup="40%")])
-def test_epoch_checks_reduce_as_torch_does_on_top_of_any_schedule(schedule: Any) -> None:
-    module = Validated(lr=1.0)
+def test_checks_at_epochs_reduce_as_torch_does_with_any_schedule(schedule: Any) -> None:
+    module = LogsGivenMetric(lr=1.0)
     fit(module, LearningRateScheduler(schedule), ReduceOnPlateau("val_loss", **OPTIONS))
     factors = [1.0, *torch_factors(METRICS, **OPTIONS)]
     assert len(set(factors)) > 3
@@ -81,8 +81,8 @@ def test_epoch_checks_reduce_as_torch_does_on_top_of_any_schedule(schedule: Any)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_step_checks_act_from_the_next_update_on(accumulate: int) -> None:
-    module = Validated(lr=1.0, every=2)
+def test_checks_at_steps_act_from_the_next_update(accumulate: int) -> None:
+    module = LogsGivenMetric(lr=1.0, every=2)
     fit(
         module,
         LearningRateScheduler(Constant()),
@@ -96,7 +96,7 @@ def test_step_checks_act_from_the_next_update_on(accumulate: int) -> None:
     assert module.lrs == [factors[t * accumulate // 2] for t in range(updates)]
 
 
-def test_a_training_metric_is_checked_when_the_epoch_ends() -> None:
+def test_training_metric_is_checked_when_the_epoch_ends() -> None:
     class Logged(Probe):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             self.log("train_loss", METRICS[self.current_epoch], on_step=False, on_epoch=True)
@@ -115,10 +115,10 @@ def test_a_training_metric_is_checked_when_the_epoch_ends() -> None:
 
 @pytest.mark.parametrize("when", ["batch", "validation"])
 @pytest.mark.parametrize("stop", [2, 6, 13, 22])
-def test_resume_goes_on_with_the_same_rates_and_weights(
+def test_resume_gives_the_same_learning_rates_and_weights(
     tmp_path: Path, when: str, stop: int
 ) -> None:
-    """Saved between two validations, and by a ModelCheckpoint after each."""
+    """Checkpoints are saved between two validations, and after each validation."""
 
     def callbacks() -> list[Any]:
         return [
@@ -136,19 +136,19 @@ def test_resume_goes_on_with_the_same_rates_and_weights(
         else {"every_n_epochs": 1, "save_on_train_epoch_end": False}
     )
     checkpoint = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, **trigger)
-    straight = Validated(every=every)
+    straight = LogsGivenMetric(every=every)
     fit(straight, *callbacks(), checkpoint, enable_checkpointing=True, **options)
     stop += stop % 2 if when == "validation" else 0
-    resumed = Validated(every=every)
+    resumed = LogsGivenMetric(every=every)
     fit(resumed, *callbacks(), ckpt=tmp_path / f"step={stop}.ckpt", **options)
     assert resumed.lrs == straight.lrs[stop:]
     for mine, theirs in zip(resumed.parameters(), straight.parameters(), strict=True):
         assert torch.equal(mine, theirs)
 
 
-def test_what_is_not_finite_is_not_counted() -> None:
+def test_non_finite_metrics_are_ignored() -> None:
     noisy = [5.0, float("nan"), 5.0, float("inf"), 4.0, 4.0, float("-inf"), 4.0, 3.0, 2.0, 1.0]
-    module = Validated(noisy, lr=1.0)
+    module = LogsGivenMetric(noisy, lr=1.0)
     fit(
         module,
         LearningRateScheduler(Constant()),
@@ -164,8 +164,8 @@ def test_what_is_not_finite_is_not_counted() -> None:
     assert module.lrs == [seen[t // 4] for t in range(4 * len(noisy))]
 
 
-def test_more_may_be_better_and_the_product_has_a_floor() -> None:
-    module = Validated([1.0] * 14, lr=1.0)
+def test_mode_max_and_min_factor() -> None:
+    module = LogsGivenMetric([1.0] * 14, lr=1.0)
     options: dict[str, Any] = {"factor": 0.5, "patience": 0, "mode": "max"}
     fit(
         module,
@@ -177,8 +177,8 @@ def test_more_may_be_better_and_the_product_has_a_floor() -> None:
     assert module.lrs == [factors[t // 4] for t in range(56)]
 
 
-def test_validating_alone_and_the_sanity_check_are_not_counted() -> None:
-    module, plateau = Validated(lr=1.0), ReduceOnPlateau("val_loss", patience=0, factor=0.5)
+def test_validate_and_the_sanity_check_are_not_counted() -> None:
+    module, plateau = LogsGivenMetric(lr=1.0), ReduceOnPlateau("val_loss", patience=0, factor=0.5)
     trainer = fit(
         module,
         LearningRateScheduler(Constant()),
@@ -192,46 +192,46 @@ def test_validating_alone_and_the_sanity_check_are_not_counted() -> None:
     assert plateau.state_dict() == before
 
 
-def test_a_metric_that_nobody_logs_raises_at_the_first_check() -> None:
-    module = Validated()
+def test_metric_that_is_not_logged_raises_at_the_first_check() -> None:
+    module = LogsGivenMetric()
     with pytest.raises(ValueError, match=r"monitor must be a logged metric, got 'loss'.*val_loss"):
         fit(module, LearningRateScheduler(Constant()), ReduceOnPlateau("loss"))
     assert len(module.lrs) == 4
 
 
-def test_it_needs_a_learning_rate_scheduler() -> None:
+def test_missing_learning_rate_scheduler_raises() -> None:
     with pytest.raises(ValueError, match=r"LearningRateScheduler\(Constant\(\)\)"):
-        fit(Validated(), ReduceOnPlateau("val_loss"))
+        fit(LogsGivenMetric(), ReduceOnPlateau("val_loss"))
 
 
-def test_used_with_another_trainer_it_starts_again() -> None:
+def test_state_is_reset_for_another_trainer() -> None:
     plateau = ReduceOnPlateau("val_loss", patience=0, factor=0.5)
-    first, second = Validated([1.0] * 3, lr=1.0), Validated([1.0] * 3, lr=1.0)
+    first, second = LogsGivenMetric([1.0] * 3, lr=1.0), LogsGivenMetric([1.0] * 3, lr=1.0)
     for module in (first, second):
         fit(module, LearningRateScheduler(Constant()), plateau, max_epochs=3)
     assert first.lrs == second.lrs
     assert second.lrs[-1] < 1.0
 
 
-def test_it_copies_and_pickles_with_its_state() -> None:
+def test_copies_and_pickles_keep_the_state() -> None:
     plateau = ReduceOnPlateau("val_loss", patience=0, factor=0.5)
-    fit(Validated([1.0] * 3), LearningRateScheduler(Constant()), plateau, max_epochs=3)
-    for twin in (copy.deepcopy(plateau), pickle.loads(pickle.dumps(plateau))):
-        assert twin.controller.factor == plateau.controller.factor == 0.25
+    fit(LogsGivenMetric([1.0] * 3), LearningRateScheduler(Constant()), plateau, max_epochs=3)
+    for copied in (copy.deepcopy(plateau), pickle.loads(pickle.dumps(plateau))):
+        assert copied.factor == plateau.factor == 0.25
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"factor": 1.0}, "factor must be between 0 and 1, got 1.0"),
+        ({"factor": 1.0}, r"factor must be in \(0, 1\), got 1.0"),
         ({"patience": -1}, "patience must be a non-negative number of checks, got -1"),
         ({"cooldown": 0.5}, "cooldown must be a non-negative number of checks, got 0.5"),
-        ({"min_factor": 1.0}, "min_factor must be at least 0 and below 1, got 1.0"),
+        ({"min_factor": 1.0}, r"min_factor must be in \[0, 1\), got 1.0"),
         ({"mode": "less"}, "mode must be 'min' or 'max', got 'less'"),
         ({"threshold_mode": "x"}, "threshold_mode must be 'rel' or 'abs', got 'x'"),
         ({"check": "step"}, "check must be 'validation' or 'train_epoch', got 'step'"),
     ],
 )
-def test_bad_arguments_name_themselves(options: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_raise_with_their_names(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ReduceOnPlateau("val_loss", **options)

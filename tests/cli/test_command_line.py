@@ -12,9 +12,10 @@ import lightning as L
 import pytest
 from torch.utils.data import DataLoader
 
-from lightning_bigopt import __version__, cli
+from lightning_bigopt import __version__
+from lightning_bigopt.cli import __main__ as cli
 from lightning_bigopt.cli import command
-from tests.kit import Probe, Regression
+from tests.helpers import Probe, Regression
 
 
 def exit_code(*arguments: str) -> object:
@@ -50,7 +51,7 @@ def test_help_of_a_subcommand_ends_with_examples_that_parse(
             assert cli._parse(arguments)[0] == name
 
 
-def test_help_of_the_demo_tells_options_and_defaults(capsys: pytest.CaptureFixture[str]):
+def test_help_of_the_demo_shows_options_and_defaults(capsys: pytest.CaptureFixture[str]):
     assert exit_code("demo", "--help") == 0
     shown = capsys.readouterr().out
     for option in ("--max-steps", "--devices", "--strategy", "--seed", "--logdir"):
@@ -76,18 +77,18 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         ("fit", "--model", "NoSuchModel"),
     ],
 )
-def test_a_wrong_command_line_exits_with_2(arguments: tuple[str, ...]):
+def test_invalid_command_line_exits_with_2(arguments: tuple[str, ...]):
     assert exit_code(*arguments) == 2
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["demo", "--devices", "3"], "devices must divide 32, got 3"),
-        (["schedules", "--max-steps", "0"], "max-steps must be positive, got 0"),
+        (["demo", "--devices", "3"], "devices must divide 32, got 3; write 2"),
+        (["schedules", "--max-steps", "0"], "max-steps must be positive, got 0; write 1000"),
     ],
 )
-def test_a_bad_value_is_one_line_and_exits_with_1(
+def test_invalid_value_prints_one_line_and_exits_with_1(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ):
     assert cli.main(arguments) == 1
@@ -103,7 +104,7 @@ def test_a_bad_value_is_one_line_and_exits_with_1(
         ("shtab", ["completion", "bash"], "cli"),
     ],
 )
-def test_a_missing_dependency_is_named_with_the_way_out(
+def test_missing_dependency_prints_the_install_command(
     missing: str,
     arguments: list[str],
     extra: str,
@@ -118,15 +119,15 @@ def test_a_missing_dependency_is_named_with_the_way_out(
     assert f"pip install 'lightning-bigopt[{extra}]'" in message
 
 
-def test_the_options_of_the_demo_are_the_fields_of_the_demo():
+def test_options_of_the_demo_are_the_fields_of_its_class():
     from lightning_bigopt.examples.demo import Demo
 
     _, options = cli._parse(["demo"])
     assert options.as_dict() == asdict(Demo())
 
 
-class Interrupted(Probe):
-    """Somebody presses Ctrl-C in the second batch."""
+class InterruptedModule(Probe):
+    """Raises KeyboardInterrupt in the second batch."""
 
     def training_step(self, batch: list[Any], batch_idx: int) -> Any:
         if batch_idx == 1:
@@ -134,21 +135,21 @@ class Interrupted(Probe):
         return super().training_step(batch, batch_idx)
 
 
-class Faulty(Probe):
-    """A model with a mistake of its own."""
+class FailingModule(Probe):
+    """A user's model that raises an error."""
 
     def training_step(self, batch: list[Any], batch_idx: int) -> Any:
         raise ValueError("a mistake in the model")
 
 
-class Forgetful(Probe):
-    """A model that reads a file which is not there."""
+class MissingFileModule(Probe):
+    """A user's model that reads a file which does not exist."""
 
     def on_train_start(self) -> None:
         Path("vocabulary.txt").read_text(encoding="utf-8")
 
 
-class Rows(L.LightningDataModule):
+class DataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(Regression(8), batch_size=2)
 
@@ -160,14 +161,14 @@ def fit(model: str, folder: Path, *more: str) -> int:
     trainer |= dict.fromkeys(quiet, "false")
     options = [word for name, value in trainer.items() for word in (f"--trainer.{name}", value)]
     return cli.main(
-        ["fit", "--model", f"{here}.{model}", "--data", f"{here}.Rows", *options, *more]
+        ["fit", "--model", f"{here}.{model}", "--data", f"{here}.DataModule", *options, *more]
     )
 
 
 def test_ctrl_c_exits_with_130(tmp_path: Path):
     handler = signal.getsignal(signal.SIGINT)
     try:
-        assert fit("Interrupted", tmp_path) == 130
+        assert fit("InterruptedModule", tmp_path) == 130
     finally:
         signal.signal(signal.SIGINT, handler)
 
@@ -176,34 +177,32 @@ def test_ctrl_c_outside_of_training_exits_with_130(monkeypatch: pytest.MonkeyPat
     def interrupt(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lightning_bigopt.cli._parse", interrupt)
+    monkeypatch.setattr("lightning_bigopt.cli.__main__._parse", interrupt)
     assert cli.main(["plan", "a.yaml"]) == 130
 
 
-def test_a_mistake_in_a_users_model_keeps_its_traceback(tmp_path: Path):
+def test_error_in_a_users_model_keeps_its_traceback(tmp_path: Path):
     with pytest.raises(ValueError, match="a mistake in the model"):
-        fit("Faulty", tmp_path)
+        fit("FailingModule", tmp_path)
 
 
-def test_a_file_that_a_users_model_misses_keeps_its_traceback(tmp_path: Path):
+def test_missing_file_of_a_users_model_keeps_its_traceback(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"vocabulary\.txt"):
-        fit("Forgetful", tmp_path)
+        fit("MissingFileModule", tmp_path)
 
 
-def test_a_missing_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_missing_checkpoint_prints_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert fit("Probe", tmp_path, "--ckpt_path", str(tmp_path / "none.ckpt")) == 1
     assert "none.ckpt" in capsys.readouterr().err
 
 
-def test_what_lightning_refuses_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_error_of_lightning_prints_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert fit("Probe", tmp_path, "--trainer.min_epochs", "-3", "--trainer.devices", "0") == 1
     (line,) = [row for row in capsys.readouterr().err.splitlines() if row.startswith("bigopt: ")]
     assert "devices" in line
 
 
-def test_a_conflict_is_one_line_with_the_way_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_conflict_prints_one_line_with_a_remedy(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     clip = ["--trainer.callbacks+", "GradientClipping", "--trainer.callbacks.rule", "ZClip"]
     assert fit("Probe", tmp_path, *clip, "--trainer.gradient_clip_val", "1.0") == 1
     assert (

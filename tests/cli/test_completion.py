@@ -1,4 +1,4 @@
-"""The completion script, used by the shell itself."""
+"""The completion script, run by the shell."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_bigopt import cli
+from lightning_bigopt.cli import __main__ as cli
 
 COMPLETE = """
 source "{script}"
@@ -55,7 +55,7 @@ def test_bash_completes_the_options_of_a_subcommand(script: Path):
 
 
 @pytest.mark.parametrize("shell", ["zsh", "tcsh"])
-def test_other_shells_get_a_script_of_their_own(shell: str, capsys: pytest.CaptureFixture[str]):
+def test_other_shells_have_their_own_script(shell: str, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["completion", shell]) == 0
     shown = capsys.readouterr().out
     assert "schedules" in shown

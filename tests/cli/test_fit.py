@@ -1,4 +1,4 @@
-"""``bigopt fit`` trains the example, what is changed on the command line, and what it saved."""
+"""``bigopt fit``: the example, options on the command line, and the saved config."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_bigopt import cli
+from lightning_bigopt.cli import __main__ as cli
 from lightning_bigopt.examples.comparison import read_scalars
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ SMALL = [
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _in_a_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
@@ -44,10 +44,10 @@ def config(version: int, name: str = "config.yaml") -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_the_example_trains_and_its_saved_config_trains_the_same():
+def test_example_trains_and_its_saved_config_trains_to_the_same_weights():
     assert cli.main(["fit", "--config", str(EXAMPLE), *SMALL]) == 0
-    # 5 % of 6 updates is 0.3; the cooldown begins at 4.8, so at 5 it has √(0.2/1.2) behind it.
-    # The batch doubles at update 3 and takes √2 with it.
+    # The warm-up is 5 % of 6 updates: 0.3. The cooldown begins at update 4.8, so at update 5 the
+    # factor is 1 - √(0.2/1.2). The batch doubles at update 3, which multiplies by √2.
     used = read_scalars(Path("runs/gpt/version_0"))
     expected = [0.0, 1.0, 1.0, 2**0.5, 2**0.5, 2**0.5 * (1 - (0.2 / 1.2) ** 0.5)]
     assert list(used["optim/lr/decay"].values()) == pytest.approx([3e-3 * f for f in expected])
@@ -74,7 +74,7 @@ def test_the_example_trains_and_its_saved_config_trains_the_same():
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
 @pytest.mark.slow
-def test_a_run_resumes_and_its_second_config_lies_beside_the_first():
+def test_resumed_run_saves_its_config_beside_the_first():
     arguments = ["fit", "--config", str(EXAMPLE), *SMALL, "--trainer.logger.version", "0"]
     arguments += ["--trainer.callbacks+", "ModelCheckpoint", "--trainer.callbacks.save_top_k", "-1"]
     arguments += ["--trainer.callbacks.every_n_train_steps", "2"]
@@ -105,7 +105,7 @@ class MyModel(BoringModel):
 
 
 @pytest.mark.slow
-def test_the_installed_command_finds_a_model_in_the_folder_it_is_called_from(tmp_path: Path):
+def test_installed_command_finds_a_model_in_the_current_folder(tmp_path: Path):
     (tmp_path / "mine.py").write_text(MODULE)
     script = Path(sysconfig.get_path("scripts"), "bigopt")
     options = ["--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu"]

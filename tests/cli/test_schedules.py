@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lightning_bigopt import Chain, Constant, Cosine, MultiStep, Warmup, WarmupStableDecay, cli
+from lightning_bigopt import Chain, Constant, Cosine, MultiStep, Warmup, WarmupStableDecay
 from lightning_bigopt import schedules as all_schedules
+from lightning_bigopt.cli import __main__ as cli
 from lightning_bigopt.cli.expressions import parse_schedule
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -28,7 +29,7 @@ def test_every_schedule_is_listed_with_a_sentence(capsys: pytest.CaptureFixture[
         assert ":class:" not in text
 
 
-def test_one_is_described_by_its_factors(capsys: pytest.CaptureFixture[str]):
+def test_schedule_is_described_by_its_factors(capsys: pytest.CaptureFixture[str]):
     shown = output(
         capsys, "WarmupStableDecay(warmup='10%', cooldown='linear')", "--max-steps", "50"
     )
@@ -36,10 +37,10 @@ def test_one_is_described_by_its_factors(capsys: pytest.CaptureFixture[str]):
     assert rows["update"] == [str(5 * tenth) for tenth in range(11)]
     assert [float(cell) for cell in rows["factor"]] == [0, 1, 1, 1, 1, 1, 1, 1, 1, 0.5, 0]
     assert "warmup='10%'" in shown
-    assert "seams: warmup ends 5, cooldown starts 40" in shown
+    assert "boundaries: warmup ends 5, cooldown starts 40" in shown
 
 
-def test_the_blocks_follow_the_curve(capsys: pytest.CaptureFixture[str]):
+def test_blocks_follow_the_curve(capsys: pytest.CaptureFixture[str]):
     curve = output(capsys, "Linear").splitlines()[2][2:]
     assert len(curve) == 64
     assert curve[0] == "█"
@@ -49,7 +50,7 @@ def test_the_blocks_follow_the_curve(capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
-def test_several_are_drawn_in_one_picture(
+def test_several_schedules_are_drawn_in_one_picture(
     ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     path = tmp_path / f"two.{ending}"
@@ -62,7 +63,7 @@ def test_several_are_drawn_in_one_picture(
         assert "OneCycle(" in path.read_text()
 
 
-def test_a_wrong_ending_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_unknown_file_ending_prints_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["schedules", "Cosine", "--picture", str(tmp_path / "cosine.doc")]) == 1
     assert "bigopt: error: Format 'doc' is not supported" in capsys.readouterr().err
 
@@ -83,7 +84,7 @@ def test_a_wrong_ending_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
         ),
     ],
 )
-def test_what_is_read_is_what_python_would_make(text: str, schedule: object):
+def test_expression_gives_the_same_schedule_as_python(text: str, schedule: object):
     assert parse_schedule(text) == schedule
 
 
@@ -96,13 +97,13 @@ def test_what_is_read_is_what_python_would_make(text: str, schedule: object):
         ("3", "schedule must be made of schedules and literals, got '3'"),
         ("Cosine(end=open('x'))", "literals, got \"open\\('x'\\)\""),
         ("Cosine(**{'end': 1})", "must be made of schedules and literals"),
-        ("Cosine(end=-1.0)", "end must be a finite number from 0 on, got -1.0"),
+        ("Cosine(end=-1.0)", "end must be non-negative and finite, got -1.0"),
         ("Cosine(final=0.1)", r"Cosine must be written as Cosine\(start=1.0, end=0.0\), got"),
         ("Product", r"Product must be written as Product\(schedules\), got"),
         ("WarmupCosine(warmup='5 updates')", "warmup must have one of the units"),
     ],
 )
-def test_a_mistake_is_one_line_with_the_way_out(
+def test_invalid_expression_prints_one_line_with_a_remedy(
     text: str, message: str, capsys: pytest.CaptureFixture[str]
 ):
     with pytest.raises(ValueError, match=message):
@@ -111,6 +112,6 @@ def test_a_mistake_is_one_line_with_the_way_out(
     assert capsys.readouterr().err.startswith("bigopt: error: ")
 
 
-def test_a_picture_of_nothing_is_refused(capsys: pytest.CaptureFixture[str]):
+def test_picture_without_a_schedule_raises(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["schedules", "--picture", "all.png"]) == 1
     assert "picture must come with the schedules to draw" in capsys.readouterr().err

@@ -23,9 +23,16 @@ from lightning_bigopt import (
     LearningRateScheduler,
     Linear,
 )
-from tests.batch_kit import Recorder, SaveEvery, TokenProbe, Tokens, Toy, noise_loader
+from tests.batch_helpers import (
+    QuadraticNoise,
+    Recorder,
+    SaveEvery,
+    TokenProbe,
+    Tokens,
+    noise_loader,
+)
 from tests.distributed.scenarios import POLICY, Sharded, strategy
-from tests.kit import QUIET, Probe, Regression, cpu_precision, full
+from tests.helpers import QUIET, Probe, Regression, cpu_precision, full
 
 
 def fit(
@@ -43,7 +50,7 @@ def flat(model: Any) -> list[float]:
 
 
 class ShardedTokens(TokenProbe):
-    """The same network under FSDP2."""
+    """TokenProbe under FSDP2."""
 
     def configure_model(self) -> None:
         for layer in (self.net[0], self.net[2]):
@@ -52,7 +59,7 @@ class ShardedTokens(TokenProbe):
 
 
 class ShardedRecorder(Recorder):
-    """The recorder's network under FSDP2."""
+    """Recorder under FSDP2."""
 
     def configure_model(self) -> None:
         for layer in (self.net[0], self.net[2]):
@@ -60,8 +67,8 @@ class ShardedRecorder(Recorder):
                 fully_shard(layer, mesh=self.device_mesh["data_parallel"])
 
 
-class ShardedToy(Toy):
-    """The toy under FSDP2."""
+class ShardedQuadraticNoise(QuadraticNoise):
+    """QuadraticNoise under FSDP2."""
 
     def configure_model(self) -> None:
         if not hasattr(self.layer, "set_requires_gradient_sync"):
@@ -69,7 +76,7 @@ class ShardedToy(Toy):
 
 
 def token_means(out: Path) -> Any:
-    """Every gradient against the mean over the tokens of both processes."""
+    """Compares every gradient with the mean over the tokens of both processes."""
     found = {}
     for name, precision in (("ddp", "32-true"), ("ddp", "16-mixed"), ("fsdp2", "32-true")):
         model = (TokenProbe if name == "ddp" else ShardedTokens)(lr=0.001)
@@ -80,8 +87,8 @@ def token_means(out: Path) -> Any:
     return found
 
 
-def callbacks_of_run() -> list[Any]:
-    """The callbacks of ``tests.callbacks.test_batch_exact.run``."""
+def callbacks_of_train_recorder() -> list[Any]:
+    """Returns the callbacks of ``tests.batch_helpers.train_recorder``."""
     return [
         LearningRateScheduler(Linear(start=1.0, end=0.1)),
         BatchSizeScheduler(BatchSizeSteps({"0%": 5, "30%": 11, "70%": 7}), lr_scaling="sqrt"),
@@ -89,17 +96,17 @@ def callbacks_of_run() -> list[Any]:
 
 
 def exact_order(out: Path) -> Any:
-    """A run on GlobalBatchLoader, with workers and without, on any number of processes."""
+    """Trains on a GlobalBatchLoader, with and without workers, on any number of processes."""
     found = {}
     for workers in (0, 2):
         model = Recorder(workers=workers)
-        fit("ddp", model, None, *callbacks_of_run(), max_epochs=3)
+        fit("ddp", model, None, *callbacks_of_train_recorder(), max_epochs=3)
         found[str(workers)] = {"seen": model.seen, "weights": flat(model)}
     return found
 
 
 def exact_loader(out: Path) -> Any:
-    """GlobalBatchLoader under DDP and FSDP2: gradients, and a resume at some of its checkpoints.
+    """Trains on a GlobalBatchLoader under DDP and FSDP2, and resumes at some checkpoints.
 
     A checkpoint is written after every micro-batch, so inside windows too.
     """
@@ -108,12 +115,12 @@ def exact_loader(out: Path) -> Any:
         build = Recorder if name == "ddp" else ShardedRecorder
         straight, folder = build(), out / f"exact {name}"
         save = SaveEvery(folder)
-        fit(name, straight, None, *callbacks_of_run(), save, max_epochs=3)
+        fit(name, straight, None, *callbacks_of_train_recorder(), save, max_epochs=3)
         resumed = {}
         for number in range(3, save.count, 9):
             model = build()
             ckpt = folder / f"{number}.ckpt"
-            fit(name, model, None, *callbacks_of_run(), ckpt=ckpt, max_epochs=3)
+            fit(name, model, None, *callbacks_of_train_recorder(), ckpt=ckpt, max_epochs=3)
             resumed[str(number)] = {"seen": model.seen, "weights": flat(model)}
         gradients = (Probe if name == "ddp" else Sharded)(lr=0.01)
         loader = GlobalBatchLoader(Regression(37), micro_batch_size=3)
@@ -128,19 +135,19 @@ def exact_loader(out: Path) -> Any:
     return found
 
 
-def from_one(out: Path) -> Any:
-    """Two processes go on from checkpoints that the fixture's one process wrote."""
+def resume_from_one_process(out: Path) -> Any:
+    """Resumes on two processes from checkpoints that one process wrote in the fixture."""
     found = {}
     for path in sorted((out / "alone").glob("*.ckpt")):
         if int(path.stem) % 7 == 3:
             model = Recorder()
-            fit("ddp", model, None, *callbacks_of_run(), ckpt=path, max_epochs=3)
+            fit("ddp", model, None, *callbacks_of_train_recorder(), ckpt=path, max_epochs=3)
             found[path.stem] = {"seen": model.seen, "weights": flat(model)}
     return found
 
 
 def uneven_shards(out: Path) -> Any:
-    """Shards that the user cut, of 13 and 14 samples, and a batch that grows after 27 samples."""
+    """Trains on a user's shards of 13 and 14 samples; the batch grows after 27 samples."""
     rank = int(os.environ["RANK"])
     mine = Subset(Regression(27), range(13 * rank, 13 + 14 * rank))
     model = Probe(lr=0.01)
@@ -151,13 +158,13 @@ def uneven_shards(out: Path) -> Any:
 
 
 def noise_scales(out: Path) -> Any:
-    """The noise scale by the hook, and from the first micro-batch under DDP and FSDP2."""
+    """Measures the noise scale by the hook, and from the first micro-batch under DDP and FSDP2."""
     rank, found = int(os.environ["RANK"]), {}
     for name, accumulate in (("ddp", 1), ("ddp", 4), ("fsdp2", 4)):
         scale = GradientNoiseScale(decay=0.999)
         fit(
             name,
-            (Toy if name == "ddp" else ShardedToy)(),
+            (QuadraticNoise if name == "ddp" else ShardedQuadraticNoise)(),
             noise_loader(2, rank),
             scale,
             max_steps=300,
@@ -173,7 +180,7 @@ def noise_scales(out: Path) -> Any:
     try:
         fit(
             "",
-            Toy(),
+            QuadraticNoise(),
             noise_loader(2, rank),
             GradientNoiseScale(),
             max_steps=1,
@@ -184,8 +191,8 @@ def noise_scales(out: Path) -> Any:
     return found
 
 
-class Uneven(Probe):
-    """The second process has less memory."""
+class UnequalMemory(Probe):
+    """Runs out of memory at a smaller batch on the second process."""
 
     micro_batch_size = 1
 
@@ -195,29 +202,29 @@ class Uneven(Probe):
         return self.loss(batch[0], batch[1])
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Memory is all that counts here."""
+        """Disabled: this module tests memory only."""
 
     def train_dataloader(self) -> Any:
         return DataLoader(Regression(96), batch_size=self.micro_batch_size)
 
 
 def finder(out: Path) -> Any:
-    """A search where one process of two runs out of memory first."""
-    model, search = Uneven(), GlobalBatchFinder(global_batch_size=48, headroom=0.0)
+    """Searches a batch size where one of two processes runs out of memory first."""
+    model, search = UnequalMemory(), GlobalBatchFinder(global_batch_size=48, headroom=0.0)
     before = flat(model)
     after: list[float] = []
 
-    class Look(L.Callback):
+    class RecordsState(L.Callback):
         def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
             after.extend(flat(pl_module))
 
     scheduler = BatchSizeScheduler(ConstantBatchSize(48))
-    fit("ddp", model, None, search, Look(), scheduler, max_steps=1)
+    fit("ddp", model, None, search, RecordsState(), scheduler, max_steps=1)
     assert search.found is not None
     trials = [list(trial) for trial in search.found.trials]
     found = [model.micro_batch_size, trials, before == after]
 
-    class Fails(Uneven):
+    class Fails(UnequalMemory):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             if os.environ["RANK"] == "1":
                 raise ArithmeticError("on purpose")
@@ -234,7 +241,7 @@ NAMES = [
     "token_means",
     "exact_order",
     "exact_loader",
-    "from_one",
+    "resume_from_one_process",
     "uneven_shards",
     "noise_scales",
     "finder",

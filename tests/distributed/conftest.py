@@ -1,4 +1,4 @@
-"""One start-up of two processes for all scenarios."""
+"""Starts two processes once for all scenarios."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from tests.callbacks.test_batch_exact import run
+from tests.batch_helpers import train_recorder
 from tests.distributed import batch_scenarios, scenarios
 
 ROOT = Path(__file__).parents[2]
 
 
 def launch(out: Path, names: list[str], *, processes: int = 2, timeout: float = 420) -> list[Any]:
-    """Runs scenarios on that many processes; a result per process."""
+    """Runs scenarios on several processes; returns one result per process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -60,22 +60,22 @@ def launch(out: Path, names: list[str], *, processes: int = 2, timeout: float = 
 
 @pytest.fixture(scope="session")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """``two_processes(name)`` gives what a scenario returned on each of two processes."""
+    """Returns a function: scenario → its result on each of two processes."""
     results = launch(tmp_path_factory.mktemp("two"), scenarios.NAMES)
     return lambda name: [result[name] for result in results]
 
 
 @pytest.fixture(scope="session")
 def two_with_batches(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The same for batch sizes, whose scenarios take as long as all the others."""
+    """The same for the scenarios of batch sizes, which take as long as all others."""
     out = tmp_path_factory.mktemp("batches")
-    run(out / "alone")  # checkpoints of one process
+    train_recorder(out / "alone")  # checkpoints of one process
     results = launch(out, batch_scenarios.NAMES)
     return lambda name: [result[name] for result in results]
 
 
 @pytest.fixture(scope="session")
 def four_with_batches(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """One scenario on four processes."""
+    """The same for one scenario on four processes."""
     results = launch(tmp_path_factory.mktemp("four"), ["exact_order"], processes=4)
     return lambda name: [result[name] for result in results]

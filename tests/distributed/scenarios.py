@@ -1,4 +1,4 @@
-"""What runs on two processes; each function returns plain data that the tests compare."""
+"""Scenarios on two processes; each function returns plain data that the tests compare."""
 
 from __future__ import annotations
 
@@ -30,11 +30,10 @@ from lightning_bigopt import (
     OptimizationMonitor,
     StepGuard,
 )
-from lightning_bigopt.controllers.base import Controller
-from lightning_bigopt.pipeline import Pipeline
+from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.reporting.runs import read_run
-from tests.kit import QUIET, Probe, Regression, ResumableLoader, cpu_precision, full, loader
-from tests.poison import KINDS, Poisoned
+from tests.bad_batches import KINDS, BadBatchModule
+from tests.helpers import QUIET, Probe, Regression, ResumableLoader, cpu_precision, full, loader
 
 POLICY = BatchSizeSteps(
     {
@@ -52,7 +51,7 @@ POLICY = BatchSizeSteps(
 
 
 class Sharded(Probe):
-    """The same network under FSDP2."""
+    """Probe under FSDP2."""
 
     def configure_model(self) -> None:
         for layer in (self.net[0], self.net[2]):
@@ -89,7 +88,7 @@ def fit(
 
 
 def in_order(size: int) -> DistributedSampler[Any]:
-    """This process's samples, not shuffled as Lightning would."""
+    """Returns a sampler of this process's samples without shuffling."""
     rank = int(os.environ["RANK"])
     return DistributedSampler(Regression(size), num_replicas=2, rank=rank, shuffle=False)
 
@@ -99,7 +98,7 @@ def weights(model: Probe) -> list[float]:
 
 
 def gradient_means(out: Path) -> Any:
-    """Every gradient against the truth, with windows of any length, tails and both samplers."""
+    """Records the errors of gradients, with windows of any length and both samplers."""
     found = {}
     for name, precision in itertools.product(("ddp", "fsdp2"), ("32-true", "16-mixed")):
         model = module(name, lr=0.01)
@@ -120,7 +119,7 @@ def gradient_means(out: Path) -> Any:
 
 
 def global_norms(out: Path) -> Any:
-    """The clipped norm of the whole gradient, and the weights after training on it."""
+    """Records the clipped norm of the whole gradient, and the weights after training."""
     found = {}
     for name, precision in itertools.product(
         ("ddp", "fsdp2"), ("32-true", "bf16-mixed", "16-mixed")
@@ -144,7 +143,7 @@ def global_norms(out: Path) -> Any:
 
 
 def resume(out: Path) -> Any:
-    """Straight through against killed and resumed, the four callbacks at work."""
+    """Compares an uninterrupted run with a resumed one, with four callbacks."""
     found = {}
     for name in ("ddp", "fsdp2"):
 
@@ -157,7 +156,7 @@ def resume(out: Path) -> Any:
             ]
 
         build = functools.partial(module, name, lr=0.01, optimizer=torch.optim.AdamW)
-        straight, save = build(), SaveAt(out / name, {2, 5})
+        straight, save = build(), SaveAtSteps(out / name, {2, 5})
         fit(name, straight, ResumableLoader(24, 2), *callbacks(), save, max_epochs=2)
         found[name] = {"straight": [straight.lrs, straight.windows, weights(straight)]}
         for step in (2, 5):
@@ -174,25 +173,25 @@ def resume(out: Path) -> Any:
     return found
 
 
-class ShardedPoison(Poisoned, Sharded):
-    """The poisoned module under FSDP2."""
+class ShardedBadBatchModule(BadBatchModule, Sharded):
+    """BadBatchModule under FSDP2."""
 
 
 POISON = {4: math.nan, 7: 100.0}
 
 
 def state_of(guard: StepGuard) -> dict[str, Any]:
-    """What the detectors of the only optimizer have seen."""
-    return guard.controller.state_dict()["guarded"][""]["detectors"]
+    """Returns the state of the detectors of the only optimizer."""
+    return guard.saved_state()["guarded"][""]["detectors"]
 
 
 def guarded(out: Path) -> Any:
-    """A NaN and a spike on the second process only: what each process does about them."""
+    """Trains with a NaN and a spike on the second process only."""
     found = {}
     for name, precision, kind, accumulate in itertools.product(
         ("ddp", "fsdp2"), ("32-true", "bf16-mixed", "16-mixed"), KINDS, (1, 3)
     ):
-        build = Poisoned if name == "ddp" else ShardedPoison
+        build = BadBatchModule if name == "ddp" else ShardedBadBatchModule
         model = build(POISON, rank=1, optimizer=torch.optim.AdamW, lr=0.01, **KINDS[kind])
         guard = StepGuard([NonFinite(), NormSpike(armed=3), LossSpike(armed=3, floor=2.0)])
         trainer = fit(
@@ -211,7 +210,7 @@ def guarded(out: Path) -> Any:
             "changed": model.changed,
             "rejected": [[r.update, r.detector, r.rank, str(r.worst)] for r in guard.rejections],
             "weights": weights(model),
-            "state": str(guard.controller.state_dict()),
+            "state": str(guard.saved_state()),
             "losses": state_of(guard)["LossSpike"]["accepted"],
             "scale": scaler.get_scale() if scaler is not None else 0.0,
         }
@@ -219,7 +218,7 @@ def guarded(out: Path) -> Any:
 
 
 class FlatShards(FSDPStrategy):
-    """FSDP1 on the CPU, which Lightning itself refuses."""
+    """FSDP1 on the CPU, which Lightning does not allow."""
 
     def _setup_model(self, module: Any) -> Any:
         return FullyShardedDataParallel(
@@ -232,15 +231,15 @@ class FlatShards(FSDPStrategy):
 
 
 def by_layer(module: Any, recurse: bool, nonwrapped_numel: int) -> bool:
-    """Every linear layer is a unit of its own."""
+    """Wraps every linear layer separately."""
     return recurse or isinstance(module, torch.nn.Linear)
 
 
 def flat_shards(out: Path) -> Any:
-    """FSDP1: the global norm, a bad update, and the weights after all."""
+    """Trains under FSDP1: the global norm, a bad update, and the final weights."""
     found = {}
     for fused, sharding in ((False, "FULL_SHARD"), (True, "FULL_SHARD"), (True, "NO_SHARD")):
-        model = Poisoned(POISON, rank=1, optimizer=torch.optim.AdamW, lr=0.01, fused=fused)
+        model = BadBatchModule(POISON, rank=1, optimizer=torch.optim.AdamW, lr=0.01, fused=fused)
         guard = StepGuard([NonFinite(), NormSpike(armed=3)])
         clipping = GradientClipping(Groups({"net.0.*": None, "*": NormClip(max_norm=0.1)}))
         totals = Norms()
@@ -262,15 +261,17 @@ def flat_shards(out: Path) -> Any:
     return found
 
 
-class Norms(L.Callback):
-    """The norms that our pipeline found, and the whole weights at the end."""
+class Norms(Capability):
+    """Records the norms of every update, and the full weights at the end."""
+
+    owns, rank = "test", 99
 
     def __init__(self) -> None:
         self.norms: list[float] = []
         self.weights: list[float] = []
 
-    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
-        Pipeline.of(trainer).add(Listener(self.norms))
+    def observe(self, update: Any) -> None:
+        self.norms.append(update.norms.value)
 
     def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
         if isinstance(trainer.strategy, FSDPStrategy):
@@ -278,27 +279,15 @@ class Norms(L.Callback):
                 self.weights = weights(module)
 
 
-class Unchecked(Probe):
-    """Makes no comparison of its own, which flat shards do not allow."""
+class WithoutComparison(Probe):
+    """Probe without the comparison of gradients, which flat shards do not allow."""
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Nothing."""
+        """Disabled."""
 
 
-class Listener(Controller):
-    """Sees what all controllers see."""
-
-    role, rank = "test", 99
-
-    def __init__(self, norms: list[float]) -> None:
-        self.norms = norms
-
-    def observe(self, step: Any) -> None:
-        self.norms.append(step.norms.value)
-
-
-class SaveAt(L.Callback):
-    """Saves after given updates."""
+class SaveAtSteps(L.Callback):
+    """Saves checkpoints after given updates."""
 
     def __init__(self, folder: Path, steps: set[int]) -> None:
         self.folder, self.steps = folder, steps
@@ -309,19 +298,19 @@ class SaveAt(L.Callback):
 
 
 def schedules(out: Path) -> Any:
-    """The scenarios of ``schedule_scenarios``, which needs this module's helpers."""
+    """Runs the scenarios of ``schedule_scenarios``, which imports this module."""
     from tests.distributed import schedule_scenarios
 
-    names = ("ends", "every_resume", "range_tests")
+    names = ("end_of_budget", "every_resume", "range_tests")
     return {name: getattr(schedule_scenarios, name)(out) for name in names}
 
 
-def watched(out: Path) -> Any:
-    """What the monitor logs of layers, and which processes wrote files."""
+def monitored(out: Path) -> Any:
+    """Returns the values that the monitor logs of layers, and the processes that wrote files."""
     found = {}
     for name in ("ddp", "fsdp2", "fsdp1"):
-        logger = TensorBoardLogger(out, name=name, version="watched")
-        build = functools.partial(module, name) if name != "fsdp1" else Unchecked
+        logger = TensorBoardLogger(out, name=name, version="monitored")
+        build = functools.partial(module, name) if name != "fsdp1" else WithoutComparison
         fit(
             name,
             build(lr=0.01, optimizer=torch.optim.AdamW),
@@ -351,5 +340,5 @@ NAMES = [
     "guarded",
     "flat_shards",
     "schedules",
-    "watched",
+    "monitored",
 ]

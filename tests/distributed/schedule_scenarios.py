@@ -1,4 +1,4 @@
-"""Schedules on two processes: the exact end, resume at every step, one verdict on a plateau."""
+"""Scenarios of schedules on two processes: the end of the budget, resume, plateau, range test."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from lightning_bigopt import (
     ReduceOnPlateau,
     WarmupCosine,
 )
-from tests.distributed.scenarios import SaveAt, Sharded, fit, module, weights
-from tests.kit import Probe, Regression, ResumableLoader, loader
+from tests.distributed.scenarios import SaveAtSteps, Sharded, fit, module, weights
+from tests.helpers import Probe, Regression, ResumableLoader, loader
 
 DOWN = Linear(start=1.0, end=0.0)
 
 
-class Endless(IterableDataset[Any]):
-    """A stream that is not told apart by process."""
+class EndlessStream(IterableDataset[Any]):
+    """A stream that is the same on every process."""
 
     def __iter__(self) -> Any:
         return itertools.cycle(Regression(8))
 
 
-def ends(out: Path) -> Any:
-    """The fraction at the start of every update, read off a straight line of height 1."""
+def end_of_budget(out: Path) -> Any:
+    """Returns the fraction at the start of every update, from a linear schedule."""
     found = {}
     for name in ("ddp", "fsdp2"):
         cases: dict[str, tuple[Any, list[Any], dict[str, Any]]] = {
@@ -48,7 +48,7 @@ def ends(out: Path) -> Any:
             ),
             "steps": (loader(22, 2), [LearningRateScheduler(DOWN)], {"max_steps": 5}),
             "stream": (
-                DataLoader(Endless(), batch_size=2),
+                DataLoader(EndlessStream(), batch_size=2),
                 [LearningRateScheduler(DOWN, budget="18 samples")],
                 {"max_epochs": -1},
             ),
@@ -68,20 +68,20 @@ def ends(out: Path) -> Any:
     return found
 
 
-class Validated(Probe):
-    """A validation metric that differs between the processes, and their mean never improves."""
+class WithValidation(Probe):
+    """Logs a metric that differs between the processes, and whose mean never improves."""
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         step = self.trainer.global_step
         self.log("val", float(step if self.global_rank else -step), sync_dist=False)
 
 
-class ShardedValidated(Validated, Sharded):
-    """The same under FSDP2."""
+class ShardedWithValidation(WithValidation, Sharded):
+    """The same module under FSDP2."""
 
 
 def every_resume(out: Path) -> Any:
-    """Straight through against resumed at every update, everything scheduled."""
+    """Compares an uninterrupted run with runs resumed at every update."""
 
     def callbacks() -> list[Any]:
         return [
@@ -91,7 +91,7 @@ def every_resume(out: Path) -> Any:
         ]
 
     def run(name: str, *extra: Any, ckpt: Any = None) -> list[Any]:
-        kind = Validated if name == "ddp" else ShardedValidated
+        kind = WithValidation if name == "ddp" else ShardedWithValidation
         model = kind(lr=0.01, optimizer=torch.optim.AdamW, betas=(0.8, 0.9))
         trainer = fit(
             name,
@@ -107,7 +107,7 @@ def every_resume(out: Path) -> Any:
     found = {}
     for name in ("ddp", "fsdp2"):
         stops = range(1, 8)
-        found[name] = {"straight": run(name, SaveAt(out / f"s{name}", set(stops)))}
+        found[name] = {"straight": run(name, SaveAtSteps(out / f"s{name}", set(stops)))}
         for stop in stops:
             found[name][str(stop)] = run(name, ckpt=out / f"s{name}" / f"{stop}.ckpt")
         branch = functools.partial(
@@ -118,7 +118,7 @@ def every_resume(out: Path) -> Any:
             cooldown_shape="linear",
         )
         stable = module(name, lr=1.0)
-        save = SaveAt(out / f"c{name}", {5})
+        save = SaveAtSteps(out / f"c{name}", {5})
         fit(
             name,
             stable,
@@ -147,7 +147,7 @@ def _with_validation(model: Probe) -> Probe:
 
 
 def range_tests(out: Path) -> Any:
-    """One verdict, and the training after it the one without it."""
+    """Runs a range test, and compares the training after it with one without it."""
     found = {}
     for name in ("ddp", "fsdp2"):
         runs = []

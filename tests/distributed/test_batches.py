@@ -1,4 +1,4 @@
-"""Batch sizes on two processes, against the truth and against one process."""
+"""Batch sizes on two processes, compared with exact gradients and with one process."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.batch_kit import Noise, Tokens, Toy
-from tests.callbacks.test_batch_exact import run
+from tests.batch_helpers import Noise, QuadraticNoise, Tokens, train_recorder
 
 pytestmark = pytest.mark.distributed
 
@@ -25,9 +24,9 @@ def test_every_gradient_is_the_mean_over_the_tokens_of_all_processes(
 
 
 @pytest.fixture(scope="module")
-def alone() -> tuple[list[list[int]], list[float]]:
-    """Samples of every update and last weights of one process."""
-    module = run()
+def one_process() -> tuple[list[list[int]], list[float]]:
+    """Returns the samples of every update and the final weights of one process."""
+    module = train_recorder()
     return module.seen, flat(module)
 
 
@@ -36,10 +35,10 @@ def flat(module: Any) -> list[float]:
 
 
 @pytest.mark.parametrize("processes", ["two", "four"])
-def test_the_order_is_the_same_on_any_number_of_processes_and_workers(
-    processes: str, alone: Any, request: pytest.FixtureRequest
+def test_order_is_the_same_on_any_number_of_processes_and_workers(
+    processes: str, one_process: Any, request: pytest.FixtureRequest
 ) -> None:
-    seen, weights = alone
+    seen, weights = one_process
     results = request.getfixturevalue(f"{processes}_with_batches")("exact_order")
     assert len(results) == {"two": 2, "four": 4}[processes]
     for result in results:
@@ -49,51 +48,55 @@ def test_the_order_is_the_same_on_any_number_of_processes_and_workers(
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_an_exact_loader_is_exact_and_resumes_to_the_bit(
-    two_with_batches: Any, name: str, alone: Any
+def test_exact_loader_is_exact_and_resumes_to_the_bit(
+    two_with_batches: Any, name: str, one_process: Any
 ) -> None:
     for found in (result[name] for result in two_with_batches("exact_loader")):
         assert max(found["errors"]) <= 1e-6
-        assert found["seen"] == alone[0]
-        assert found["weights"] == pytest.approx(alone[1], rel=1e-5, abs=1e-5)
+        assert found["seen"] == one_process[0]
+        assert found["weights"] == pytest.approx(one_process[1], rel=1e-5, abs=1e-5)
         assert len(found["resumed"]) > 2
         for number, resumed in found["resumed"].items():
             left = len(resumed["seen"])
             assert resumed["seen"] == found["seen"][len(found["seen"]) - left :], number
             assert resumed["weights"] == found["weights"], number
-        # Inside windows too: more checkpoints than updates.
+        # Also inside windows: there are more checkpoints than updates.
         assert len(list(Path(found["folder"]).glob("*.ckpt"))) > len(found["seen"])
 
 
-def test_a_run_on_one_goes_on_on_two(two_with_batches: Any, alone: Any) -> None:
-    for found in two_with_batches("from_one"):
+def test_run_on_one_process_resumes_on_two(two_with_batches: Any, one_process: Any) -> None:
+    for found in two_with_batches("resume_from_one_process"):
         assert len(found) > 4
         for number, resumed in found.items():
-            assert resumed["seen"] == alone[0][len(alone[0]) - len(resumed["seen"]) :], number
-            assert resumed["weights"] == pytest.approx(alone[1], rel=1e-5, abs=1e-5), number
+            assert (
+                resumed["seen"] == one_process[0][len(one_process[0]) - len(resumed["seen"]) :]
+            ), number
+            assert resumed["weights"] == pytest.approx(one_process[1], rel=1e-5, abs=1e-5), number
 
 
-def test_a_run_on_two_goes_on_on_one(two_with_batches: Any) -> None:
+def test_run_on_two_processes_resumes_on_one(two_with_batches: Any) -> None:
     found = two_with_batches("exact_loader")[0]["ddp"]
     paths = sorted(Path(found["folder"]).glob("*.ckpt"), key=lambda path: int(path.stem))
     assert len(paths) > len(found["seen"])
     for path in paths[3 : len(paths) - 1 : 7]:
-        resumed = run(ckpt=path)
+        resumed = train_recorder(ckpt=path)
         assert resumed.seen == found["seen"][len(found["seen"]) - len(resumed.seen) :]
         assert flat(resumed) == pytest.approx(found["weights"], rel=1e-5, abs=1e-5)
 
 
-def test_shards_that_differ_by_a_sample_open_the_same_windows(two_with_batches: Any) -> None:
+def test_shards_that_differ_by_a_sample_have_the_same_windows(two_with_batches: Any) -> None:
     first, second = two_with_batches("uneven_shards")
     assert first["windows"] == [2, 2, 2, 2, 2, 2, 1, 4, 4, 4, 1]
     assert second["windows"] == [2, 2, 2, 2, 2, 2, 2, 4, 4, 4, 2]
     assert max(first["errors"] + second["errors"]) <= 1e-6
 
 
-def from_the_data(case: str, *, updates: int = 300, decay: float = 0.999) -> tuple[float, float]:
-    """Noise and signal by the formulas, from the very samples that the two processes drew."""
+def noise_and_signal_of_the_data(
+    case: str, *, updates: int = 300, decay: float = 0.999
+) -> tuple[float, float]:
+    """Computes noise and signal from the samples that the two processes drew."""
     strategy, accumulate = case.split()
-    streams = [iter(Noise(dimensions=Toy.dimensions, rank=rank)) for rank in range(2)]
+    streams = [iter(Noise(dimensions=QuadraticNoise.dimensions, rank=rank)) for rank in range(2)]
     noise = signal = total = 0.0
     for update in range(updates):
         drawn = [
@@ -102,10 +105,10 @@ def from_the_data(case: str, *, updates: int = 300, decay: float = 0.999) -> tup
         parts = [mine[:2] for mine in drawn]  # each process's first micro-batch
         if strategy == "fsdp2":
             parts = [torch.cat(parts)]
-        squares = [float((Toy.value - part.mean(0)).square().sum()) for part in parts]
+        squares = [float((QuadraticNoise.value - part.mean(0)).square().sum()) for part in parts]
         small, small_square = len(parts[0]), sum(squares) / len(squares)
         big = 4 * int(accumulate)
-        big_square = float((Toy.value - torch.cat(drawn).mean(0)).square().sum())
+        big_square = float((QuadraticNoise.value - torch.cat(drawn).mean(0)).square().sum())
         weight = decay ** (updates - 1 - update)
         noise += weight * (small_square - big_square) / (1 / small - 1 / big)
         signal += weight * (big * big_square - small * small_square) / (big - small)
@@ -114,26 +117,26 @@ def from_the_data(case: str, *, updates: int = 300, decay: float = 0.999) -> tup
 
 
 @pytest.mark.parametrize("case", ["ddp 1", "ddp 4", "fsdp2 4"])
-def test_the_noise_scale_is_the_one_in_the_data_and_near_the_truth(
+def test_noise_scale_equals_the_formula_and_is_close_to_the_known_one(
     two_with_batches: Any, case: str
 ) -> None:
     first, second = (result[case] for result in two_with_batches("noise_scales"))
     assert first == second
     scale, error, noise, signal = first
-    expected = from_the_data(case)
+    expected = noise_and_signal_of_the_data(case)
     assert (noise, signal) == pytest.approx(expected, rel=1e-4)
     assert scale == pytest.approx(expected[0] / expected[1], rel=1e-4)
-    truth = Toy.noise / Toy.signal
+    truth = QuadraticNoise.noise / QuadraticNoise.signal
     assert error < 0.2 * truth
     assert abs(scale - truth) <= 2 * error
 
 
-def test_a_second_communication_hook_is_refused(two_with_batches: Any) -> None:
+def test_second_communication_hook_raises(two_with_batches: Any) -> None:
     for result in two_with_batches("noise_scales"):
-        assert "remove the hook, or GradientNoiseScale" in result["hook"][0]
+        assert "remove the hook or GradientNoiseScale" in result["hook"][0]
 
 
-def test_out_of_memory_on_one_process_leaves_none_waiting(two_with_batches: Any) -> None:
+def test_out_of_memory_on_one_process_stops_both(two_with_batches: Any) -> None:
     first, second = two_with_batches("finder")
     assert first[:3] == second[:3]
     size, trials, untouched = first[:3]
@@ -141,5 +144,5 @@ def test_out_of_memory_on_one_process_leaves_none_waiting(two_with_batches: Any)
     assert [8, True] in trials
     assert [12, False] in trials
     assert untouched
-    assert first[3] == "GlobalBatchFinder stopped: a trial failed on another process"
+    assert "because a trial failed on another process" in first[3]
     assert second[3] == "on purpose"

@@ -1,4 +1,4 @@
-"""StepGuard on two processes, one of which sees bad batches, against one process."""
+"""StepGuard on two processes, one with bad batches, compared with one process."""
 
 from __future__ import annotations
 
@@ -19,28 +19,31 @@ from lightning_bigopt import (
     NormSpike,
     StepGuard,
 )
+from tests.bad_batches import KINDS, BadBatchModule
 from tests.distributed.scenarios import POISON, Norms
-from tests.distributed.test_two_processes import Interleaved
-from tests.kit import QUIET, cpu_precision, loader
-from tests.poison import KINDS, Poisoned
+from tests.distributed.test_two_processes import BothProcessesInOrder
+from tests.helpers import QUIET, cpu_precision, loader
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]  # it may start the processes
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.timeout(600),
+]  # the first test starts the processes
 
-# Lightning has no precision="16-mixed" for ModelParallelStrategy, but takes the plugin.
+# Lightning takes no precision="16-mixed" with ModelParallelStrategy, but takes the plugin.
 CASES = list(
     itertools.product(("ddp", "fsdp2"), ("32-true", "bf16-mixed", "16-mixed"), KINDS, (1, 3))
 )
 
 
 def loss_scale(precision: str) -> float:
-    """The GradScaler's, after one overflow from 2 ** 8; 0 without one."""
+    """Returns the scale of the GradScaler after one overflow from 2 ** 8; 0 without one."""
     return 2.0**7 if precision == "16-mixed" else 0.0
 
 
 @functools.cache
-def alone(precision: str, kind: str, accumulate: int) -> tuple[Poisoned, StepGuard]:
-    """One process that sees what both see."""
-    model = Poisoned(POISON, rank=1, optimizer=torch.optim.AdamW, lr=0.01, **KINDS[kind])
+def one_process(precision: str, kind: str, accumulate: int) -> tuple[BadBatchModule, StepGuard]:
+    """Trains one process on the batches of both."""
+    model = BadBatchModule(POISON, rank=1, optimizer=torch.optim.AdamW, lr=0.01, **KINDS[kind])
     guard = StepGuard([NonFinite(), NormSpike(armed=3), LossSpike(armed=3, floor=2.0)])
     trainer = L.Trainer(
         **QUIET,
@@ -50,12 +53,12 @@ def alone(precision: str, kind: str, accumulate: int) -> tuple[Poisoned, StepGua
         **cpu_precision(precision),
     )
     size = 40 * accumulate
-    trainer.fit(model, loader(size, 4, sampler=Interleaved(size, 2)))
+    trainer.fit(model, loader(size, 4, sampler=BothProcessesInOrder(size, 2)))
     return model, guard
 
 
 @pytest.mark.parametrize(("strategy", "precision", "kind", "accumulate"), CASES)
-def test_both_skip_what_one_process_would(
+def test_both_processes_skip_as_one_process(
     two_processes: Any, strategy: str, precision: str, kind: str, accumulate: int
 ) -> None:
     case = f"{strategy} {precision} {kind} {accumulate}"
@@ -63,18 +66,18 @@ def test_both_skip_what_one_process_would(
     assert first["rejected"] == second["rejected"]
     assert first["state"] == second["state"]
     assert first["weights"] == second["weights"]
-    model, guard = alone(precision, kind, accumulate)
+    model, guard = one_process(precision, kind, accumulate)
     for changed in (first["changed"], second["changed"], model.changed):
         assert [update for update, whether in enumerate(changed) if not whether] == [4, 7]
     seen = [(update, detector) for update, detector, *_ in first["rejected"]]
-    # A GradScaler has its own way with what is not finite: the guard leaves it alone.
+    # Under a GradScaler non-finite gradients are skipped by the scaler, not by the guard.
     broken = [] if precision == "16-mixed" else [(4, "NonFinite")]
     assert seen == [*broken, (7, "NormSpike")]
     if broken:
         assert first["rejected"][0][2] == 1  # the process whose loss was NaN
     assert [(r.update, r.detector) for r in guard.rejections] == seen
     # The mean over all processes and micro-batches, weighted by samples.
-    mine = guard.controller.state_dict()["guarded"][""]["detectors"]["LossSpike"]["accepted"]
+    mine = guard.saved_state()["guarded"][""]["detectors"]["LossSpike"]["accepted"]
     assert first["losses"] == pytest.approx(mine, rel=1e-5 if precision == "32-true" else 2e-2)
     assert (first["scale"], second["scale"]) == (loss_scale(precision),) * 2
     flat = torch.cat([p.detach().flatten() for p in model.net.parameters()]).tolist()
@@ -94,7 +97,7 @@ def test_fsdp1_clips_and_guards_by_the_global_norm(
     assert first["rejected"] == [[4, "NonFinite", 1], [7, "NormSpike", None]]
     assert first["norms"] == pytest.approx(second["norms"], nan_ok=True, rel=0, abs=0)
     assert {"net.0.weight", "net.2.bias"} <= set(first["names"])
-    model = Poisoned(POISON, rank=1, optimizer=torch.optim.AdamW, lr=0.01, fused=fused)
+    model = BadBatchModule(POISON, rank=1, optimizer=torch.optim.AdamW, lr=0.01, fused=fused)
     totals = Norms()
     trainer = L.Trainer(
         **QUIET,
@@ -105,7 +108,7 @@ def test_fsdp1_clips_and_guards_by_the_global_norm(
             totals,
         ],
     )
-    trainer.fit(model, loader(40, 4, sampler=Interleaved(40, 2)))
+    trainer.fit(model, loader(40, 4, sampler=BothProcessesInOrder(40, 2)))
     assert first["norms"] == pytest.approx(totals.norms, rel=1e-5, nan_ok=True)
     flat = torch.cat([p.detach().flatten() for p in model.net.parameters()]).tolist()
     assert first["weights"] == pytest.approx(flat, rel=1e-5, abs=1e-5)

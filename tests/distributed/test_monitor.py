@@ -1,4 +1,4 @@
-"""What the monitor sees of shards is what it sees of whole tensors, and one process writes."""
+"""OptimizationMonitor on shards: values of full tensors, written by one process."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ pytestmark = pytest.mark.distributed
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "fsdp1"])
-def test_norms_are_those_of_whole_parameters_and_one_file_is_written(
+def test_norms_are_those_of_full_parameters_and_one_file_is_written(
     strategy: str, two_processes: Any
 ) -> None:
-    first, second = two_processes("watched")
+    first, second = two_processes("monitored")
     assert second["ddp"]["curves"] == second[strategy]["curves"] == {}
     assert first["ddp"]["files"] == first[strategy]["files"] == 1
-    assert first["ddp"]["reported"]  # which one process writes alone
+    assert first["ddp"]["reported"]  # written by one process
     assert first[strategy]["reported"]
     whole, sharded = first["ddp"]["curves"], first[strategy]["curves"]
     values = ("grad_norm", "weight_norm", "update_ratio", "zeros")

@@ -15,15 +15,15 @@ def found(two_processes: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_the_end_of_the_budget_is_exact(found: Any, name: str) -> None:
-    first, second = (result["ends"] for result in found)
+def test_end_of_the_budget_is_exact(found: Any, name: str) -> None:
+    first, second = (result["end_of_budget"] for result in found)
     assert first == second
     spent = {
         case.removeprefix(f"{name} "): [1 - rate for rate in rates]
         for case, (rates, _) in first.items()
         if case.startswith(name)
     }
-    # 11 samples a process: 6 batches an epoch, windows of 4 and 2.
+    # 11 samples per process: 6 batches an epoch, in windows of 4 and 2.
     assert spent["accumulated epochs"] == pytest.approx([0, 4 / 12, 6 / 12, 10 / 12])
     assert spent["steps"] == pytest.approx([t / 5 for t in range(5)])
     assert spent["stream"] == pytest.approx([s / 18 for s in range(0, 18, 4)])
@@ -35,22 +35,20 @@ def test_the_end_of_the_budget_is_exact(found: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_resume_at_any_step_is_the_same_to_the_bit_and_the_plateau_one_verdict(
-    found: Any, name: str
-) -> None:
+def test_resume_at_any_step_is_exact_and_the_plateau_agrees_on_both(found: Any, name: str) -> None:
     first, second = (result["every_resume"][name] for result in found)
-    assert first == second  # rates, betas and whole weights
+    assert first == second  # learning rates, betas and full weights
     rates, betas, weights = first["straight"]
     assert len(rates) == 8
     for stop in range(1, 8):
         again = first[str(stop)]
-        if stop != 4:  # saved after the batch, before the epoch's validation, which is not repeated
+        if stop != 4:  # saved before the validation of the epoch, which is not repeated
             assert again == [rates[stop:], betas, weights]
     assert first["cooldown"] == pytest.approx([1 - t / 4 for t in range(4)])
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_a_range_test_has_one_verdict_and_leaves_no_trace(found: Any, name: str) -> None:
+def test_range_test_agrees_on_both_and_restores_everything(found: Any, name: str) -> None:
     first, second = (result["range_tests"][name] for result in found)
     assert first == second
     assert len(first["losses"]) > 8

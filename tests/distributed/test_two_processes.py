@@ -1,4 +1,4 @@
-"""DDP and FSDP2 on two processes of the CPU, against one process and against the truth."""
+"""DDP and FSDP2 on two CPU processes, compared with one process and exact gradients."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_bigopt import GradientClipping, NormClip
-from tests.kit import QUIET, Probe, cpu_precision, loader
+from tests.helpers import QUIET, Probe, cpu_precision, loader
 
 pytestmark = pytest.mark.distributed
 
@@ -22,7 +22,7 @@ def test_every_gradient_is_the_mean_over_all_samples_of_its_window(
     found = first[case]
     assert found["windows"] == second[case]["windows"]
     assert len(found["errors"]) == found["steps"]
-    # 25 samples a process in batches of 2: 13 batches an epoch, the last of one sample.
+    # 25 samples per process in batches of 2: 13 batches an epoch, the last with one sample.
     assert found["windows"][:5] == [2, 4, 6, 10, 3]
     assert sum(found["windows"]) == 75
     assert max(found["errors"]) <= (3e-2 if "16" in case else 1e-6)
@@ -37,7 +37,7 @@ def test_every_gradient_is_the_mean_over_all_samples_of_its_window(
         for precision in ("32-true", "bf16-mixed", "16-mixed")
     ],
 )
-def test_the_clipped_norm_is_the_global_one(two_processes: Any, case: str, fused: bool) -> None:
+def test_clipped_norm_is_the_global_norm(two_processes: Any, case: str, fused: bool) -> None:
     results = [result[f"{case} fused={fused}"] for result in two_processes("global_norms")]
     assert results[0]["weights"] == results[1]["weights"]
     precision = case.split()[1]
@@ -48,17 +48,17 @@ def test_the_clipped_norm_is_the_global_one(two_processes: Any, case: str, fused
         callbacks=[GradientClipping(NormClip(max_norm=0.5))],
         **cpu_precision(precision),
     )
-    trainer.fit(alone, loader(32, 8, sampler=Interleaved(32, 4)))
+    trainer.fit(alone, loader(32, 8, sampler=BothProcessesInOrder(32, 4)))
     tolerance = 1e-5 if precision == "32-true" else 2e-2
     flat = torch.cat([p.detach().flatten() for p in alone.net.parameters()]).tolist()
     assert results[0]["weights"] == pytest.approx(flat, rel=tolerance, abs=tolerance)
-    if not fused:  # a fused optimizer clips inside its kernel, after the hook that measured this
+    if not fused:  # a fused optimizer clips inside its kernel, after this measurement
         assert results[0]["norms"] == pytest.approx(alone.norms, rel=tolerance)
         assert max(results[0]["norms"]) <= 0.5 * (1 + 1e-5)
 
 
-class Interleaved(torch.utils.data.Sampler[int]):
-    """The order in which two processes together see the data of a DistributedSampler."""
+class BothProcessesInOrder(torch.utils.data.Sampler[int]):
+    """Yields the samples that two processes get from a DistributedSampler, batch by batch."""
 
     def __init__(self, size: int, batch: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Runs every scenario on this process of a job and writes what each returned."""
+"""Runs every scenario on one process of a job and writes the results."""
 
 from __future__ import annotations
 

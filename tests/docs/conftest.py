@@ -1,4 +1,4 @@
-"""The site, built once for all tests that look at it."""
+"""Builds the site once for all tests that read it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of algorithms holds the defaults of the code, and leaves out no algorithm."""
+"""The page of algorithms has the defaults of the code, and every algorithm."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ CALLS = [call for call in re.findall(r"`([A-Z]\w+\([^`]*=[^`]*\))`", PAGE) if "1
 BASES = (BatchSizePolicy, ClippingRule, Detector, Schedule, Action)
 
 
-def written(call: str) -> tuple[str, dict[str, object]]:
-    """A class's name and the keyword arguments that the page gives it."""
+def arguments_on_the_page(call: str) -> tuple[str, dict[str, object]]:
+    """Returns a class's name and its keyword arguments as arguments_on_the_page on the page."""
     node = ast.parse(call, mode="eval").body
     assert isinstance(node, ast.Call)
     assert isinstance(node.func, ast.Name)
@@ -29,15 +29,15 @@ def written(call: str) -> tuple[str, dict[str, object]]:
 
 @pytest.mark.parametrize("call", CALLS)
 def test_defaults_on_the_page_are_those_of_the_code(call):
-    name, arguments = written(call)
+    name, arguments = arguments_on_the_page(call)
     parameters = inspect.signature(getattr(lightning_bigopt, name)).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-    if name == "StepGuard":  # in prose, where only what matters is named
+    if name == "StepGuard":  # the page names only some arguments
         defaults = {key: defaults[key] for key in arguments}
     assert arguments == defaults
 
 
-def test_there_are_defaults_to_check():
+def test_page_has_defaults_to_check():
     assert len(CALLS) > 30
 
 

@@ -1,4 +1,4 @@
-"""The page of the command line shows what the command prints."""
+"""The page of the command line shows what the commands print."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_bigopt import cli
+from lightning_bigopt.cli import __main__ as cli
 
 PAGE = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
 FLAGS = re.MULTILINE | re.DOTALL
@@ -29,13 +29,13 @@ def output(
 
 
 @pytest.mark.parametrize(("line", "text"), SHOWN, ids=[line for line, _ in SHOWN])
-def test_what_is_shown_is_what_is_printed(line, text, capsys, monkeypatch):
+def test_commands_print_the_output_shown_on_the_page(line, text, capsys, monkeypatch):
     printed = output(line, capsys, monkeypatch)
     assert [row.rstrip() for row in text.strip("\n").splitlines()] == printed
 
 
 @pytest.mark.parametrize(("name", "text"), ENDS, ids=[name for name, _ in ENDS])
-def test_what_a_long_help_is_said_to_end_with_is_its_end(name, text, capsys, monkeypatch):
+def test_help_ends_as_shown_on_the_page(name, text, capsys, monkeypatch):
     rows = [row.rstrip() for row in text.strip("\n").splitlines()]
     assert output(f"{name} --help", capsys, monkeypatch)[-len(rows) :] == rows
 

@@ -1,7 +1,7 @@
-"""Every python block of the site runs, and the text block behind it is what it says.
+"""Every Python block of the site runs, and gives the text block that follows it.
 
-The blocks of a page share one namespace, in order, as a reader would type them. A text block right
-behind a python block is the error that it raises, or else a part of what it prints or logs.
+The blocks of a page share one namespace, in order. A text block right after a Python block is the
+error that it raises, or a part of what it prints or logs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ERROR = re.compile(r"[A-Z]\w*Error: ")
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """Code, the line that it starts on, and the text that follows it."""
+    """Code, the line on which it starts, and the text that follows it."""
 
     line: int
     code: str
@@ -51,14 +51,16 @@ def blocks(page: str) -> Iterator[Block]:
 
 
 def run(block: Block, namespace: dict[str, object], *, page: str) -> None:
-    # Leading newlines make the traceback name the page's own line.
+    # Leading newlines, so that a traceback shows the line of the page.
     code = compile("\n" * block.line + block.code, page, "exec")
     exec(code, namespace)
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
 @pytest.mark.parametrize("page", PAGES)
-def test_page_runs_as_it_stands(page, tmp_path, monkeypatch, capsys, caplog):
+def test_code_of_the_page_runs_and_gives_the_shown_output(
+    page, tmp_path, monkeypatch, capsys, caplog
+):
     monkeypatch.chdir(tmp_path)
     caplog.set_level(logging.INFO)
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -77,6 +79,6 @@ def test_page_runs_as_it_stands(page, tmp_path, monkeypatch, capsys, caplog):
                 assert block.text in capsys.readouterr().out + caplog.text
 
 
-def test_an_error_page_without_errors_would_be_noticed():
+def test_code_block_that_raises_no_shown_error_fails():
     found = list(blocks((DOCS / "errors.md").read_text()))
     assert sum(block.raises for block in found) >= 12

@@ -1,4 +1,4 @@
-"""What the README says of others is so in what is installed; its commands and paths exist."""
+"""Claims of the README about other libraries are true; its commands and paths exist."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import transformers
 from lightning.pytorch import Trainer, callbacks, utilities
 from transformers.trainer_utils import SchedulerType
 
-from lightning_bigopt import cli
+from lightning_bigopt.cli import __main__ as cli
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,19 +33,19 @@ TRAINER_OF_HUGGING_FACE = sources(
 )
 
 
-def test_the_versions_are_those_that_were_read():
+def test_compared_versions_are_those_installed():
     assert f"Lightning {lightning.__version__} " in README
     assert f"transformers {transformers.__version__}." in README
 
 
 @pytest.mark.parametrize("source", [TRAINER_OF_LIGHTNING, TRAINER_OF_HUGGING_FACE])
-def test_no_others_clip_adaptively_measure_noise_or_plan(source: str):
+def test_other_libraries_have_no_adaptive_clipping_noise_scale_or_plan(source: str):
     assert not ADAPTIVE.search(source)
     assert not re.search("noise.?scale", source, re.IGNORECASE)
     assert not re.search(r"def plan\b|update_ratio|update_to_weight", source)
 
 
-def test_lightning():
+def test_claims_about_lightning():
     parameters = inspect.signature(Trainer).parameters
     assert {"gradient_clip_val", "gradient_clip_algorithm"} <= set(parameters)
     assert not {"max_samples", "max_tokens", "lr_scheduler"} & set(parameters)
@@ -56,7 +56,7 @@ def test_lightning():
     assert "torch.gradient(losses, spacing=[lrs])" in TRAINER_OF_LIGHTNING
 
 
-def test_hugging_face():
+def test_claims_about_hugging_face():
     fields = transformers.TrainingArguments.__dataclass_fields__
     assert {"max_grad_norm", "warmup_steps", "lr_scheduler_type"} <= set(fields)
     assert not [name for name in fields if "clip_value" in name or "max_tokens" in name]
@@ -99,7 +99,7 @@ def test_every_row_has_a_command_and_every_footnote_is_used():
     assert noted == named
 
 
-def test_the_python_of_the_readme_runs():
+def test_python_of_the_readme_runs():
     (code,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     namespace: dict[str, object] = {}
     exec(code, namespace)

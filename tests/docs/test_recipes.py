@@ -1,4 +1,4 @@
-"""What the recipes say about other libraries, where these are installed."""
+"""Arguments of other libraries that the recipes name exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The site builds without a warning, and every public name is in it."""
+"""The site builds without a warning, and documents every public name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DOCUMENTED = re.compile(
 
 
 def documented() -> list[str]:
-    """The full names that the reference documents."""
+    """Returns the full names that the reference documents."""
     names = []
     for page in sorted((DOCS / "api").glob("*.md")):
         module = None
@@ -81,7 +81,7 @@ def test_links_and_pictures_inside_the_site_exist(site):
 
 
 @pytest.mark.slow
-def test_nothing_is_loaded_from_elsewhere(site):
+def test_pages_load_nothing_from_other_hosts(site):
     for page in site.rglob("*.html"):
         loaded = re.findall(
             r'<(?:script|img|iframe)\b[^>]*\bsrc="(https?:[^"]*)"'
@@ -92,7 +92,7 @@ def test_nothing_is_loaded_from_elsewhere(site):
 
 
 @pytest.mark.slow
-def test_one_half_is_not_twelve(site):
+def test_fractions_are_rendered_correctly(site):
     page = (site / "algorithms.html").read_text()
     assert re.search(r"<mfrac>\s*<mn>1</mn>|<mfrac>\s*<mrow>\s*<mn>1</mn>", page)
     assert "<mn>12</mn>" not in page

@@ -1,4 +1,4 @@
-"""The site in a real browser: links, pictures, the console, and the search."""
+"""The site in a browser: links, pictures, the console, and the search."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.browser import Browser, chromium, free_port, wait_for
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
-# What the browser made of a page: its links, already resolved, its anchors, and its pictures.
+# Collects the resolved links, the anchors and the pictures of a page.
 PAGE = """
     return {
         links: [...document.links].map(link => link.href),
@@ -51,9 +51,11 @@ def address(site: Path) -> Iterator[str]:
         server.wait()
 
 
-def test_every_page_is_whole(browser: Browser, site: Path, address: str) -> None:
-    """Walks the links from the start page: all are found, and no page complains."""
-    browser.complaints()
+def test_every_page_has_working_links_and_no_console_errors(
+    browser: Browser, site: Path, address: str
+) -> None:
+    """Follows all links from the start page; none is broken, and no page logs an error."""
+    browser.console_messages()
     todo, seen, broken = [address + "index.html"], {}, []
     while todo:
         url = todo.pop()
@@ -76,10 +78,10 @@ def test_every_page_is_whole(browser: Browser, site: Path, address: str) -> None
             path = site / target.removeprefix(address).partition("?")[0]
             if not path.exists():
                 broken.append(f"{url}: no page {link}")
-    # Chromium asks for a favicon.ico that nobody announced.
-    said = [line for line in browser.complaints() if "favicon.ico" not in line]
+    # Chromium always requests a favicon.ico.
+    messages = [line for line in browser.console_messages() if "favicon.ico" not in line]
     assert broken == []
-    assert said == []
+    assert messages == []
     written = {path.relative_to(site).as_posix() for path in site.rglob("*.html")}
     visited = {url.removeprefix(address) for url in seen}
     assert written - visited <= {"search.html", "genindex.html", "py-modindex.html"}
@@ -87,7 +89,7 @@ def test_every_page_is_whole(browser: Browser, site: Path, address: str) -> None
 
 
 @pytest.mark.parametrize("page", ["index.html", "cli.html", "api/gradients.html", "limits.html"])
-def test_a_narrow_window_does_not_scroll_sideways(
+def test_narrow_window_does_not_scroll_horizontally(
     page: str, browser: Browser, address: str
 ) -> None:
     browser.ask("/window/rect", {"width": 500, "height": 1250})

@@ -1,3 +1,5 @@
+"""The demo: its table, its options and the command."""
+
 from __future__ import annotations
 
 import math
@@ -28,7 +30,7 @@ def run(*, losses: dict[int, float], norms: dict[int, float], title: str = "a") 
     )
 
 
-def test_table_has_a_column_a_run_and_lines_up():
+def test_table_has_a_column_for_each_run_and_is_aligned():
     first = run(losses={3: 1.5}, norms={0: 1.0, 1: math.inf, 2: math.nan})
     second = run(losses={3: math.nan}, norms={0: 1.0}, title="a longer title")
     lines = markdown_table([first, second]).split("\n")
@@ -41,7 +43,7 @@ def test_table_has_a_column_a_run_and_lines_up():
 
 
 @pytest.mark.parametrize("max_steps", [1, 2, 3, 7, 400])
-def test_bare_runs_see_as_many_samples(max_steps: int):
+def test_plain_runs_train_on_as_many_samples(max_steps: int):
     sizes = [32 if 2 * update < max_steps else 64 for update in range(max_steps)]
     demo = Demo(max_steps=max_steps)
     assert demo.samples == sum(sizes) == 32 * demo.bare_steps
@@ -55,14 +57,14 @@ def test_bare_runs_see_as_many_samples(max_steps: int):
         ({"devices": 0}, "devices must divide 32, got 0"),
     ],
 )
-def test_bad_options_are_named(options: dict[str, int], message: str):
+def test_invalid_options_raise_with_their_names(options: dict[str, int], message: str):
     with pytest.raises(ValueError, match=message):
         Demo(**options)
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_the_command_trains_on_two_processes_and_leaves_logs_and_picture(tmp_path: Path):
+def test_command_trains_on_two_processes_and_writes_logs_and_picture(tmp_path: Path):
     bigopt = Path(sysconfig.get_path("scripts"), "bigopt")
     options = ["--max-steps", "6", "--devices", "2", "--strategy", "ddp", "--logdir", "logs"]
     result = subprocess.run(

@@ -1,3 +1,5 @@
+"""The GPT of the examples."""
+
 from __future__ import annotations
 
 import pytest
@@ -11,7 +13,7 @@ def model() -> BytesGPT:
     return BytesGPT(width=16, layers=2, heads=2, length=12)
 
 
-def test_no_position_sees_what_comes_after_it(model: BytesGPT):
+def test_attention_is_causal(model: BytesGPT):
     text = torch.randint(0, 256, (2, 12))
     changed = text.clone()
     changed[:, 7] = (changed[:, 7] + 1) % 256
@@ -20,7 +22,7 @@ def test_no_position_sees_what_comes_after_it(model: BytesGPT):
     assert not torch.allclose(before[:, 7:], after[:, 7:], atol=1e-6)
 
 
-def test_attention_depends_on_the_distance_alone():
+def test_attention_depends_only_on_the_distance():
     attention = CausalSelfAttention(width=8, heads=1, length=20)
     query, key = torch.randn(2, 1, 1, 1, 8)
     scores = [
@@ -39,13 +41,13 @@ def rotated(attention: CausalSelfAttention, x: torch.Tensor, position: int) -> t
     return attention._rotate(x.expand(1, 1, 20, 8))[..., position, :]
 
 
-def test_an_untrained_model_is_as_good_as_guessing():
+def test_loss_of_an_untrained_model_is_that_of_guessing():
     model = BytesGPT()
     loss = model.loss(torch.randint(0, 256, (8, 65)))
     assert loss.item() == pytest.approx(torch.tensor(256.0).log().item(), abs=0.1)
 
 
-def test_it_has_the_size_that_the_demo_states():
+def test_model_has_the_stated_size():
     assert sum(parameter.numel() for parameter in BytesGPT().parameters()) == pytest.approx(
         0.4e6, rel=0.05
     )
@@ -61,7 +63,7 @@ def test_groups_hold_every_parameter_once_and_only_matrices_decay(model: BytesGP
     assert (decay["weight_decay"], no_decay["weight_decay"]) == (0.1, 0.0)
 
 
-def test_it_learns_a_sentence_by_heart(model: BytesGPT):
+def test_model_memorizes_a_sentence(model: BytesGPT):
     optimizer = model.configure_optimizers()
     batch = torch.tensor(list(b"hello, world!")).expand(4, -1)
     for _ in range(300):

@@ -1,4 +1,4 @@
-"""Checks that run on every process of a group: distributed tensors against plain ones."""
+"""Checks that run on every process of a group and compare distributed with plain tensors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lightning_bigopt.gradients import (
     norms_of,
     skip_update_,
 )
-from lightning_bigopt.gradients.measuring import check_norm_type
+from lightning_bigopt.gradients.measure import check_norm_type
 
 ORDERS = (1.0, 2.0, math.inf)
 RULES = {
@@ -46,7 +46,7 @@ RULES = {
 
 
 def mlp():
-    """Widths that no number of processes divides, one of them 1: shards are uneven or empty."""
+    """Returns an MLP whose widths no process count divides: shards are uneven or empty."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 1))
 
@@ -77,7 +77,7 @@ def assert_same(found, expected, *, rtol=1e-6, atol=1e-9, name=""):
 
 
 def compare(model, plain, fill=backward):
-    """Norms and every rule: the distributed model against the plain one."""
+    """Compares norms and every rule on the distributed and the plain model."""
     for order in ORDERS:
         fill(model), fill(plain)
         found = measure(list(model.named_parameters()), norm_type=order)
@@ -90,7 +90,7 @@ def compare(model, plain, fill=backward):
         states = rule.initial_state(), rule.initial_state()
         for _ in range(2):
             fill(model), fill(plain)
-            # Tensor parallelism adds up in another order: a last bit of the largest number.
+            # Tensor parallelism sums in another order: the difference is one rounding error.
             ulp = [1e-7 * norms_of([p.grad], math.inf).item() + 1e-9 for p in plain.parameters()]
             clip_gradients_(model, rule, state=states[0])
             clip_gradients_(plain, rule, state=states[1])
@@ -99,14 +99,14 @@ def compare(model, plain, fill=backward):
 
 
 def kinds(model):
-    """Torch's kernels take DTensors or plain tensors, so each kind has a group."""
+    """Returns one parameter group for each kind of tensor: torch's kernels take one kind only."""
     sharded = [p for p in model.parameters() if isinstance(p, DTensor)]
     rest = [p for p in model.parameters() if not isinstance(p, DTensor)]
     return [{"params": params} for params in (sharded, rest) if params]
 
 
 def compare_steps(model, plain, fill=backward):
-    """Fused clipping, limits on updates, and a skip."""
+    """Compares steps with fused clipping and with limits on updates, and checks skips."""
     for rule, options in (
         (NormClip(0.1), {"fused": True}),
         (UpdateClip(0.5), {"foreach": True}),
@@ -125,8 +125,13 @@ def compare_steps(model, plain, fill=backward):
         fill(model)
         skip_update_(optimizers[0])
         optimizers[0].step()
+        optimizers[0].step(lambda o=optimizers[0]: (fill(model), skip_update_(o)))
         for p, old in zip(model.parameters(), before, strict=True):
             assert torch.equal(full(p.detach()), old)
+        for some, optimizer in zip((model, plain), optimizers, strict=True):
+            optimizer.step(lambda some=some: fill(some))
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            assert_same(p, q, rtol=1e-4)
 
 
 def sharded():
@@ -170,13 +175,13 @@ def every_placement():
         for index, (p, g) in enumerate(zip(module, values, strict=True)):
             if not isinstance(p, DTensor):
                 p.grad = g.clone()
-            elif index == 2:  # a sum over processes that nobody has carried out
+            elif index == 2:  # a pending sum over processes
                 p.grad = DTensor.from_local(g.clone() / world, mesh, [Partial()])
             else:
                 p.grad = distribute_tensor(g, mesh, p.placements)
 
     rules = dict(RULES)
-    RULES.pop("groups")  # whose patterns are those of layers
+    RULES.pop("groups")  # their patterns name layers
     try:
         compare(model, plain, fill)
     finally:
@@ -184,7 +189,7 @@ def every_placement():
 
 
 def flat_shards():
-    """FSDP1: plain parameters that are pieces; a process may hold nothing of one."""
+    """Checks the flat shards of FSDP1, some of them empty on a process."""
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(3)
     values = [torch.randn(10), torch.randn(3), torch.randn(4)]
@@ -243,7 +248,7 @@ def large_numbers():
 
 
 def one_collective_a_mesh():
-    """However many tensors there are."""
+    """Checks that there is one collective for any number of tensors."""
     model = mlp()
     fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     backward(model)

@@ -1,4 +1,4 @@
-"""Parameters with gradients, and the updates of a rule, for the tests of this folder."""
+"""Parameters with gradients, and one application of a rule, for the tests of gradients."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ import copy
 import torch
 from torch import nn
 
-from lightning_bigopt.gradients import ClipContext, ClipDecision, ClippingRule, apply_
+from lightning_bigopt.gradients import (
+    ClipContext,
+    ClipDecision,
+    ClippingRule,
+    GradientNorms,
+    apply_,
+)
+from lightning_bigopt.gradients.gradient_norms import DeviceNorms
 
 SHAPES = ((), (5,), (0,), (3, 4, 2, 2), (6, 7), (2, 0, 3))
 
 
 def with_gradients(shapes=SHAPES, *, scale=1.0, dtype=torch.float32):
-    """Named parameters of these shapes, each with a gradient."""
+    """Returns named parameters of these shapes, each with a gradient."""
     named = []
     for index, shape in enumerate(shapes):
         parameter = nn.Parameter(torch.randn(shape, dtype=dtype))
@@ -23,7 +30,7 @@ def with_gradients(shapes=SHAPES, *, scale=1.0, dtype=torch.float32):
 
 
 def with_norms(*norms):
-    """One parameter of three numbers for each norm, its gradient of this norm."""
+    """Returns one parameter of three numbers for each norm, with a gradient of this norm."""
     named = []
     for index, norm in enumerate(norms):
         parameter = nn.Parameter(torch.ones(3))
@@ -33,8 +40,8 @@ def with_norms(*norms):
     return named
 
 
-def twin(named):
-    """A deep copy, gradients included."""
+def deep_copy(named):
+    """Returns a deep copy, gradients included."""
     copies = copy.deepcopy(named)
     for (_, new), (_, old) in zip(copies, named, strict=True):
         new.grad = None if old.grad is None else old.grad.clone()
@@ -42,7 +49,7 @@ def twin(named):
 
 
 def run(rule: ClippingRule, named, state=None, **context) -> ClipDecision:
-    """Decides and writes."""
+    """Lets the rule decide, and applies the decision."""
     decision = rule.decide(
         ClipContext(parameters=named, **context), rule.initial_state() if state is None else state
     )
@@ -52,3 +59,9 @@ def run(rule: ClippingRule, named, state=None, **context) -> ClipDecision:
 
 def gradients(named):
     return [parameter.grad for _, parameter in named]
+
+
+def as_device_norms(norms: GradientNorms, **fields) -> DeviceNorms:
+    """Returns the same norms as tensors, with some fields replaced."""
+    names = ("names", "per_tensor", "total", "finite", "norm_type", "parameters")
+    return DeviceNorms(**{name: getattr(norms, name) for name in names} | fields)

@@ -1,3 +1,5 @@
+"""Applying a clip decision: scaled gradients, the fused kernel's scale, and step hooks."""
+
 from __future__ import annotations
 
 import copy
@@ -14,15 +16,15 @@ from lightning_bigopt.gradients import (
     MaxUpdateRatio,
     NormClip,
     UpdateClip,
-    after_step_once,
     apply_,
     clear_,
     clip_gradients_,
     scale_,
     skip_update_,
+    step_control,
     takes_grad_scale,
 )
-from tests.gradients.helpers import gradients, twin, with_gradients, with_norms
+from tests.gradients.helpers import deep_copy, gradients, with_gradients, with_norms
 
 FUSED = {
     "Adam": lambda p: torch.optim.Adam(p, lr=0.1, fused=True),
@@ -41,9 +43,9 @@ def assert_same_bits(a, b):
 
 
 @pytest.mark.parametrize("kind", FUSED)
-def test_inside_the_kernel_equals_clip_then_step(kind):
+def test_clipping_in_the_fused_kernel_equals_clip_then_step(kind):
     ours = with_gradients(scale=10.0)
-    theirs = twin(ours)
+    theirs = deep_copy(ours)
     mine, other = (FUSED[kind]([p for _, p in named]) for named in (ours, theirs))
     for _ in range(3):
         clip_gradients_(ours, NormClip(0.5), optimizer=mine)
@@ -59,7 +61,7 @@ def test_inside_the_kernel_equals_clip_then_step(kind):
 
 @pytest.mark.parametrize("kind", FUSED)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_inside_the_kernel_bad_gradients_change_nothing(kind, bad):
+def test_non_finite_gradients_in_the_fused_kernel_change_nothing(kind, bad):
     named = with_gradients()
     optimizer = FUSED[kind]([p for _, p in named])
     optimizer.step()
@@ -70,20 +72,21 @@ def test_inside_the_kernel_bad_gradients_change_nothing(kind, bad):
     assert_same_bits(snapshot(named, optimizer), before)
 
 
-def test_a_clip_leaves_no_trace_on_the_next_step():
+def test_scale_is_removed_after_the_step():
     named = with_norms(100.0)
     optimizer = FUSED["SGD"]([p for _, p in named])
     clip_gradients_(named, NormClip(1.0), optimizer=optimizer)
     assert optimizer.grad_scale.item() == pytest.approx(100.0, rel=1e-5)
     optimizer.step()
     assert not {"grad_scale", "found_inf"} & vars(optimizer).keys()
+    step_control(optimizer).remove()
     assert not optimizer._optimizer_step_post_hooks
 
 
 @pytest.mark.parametrize("order", ["unscaled", "scaled"])
 @pytest.mark.parametrize("bad", [False, True])
-def test_together_with_a_grad_scaler(order, bad):
-    """Both put a scale on the optimizer; the GradScaler deletes what it finds there."""
+def test_clipping_with_a_grad_scaler(order, bad):
+    """Both set a scale on the optimizer, and the GradScaler deletes both attributes."""
     ours, theirs = with_norms(8.0), with_norms(8.0)
     mine, other = (FUSED["AdamW"]([p for _, p in named]) for named in (ours, theirs))
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=100)
@@ -106,14 +109,14 @@ def test_together_with_a_grad_scaler(order, bad):
     assert not {"grad_scale", "found_inf"} & vars(mine).keys()
 
 
-def test_a_coefficient_of_one_costs_nothing_on_the_cpu():
+def test_coefficient_of_one_sets_no_scale_on_the_cpu():
     named = with_norms(1.0)
     optimizer = FUSED["AdamW"]([p for _, p in named])
     clip_gradients_(named, NormClip(5.0), optimizer=optimizer)
     assert not hasattr(optimizer, "grad_scale")
 
 
-def test_an_optimizer_of_more_parameters_is_not_scaled_as_a_whole():
+def test_optimizer_with_other_parameters_gets_no_scale():
     named = with_norms(8.0, 8.0)
     optimizer = FUSED["SGD"]([p for _, p in named])
     clip_gradients_(named[:1], NormClip(1.0), optimizer=optimizer)
@@ -122,7 +125,7 @@ def test_an_optimizer_of_more_parameters_is_not_scaled_as_a_whole():
     assert gradients(named)[1].norm() == pytest.approx(8.0, rel=1e-5)
 
 
-def test_only_optimizers_that_are_fused_throughout_take_a_scale():
+def test_only_fully_fused_optimizers_take_a_scale():
     a, b = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
     assert takes_grad_scale(torch.optim.AdamW([a, b], fused=True))
     assert not takes_grad_scale(torch.optim.AdamW([a, b]))
@@ -130,18 +133,18 @@ def test_only_optimizers_that_are_fused_throughout_take_a_scale():
     assert not takes_grad_scale(mixed)
 
 
-def test_what_waits_for_a_step_that_never_came_is_taken_back():
+def test_clear_removes_scale_and_function_of_a_step_that_did_not_run():
     named = with_norms(8.0)
     optimizer = FUSED["SGD"]([p for _, p in named])
     clip_gradients_(named, NormClip(1.0), optimizer=optimizer)
-    after_step_once(optimizer, lambda: pytest.fail("must not run"))
+    step_control(optimizer).after_step(lambda: pytest.fail("must not run"))
     clear_(optimizer)
     before = named[0][1].detach().clone()
     optimizer.step()
     assert (named[0][1] - before).norm().item() == pytest.approx(0.8, rel=1e-5)
 
 
-def test_two_clips_before_one_step_are_one():
+def test_clipping_twice_before_a_step_equals_clipping_once():
     named = with_norms(8.0)
     optimizer = FUSED["SGD"]([p for _, p in named])
     for _ in range(2):
@@ -151,7 +154,7 @@ def test_two_clips_before_one_step_are_one():
     assert (named[0][1] - before).norm().item() == pytest.approx(0.1, rel=1e-5)
 
 
-def test_an_optimizer_with_something_pending_can_be_copied_pickled_and_forgotten():
+def test_optimizer_with_a_pending_correction_can_be_copied_pickled_and_freed():
     named = with_norms(8.0)
     optimizer = torch.optim.AdamW([p for _, p in named])
     clip_gradients_(named, UpdateClip(), optimizer=optimizer)
@@ -163,7 +166,7 @@ def test_an_optimizer_with_something_pending_can_be_copied_pickled_and_forgotten
     assert reference() is None
 
 
-def test_a_rule_on_updates_needs_an_optimizer():
+def test_rule_on_updates_without_optimizer_raises():
     decision = UpdateClip().decide(_context(), {})
     with pytest.raises(
         ValueError, match="optimizer must be given to a rule that limits the update"
@@ -179,7 +182,7 @@ def _context():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_scale_multiplies_each_by_its_own(dtype):
+def test_scale_multiplies_each_tensor_by_its_factor(dtype):
     tensors = [
         torch.ones(2, dtype=dtype),
         None,
@@ -204,8 +207,8 @@ def test_scale_multiplies_each_by_its_own(dtype):
 
 
 @pytest.mark.parametrize("kind", ["fused kernel", "limit on the update", "skip"])
-def test_hooks_of_others_run_before_and_behind_ours(kind):
-    """An optimizer goes through its hooks in order, and a dict must not shrink meanwhile."""
+def test_other_step_hooks_run_in_order(kind):
+    """They run in every step that is not skipped."""
     named = with_norms(8.0)
     optimizer = FUSED["AdamW"]([p for _, p in named])
     calls = []
@@ -229,21 +232,10 @@ def test_hooks_of_others_run_before_and_behind_ours(kind):
                 break  # the second step is as long as it likes
             named[0][1].grad = None
         pre.remove(), post.remove()
-    clear_(optimizer)
+    step_control(optimizer).remove()
     assert (
         len(optimizer._optimizer_step_post_hooks) == len(optimizer._optimizer_step_pre_hooks) == 1
     )
-    steps = 2 if kind == "limit on the update" else 4
+    steps = 4 if kind == "fused kernel" else 2
     every = ["before step", "pre, behind ours", "before ours", "post, behind ours"]
     assert calls == every * steps
-
-
-def test_a_hook_that_has_to_stay_acts_once():
-    named = with_norms(8.0)
-    optimizer = FUSED["SGD"]([p for _, p in named])
-    calls = []
-    after_step_once(optimizer, lambda: calls.append(1))
-    optimizer.register_step_post_hook(lambda *_: None)
-    for _ in range(3):
-        optimizer.step()
-    assert calls == [1]

@@ -1,3 +1,5 @@
+"""Distributed tensors, compared with plain ones on two and four processes."""
+
 from __future__ import annotations
 
 import multiprocessing
@@ -15,7 +17,7 @@ def test_distributed_tensors_equal_plain_ones(world):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # A server that has imported everything once forks the processes, with no thread of its own.
+    # The fork server imports everything once and has no threads, so forking is fast and safe.
     multiprocessing.set_forkserver_preload([distributed_checks.__name__])
     torch.multiprocessing.start_processes(
         distributed_checks.run_all, (world, port), nprocs=world, start_method="forkserver"

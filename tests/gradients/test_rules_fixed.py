@@ -1,3 +1,5 @@
+"""Rules with a fixed limit: NormClip, PerParameterNormClip, ValueClip, compared with torch."""
+
 from __future__ import annotations
 
 import math
@@ -17,7 +19,7 @@ from lightning_bigopt.gradients import (
     measure,
 )
 from lightning_bigopt.schedules import Linear
-from tests.gradients.helpers import gradients, run, twin, with_gradients, with_norms
+from tests.gradients.helpers import deep_copy, gradients, run, with_gradients, with_norms
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -27,9 +29,9 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("max_norm", [0.1, 1.0, 1e4])
 def test_norm_clip_equals_torch(dtype, norm_type, max_norm):
     ours = with_gradients(((), (5,), (3, 4, 2, 2), (6, 7)), dtype=dtype)
-    theirs = twin(ours)
+    theirs = deep_copy(ours)
     run(NormClip(max_norm, norm_type=norm_type), ours)
-    # torch takes the norm of bf16 in bf16: it is told the right norm.
+    # torch computes the norm of bf16 gradients in bf16, so the norm is given.
     total = torch.nn.utils.get_total_norm([g.double() for g in gradients(theirs)], norm_type)
     torch.nn.utils.clip_grads_with_norm_([p for _, p in theirs], max_norm, total.float())
     for mine, other in zip(gradients(ours), gradients(theirs), strict=True):
@@ -44,7 +46,7 @@ def test_norm_clip_below_the_limit_changes_no_bit():
     assert all(torch.equal(a, b) for a, b in zip(before, gradients(named), strict=True))
 
 
-def test_what_is_written_into_a_decision_stays_in_it():
+def test_changing_a_decision_in_place_does_not_change_the_rule():
     rule = NormClip(1e9)
     for _ in range(2):
         named = with_gradients()
@@ -65,14 +67,14 @@ def test_norm_clip_follows_its_schedule():
         assert decision.coefficient.item() == pytest.approx(limit / 8.0, rel=1e-5)
 
 
-def test_a_schedule_down_to_zero_is_refused_where_it_gets_there():
+def test_schedule_that_reaches_zero_raises():
     rule = NormClip(2.0, schedule=Linear(start=1.0, end=0.0))
-    with pytest.raises(ValueError, match=r"must be positive and finite, got 0.0 at fraction 1"):
+    with pytest.raises(ValueError, match=r"got 0\.0; keep the schedule above 0, also at 100%"):
         rule.decide(ClipContext(parameters=with_norms(1.0), fraction=1.0), {})
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_norm_clip_leaves_other_gradients_alone_where_one_is_not_finite(bad):
+def test_norm_clip_changes_nothing_if_one_gradient_is_not_finite(bad):
     named = with_norms(3.0, 4.0)
     named[0][1].grad[1] = bad
     good = named[1][1].grad.clone()
@@ -82,16 +84,16 @@ def test_norm_clip_leaves_other_gradients_alone_where_one_is_not_finite(bad):
     assert torch.equal(named[1][1].grad, good)
 
 
-def test_finite_gradients_beyond_float32_are_clipped_to_nothing():
+def test_gradients_whose_norm_overflows_are_clipped_to_zero():
     named = with_norms(3e38, 3e38, 3e38)
     run(NormClip(1.0), named)
     assert all(g.abs().max() < 1e-5 for g in gradients(named))
 
 
-def test_norms_that_were_taken_are_used():
+def test_given_norms_are_used():
     named = with_norms(8.0)
     norms = measure(named)
-    named[0][1].grad.zero_()  # a second look would find zero
+    named[0][1].grad.zero_()  # measuring again would give zero
     context = ClipContext(parameters=named, norms=norms)
     assert NormClip(2.0).decide(context, {}).coefficient.item() == pytest.approx(0.25, rel=1e-5)
     assert NormClip(2.0, norm_type=1.0).decide(context, {}).coefficient == 1.0
@@ -99,9 +101,9 @@ def test_norms_that_were_taken_are_used():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
-def test_per_parameter_clip_equals_torch_one_by_one(dtype, norm_type):
+def test_per_parameter_clip_equals_torch_for_each_parameter(dtype, norm_type):
     ours = with_gradients(((), (5,), (3, 4, 2, 2), (6, 7)), dtype=dtype)
-    theirs = twin(ours)
+    theirs = deep_copy(ours)
     run(PerParameterNormClip(0.7, norm_type=norm_type), ours)
     for (_, mine), (_, other) in zip(ours, theirs, strict=True):
         total = torch.linalg.vector_norm(other.grad.double(), norm_type).float()
@@ -111,7 +113,7 @@ def test_per_parameter_clip_equals_torch_one_by_one(dtype, norm_type):
         )
 
 
-def test_per_parameter_clip_leaves_a_bad_gradient_and_clips_the_rest():
+def test_per_parameter_clip_skips_a_non_finite_gradient():
     named = with_norms(math.nan, 4.0, 0.5)
     run(PerParameterNormClip(1.0), named)
     assert gradients(named)[0].isnan().all()
@@ -124,7 +126,7 @@ def test_value_clip_equals_torch_to_the_bit(dtype):
     ours = with_gradients(dtype=dtype)
     ours[1][1].grad[:2] = torch.tensor([math.inf, -math.inf])
     ours[3][1].grad[0] = math.nan
-    theirs = twin(ours)
+    theirs = deep_copy(ours)
     run(ValueClip(0.3), ours)
     torch.nn.utils.clip_grad_value_([p for _, p in theirs], 0.3)
     for mine, other in zip(gradients(ours), gradients(theirs), strict=True):
@@ -143,7 +145,7 @@ def test_tied_weights_and_missing_gradients():
 
 
 @pytest.mark.parametrize("rule", [NormClip(), PerParameterNormClip(), ValueClip()])
-def test_without_any_gradient_nothing_happens(rule):
+def test_parameters_without_gradients_are_accepted(rule):
     run(rule, [("p", nn.Parameter(torch.ones(2)))])
 
 
@@ -165,7 +167,7 @@ def test_only_the_first_argument_is_positional():
         NormClip(1.0, 2.0)
 
 
-def test_plain_function_takes_modules_parameters_and_names():
+def test_clip_gradients_takes_modules_parameters_and_names():
     for form in (lambda m: m, lambda m: m.parameters(), lambda m: m.named_parameters()):
         model = nn.Linear(3, 2)
         model(torch.full((1, 3), 9.0)).sum().backward()
@@ -176,26 +178,26 @@ def test_plain_function_takes_modules_parameters_and_names():
 
 
 @pytest.mark.parametrize("rule", [ValueClip(), AGC(), NormClip(), Groups({"*": ValueClip()})])
-def test_sparse_gradients_are_refused_by_name(rule):
+def test_sparse_gradient_raises_with_its_name(rule):
     layer = nn.Embedding(4, 2, sparse=True)
     layer(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match=r"gradient of weight must be dense.*sparse=False"):
         clip_gradients_(layer, rule)
 
 
-def test_complex_numbers_have_no_value_to_clip():
+def test_value_clip_of_a_complex_gradient_raises():
     weight = nn.Parameter(torch.ones(2, dtype=torch.complex64))
     weight.grad = torch.ones(2, dtype=torch.complex64)
     with pytest.raises(ValueError, match="gradient of w must be real for ValueClip"):
         clip_gradients_([("w", weight)], ValueClip())
 
 
-def test_plain_function_refuses_what_it_cannot_read():
+def test_clip_gradients_raises_for_other_arguments():
     weight = nn.Parameter(torch.ones(2))
     weight.grad = torch.ones(2)
     with pytest.raises(ValueError, match=r"rule must be a ClippingRule, got 'norm'; try NormClip"):
         clip_gradients_([weight], "norm")
-    with pytest.raises(ValueError, match=r"got 'w' among them; of a dict pass its items\(\)"):
+    with pytest.raises(ValueError, match=r"got 'w' among them; pass the items\(\) of a dict"):
         clip_gradients_({"w": weight}, NormClip())
     clip_gradients_({"w": weight}.items(), NormClip(1.0))
     clip_gradients_(weight, NormClip(0.5))
@@ -204,7 +206,7 @@ def test_plain_function_refuses_what_it_cannot_read():
 
 @pytest.mark.parametrize("rule", [NormClip(1.0), PerParameterNormClip(0.5), ValueClip(0.1), AGC()])
 def test_gradients_of_another_dtype_than_the_weights(rule):
-    """Two equal shapes of two dtypes: kernels for many tensors want one."""
+    """Multi-tensor kernels take one dtype; here two tensors of one shape have two."""
     ours = with_gradients(((6, 7), (6, 7), (5,)))
     for _, parameter in ours[:1]:
         parameter.grad = None
@@ -218,3 +220,8 @@ def test_gradients_of_another_dtype_than_the_weights(rule):
     assert gradients(ours)[0].dtype == torch.bfloat16
     for mine, other in zip(gradients(ours), gradients(theirs), strict=True):
         torch.testing.assert_close(mine, other.to(mine.dtype), rtol=1e-2, atol=0)
+
+
+def test_rule_with_the_property_of_version_0_1_raises_with_the_new_name():
+    with pytest.raises(ValueError, match=r"got the property measures of version 0\.1; rename it"):
+        type("Old", (NormClip,), {"measures": 1.0})

@@ -1,3 +1,5 @@
+"""skip_update_: a skipped step changes no weight, no state and no group."""
+
 from __future__ import annotations
 
 import copy
@@ -27,7 +29,7 @@ OPTIMIZERS = {
 SHAPES = ((5,), (6, 7), (3, 4))
 
 
-def everything(named, optimizer):
+def full_state(named, optimizer):
     return [p.detach().clone() for _, p in named], copy.deepcopy(optimizer.state_dict())
 
 
@@ -54,12 +56,12 @@ def make(kind):
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("where", ["before step", "inside the closure"])
 @pytest.mark.parametrize("after", [0, 2])
-def test_skipped_steps_leave_every_bit(kind, where, after):
+def test_skipped_steps_change_no_bit(kind, where, after):
     named, optimizer = make(kind)
     for step in range(after):
         fill(named, step)
         optimizer.step()
-    before = everything(named, optimizer)
+    before = full_state(named, optimizer)
 
     def closure():
         fill(named, 50, bad=True)
@@ -72,11 +74,11 @@ def test_skipped_steps_leave_every_bit(kind, where, after):
             optimizer.step()
         else:
             optimizer.step(closure)
-        assert_same_bits(everything(named, optimizer), before)
+        assert_same_bits(full_state(named, optimizer), before)
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_a_run_with_skips_equals_the_run_without_those_steps(kind):
+def test_run_with_skips_equals_the_run_without_those_steps(kind):
     torch.manual_seed(3)
     skipping, one = make(kind)
     torch.manual_seed(3)
@@ -90,17 +92,17 @@ def test_a_run_with_skips_equals_the_run_without_those_steps(kind):
         if not bad:
             fill(plain, step)
             other.step()
-    assert_same_bits(everything(skipping, one), everything(plain, other))
+    assert_same_bits(full_state(skipping, one), full_state(plain, other))
 
 
 @pytest.mark.parametrize("kind", [k for k in OPTIMIZERS if "tensor" not in k])
 @pytest.mark.parametrize("overflow", [True, False])
-def test_before_the_step_of_a_grad_scaler(kind, overflow):
-    """The skip with finite gradients is a detector's, the one with an overflow the scaler's too."""
+def test_skip_before_the_step_of_a_grad_scaler(kind, overflow):
+    """Skips finite gradients, with which the scaler would step, and an overflow."""
     named, optimizer = make(kind)
     fill(named, 0)
     optimizer.step()
-    before = everything(named, optimizer)
+    before = full_state(named, optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=100)
     scaler.scale(torch.ones(()))
     fill(named, 1, bad=overflow)
@@ -108,17 +110,17 @@ def test_before_the_step_of_a_grad_scaler(kind, overflow):
     skip_update_(optimizer)
     scaler.step(optimizer)
     scaler.update()
-    assert_same_bits(everything(named, optimizer), before)
+    assert_same_bits(full_state(named, optimizer), before)
     assert scaler.get_scale() == (2.0 if overflow else 4.0)
-    # A step that never came must not put counters back after a later one.
-    twin_named, twin = copy.deepcopy((named, optimizer))
-    for some, opt in ((named, optimizer), (twin_named, twin)):
+    # A skipped step must not restore counters after a later step.
+    copied_named, copied = copy.deepcopy((named, optimizer))
+    for some, opt in ((named, optimizer), (copied_named, copied)):
         fill(some, 2)
         opt.step()
-    assert_same_bits(everything(named, optimizer), everything(twin_named, twin))
+    assert_same_bits(full_state(named, optimizer), full_state(copied_named, copied))
 
 
-def test_a_skip_takes_back_a_clip_that_was_decided():
+def test_skip_removes_the_scale_of_an_earlier_clip():
     named, optimizer = make("AdamW fused")
     clip_gradients_(named, NormClip(0.01), optimizer=optimizer)
     skip_update_(optimizer)
@@ -128,7 +130,7 @@ def test_a_skip_takes_back_a_clip_that_was_decided():
 
 
 class Counting(torch.optim.SGD):
-    """Counts in its groups as third parties do: numbers, tensors, names that were not there."""
+    """Counts steps in its groups, as third-party optimizers do: numbers, tensors and new keys."""
 
     def step(self, closure=None):
         result = super().step(closure)
@@ -139,13 +141,21 @@ class Counting(torch.optim.SGD):
         return result
 
 
-def test_whatever_an_optimizer_counts_in_its_groups_is_put_back():
+def test_numbers_and_tensors_in_the_groups_are_restored():
     named = with_gradients(SHAPES)
     optimizer = Counting([{"params": [p for _, p in named], "tensor": torch.zeros(2)}], lr=0.1)
     before, tensor = copy.deepcopy(optimizer.state_dict()), optimizer.param_groups[0]["tensor"]
     skip_update_(optimizer)
     optimizer.step()
     assert_same_bits(optimizer.state_dict(), before)
-    assert optimizer.param_groups[0]["tensor"] is tensor  # whoever shares it sees no change
+    assert optimizer.param_groups[0]["tensor"] is tensor  # the same object, which others may share
     optimizer.step()
     assert optimizer.param_groups[0]["number"] == 1
+
+
+def test_gradients_of_further_parameters_become_none():
+    named, optimizer = make("SGD momentum")
+    (_, frozen), *_ = with_gradients(((2,),))
+    skip_update_(optimizer, [frozen])
+    assert frozen.grad is None
+    assert all(parameter.grad is None for _, parameter in named)

@@ -1,7 +1,7 @@
-"""No host synchronization on an accelerator: proven on fake tensors, then on a real device.
+"""Tests that an accelerator is not synchronized, on fake tensors and on a real device.
 
-A fake tensor has a device and no numbers: whatever reads one from it raises. What it would not
-notice is a copy between host and device that the host waits for; a dispatch mode refuses those.
+A fake tensor has a device and no numbers: reading one raises. A copy between host and device that
+blocks the host does not; a dispatch mode raises for it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_bigopt.controllers.audit import ClipAudit
 from lightning_bigopt.gradients import (
     AGC,
     AdaGC,
@@ -29,6 +28,7 @@ from lightning_bigopt.gradients import (
     measure,
     skip_update_,
 )
+from lightning_bigopt.gradients.clip_statistics import ClipStatistics
 
 SHAPES = ((), (5,), (0,), (3, 4, 2, 2), *[(8, 8)] * 5, (300, 200))
 FREE = (
@@ -45,7 +45,7 @@ FREE = (
 
 
 class NoBlockingCopies(TorchDispatchMode):
-    """Refuses what a host waits for: a copy between devices, unless it is asked not to."""
+    """Raises for a copy between devices that blocks the host."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -87,7 +87,7 @@ def clip_and_step(named, rule, loop):
 
 @pytest.mark.parametrize("rule", FREE, ids=lambda rule: type(rule).__name__)
 @pytest.mark.parametrize("loop", LOOPS)
-def test_no_number_is_read(rule, loop):
+def test_clipping_reads_no_value(rule, loop):
     with FakeTensorMode(), torch.no_grad():
         named = parameters("cuda")
         with NoBlockingCopies():
@@ -95,7 +95,7 @@ def test_no_number_is_read(rule, loop):
 
 
 @pytest.mark.parametrize("order", [1.0, 2.0, float("inf")])
-def test_measuring_reads_no_number(order):
+def test_measuring_reads_no_value(order):
     with FakeTensorMode(), torch.no_grad():
         named = parameters("cuda")
         with NoBlockingCopies():
@@ -105,14 +105,14 @@ def test_measuring_reads_no_number(order):
 
 
 @pytest.mark.parametrize("rule", [AutoClip(), ZClip()], ids=lambda rule: type(rule).__name__)
-def test_an_adaptive_rule_does_read_one(rule):
-    """So the tests above can fail."""
+def test_adaptive_rule_reads_a_value(rule):
+    """Shows that the tests above can fail."""
     with FakeTensorMode(), torch.no_grad(), pytest.raises(DataDependentOutputException):
         clip_gradients_(parameters("cuda"), rule, state=rule.initial_state())
 
 
 @pytest.mark.parametrize("wait", [True, False])
-def test_a_copy_that_is_waited_for_is_noticed(wait):
+def test_blocking_copy_is_detected(wait):
     with FakeTensorMode():
         there = torch.ones(2, device="cuda")
         with NoBlockingCopies():
@@ -124,16 +124,16 @@ def test_a_copy_that_is_waited_for_is_noticed(wait):
 
 
 @pytest.mark.parametrize("rule", FREE, ids=lambda rule: type(rule).__name__)
-def test_the_audit_reads_no_number_between_reports(rule):
-    """What the callback does beside the rule, over more updates than are put by."""
+def test_clip_statistics_read_no_value_between_reports(rule):
+    """Runs more updates than are pending at most, as the callback does."""
     named, state, audits = parameters("meta"), rule.initial_state(), {}
     optimizer = torch.optim.AdamW([p for _, p in named])
     for _ in range(70):
         decision = clip_gradients_(named, rule, state=state, optimizer=optimizer)
-        for group, part in decision.by_group.items():
-            audits.setdefault(group, ClipAudit()).add(part)
+        for group, part in decision.each_group():
+            audits.setdefault(group, ClipStatistics()).add(part)
     counting = [audit for audit in audits.values() if audit._seen]
-    assert bool(counting) == (rule.measures is not None)
+    assert bool(counting) == (rule.norm_order is not None)
     for audit in counting:
         with pytest.raises(RuntimeError, match="item"):
             audit.report()
@@ -142,7 +142,7 @@ def test_the_audit_reads_no_number_between_reports(rule):
 @pytest.mark.gpu
 @pytest.mark.parametrize("rule", FREE, ids=lambda rule: type(rule).__name__)
 @pytest.mark.parametrize("loop", LOOPS)
-def test_no_synchronization_on_a_real_device(rule, loop):
+def test_no_synchronization_on_a_gpu(rule, loop):
     named = parameters("cuda")
     clip_and_step(named, rule, loop)  # allocations and lazy initialization
     for _, parameter in named:
@@ -158,7 +158,7 @@ def test_no_synchronization_on_a_real_device(rule, loop):
 @pytest.mark.gpu
 @pytest.mark.parametrize("order", [1.0, 2.0, float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_device_agrees_with_the_cpu(order, dtype):
+def test_gpu_equals_cpu(order, dtype):
     here = [(name, nn.Parameter(p.detach().to(dtype))) for name, p in parameters("cpu")]
     there = [(name, nn.Parameter(p.detach().cuda())) for name, p in here]
     for (_, p), (_, q) in zip(here, there, strict=True):

@@ -1,8 +1,8 @@
-"""What differs between the stored outputs of a notebook and those of its code as it stands.
+"""Compares the stored outputs of a notebook with those of a new execution.
 
 Words are compared exactly. A number with a point or an exponent may differ by 2 %, or by one unit
 of its last printed digit: other processors add in another order, and training multiplies that.
-Whole numbers are compared exactly. Of a cell tagged ``varies``, such as one that measures time, the
+Whole numbers are compared exactly. In a cell tagged ``varies``, such as one that measures time, the
 words are compared and the numbers are not. Pictures are compared in number and size.
 """
 
@@ -22,7 +22,7 @@ _NUMBER = re.compile(rf"(?<![A-Za-z_]){_SIGN}(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?
 
 
 def differences(stored: Mapping[str, Any], fresh: Mapping[str, Any]) -> list[str]:
-    """One line for each difference; none where the stored outputs are those of the code."""
+    """Returns one line for each difference between the stored outputs and the new ones."""
     found = []
     for number, (one, other) in enumerate(zip_longest(stored["cells"], fresh["cells"])):
         if one is None or other is None or one["source"] != other["source"]:
@@ -32,8 +32,8 @@ def differences(stored: Mapping[str, Any], fresh: Mapping[str, Any]) -> list[str
     return found
 
 
-def complaints(notebook: Mapping[str, Any]) -> list[str]:
-    """What no output may be: an error, or anything on standard error, where warnings go."""
+def errors_and_warnings(notebook: Mapping[str, Any]) -> list[str]:
+    """Returns errors, and everything on standard error, where warnings go."""
     found = []
     for number, cell in enumerate(notebook["cells"]):
         for output in cell.get("outputs", ()):
@@ -72,7 +72,7 @@ def _contents(output: Mapping[str, Any]) -> dict[str, str]:
 
 def _text_differences(stored: str, fresh: str, *, varies: bool) -> Iterator[str]:
     for one, other in zip_longest(_tokens(stored), _tokens(fresh)):
-        if one is None or other is None:  # the rest has nothing to be compared with
+        if one is None or other is None:  # one output is longer
             yield f"stored {one!r}, now {other!r}"
             return
         if not _same(one, other, varies=varies):
@@ -80,7 +80,7 @@ def _text_differences(stored: str, fresh: str, *, varies: bool) -> Iterator[str]
 
 
 def _tokens(text: str) -> list[str]:
-    """Numbers, and what stands between them, without the spaces that only line tables up."""
+    """Splits a text into numbers and the words between them, without alignment spaces."""
     tokens, end = [], 0
     for number in _NUMBER.finditer(text):
         tokens += [*text[end : number.start()].split(), number[0]]
@@ -101,12 +101,12 @@ def _same(stored: str, fresh: str, *, varies: bool) -> bool:
 
 
 def _rules(word: str) -> str:
-    """A line that is drawn under a table's head may be as long as its numbers need."""
+    """Replaces a rule under a table's head, whose length depends on the numbers."""
     return re.sub(r"([-─═=])\1+", r"\1", word)
 
 
 def _unit(number: str) -> float:
-    """One unit of the last digit that is printed."""
+    """Returns one unit of the last printed digit."""
     mantissa, _, exponent = number.lower().partition("e")
     decimals = len(mantissa.partition(".")[2])
     return float(10.0 ** (int(exponent or 0) - decimals))
@@ -114,12 +114,12 @@ def _unit(number: str) -> float:
 
 def _picture_differences(stored: str, fresh: str) -> Iterator[str]:
     one, other = picture_size(stored), picture_size(fresh)
-    # The axis labels of slightly other numbers take slightly other room.
+    # Axis labels of slightly different numbers differ in width.
     if any(abs(a - b) > SIZE_RELATIVE * a for a, b in zip(one, other, strict=True)):
         yield f"picture stored {one}, now {other} pixels"
 
 
 def picture_size(png: str) -> tuple[int, int]:
-    """Width and height in pixels of a picture as notebooks store it."""
+    """Returns width and height in pixels of a picture as notebooks store it."""
     width, height = struct.unpack(">II", base64.b64decode(png)[16:24])
     return width, height

@@ -1,4 +1,4 @@
-"""The comparison of outputs can fail: doctored copies are told from what a notebook gave."""
+"""The comparison of notebook outputs finds changed copies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from nbformat import v4
 
 from notebooks.run import clean, execute
-from tests.notebooks.comparison import complaints, differences
+from tests.notebooks.comparison import differences, errors_and_warnings
 
 
 def picture(width, height):
@@ -30,7 +30,7 @@ def notebook():
     return v4.new_notebook(cells=[v4.new_markdown_cell("# Title"), cell])
 
 
-def doctored(notebook, before, after):
+def changed_copy(notebook, before, after):
     copied = copy.deepcopy(notebook)
     text = copied.cells[1].outputs[0].text
     assert before in text
@@ -42,13 +42,13 @@ def doctored(notebook, before, after):
     ("before", "after"),
     [
         ("0.1234", "0.1244"),  # within 2 %
-        ("loss    ", "loss  "),  # a table lined up otherwise
+        ("loss    ", "loss  "),  # other alignment of a table
         ("------", "-----"),
         ("-3.5e+02", "-3.6e+02"),  # one unit of the last digit
     ],
 )
-def test_rounding_passes(notebook, before, after):
-    assert not differences(notebook, doctored(notebook, before, after))
+def test_small_differences_are_accepted(notebook, before, after):
+    assert not differences(notebook, changed_copy(notebook, before, after))
 
 
 @pytest.mark.parametrize(
@@ -65,21 +65,21 @@ def test_rounding_passes(notebook, before, after):
         ("7\n", "7\nand more\n"),
     ],
 )
-def test_another_output_is_found(notebook, before, after):
-    copied = doctored(notebook, before, after)
+def test_other_output_is_found(notebook, before, after):
+    copied = changed_copy(notebook, before, after)
     assert differences(notebook, copied)
     assert differences(copied, notebook)
 
 
-def test_a_number_that_varies_may_and_a_word_may_not(notebook):
+def test_in_a_varying_cell_numbers_may_differ_and_words_may_not(notebook):
     notebook.cells[1].metadata["tags"] = ["varies"]
-    assert not differences(notebook, doctored(notebook, "0.1234", "12"))
-    assert differences(notebook, doctored(notebook, "0.1234", "nan"))
-    assert differences(notebook, doctored(notebook, "loss", "accuracy"))
+    assert not differences(notebook, changed_copy(notebook, "0.1234", "12"))
+    assert differences(notebook, changed_copy(notebook, "0.1234", "nan"))
+    assert differences(notebook, changed_copy(notebook, "loss", "accuracy"))
 
 
 @pytest.mark.parametrize("width", [500, 700])
-def test_another_size_of_picture_is_found(notebook, width):
+def test_other_size_of_a_picture_is_found(notebook, width):
     copied = copy.deepcopy(notebook)
     copied.cells[1].outputs[1].data["image/png"] = picture(width, 320)
     assert differences(notebook, copied) == [
@@ -87,7 +87,7 @@ def test_another_size_of_picture_is_found(notebook, width):
     ]
 
 
-def test_a_missing_picture_an_error_and_another_source_are_found(notebook):
+def test_missing_picture_error_and_other_source_are_found(notebook):
     fewer = copy.deepcopy(notebook)
     del fewer.cells[1].outputs[1]
     assert "outputs stored" in differences(notebook, fewer)[0]
@@ -95,7 +95,7 @@ def test_a_missing_picture_an_error_and_another_source_are_found(notebook):
     broken = copy.deepcopy(notebook)
     broken.cells[1].outputs[1] = v4.new_output("error", ename="ValueError", evalue="no")
     assert "outputs stored" in differences(notebook, broken)[0]
-    assert complaints(broken) == ["cell 1: raises ValueError: no"]
+    assert errors_and_warnings(broken) == ["cell 1: raises ValueError: no"]
 
     other = copy.deepcopy(notebook)
     other.cells[1].source = "train(2)"
@@ -105,7 +105,7 @@ def test_a_missing_picture_an_error_and_another_source_are_found(notebook):
     assert differences(notebook, shorter) == ["cell 1: the source differs"]
 
 
-def test_cleaning_leaves_nothing_of_when_and_where(notebook):
+def test_clean_removes_times_and_versions(notebook):
     marked = copy.deepcopy(notebook)
     marked.metadata["language_info"] = {"name": "python", "version": "3.14.0"}
     marked.cells[1].metadata["execution"] = {"iopub.status.busy": "2020-01-01T00:00:00Z"}
@@ -114,18 +114,18 @@ def test_cleaning_leaves_nothing_of_when_and_where(notebook):
     assert "3.14.0" not in nbformat.writes(marked)
 
 
-def test_cells_of_the_same_source_have_names_of_their_own():
+def test_cells_with_the_same_source_have_different_ids():
     cells = [v4.new_code_cell("1") for _ in range(3)]
     ids = [cell.id for cell in clean(v4.new_notebook(cells=cells)).cells]
     assert len(set(ids)) == 3
 
 
 @pytest.mark.slow
-def test_executed_in_a_kernel_on_one_thread_with_warnings_seen():
+def test_execution_uses_one_thread_and_shows_warnings():
     source = "import os, warnings\nprint(os.environ['OMP_NUM_THREADS'])\nwarnings.warn('beware')"
     notebook = v4.new_notebook(cells=[v4.new_code_cell(source)])
     fresh = execute(notebook)
     assert not notebook.cells[0].outputs
     assert fresh.cells[0].outputs[0].text == "1\n"
-    (complaint,) = complaints(fresh)
-    assert "beware" in complaint
+    (warning,) = errors_and_warnings(fresh)
+    assert "beware" in warning

@@ -1,7 +1,6 @@
-"""The stored outputs of every notebook are those of its code as it stands.
+"""The stored outputs of every notebook equal those of a new execution.
 
-Two notebooks run at a time, each in a process and kernel of its own and by the command that stores
-them; each test waits for its own.
+Two notebooks run at a time, each in its own process and kernel; each test waits for its own.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ import nbformat
 import pytest
 
 from notebooks.run import NOTEBOOKS, find
-from tests.notebooks.comparison import complaints, differences
+from tests.notebooks.comparison import differences, errors_and_warnings
 
 STORED = find([])
 
 
 def execute(path, folder):
     command = [sys.executable, str(NOTEBOOKS / "run.py"), path.stem, "--into", str(folder)]
-    # A folder from which a relative path of the repository would lead nowhere.
+    # A folder in which relative paths of the repository do not exist.
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
 
 
@@ -43,10 +42,10 @@ def executions(request, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # about a minute each, and several where the machine is shared
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
-def test_stored_outputs_are_those_of_the_code(executions, path):
+def test_stored_outputs_equal_those_of_a_new_execution(executions, path):
     folder, futures = executions
     done = futures[path].result()
     assert done.returncode == 0, done.stderr
     fresh = nbformat.read(folder / path.name, as_version=4)
-    assert not complaints(fresh)
+    assert not errors_and_warnings(fresh)
     assert not differences(nbformat.read(path, as_version=4), fresh)

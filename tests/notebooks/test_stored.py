@@ -1,4 +1,4 @@
-"""What is stored of the notebooks is whole, small, and free of what changes from run to run."""
+"""Stored notebooks: executed in order, without errors, small, and the same on every machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import nbformat
 import pytest
 
 from notebooks.run import NOTEBOOKS, clean, find, main
-from tests.notebooks.comparison import complaints
+from tests.notebooks.comparison import errors_and_warnings
 
 STORED = find([])
 KIBIBYTES = 600
@@ -28,11 +28,11 @@ def test_every_cell_was_executed_in_order(path):
 
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
 def test_no_error_and_no_warning_is_stored(path):
-    assert not complaints(read(path))
+    assert not errors_and_warnings(read(path))
 
 
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
-def test_stored_as_the_command_stores_it(path):
+def test_notebook_is_stored_as_the_command_stores_it(path):
     notebook = read(path)
     nbformat.validate(notebook)
     assert clean(copy.deepcopy(notebook)) == notebook
@@ -40,7 +40,7 @@ def test_stored_as_the_command_stores_it(path):
 
 
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
-def test_reads_as_a_page(path):
+def test_notebook_has_one_title_and_no_paths_or_addresses(path):
     notebook = read(path)
     assert notebook.cells[0].cell_type == "markdown"
     titles = [
@@ -51,17 +51,17 @@ def test_reads_as_a_page(path):
         if line.startswith("# ")
     ]
     assert len(titles) == 1
-    # Addresses of objects and folders of one machine mean nothing to a reader.
+    # No addresses of objects and no folders of one machine.
     assert not re.search(r" at 0x[0-9a-f]+|/tmp/|/home/|/root/", nbformat.writes(notebook))
 
 
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
-def test_is_on_the_index_page(path):
+def test_notebook_is_on_the_index_page(path):
     page = (NOTEBOOKS.parent / "docs" / "notebooks" / "index.md").read_text()
     assert f"{{doc}}`{path.stem}`" in page
 
 
-def test_an_unknown_name_is_refused(capsys):
+def test_unknown_name_exits_with_2(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["99"])
     assert "got '99'" in capsys.readouterr().err

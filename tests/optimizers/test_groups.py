@@ -1,4 +1,4 @@
-"""Parameter groups: against Hugging Face's own choice, and against rates worked out by hand."""
+"""Parameter groups, compared with those of Hugging Face and with given learning rates."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_bigopt import (
 )
 from lightning_bigopt.examples import BytesGPT
 from lightning_bigopt.reporting.runs import read_run
-from tests.kit import QUIET
+from tests.helpers import QUIET
 
 
 def names_of(module: nn.Module, group: dict[str, Any]) -> set[str]:
@@ -43,7 +43,7 @@ class Net(nn.Module):
         self.head = nn.Linear(3, 1)
 
 
-def test_decay_is_that_of_hugging_faces_trainer(gpt2):
+def test_weight_decay_is_that_of_the_hugging_face_trainer(gpt2):
     from transformers import Trainer
 
     everything = dict(gpt2.named_parameters(remove_duplicate=False))  # lm_head is tied to wte
@@ -62,14 +62,14 @@ def test_tied_weights_count_once(gpt2):
     groups = parameter_groups(gpt2, weight_decay=0.1, lr=1.0, layer_decay=0.5)
     members = [id(parameter) for group in groups for parameter in group["params"]]
     assert len(members) == len(set(members)) == len(list(gpt2.parameters()))
-    torch.optim.AdamW(groups)  # which refuses a parameter in two groups
+    torch.optim.AdamW(groups)  # raises for a parameter in two groups
 
 
 def test_layers_of_a_gpt2_from_embedding_to_head(gpt2):
     groups = parameter_groups(gpt2, weight_decay=0.1, lr=2.0, layer_decay=0.8, min_factor=0.5)
     rates = {name: group["lr"] for group in groups for name in names_of(gpt2, group)}
     by_hand = {
-        "transformer.wte.weight": 2.0 * 0.5,  # 0.8⁴ = 0.41 is below the floor
+        "transformer.wte.weight": 2.0 * 0.5,  # 0.8⁴ = 0.41 is below min_factor
         "transformer.wpe.weight": 2.0 * 0.5,
         "transformer.h.0.attn.c_attn.weight": 2.0 * 0.8 * 0.8 * 0.8,
         "transformer.h.0.ln_1.weight": 2.0 * 0.8 * 0.8 * 0.8,
@@ -83,7 +83,7 @@ def test_layers_of_a_gpt2_from_embedding_to_head(gpt2):
     assert decays["transformer.h.1.mlp.c_fc.weight"] == 0.1
 
 
-def test_an_update_moves_each_layer_by_its_own_rate():
+def test_update_moves_each_layer_by_its_learning_rate():
     net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1))
     before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
     optimizer = torch.optim.SGD(
@@ -114,7 +114,7 @@ def test_patterns_for_layers_and_for_decay():
     }
 
 
-def test_a_bias_of_two_dimensions_does_not_decay():
+def test_bias_with_two_dimensions_has_no_weight_decay():
     net = nn.Sequential(nn.Linear(2, 2))
     net.bias = nn.Parameter(torch.zeros(2, 2))
     _, others = parameter_groups(net, weight_decay=0.1)
@@ -129,9 +129,9 @@ def test_frozen_parameters_are_left_out():
     assert groups[0]["name"] == "layer_0.decay"  # the first block
 
 
-def test_a_compiled_module_has_the_same_groups():
+def test_compiled_module_has_the_same_groups():
     net, compiled = Net(), nn.Module()
-    compiled._orig_mod = net  # what torch.compile makes, without its import of seconds
+    compiled._orig_mod = net  # as torch.compile does, without its import of several seconds
     options = {"lr": 1.0, "weight_decay": 0.1, "layer_decay": 0.5, "layers": ["embed.*", "*"]}
     plain, compiled = parameter_groups(net, **options), parameter_groups(compiled, **options)
     assert [g["name"] for g in plain] == [g["name"] for g in compiled]
@@ -143,8 +143,8 @@ def test_a_compiled_module_has_the_same_groups():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weight_decay": -0.1}, "weight_decay must be zero or more, got -0.1"),
-        ({"lr": -1.0}, "lr must be zero or more, got -1.0"),
+        ({"weight_decay": -0.1}, "weight_decay must be non-negative and finite, got -0.1"),
+        ({"lr": -1.0}, "lr must be non-negative and finite, got -1.0"),
         ({"lr": 1.0, "layer_decay": 1.5}, r"layer_decay must be in \(0, 1\], got 1.5"),
         ({"layer_decay": 0.8}, "lr must be given with layer_decay, got None"),
         ({"min_factor": 2.0}, r"min_factor must be in \[0, 1\], got 2.0"),
@@ -155,19 +155,19 @@ def test_a_compiled_module_has_the_same_groups():
         ),
         (
             {"lr": 1.0, "layer_decay": 0.8, "layers": ["embed.*", "head.*"]},
-            "layers must hold a pattern for every parameter, got none for 'blocks.0.weight'",
+            "layers must contain a pattern for every parameter, got none for 'blocks.0.weight'",
         ),
     ],
 )
-def test_bad_arguments_are_named(options, message):
+def test_invalid_arguments_raise_with_their_names(options, message):
     with pytest.raises(ValueError, match=message):
         parameter_groups(Net(), **{"weight_decay": 0.1, **options})
 
 
-def test_nothing_to_train_and_nothing_to_decay():
+def test_module_without_trainable_parameters_or_matrices_raises():
     with pytest.raises(ValueError, match="module must have a parameter to train, got none"):
         parameter_groups(nn.Tanh(), weight_decay=0.1)
-    with pytest.raises(ValueError, match="weight_decay must be 0 where no parameter has two dim"):
+    with pytest.raises(ValueError, match="weight_decay must be 0 if no parameter has two dim"):
         parameter_groups(nn.BatchNorm1d(3), weight_decay=0.1)
     (group,) = parameter_groups(nn.BatchNorm1d(3), weight_decay=0.0)
     assert group["name"] == "no_decay"
@@ -179,7 +179,7 @@ class LayerWise(BytesGPT):
         return torch.optim.AdamW(groups)
 
 
-def test_the_monitor_shows_the_scheduled_rate_of_every_layer(tmp_path):
+def test_monitor_logs_the_learning_rate_of_every_layer(tmp_path):
     L.seed_everything(0, verbose=False)
     module = LayerWise(lr=1e-2, width=8, layers=2, heads=2, length=8)
     trainer = L.Trainer(
@@ -206,6 +206,6 @@ def test_the_monitor_shows_the_scheduled_rate_of_every_layer(tmp_path):
         assert seen == pytest.approx([peak, peak * 3 / 4, peak / 2, peak / 4])
 
 
-def test_every_argument_is_keyword_only_but_the_module():
+def test_all_arguments_but_the_module_are_keyword_only():
     parameters = list(inspect.signature(parameter_groups).parameters.values())
     assert {p.kind for p in parameters[1:]} == {inspect.Parameter.KEYWORD_ONLY}

@@ -1,4 +1,4 @@
-"""Literal transcriptions of clipping methods, slow and plain, one tensor and one line at a time."""
+"""Clipping methods transcribed literally from their papers, one tensor and one line at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def norm(tensors: list[Tensor], p: float = 2.0) -> float:
-    """The norm of all tensors as one vector, in float64, element by element where it matters."""
+    """Computes the norm of all tensors as one vector, in float64."""
     flat = torch.cat([t.detach().double().reshape(-1).abs() for t in tensors])
     if not flat.numel():
         return 0.0
@@ -41,7 +41,7 @@ def agc(weight: Tensor, gradient: Tensor, clip_factor: float, eps: float) -> Ten
 def agc_loop_(
     parameters: list[torch.nn.Parameter], clip_factor: float = 0.01, eps: float = 1e-3
 ) -> None:
-    """AGC as it is usually written: one parameter at a time, all in tensors."""
+    """AGC as usually implemented: one parameter at a time."""
 
     def unitwise_norm(x: Tensor) -> Tensor:
         if x.ndim <= 1:
@@ -156,7 +156,7 @@ class StableAdamW:
 
 
 class SpikeGuard:
-    """Recent median and differences of the accepted log-norms, written as the rule is told."""
+    """NormSpike from its formula: recent median and differences of the accepted log-norms."""
 
     def __init__(
         self, window: int, armed: int, threshold: float, ratio: float, patience: int

@@ -1,6 +1,6 @@
-"""Schedules transcribed from their papers, in updates t of T, as slowly and literally as possible.
+"""Schedules transcribed literally from their papers, in updates t of T.
 
-Names are the papers'. Nothing here knows the package.
+Names are those of the papers. The module does not import the package.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def sgdr(t_cur: float, t_i: float, eta_min: float, eta_max: float) -> float:
 def sgdr_run(
     total: int, t_0: int, t_mult: int, eta_min: float, *, cycle_decay: float = 1.0
 ) -> list[float]:
-    """The same with restarts, counted update by update; timm's peaks shrink by ``cycle_decay``."""
+    """SGDR with restarts, update by update; peaks shrink by timm's ``cycle_decay``."""
     rates, t_cur, t_i, eta_max = [], 0, t_0, 1.0
     for _ in range(total):
         rates.append(sgdr(t_cur, t_i, eta_min, eta_max))
@@ -45,7 +45,7 @@ def triangular(iterations: int, stepsize: float, base_lr: float, max_lr: float) 
 
 
 def triangular2(iterations: int, stepsize: float, base_lr: float, max_lr: float) -> float:
-    """Smith 2017, Sec. 3.1: the difference is cut in half at the end of each cycle."""
+    """Smith 2017, Sec. 3.1: the amplitude is halved after each cycle."""
     cycle = math.floor(1 + iterations / (2 * stepsize))
     x = abs(iterations / stepsize - 2 * cycle + 1)
     return base_lr + (max_lr - base_lr) * max(0, 1 - x) / 2 ** (cycle - 1)

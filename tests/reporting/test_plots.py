@@ -1,3 +1,5 @@
+"""Plots of schedules."""
+
 from __future__ import annotations
 
 import sys
@@ -12,7 +14,7 @@ from lightning_bigopt.schedules import Linear, MultiStep, WarmupStableDecay
 mpl.use("agg")
 
 
-def test_the_line_is_the_schedule_on_the_axis_of_the_budget():
+def test_line_is_the_schedule_over_the_budget():
     schedule = WarmupStableDecay(warmup="50 steps", decay="20%", cooldown="linear")
     ax = plot_schedule(schedule, 1000)
     resolved = schedule.resolve(Horizon.of_steps(1000))
@@ -23,20 +25,20 @@ def test_the_line_is_the_schedule_on_the_axis_of_the_budget():
     assert seams == pytest.approx([50, 800])
 
 
-def test_a_jump_is_drawn_upright():
+def test_jump_is_drawn_as_a_vertical_line():
     ax = plot_schedule(MultiStep(milestones={"30.05%": 0.1}), 1000)
     xs, ys = ax.lines[0].get_data()
     width = min(b - a for a, b, y, z in zip(xs, xs[1:], ys, ys[1:], strict=False) if y != z)
-    assert width <= 1.0  # a thousandth of the axis
+    assert width <= 1.0  # 1/1000 of the axis
 
 
-def test_it_draws_on_given_axes_and_names_the_clock():
+def test_plot_uses_given_axes_and_labels_the_unit():
     ax = axes_of()
     assert plot_schedule(Linear(), Horizon(clock="tokens", budget=2e9), ax=ax) is ax
     assert ax.get_xlabel() == "tokens"
 
 
-def test_without_matplotlib_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch):
+def test_missing_matplotlib_raises_with_the_install_command(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ImportError, match=r"pip install 'lightning-bigopt\[plot\]'"):
         plot_schedule(Linear(), 100)

@@ -1,7 +1,8 @@
-"""The report of runs that ended well, were interrupted or killed, alone and side by side."""
+"""The report of runs that ended, were interrupted or killed; alone and side by side."""
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import signal
@@ -25,15 +26,15 @@ from lightning_bigopt import (
     OptimizationMonitor,
     WarmupCosine,
 )
-from lightning_bigopt.cli import main
+from lightning_bigopt.cli.__main__ import main
 from lightning_bigopt.reporting.report import clip_audit, render_report, write_report
 from lightning_bigopt.reporting.runs import Run, read_run
-from tests.kit import QUIET, Probe, loader
+from tests.helpers import QUIET, Probe, RaisesAtStep, loader
 
 ROOT = Path(__file__).parents[2]
 
 
-class Logging(Probe):
+class LoggingModule(Probe):
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         loss = super().training_step(batch, batch_idx)
         self.log("train_loss", loss)
@@ -50,12 +51,12 @@ def train(logger: Any, *more: Any, report: Path | None = None, **options: Any) -
             *more,
         ],
     )
-    trainer.fit(Logging(lr=0.01), loader(24, 2))
+    trainer.fit(LoggingModule(lr=0.01), loader(24, 2))
     return trainer
 
 
-class SelfContained(HTMLParser):
-    """Collects what a page would fetch, and its headings."""
+class PageParser(HTMLParser):
+    """Collects the URLs that a page would fetch, and its headings."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,16 +76,27 @@ class SelfContained(HTMLParser):
             self._in_heading = False
 
 
-def look(page: str) -> SelfContained:
-    parser = SelfContained()
+def parse(page: str) -> PageParser:
+    parser = PageParser()
     parser.feed(page)
     return parser
 
 
-def test_the_report_is_one_file_with_every_chart(tmp_path: Path) -> None:
-    trainer = train(TensorBoardLogger(tmp_path))
-    page = render_report([read_run(trainer.log_dir)])
-    found = look(page)
+@pytest.fixture(scope="module")
+def logged_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Returns a function: class and prefix of a logger → the logged run."""
+
+    @functools.cache
+    def of(kind: Any = TensorBoardLogger, prefix: str = "") -> Run:
+        logger = kind(tmp_path_factory.mktemp("run"), name=f"run{prefix}", prefix=prefix)
+        return read_run(train(logger).log_dir)
+
+    return of
+
+
+def test_report_is_one_file_with_every_chart(logged_run: Any) -> None:
+    page = render_report([logged_run()])
+    found = parse(page)
     assert found.fetched == []
     for heading in (
         "Loss",
@@ -95,7 +107,7 @@ def test_the_report_is_one_file_with_every_chart(tmp_path: Path) -> None:
         "Update-to-weight ratio",
         "Throughput",
         "Seconds per step",
-        "Clip audit",
+        "Clipping summary",
         "Plan",
     ):
         assert heading in found.headings, heading
@@ -103,7 +115,7 @@ def test_the_report_is_one_file_with_every_chart(tmp_path: Path) -> None:
     assert not re.search(r"url\((?!#)", page)
 
 
-def test_two_runs_stand_side_by_side_through_the_command(
+def test_command_shows_two_runs_side_by_side(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = train(TensorBoardLogger(tmp_path, version="one"))
@@ -117,95 +129,94 @@ def test_two_runs_stand_side_by_side_through_the_command(
     assert "<td>23</td><td>11</td>" in page
 
 
-def test_the_report_at_the_end_of_fit(tmp_path: Path) -> None:
+def test_report_is_written_at_the_end_of_fit(tmp_path: Path) -> None:
     train(TensorBoardLogger(tmp_path), report=tmp_path / "report.html")
     assert "train_loss" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize("logger", [False, DummyLogger()])
-def test_a_report_without_logs_to_read_is_refused_before_training(
-    logger: Any, tmp_path: Path
-) -> None:
-    stops = DiesAt(0, AssertionError)
+def test_report_without_readable_logs_raises_before_training(logger: Any, tmp_path: Path) -> None:
+    stops = RaisesAtStep(0, AssertionError())
     with pytest.raises(ValueError, match="logger must be a TensorBoardLogger or a CSVLogger"):
         train(logger, stops, report=tmp_path / "report.html")
 
 
-def test_a_report_without_its_libraries_is_refused_before_training(
+def test_report_without_its_libraries_raises_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_bigopt.callbacks.monitor.find_spec", lambda name: None)
+    monkeypatch.setattr("lightning_bigopt.callbacks.run_report.find_spec", lambda name: None)
     with pytest.raises(
         ImportError, match=r"jinja2 must be installed .* 'lightning-bigopt\[plot\]'"
     ):
-        train(CSVLogger(tmp_path), DiesAt(0, AssertionError), report=tmp_path / "report.html")
+        train(
+            CSVLogger(tmp_path), RaisesAtStep(0, AssertionError()), report=tmp_path / "report.html"
+        )
 
 
-def test_a_trial_run_writes_no_report(tmp_path: Path) -> None:
+def test_fast_dev_run_writes_no_report(tmp_path: Path) -> None:
     train(False, report=tmp_path / "report.html", fast_dev_run=True)
     assert not (tmp_path / "report.html").exists()
 
 
-def test_the_first_logger_whose_files_can_be_read_is_reported(tmp_path: Path) -> None:
+def test_first_logger_with_readable_files_is_reported(tmp_path: Path) -> None:
     train([DummyLogger(), CSVLogger(tmp_path)], report=tmp_path / "report.html")
     assert "train_loss" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])
-def test_a_prefix_of_the_logger_is_no_part_of_the_tags(kind: Any, tmp_path: Path) -> None:
-    plain, other = (train(kind(tmp_path, version=p, prefix=p), max_epochs=1) for p in ("", "x"))
-    assert read_run(other.log_dir).curves.keys() == read_run(plain.log_dir).curves.keys()
+def test_tags_are_read_without_the_prefix_of_the_logger(kind: Any, logged_run: Any) -> None:
+    assert logged_run(kind, "x").curves.keys() == logged_run(kind).curves.keys()
 
 
-def test_a_run_too_short_to_be_logged_says_that_it_has_no_report(
+def test_run_without_logged_values_logs_that_there_is_no_report(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO"):
         train(CSVLogger(tmp_path), report=tmp_path / "r.html", max_epochs=1, log_every_n_steps=500)
-    assert "No report was written: nothing had been logged" in caplog.text
+    assert "No report was written, because" in caplog.text
 
 
-def test_a_run_that_dies_at_once_keeps_its_error(tmp_path: Path) -> None:
+def test_error_in_the_first_batch_is_raised(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
-        train(CSVLogger(tmp_path), DiesAt(0, ZeroDivisionError), report=tmp_path / "report.html")
+        train(
+            CSVLogger(tmp_path),
+            RaisesAtStep(0, ZeroDivisionError()),
+            report=tmp_path / "report.html",
+        )
 
 
 @pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])
-def test_a_loggers_prefix_leaves_the_report_as_it_is(kind: Any, tmp_path: Path) -> None:
-    plain, prefixed = (
-        read_run(train(kind(tmp_path, name=f"run{prefix}", prefix=prefix)).log_dir)
-        for prefix in ("", "my-model")
-    )
+def test_prefix_of_the_logger_does_not_change_the_report(kind: Any, logged_run: Any) -> None:
+    plain, prefixed = logged_run(kind), logged_run(kind, "my-model")
     assert set(prefixed.curves) - {"epoch"} == set(plain.curves) - {"epoch"}
     assert prefixed.texts == plain.texts
-    assert look(render_report([prefixed])).headings[1:] == look(render_report([plain])).headings[1:]
+    pages = [parse(render_report([run])) for run in (prefixed, plain)]
+    assert pages[0].headings[1:] == pages[1].headings[1:]
 
 
-class Dies(L.Callback):
-    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        if trainer.global_step == 5:
-            raise ZeroDivisionError
-
-
-def into_a_file(tmp_path: Path) -> Path:
+def path_inside_a_file(tmp_path: Path) -> Path:
     (tmp_path / "file").touch()
     return tmp_path / "file" / "report.html"
 
 
 @pytest.mark.filterwarnings("ignore:The report .* could not be written")
-def test_a_report_that_cannot_be_written_does_not_hide_what_ended_the_run(tmp_path: Path) -> None:
+def test_report_that_cannot_be_written_does_not_hide_the_error_of_the_run(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
-        train(TensorBoardLogger(tmp_path), Dies(), report=into_a_file(tmp_path))
+        train(
+            TensorBoardLogger(tmp_path),
+            RaisesAtStep(5, ZeroDivisionError()),
+            report=path_inside_a_file(tmp_path),
+        )
 
 
-def test_a_report_that_cannot_be_written_does_not_end_the_script(tmp_path: Path) -> None:
+def test_report_that_cannot_be_written_gives_a_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"could not be written .*bigopt report "):
-        trainer = train(TensorBoardLogger(tmp_path), report=into_a_file(tmp_path))
+        trainer = train(TensorBoardLogger(tmp_path), report=path_inside_a_file(tmp_path))
     assert trainer.global_step == 24
 
 
-def test_a_csv_is_in_its_file_at_every_logged_step(tmp_path: Path) -> None:
-    class Reads(L.Callback):
+def test_csv_file_is_complete_at_every_logged_step(tmp_path: Path) -> None:
+    class ReadsItsFile(L.Callback):
         seen: tuple[int, ...] = ()
 
         def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
@@ -215,31 +226,34 @@ def test_a_csv_is_in_its_file_at_every_logged_step(tmp_path: Path) -> None:
                 last = (trainer.global_step - 2) // 2 * 2 + 1
                 assert self.seen == tuple(range(1, last + 1, 2))
 
-    reads = Reads()
+    reads = ReadsItsFile()
     train(CSVLogger(tmp_path), reads, max_epochs=1)
     assert len(reads.seen) == 5
 
 
-def test_the_plan_is_a_table_with_the_rates_that_the_schedule_multiplies(tmp_path: Path) -> None:
-    run = read_run(train(TensorBoardLogger(tmp_path)).log_dir)
-    page = render_report([run])
-    assert "<td>SGD</td><td><code>lr 0.01, " in page  # not the warm-up's 0.0
+def test_plan_in_the_report_is_a_table_with_base_learning_rates(logged_run: Any) -> None:
+    page = render_report([logged_run()])
+    assert "<td>SGD</td><td><code>lr 0.01, " in page  # not the 0.0 at the start of the warm-up
     assert "<td>gradient clipping</td><td><code>NormClip(max_norm=9.0" in page
     assert "|---|" not in page
 
 
-def test_the_share_of_clipped_updates_is_that_of_the_run(tmp_path: Path) -> None:
-    module, threshold = Logging(lr=0.01), 9.0
+def test_fraction_of_clipped_updates_is_that_of_the_run(tmp_path: Path) -> None:
+    module, threshold = LoggingModule(lr=0.01), 9.0
     norms: list[float] = []
 
-    class Notes(L.Callback):
+    class RecordsNorms(L.Callback):
         def on_after_backward(self, *args: Any) -> None:
             squares = [p.grad.double().square().sum() for p in module.parameters()]
             norms.append(float(sum(squares)) ** 0.5)
 
     trainer = L.Trainer(
         **{**QUIET, "logger": CSVLogger(tmp_path), "log_every_n_steps": 4, "max_epochs": 2},
-        callbacks=[Notes(), GradientClipping(NormClip(max_norm=threshold)), OptimizationMonitor()],
+        callbacks=[
+            RecordsNorms(),
+            GradientClipping(NormClip(max_norm=threshold)),
+            OptimizationMonitor(),
+        ],
     )
     trainer.fit(module, loader(24, 2))
     share = sum(norm > threshold for norm in norms) / len(norms)
@@ -248,29 +262,21 @@ def test_the_share_of_clipped_updates_is_that_of_the_run(tmp_path: Path) -> None
     assert line.startswith(f"clip: {100 * share:.1f} % of the updates")
 
 
-class DiesAt(L.Callback):
-    def __init__(self, step: int, error: type[BaseException]) -> None:
-        self.step, self.error = step, error
-
-    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
-        if trainer.global_step == self.step:
-            raise self.error
-
-
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
 @pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])
-def test_an_interrupted_run_is_logged_up_to_its_last_logging_step(
+def test_interrupted_run_is_logged_up_to_its_last_logging_step(
     error: type[BaseException], kind: Any, tmp_path: Path
 ) -> None:
     logger = kind(tmp_path)
     with pytest.raises((ZeroDivisionError, KeyboardInterrupt, SystemExit)):
-        train(logger, DiesAt(9, error), report=tmp_path / "report.html")
+        train(logger, RaisesAtStep(9, error()), report=tmp_path / "report.html")
     run = read_run(logger.log_dir)
     assert [step for step, _ in run.curves["grad_norm/total"]] == [1, 3, 5, 7]
     assert "<svg" in (tmp_path / "report.html").read_text()
 
 
-def test_a_killed_run_is_logged_up_to_its_last_logging_step(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_killed_run_is_logged_up_to_its_last_logging_step(tmp_path: Path) -> None:
     script = f"""
         import os, signal, time
         from pathlib import Path
@@ -278,13 +284,13 @@ def test_a_killed_run_is_logged_up_to_its_last_logging_step(tmp_path: Path) -> N
         from lightning.pytorch.loggers import TensorBoardLogger
         from tests.reporting.test_report import train
 
-        class Kills(L.Callback):
+        class KillsProcess(L.Callback):
             def on_train_batch_start(self, trainer, *args):
                 if trainer.global_step == 9:
-                    time.sleep(0.2)  # the writer's thread gets its turn, as in any longer step
+                    time.sleep(0.2)  # lets the writer thread run
                     os.kill(os.getpid(), signal.SIGKILL)
 
-        train(TensorBoardLogger({str(tmp_path)!r}, version="killed"), Kills())
+        train(TensorBoardLogger({str(tmp_path)!r}, version="killed"), KillsProcess())
     """
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -301,26 +307,24 @@ def test_a_killed_run_is_logged_up_to_its_last_logging_step(tmp_path: Path) -> N
     assert [s for s, _ in read_run(folder).curves["grad_norm/total"]] == [1, 3, 5, 7]
     assert "<svg" in write_report([folder], tmp_path / "report.html").read_text()
     (file,) = folder.glob("events*")
-    file.write_bytes(file.read_bytes()[:-7])  # as if the disk had been full
+    file.write_bytes(file.read_bytes()[:-7])  # a truncated file
     assert [s for s, _ in read_run(folder).curves["grad_norm/total"]][:3] == [1, 3, 5]
 
 
-def test_a_folder_without_logs_is_an_error_with_a_way_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_folder_without_logs_raises(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 1
-    assert "logdir must hold TensorBoard events or a metrics.csv" in capsys.readouterr().err
+    assert "logdir must contain TensorBoard events or a metrics.csv" in capsys.readouterr().err
 
 
-def test_what_is_no_folder_says_so(tmp_path: Path) -> None:
+def test_path_that_is_no_folder_raises(tmp_path: Path) -> None:
     file = tmp_path / "events.out.tfevents.1"
     file.touch()
-    for path, what in ((file, "a file"), (tmp_path / "nowhere", "nothing there")):
+    for path, what in ((file, "is a file"), (tmp_path / "nowhere", "does not exist")):
         with pytest.raises(ValueError, match=rf"logdir must be a folder, got .*{what}; pass"):
             read_run(path)
 
 
-def test_a_report_may_be_asked_for_by_one_path_and_not_by_none(tmp_path: Path) -> None:
+def test_report_of_one_path_and_of_none(tmp_path: Path) -> None:
     trainer = train(CSVLogger(tmp_path), max_epochs=1)
     page = write_report(str(trainer.log_dir), tmp_path / "report.html")
     assert "train_loss" in page.read_text()
@@ -328,21 +332,21 @@ def test_a_report_may_be_asked_for_by_one_path_and_not_by_none(tmp_path: Path) -
         write_report([], tmp_path / "none.html")
 
 
-def test_a_report_into_a_folder_is_refused_before_training(tmp_path: Path) -> None:
+def test_folder_as_report_raises_before_training(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"report must be the name of a file, got the folder"):
-        train(CSVLogger(tmp_path), DiesAt(0, AssertionError), report=tmp_path)
+        train(CSVLogger(tmp_path), RaisesAtStep(0, AssertionError()), report=tmp_path)
     with pytest.raises(ValueError, match=r"output must be the name of a file, got the folder"):
         write_report([tmp_path], tmp_path)
 
 
-def test_the_folder_of_several_runs_names_them(tmp_path: Path) -> None:
+def test_folder_of_several_runs_raises_and_lists_them(tmp_path: Path) -> None:
     for version in ("a", "b"):
         train(CSVLogger(tmp_path, version=version), max_epochs=1)
     with pytest.raises(ValueError, match=r"one run, got 2 .*lightning_logs/a"):
         read_run(tmp_path)
 
 
-def test_names_are_escaped_and_gaps_drawn() -> None:
+def test_names_are_escaped_and_non_finite_values_are_counted() -> None:
     curve = [(0, 1.0), (1, float("nan")), (2, float("inf")), (3, 2.0)]
     run = Run(name="<b>&", curves={"grad_norm/total": curve, "loss<script>": curve})
     page = render_report([run])
@@ -352,9 +356,10 @@ def test_names_are_escaped_and_gaps_drawn() -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "words"), [(1.0, "almost always"), (0.0, "never acted"), (0.3, "30.0 %")]
+    ("share", "words"),
+    [(1.0, "Almost every update"), (0.0, "No update was clipped"), (0.3, "30.0 %")],
 )
-def test_the_clip_audit_says_what_clipping_was(share: float, words: str) -> None:
+def test_clip_audit_describes_the_clipped_fraction(share: float, words: str) -> None:
     curves = {
         "clip/coefficient": [(t, 1 - share / 2) for t in range(3)],
         "clip/fraction": [(t, share) for t in range(3)],
@@ -362,7 +367,7 @@ def test_the_clip_audit_says_what_clipping_was(share: float, words: str) -> None
     assert any(words in line for line in clip_audit(Run(name="a", curves=curves)))
 
 
-def test_a_resumed_csv_goes_back() -> None:
+def test_csv_of_a_resumed_run_is_put_in_order() -> None:
     from lightning_bigopt.reporting.runs import _in_order
 
     assert _in_order([(0, 1.0), (2, 2.0), (4, 3.0), (2, 5.0), (3, 6.0)]) == [

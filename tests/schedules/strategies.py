@@ -1,4 +1,4 @@
-"""Schedules of every kind with random arguments, for the laws that all of them obey."""
+"""Hypothesis strategies: every schedule with random arguments."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ falling = st.one_of(
     st.builds(s.REX, end=factor),
     st.builds(s.Cooldown, shape=fall, end=factor),
 )
-"""Shapes without a rise or a jump, from 1 (or a constant) down."""
+"""Schedules without a rise or a jump, from 1 (or a constant) down."""
 
 warmed_up = st.one_of(
     st.builds(s.WarmupConstant, **recipe),
@@ -60,7 +60,7 @@ warmed_up = st.one_of(
     one_cycle,
     st.builds(s.Noam, warmup=share),
 )
-"""One rise, then a fall."""
+"""Schedules with one rise, then a fall."""
 
 smooth = st.one_of(
     falling,
@@ -75,9 +75,9 @@ smooth = st.one_of(
         cycle_decay=decay,
     ),
 )
-"""Everything without a jump."""
+"""Schedules without a jump."""
 
-stairs = st.one_of(
+stepped = st.one_of(
     st.builds(s.StepDecay, decay=decay, every=period),
     st.builds(s.MultiStep, points),
     st.builds(
@@ -88,7 +88,7 @@ stairs = st.one_of(
         end=factor,
     ),
 )
-simple = smooth | stairs
+simple = smooth | stepped
 
 
 @st.composite
@@ -105,6 +105,6 @@ composed = st.one_of(
     st.builds(s.Seesaw, st.one_of(falling, warmup_linear, warmup_cosine, stable)),
 )
 anything = simple | composed | st.builds(s.Warmup, share, composed) | chains(composed)
-"""Two levels deep."""
+"""Schedules of all kinds, nested up to two levels deep."""
 
 moments = st.floats(0.0, 1.0)

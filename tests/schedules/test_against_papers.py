@@ -1,4 +1,4 @@
-"""Our factors against the papers' formulas, transcribed in tests/oracles/schedules.py, to 1e-12."""
+"""Factors compared with the formulas of the papers (tests/oracles/schedules.py), to 1e-12."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class TestPapers:
         assert_same(ours, total, lambda t: t / warmup if t < warmup else paper.power(t, warmup, b))
 
     def test_power_scheduler_with_its_linear_tail(self, total: int, warmup: int):
-        """The last tenth of the budget falls in a straight line from wherever the law stands."""
+        """In the last tenth of the budget the factor falls linearly from the power law to zero."""
         tail = total - total // 10
         law = Warmup(warmup, Power(-0.51, timescale=warmup))
         ours = Chain([(tail, law), Linear()], seams="scale")
@@ -134,7 +134,7 @@ class TestPapers:
         expected = paper.sgdr_run(total, warmup, multiplier, 1e-12, cycle_decay=decay)
         assert_same(ours, total, lambda t: expected[t])
 
-    def test_a_peak_does_not_sink_below_the_end(self, total: int, warmup: int):
+    def test_peaks_do_not_fall_below_the_end(self, total: int, warmup: int):
         ours = CosineWithRestarts(first_cycle=1, cycle_decay=0.1, end=0.05).values(total)
         assert ours[:2] == [1.0, pytest.approx(0.1)]
         assert all(factor == pytest.approx(0.05) for factor in ours[2:])

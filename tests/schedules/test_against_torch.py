@@ -1,4 +1,4 @@
-"""Our factors against torch's own schedulers, stepped in the test, to 1e-12."""
+"""Factors compared with torch's schedulers, to 1e-12."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Make = Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]
 
 
 def rates(make: Make, total: int) -> list[float]:
-    """The learning rates of the updates 0 … total - 1, base 1."""
+    """Returns the learning rates of the updates 0 … total - 1 for the base 1."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
     scheduler, found = make(optimizer), []
     for _ in range(total):
@@ -122,8 +122,8 @@ def test_cyclic_lr(up: int, down: int | None, mode: str):
 
 @pytest.mark.parametrize(("strategy", "shape"), [("cos", "cosine"), ("linear", "linear")])
 @pytest.mark.parametrize(("total", "pct"), [(10, 0.3), (101, 0.25), (333, 0.5)])
-def test_one_cycle_lr_on_its_own_clock(total: int, pct: float, strategy: str, shape: str):
-    """torch's cycle peaks at pct * total - 1 and ends at total - 1, ours at its share and at T."""
+def test_one_cycle_lr_with_shifted_updates(total: int, pct: float, strategy: str, shape: str):
+    """torch's cycle peaks at ``pct * total - 1`` and ends at ``total - 1``: one update earlier."""
     ours = OneCycle(
         warmup=(pct * total - 1) / (total - 1), start=1 / 25, end=1 / 25 / 1e4, shape=shape
     )
@@ -136,7 +136,7 @@ def test_one_cycle_lr_on_its_own_clock(total: int, pct: float, strategy: str, sh
     assert_same(ours, make, total - 1)
 
 
-def test_one_cycle_in_three_phases_is_a_chain():
+def test_one_cycle_in_three_phases_equals_a_chain():
     total, pct = 101, 0.3
     rise, back = pct * total - 1, 2 * pct * total - 2
     clock = total - 1
@@ -156,7 +156,7 @@ def test_one_cycle_in_three_phases_is_a_chain():
     assert_same(ours, make, total - 1)
 
 
-def test_sequential_lr_is_a_chain():
+def test_sequential_lr_equals_a_chain():
     total, first = 100, 30
     ours = Chain([(first, Constant(0.25)), Exponential(decay=0.9, every=1)], seams="jump")
 
@@ -170,7 +170,7 @@ def test_sequential_lr_is_a_chain():
     assert_same(ours, make, total)
 
 
-def test_chained_scheduler_is_a_product():
+def test_chained_scheduler_equals_a_product():
     total = 100
     ours = Product([StepDecay(decay=0.5, every=20), Linear()])
 
@@ -185,7 +185,7 @@ def test_chained_scheduler_is_a_product():
 
 
 @pytest.mark.parametrize(("strategy", "shape"), [("cos", "cosine"), ("linear", "linear")])
-def test_swalr_is_a_cooldown(strategy: str, shape: str):
+def test_swalr_equals_a_cooldown(strategy: str, shape: str):
     total, epochs = 100, 30
     ours = Constant().with_cooldown(0.0, over=epochs / total, shape=shape, end=0.1)
 

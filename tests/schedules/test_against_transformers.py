@@ -1,4 +1,4 @@
-"""Our factors against transformers' own functions, over a grid of arguments, to 1e-12."""
+"""Factors compared with the functions of transformers, over a grid of arguments, to 1e-12."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RUNS = [(1, 0), (10, 0), (10, 3), (97, 1), (100, 10), (100, 99), (1000, 37), (10
 
 
 def factors(make, total: int, **arguments) -> list[float]:
-    """transformers' factors of the updates 0 … total, the end included."""
+    """Returns transformers' factors of the updates 0 … total, the end included."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     (function,) = make(optimizer, **arguments).lr_lambdas
     return [float(function(step)) for step in range(total + 1)]
@@ -63,7 +63,7 @@ class TestWithWarmup:
         expected = factors(hf.get_cosine_schedule_with_warmup, total, **run)
         assert_same(WarmupCosine(warmup=warmup, end=0.0), expected, total)
 
-    def test_three_half_waves_are_a_chain(self, total: int, warmup: int):
+    def test_three_half_waves_equal_a_chain(self, total: int, warmup: int):
         run = {"num_warmup_steps": warmup, "num_training_steps": total, "num_cycles": 1.5}
         expected = factors(hf.get_cosine_schedule_with_warmup, total, **run)
         wave = [(1 / 3, Cosine()), (1 / 3, Cosine(start=0.0, end=1.0)), Cosine()]
@@ -94,7 +94,9 @@ class TestWithWarmup:
     def test_inverse_sqrt(self, total: int, warmup: int, timescale: int | None):
         run = {"num_warmup_steps": warmup, "timescale": timescale}
         expected = factors(hf.get_inverse_sqrt_schedule, total, **run)
-        if timescale is None and not warmup:  # transformers' own fallback, which ours asks for
+        if (
+            timescale is None and not warmup
+        ):  # the default of transformers, which must be given here
             timescale = 10_000
         ours = WarmupInverseSquareRoot(warmup=warmup, timescale=timescale)
         assert_same(ours, expected, total)
@@ -130,8 +132,8 @@ def test_wsd(total: int, warmup: int, decay: int, *, floor: float, cooldown: str
 
 @pytest.mark.parametrize(("total", "warmup"), [(10, 2), (100, 10), (997, 31)])
 @pytest.mark.parametrize("rate", [0.0, 0.1])
-def test_cosine_warmup_with_min_lr_is_ours_one_update_later(total: int, warmup: int, rate: float):
-    """transformers counts this one schedule from 1, every other from 0."""
+def test_cosine_warmup_with_min_lr_is_one_update_ahead(total: int, warmup: int, rate: float):
+    """transformers counts the updates of this schedule from 1, those of all others from 0."""
     expected = factors(
         hf.get_cosine_with_min_lr_schedule_with_warmup_lr_rate,
         total,

@@ -1,4 +1,4 @@
-"""Stairs, restarts and seams fall on exactly the update that integers say."""
+"""Steps, restarts and boundaries fall on the update that integer arithmetic gives."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ runs = st.integers(1, 1500)
 
 
 @given(runs, st.integers(1, 400))
-def test_stairs(total: int, every: int):
+def test_steps(total: int, every: int):
     factors = StepDecay(decay=0.5, every=every).values(total)
     assert factors == [0.5 ** (step // every) for step in range(total)]
 
 
-def test_stairs_at_every_length_up_to_200():
+def test_steps_of_every_length_up_to_200():
     for total in (360, 997):
         for every in range(1, 200):
-            stair = [round(-math.log2(f)) for f in StepDecay(decay=0.5, every=every).values(total)]
-            assert stair == [step // every for step in range(total)], (total, every)
+            passed = [round(-math.log2(f)) for f in StepDecay(decay=0.5, every=every).values(total)]
+            assert passed == [step // every for step in range(total)], (total, every)
 
 
 @given(runs, st.integers(0, 3000), st.integers(1, 400))
-def test_stairs_after_a_warmup_count_from_its_end(total: int, warmup: int, every: int):
+def test_steps_after_a_warmup_count_from_its_end(total: int, warmup: int, every: int):
     warmup = min(warmup, total - 1)
     factors = Warmup(warmup, StepDecay(decay=0.5, every=every)).values(total)
     for step in range(warmup, total):
@@ -47,10 +47,10 @@ def test_stairs_after_a_warmup_count_from_its_end(total: int, warmup: int, every
 
 
 @given(runs, st.integers(1, 3000), st.integers(1, 400))
-def test_stairs_in_a_part_of_a_chain_end_with_it(total: int, first: int, every: int):
+def test_steps_in_a_part_of_a_chain_end_with_it(total: int, first: int, every: int):
     first = min(first, total)
-    stairs = StepDecay(decay=0.5, every=every)
-    factors = Chain([(first, stairs), Constant(0.3)], seams="jump").values(total)
+    steps = StepDecay(decay=0.5, every=every)
+    factors = Chain([(first, steps), Constant(0.3)], seams="jump").values(total)
     expected = [0.5 ** (step // every) if step < first else 0.3 for step in range(total)]
     assert factors == expected
 
@@ -64,9 +64,9 @@ def test_parts_of_a_chain_change_at_the_sum_of_their_updates(lengths: list[int],
     assert chain.values(sum(lengths) + rest) == expected
 
 
-def test_parts_whose_shares_add_up_beside_their_update():
+def test_parts_whose_fractions_round_to_another_update():
     chain = Chain([("10%", Constant(0.1)), ("20%", Constant(0.2)), Constant(0.3)], seams="jump")
-    assert 0.1 + 0.2 > 300 / 1000, "what rounding makes of it"
+    assert 0.1 + 0.2 > 300 / 1000, "the sum is rounded up"
     assert chain.values(1000)[299:301] == [0.2, 0.3]
 
 
@@ -106,13 +106,13 @@ def test_no_restart_at_the_end_of_the_budget():
     assert schedule(1.0) == pytest.approx(0.1, abs=1e-12)
     assert schedule(7.0) == schedule(1.0)
     assert list(schedule.boundaries().values()) == [0.25, 0.5, 0.75]
-    growing = CosineWithRestarts(first_cycle=1 / 7, cycle_multiplier=2)
-    assert growing(1.0) == pytest.approx(0.0, abs=1e-12)
-    assert len(growing.boundaries()) == 2
+    doubling = CosineWithRestarts(first_cycle=1 / 7, cycle_multiplier=2)
+    assert doubling(1.0) == pytest.approx(0.0, abs=1e-12)
+    assert len(doubling.boundaries()) == 2
 
 
 @given(runs, st.integers(1, 60), st.integers(1, 60))
-def test_feet_and_peaks_of_a_cycle(total: int, up: int, down: int):
+def test_minima_and_maxima_of_a_cycle(total: int, up: int, down: int):
     factors = Cyclic(low=0.0, up=up, down=down).values(total)
     for step in range(0, total, up + down):
         assert factors[step] == pytest.approx(0.0, abs=1e-9)
@@ -121,7 +121,7 @@ def test_feet_and_peaks_of_a_cycle(total: int, up: int, down: int):
 
 
 @given(runs, st.integers(0, 3000), st.integers(0, 3000))
-def test_wsd_is_exactly_one_between_its_seams(total: int, warmup: int, decay: int):
+def test_wsd_is_exactly_one_between_its_boundaries(total: int, warmup: int, decay: int):
     warmup = min(warmup, total - 1)
     decay = min(decay, total - warmup)
     for cooldown in ("linear", "1-sqrt"):
@@ -134,7 +134,7 @@ def test_wsd_is_exactly_one_between_its_seams(total: int, warmup: int, decay: in
 
 
 @given(runs, st.integers(0, 1000), st.integers(0, 1000), st.integers(0, 1000))
-def test_infinite_schedule_fits_any_split(total: int, warmup: int, decay: int, cooldown: int):
+def test_infinite_schedule_with_any_lengths(total: int, warmup: int, decay: int, cooldown: int):
     warmup = min(warmup, total)
     decay = min(decay, total - warmup)
     cooldown = min(cooldown, total - warmup - decay)
@@ -146,18 +146,18 @@ def test_infinite_schedule_fits_any_split(total: int, warmup: int, decay: int, c
 
 
 @given(runs, st.integers(1, 3000))
-def test_corners_are_exact(total: int, corner: int):
+def test_points_of_a_piecewise_schedule_are_exact(total: int, corner: int):
     corner = min(corner, total)
     assert PiecewiseLinear({0: 0.25, corner: 0.75}).resolve(Horizon.of_steps(total))(
         corner / total
     ) == pytest.approx(0.75, abs=1e-15)
 
 
-# ------------------------------------------------------------------------------ growing updates
+# -------------------------------------------------------------------------------- growing batches
 
 
-def growing(clock: str = "steps") -> tuple[Horizon, list[int]]:
-    """A run whose batch doubles twice, and the samples consumed before each of its updates."""
+def growing_run(clock: str = "steps") -> tuple[Horizon, list[int]]:
+    """Returns a run whose batch doubles twice, and the samples consumed before each update."""
     sizes = [16] * 100 + [32] * 50 + [64] * 150
     spans = tuple([Span(updates=n, samples=b) for n, b in ((100, 16), (50, 32), (150, 64))])
     consumed = [sum(sizes[:step]) for step in range(len(sizes) + 1)]
@@ -166,29 +166,29 @@ def growing(clock: str = "steps") -> tuple[Horizon, list[int]]:
 
 
 @pytest.mark.parametrize("every", [16, 64, 160, 1000, 3200, 9999, 12800, 10**6])
-def test_stairs_in_samples_follow_the_samples_through_a_ramp(every: int):
-    horizon, consumed = growing()
+def test_steps_in_samples_with_a_growing_batch(every: int):
+    horizon, consumed = growing_run()
     resolved = StepDecay(decay=0.9, every=f"{every} samples").resolve(horizon)
     for step in range(300):
         assert resolved(step / 300) == pytest.approx(0.9 ** (consumed[step] // every), rel=1e-12)
 
 
 @pytest.mark.parametrize("first", [100, 1600, 2500])
-def test_restarts_in_samples_follow_the_samples_through_a_ramp(first: int):
-    horizon, consumed = growing()
+def test_restarts_in_samples_with_a_growing_batch(first: int):
+    horizon, consumed = growing_run()
     schedule = CosineWithRestarts(first_cycle=f"{first} samples", cycle_multiplier=2.0)
     resolved = schedule.resolve(horizon)
     alone = schedule.resolve(Horizon(clock="samples", budget=consumed[-1]))
     for step in range(300):
         expected = alone(consumed[step] / consumed[-1])
         assert resolved(step / 300) == pytest.approx(expected, abs=1e-9)
-    seams = [round(at * 300, 6) for at in resolved.boundaries().values()]
-    assert seams == sorted(seams)
-    assert len(seams) == len(alone.boundaries())
+    restarts = [round(at * 300, 6) for at in resolved.boundaries().values()]
+    assert restarts == sorted(restarts)
+    assert len(restarts) == len(alone.boundaries())
 
 
-def test_stairs_in_samples_after_a_warmup_in_samples_through_a_ramp():
-    horizon, consumed = growing()
+def test_steps_in_samples_after_a_warmup_in_samples_with_a_growing_batch():
+    horizon, consumed = growing_run()
     schedule = Warmup("2000 samples", StepDecay(decay=0.9, every="1000 samples"))
     resolved = schedule.resolve(horizon)
     for step in range(300):
@@ -197,8 +197,8 @@ def test_stairs_in_samples_after_a_warmup_in_samples_through_a_ramp():
             assert resolved(step / 300) == pytest.approx(expected, rel=1e-12)
 
 
-def test_under_a_budget_in_samples_a_ramp_changes_nothing():
-    horizon, consumed = growing("samples")
+def test_budget_in_samples_does_not_depend_on_the_batch():
+    horizon, consumed = growing_run("samples")
     plain = Horizon(clock="samples", budget=consumed[-1])
     schedules = [
         WarmupStableDecay(warmup="1000 samples", decay="3000 samples"),
@@ -209,8 +209,8 @@ def test_under_a_budget_in_samples_a_ramp_changes_nothing():
         assert schedule.resolve(horizon) == schedule.resolve(plain)
 
 
-def test_a_decay_in_samples_is_counted_from_the_end_through_a_ramp():
-    horizon, consumed = growing()
+def test_decay_in_samples_is_counted_from_the_end_with_a_growing_batch():
+    horizon, consumed = growing_run()
     resolved = WarmupStableDecay(warmup="800 samples", decay="6400 samples").resolve(horizon)
     assert resolved.boundaries() == pytest.approx(
         {"warmup ends": 50 / 300, "cooldown starts": 200 / 300}
@@ -218,8 +218,8 @@ def test_a_decay_in_samples_is_counted_from_the_end_through_a_ramp():
     assert consumed[300] - consumed[200] == 6400
 
 
-def test_epochs_follow_the_batches_of_a_run_with_tails():
-    """7 batches an epoch, 3 to an update: 2 whole updates and a tail in each of 4 epochs."""
+def test_epochs_with_partial_windows():
+    """7 batches an epoch, 3 per update: 2 whole windows and a partial one in each of 4 epochs."""
     spans = (Span(updates=2, batches=3), Span(updates=1, batches=1)) * 4
     horizon = Horizon(clock="steps", budget=12, spans=spans, batches_per_epoch=7)
     resolved = StepDecay(decay=0.5, every="1 epoch").resolve(horizon)

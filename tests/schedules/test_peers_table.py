@@ -1,4 +1,4 @@
-"""The table of peers' names is complete, and what it tells users to write can be written."""
+"""The table of other libraries' schedules is complete, and its code runs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_every_style_of_megatron_has_a_row(name: str):
     assert any(f'lr_decay_style="{name}"' in row[0] for row in rows("Megatron-LM"))
 
 
-def ours() -> list[str]:
+def own_schedules() -> list[str]:
     cells = [row[2] for row in rows("transformers")]
     for title in ("torch.optim.lr_scheduler", "timm", "Megatron-LM"):
         cells += [row[1] for row in rows(title)]
@@ -59,13 +59,15 @@ def ours() -> list[str]:
     return sorted({snippet for snippet in code if re.match(r"[A-Z]\w*\(", snippet)})
 
 
-@pytest.mark.parametrize("snippet", [code for code in ours() if "Hyperparameter" not in code])
-def test_what_stands_in_the_table_can_be_written(snippet: str):
+@pytest.mark.parametrize(
+    "snippet", [code for code in own_schedules() if "Hyperparameter" not in code]
+)
+def test_code_in_the_table_runs(snippet: str):
     schedule = eval(snippet, dict(NAMES), dict(SYMBOLS))
     assert isinstance(schedule, Schedule)
     resolved = schedule.resolve(Horizon.of_steps(1000, steps_per_epoch=100))
     assert 0.0 <= resolved(0.5) <= 1.0
 
 
-def test_there_is_something_to_check():
-    assert len(ours()) > 30
+def test_table_has_code_to_check():
+    assert len(own_schedules()) > 30

@@ -1,4 +1,4 @@
-"""How long a factor takes: printed for everyone, asserted with room for a busy machine."""
+"""The time to evaluate a schedule, with a generous limit for a busy machine."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PLAIN = [getattr(schedules, name)() for name in schedules.__all__ if name not in
 
 
 @pytest.mark.parametrize("schedule", [*PLAIN, *COMPOSED], ids=lambda s: type(s).__name__)
-def test_a_factor_takes_microseconds(schedule: Schedule):
+def test_factor_takes_microseconds(schedule: Schedule):
     schedule(0.0)
     best = max(
         min(timeit.repeat(lambda f=moment: schedule(f), number=100, repeat=30)) / 100 * 1e6

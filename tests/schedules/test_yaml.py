@@ -1,4 +1,4 @@
-"""Every schedule can be written in YAML, nested ones too, and comes back from its own dump."""
+"""Schedules in YAML, also nested: parsed, saved, and parsed again."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PLAIN = {*schedules.__all__} - {"Chain", "Clamp", "Product", "Schedule", "Seesaw
 
 
 class Callback:
-    """Takes schedules as our callbacks do."""
+    """Takes schedules as the callbacks do."""
 
     def __init__(self, schedule: Schedule, groups: dict[str, Schedule] | None = None) -> None:
         self.schedule = schedule
@@ -48,8 +48,8 @@ def parser() -> ArgumentParser:
     return made
 
 
-def read(text: str) -> Callback:
-    """Parses, dumps, parses the dump, and finds the same schedules."""
+def read_and_compare(text: str) -> Callback:
+    """Parses, saves, parses again, and compares the schedules."""
     made = parser()
     config = made.parse_string(text)
     first = instantiate(made, config)
@@ -66,31 +66,31 @@ def instantiate(made: ArgumentParser, config: Namespace) -> Callback:
     return callback
 
 
-def written(value: Any) -> Any:
-    """A schedule as the plain data that a user would write."""
+def as_plain_data(value: Any) -> Any:
+    """Returns a schedule as plain data for YAML."""
     if isinstance(value, Schedule):
-        arguments = {f.name: written(getattr(value, f.name)) for f in fields(value)}
+        arguments = {f.name: as_plain_data(getattr(value, f.name)) for f in fields(value)}
         return {"class_path": type(value).__name__, "init_args": arguments}
     if isinstance(value, Duration):
         return str(value)
     if isinstance(value, tuple):
-        return [written(item) for item in value]
+        return [as_plain_data(item) for item in value]
     return value
 
 
 @pytest.mark.parametrize("name", sorted(PLAIN))
-def test_by_name_alone_with_its_defaults(name: str):
+def test_schedule_by_name_has_its_defaults(name: str):
     made = getattr(schedules, name)()
-    assert read(f"callback: {{schedule: {{class_path: {name}}}}}").schedule == made
+    assert read_and_compare(f"callback: {{schedule: {{class_path: {name}}}}}").schedule == made
     full = f"callback: {{schedule: {{class_path: lightning_bigopt.schedules.{name}}}}}"
-    assert read(full).schedule == made
+    assert read_and_compare(full).schedule == made
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(some.simple | some.composed)
-def test_any_schedule_survives_yaml(schedule: Schedule):
-    text = yaml.safe_dump({"callback": {"schedule": written(schedule)}})
-    assert read(text).schedule == schedule
+def test_any_schedule_is_equal_after_yaml(schedule: Schedule):
+    text = yaml.safe_dump({"callback": {"schedule": as_plain_data(schedule)}})
+    assert read_and_compare(text).schedule == schedule
 
 
 @pytest.mark.parametrize(
@@ -109,12 +109,12 @@ def test_any_schedule_survives_yaml(schedule: Schedule):
         ("{value: 10, unit: steps}", "10 steps"),
     ],
 )
-def test_a_duration_in_yaml_means_what_it_means_in_python(every: str, expected: str):
+def test_duration_in_yaml_equals_that_in_python(every: str, expected: str):
     text = f"callback: {{schedule: {{class_path: Exponential, init_args: {{every: {every}}}}}}}"
-    assert read(text).schedule == Exponential(every=expected)
+    assert read_and_compare(text).schedule == Exponential(every=expected)
 
 
-def test_a_table_is_a_dict_in_yaml():
+def test_table_is_a_dict_in_yaml():
     text = """
     callback:
       schedule:
@@ -125,12 +125,12 @@ def test_a_table_is_a_dict_in_yaml():
           class_path: PiecewiseLinear
           init_args: {points: {0%: 0.0, 100 steps: 1.0, 500: 1e-1}}
     """
-    callback = read(text)
+    callback = read_and_compare(text)
     assert callback.schedule == MultiStep({"30%": 0.5, "60%": 0.1})
     assert callback.groups == {"head": PiecewiseLinear({"0%": 0.0, 100: 1.0, 500: 0.1})}
 
 
-def test_a_nested_chain():
+def test_nested_chain():
     text = """
     callback:
       schedule:
@@ -155,12 +155,12 @@ def test_a_nested_chain():
                   - {class_path: StepDecay, init_args: {every: 1 epoch}}
     """
     last = Clamp(Product([Linear(), StepDecay(every="1 epoch")]), low=0.1)
-    assert read(text).schedule == Chain(
+    assert read_and_compare(text).schedule == Chain(
         [("30%", Warmup(100, Constant())), (200, Cosine(end=0.5)), last], seams="scale"
     )
 
 
-def test_on_the_command_line():
+def test_schedule_on_the_command_line():
     made = parser()
     arguments = [
         "--callback.schedule=WarmupStableDecay",
@@ -174,10 +174,19 @@ def test_on_the_command_line():
 
 def test_seesaw_around_a_recipe():
     text = "callback: {schedule: {class_path: Seesaw, init_args: {schedule: WarmupCosine}}}"
-    assert read(text).schedule == Seesaw(WarmupCosine())
+    assert read_and_compare(text).schedule == Seesaw(WarmupCosine())
 
 
-def test_bad_values_are_reported_by_name():
+def test_invalid_values_raise_with_their_names():
     text = "callback: {schedule: {class_path: WarmupCosine, init_args: {warmup: 10 sheep}}}"
     with pytest.raises(ValueError, match="warmup must have one of the units"):
         instantiate(parser(), parser().parse_string(text))
+
+
+def test_clamp_of_version_0_1_loads_and_one_with_unit_lr_raises():
+    text = "callback: {{schedule: {{class_path: Clamp, init_args: {{{}}}}}}}"
+    saved = "schedule: {class_path: Linear}, low: 0.1, high: null, unit: factor"
+    assert read_and_compare(text.format(saved)).schedule == Clamp(Linear(), low=0.1)
+    absolute = text.format("schedule: {class_path: Linear}, low: 1.0e-5, unit: lr")
+    with pytest.raises(ValueError, match=r"LearningRateScheduler\(schedule, min_lr=1e-05\)"):
+        instantiate(parser(), parser().parse_string(absolute))

@@ -1,4 +1,4 @@
-"""GlobalBatchFinder: only sizes that ran, nothing left behind. The error is raised at a size."""
+"""GlobalBatchFinder with a simulated memory limit: the found size, and everything restored."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lightning_bigopt import (
     GlobalBatchFinder,
     GlobalBatchLoader,
 )
-from tests.kit import QUIET, Probe, Regression, loader
+from tests.helpers import QUIET, Probe, Regression, loader
 
 
-class Tight(Probe):
-    """Runs out of memory above a number of samples."""
+class LimitedMemory(Probe):
+    """Raises OutOfMemoryError above a number of samples."""
 
-    tried: ClassVar[list[int]] = []  # of the class: what is the module's own is put back
+    tried: ClassVar[list[int]] = []  # on the class: attributes of the module are restored
 
     def __init__(self, limit: int = 11, **options: Any) -> None:
         super().__init__(optimizer=torch.optim.AdamW, **options)
@@ -43,20 +43,20 @@ class Tight(Probe):
         return loss
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """The probe's truth knows no dropout."""
+        """Disabled: the expected gradient of Probe has no dropout."""
 
     def train_dataloader(self) -> Any:
         torch.rand(1)
         return DataLoader(Regression(96), batch_size=self.micro_batch_size, shuffle=True)
 
 
-class Freeze(L.Callback):
-    """Compares everything with what it was before the search."""
+class RecordsEverything(L.Callback):
+    """Records everything that a search may change."""
 
     def __init__(self) -> None:
         self.before: list[Any] = []
 
-    def look(self, trainer: L.Trainer, module: Any) -> list[Any]:
+    def record(self, trainer: L.Trainer, module: Any) -> list[Any]:
         return [
             {name: value.clone() for name, value in module.state_dict().items()},
             [dict(optimizer.state) for optimizer in trainer.optimizers],
@@ -68,18 +68,20 @@ class Freeze(L.Callback):
         ]
 
 
-class Before(Freeze):
+class RecordsBefore(RecordsEverything):
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self.before = self.look(trainer, pl_module)
+        self.before = self.record(trainer, pl_module)
 
 
-class After(Freeze):
+class RecordsAfter(RecordsEverything):
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self.before = self.look(trainer, pl_module)
+        self.before = self.record(trainer, pl_module)
         pl_module.frozen = True
 
 
-def search(module: Tight, data: Any = None, **options: Any) -> tuple[GlobalBatchFinder, L.Trainer]:
+def search(
+    module: LimitedMemory, data: Any = None, **options: Any
+) -> tuple[GlobalBatchFinder, L.Trainer]:
     finder = GlobalBatchFinder(**{"global_batch_size": 48, "smallest": 2, **options})
     callbacks = [finder, BatchSizeScheduler(ConstantBatchSize(finder.global_batch_size))]
     trainer = L.Trainer(**QUIET, max_steps=1, callbacks=callbacks)
@@ -87,8 +89,8 @@ def search(module: Tight, data: Any = None, **options: Any) -> tuple[GlobalBatch
     return finder, trainer
 
 
-def test_the_size_found_ran_and_divides_and_keeps_headroom() -> None:
-    module = Tight(limit=13)
+def test_found_size_ran_divides_the_batch_and_keeps_headroom() -> None:
+    module = LimitedMemory(limit=13)
     finder, trainer = search(module)
     assert finder.found is not None
     assert finder.found.largest == 12
@@ -97,17 +99,17 @@ def test_the_size_found_ran_and_divides_and_keeps_headroom() -> None:
     assert trainer.train_dataloader.batch_size == 8
 
 
-def test_a_global_batch_loader_is_told() -> None:
+def test_found_size_is_set_on_a_global_batch_loader() -> None:
     data = GlobalBatchLoader(Regression(96), micro_batch_size=1)
-    finder, _ = search(Tight(limit=200), data, headroom=0.0, search="power")
+    finder, _ = search(LimitedMemory(limit=200), data, headroom=0.0, search="power")
     assert data.micro_batch_size == 16
     assert finder.found is not None
     assert finder.found.largest == 16
 
 
-def test_everything_is_as_it_was() -> None:
-    before, after, module = Before(), After(), Tight()
-    Tight.tried.clear()
+def test_search_restores_everything() -> None:
+    before, after, module = RecordsBefore(), RecordsAfter(), LimitedMemory()
+    LimitedMemory.tried.clear()
     callbacks = [before, GlobalBatchFinder(global_batch_size=48, smallest=2), after]
     L.Trainer(**QUIET, max_steps=1, callbacks=callbacks).fit(module)
     assert len(module.tried) > 5
@@ -121,17 +123,17 @@ def test_everything_is_as_it_was() -> None:
     assert first[5:] == second[5:]
 
 
-def test_what_cannot_work_says_why() -> None:
+def test_unsupported_uses_raise() -> None:
     with pytest.raises(ValueError, match="fit into memory"):
-        search(Tight(limit=1))
+        search(LimitedMemory(limit=1))
     with pytest.raises(ValueError, match="minimum must leave a size"):
-        search(Tight(), smallest=49)
-    with pytest.raises(ValueError, match="attribute must name"):
-        search(Tight(), attribute="nothing")
-    with pytest.raises(ValueError, match="attribute must name"):
-        search(Tight(), loader(8, 2))
+        search(LimitedMemory(), smallest=49)
+    with pytest.raises(ValueError, match="attribute must be the name"):
+        search(LimitedMemory(), attribute="nothing")
+    with pytest.raises(ValueError, match="attribute must be the name"):
+        search(LimitedMemory(), loader(8, 2))
     with pytest.raises(ValueError, match="with a length and an index"):
-        search(Tight(), [1, 2, 3])
+        search(LimitedMemory(), [1, 2, 3])
     for bad in (
         {"global_batch_size": 0},
         {"global_batch_size": 8, "headroom": 1.0},
@@ -141,23 +143,23 @@ def test_what_cannot_work_says_why() -> None:
             GlobalBatchFinder(**bad)
 
 
-def test_other_errors_are_not_mistaken_for_memory() -> None:
-    class Broken(Tight):
+def test_other_errors_are_raised() -> None:
+    class Failing(LimitedMemory):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             raise ArithmeticError("on purpose")
 
     with pytest.raises(ArithmeticError, match="on purpose"):
-        search(Broken())
+        search(Failing())
 
 
-def test_batch_norm_over_processes_is_refused_where_there_are_several(
+def test_sync_batch_norm_with_several_processes_raises(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # DDP itself takes SyncBatchNorm on GPUs only, so no fit of two processes gets here on a CPU.
-    module, finder = Tight(), GlobalBatchFinder(global_batch_size=24)
+    # DDP supports SyncBatchNorm on GPUs only, so no fit of two processes on a CPU gets here.
+    module, finder = LimitedMemory(), GlobalBatchFinder(global_batch_size=24)
     module.norm = torch.nn.SyncBatchNorm(4)
     trainer = L.Trainer(**QUIET)
-    finder._refuse(trainer, module)
+    finder._check_supported(trainer, module)
     monkeypatch.setattr(L.Trainer, "world_size", 2)
-    with pytest.raises(ValueError, match=r"hold no SyncBatchNorm .* got one and 2 processes"):
-        finder._refuse(trainer, module)
+    with pytest.raises(ValueError, match=r"contain no SyncBatchNorm .* got one and 2 processes"):
+        finder._check_supported(trainer, module)

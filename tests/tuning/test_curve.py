@@ -1,3 +1,5 @@
+"""The curve of a range test: smoothing, slope, valley and suggestion."""
+
 from __future__ import annotations
 
 import itertools
@@ -20,20 +22,20 @@ def test_smoothing_is_the_bias_corrected_average_of_adam(losses: list[float], de
         assert found == pytest.approx(average / (1 - decay**t), rel=1e-9, abs=1e-9)
 
 
-def test_what_is_not_finite_enters_no_average():
+def test_non_finite_losses_are_not_averaged():
     assert smooth([1.0, math.nan, math.inf, 3.0], 0.5)[-1] == smooth([1.0, 3.0], 0.5)[-1]
     assert math.isnan(smooth([math.nan], 0.5)[0])
 
 
-def test_rates_are_equally_far_apart_on_a_logarithmic_axis():
+def test_learning_rates_have_a_constant_ratio():
     rates = exponential_rates(1e-7, 1.0, 100)
     assert (rates[0], rates[-1]) == (1e-7, pytest.approx(1.0, rel=1e-12))
     ratios = [b / a for a, b in itertools.pairwise(rates)]
     assert max(ratios) == pytest.approx(min(ratios), rel=1e-9)
 
 
-def test_the_slope_is_taken_against_the_logarithm_of_the_rate():
-    """Against the rate itself the first of two equal drops would always win."""
+def test_slope_is_taken_against_the_logarithm_of_the_learning_rate():
+    """Against the learning rate itself, the first of two equal drops is the steepest."""
     rates = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
     losses = (5.0, 4.9, 4.6, 3.0, 2.9)
     against_log = [
@@ -48,7 +50,7 @@ def test_the_slope_is_taken_against_the_logarithm_of_the_rate():
 
 
 @given(LOSSES)
-def test_the_valley_is_the_middle_of_the_longest_decreasing_subsequence(losses: list[float]):
+def test_valley_is_the_middle_of_the_longest_decreasing_subsequence(losses: list[float]):
     rates = exponential_rates(1e-3, 1.0, len(losses))
     longest, ends = 0, set()
     for size in range(1, len(losses) + 1):
@@ -61,10 +63,10 @@ def test_the_valley_is_the_middle_of_the_longest_decreasing_subsequence(losses: 
     assert any(valley(rates, losses) == pytest.approx(m) for m in middles)
 
 
-def test_a_noisy_start_is_skipped():
+def test_noisy_start_is_skipped():
     rates = exponential_rates(1e-6, 1.0, 61)
     losses = [5 - 4 / (1 + (1e-3 / rate) ** 2) + (10 * rate) ** 2 for rate in rates]
-    losses[1] = 100.0  # falls very fast to the next point
+    losses[1] = 100.0  # a steep drop to the next point
     found = RangeTest(learning_rates=rates, losses=tuple(losses), smoothing=0.0, skip=10)
     assert found.suggestion == pytest.approx(1e-3, rel=0.3)
     assert found.bracket is not None
@@ -74,18 +76,18 @@ def test_a_noisy_start_is_skipped():
 
 
 @pytest.mark.parametrize("losses", [[1.0 + i for i in range(30)], [2.0] * 30, [math.nan] * 30])
-def test_a_loss_that_never_falls_suggests_nothing(losses: list[float]):
+def test_loss_that_never_falls_gives_no_suggestion(losses: list[float]):
     found = RangeTest(learning_rates=exponential_rates(1e-3, 1, 30), losses=tuple(losses))
     assert found.suggestion is None
     assert found.bracket is None
 
 
-def test_a_sweep_that_ended_at_once_suggests_nothing():
+def test_sweep_of_one_point_gives_no_suggestion():
     found = RangeTest(learning_rates=(1e-7,), losses=(math.nan,))
     assert found.suggestion is None
 
 
-def test_the_picture_shows_the_suggestion():
+def test_plot_shows_the_suggestion():
     rates = exponential_rates(1e-6, 1.0, 61)
     losses = [5 - 4 / (1 + (1e-3 / rate) ** 2) for rate in rates]
     found = RangeTest(learning_rates=rates, losses=tuple(losses))

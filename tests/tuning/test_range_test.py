@@ -1,4 +1,4 @@
-"""The range test in real fits: the sweep, the rate that is used afterwards, and no trace."""
+"""The range test in fits: the sweep, the use of its result, and the state restored after it."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from lightning_bigopt import (
 )
 from lightning_bigopt.examples.gpt import BytesGPT
 from lightning_bigopt.examples.text import SourceText
-from tests.kit import QUIET, cpu_precision
+from tests.helpers import QUIET, cpu_precision
 
-TRUTH = torch.randn(6, 1, generator=torch.Generator().manual_seed(3))
+WEIGHTS = torch.randn(6, 1, generator=torch.Generator().manual_seed(3))
 
 
 def data(samples: int = 240, batch_size: int = 8, **options: Any) -> DataLoader[Any]:
     x = torch.randn(samples, 6, generator=torch.Generator().manual_seed(1))
-    return DataLoader(TensorDataset(x, x @ TRUTH), batch_size=batch_size, **options)
+    return DataLoader(TensorDataset(x, x @ WEIGHTS), batch_size=batch_size, **options)
 
 
 class Model(L.LightningModule):
-    """A regression with everything that a sweep must put back."""
+    """A regression with every kind of state that a sweep must restore."""
 
     def __init__(self, lr: float = 0.01, *, dropout: float = 0.0, noise: float = 0.0) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Model(L.LightningModule):
         self.metric = MeanMetric()
         self.seen: list[float] = []
         self.rates: list[tuple[float, ...]] = []
-        self.outside: list[list[float]] = []  # survives, because it is not the list that it holds
+        self.outside: list[list[float]] = []  # not restored: a list inside a list
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
@@ -70,8 +70,8 @@ class Model(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=self.lr)
 
 
-class Witness(L.Callback):
-    """A user's callback with state, that no sweep may reach."""
+class CountsBatches(L.Callback):
+    """A user's callback with state, which a sweep must not change."""
 
     def __init__(self) -> None:
         self.batches = 0
@@ -89,17 +89,17 @@ def fit(module: L.LightningModule, *callbacks: Any, loader: Any = None, **option
 # ----------------------------------------------------------------------------------- the sweep
 
 
-def test_the_sweep_is_ordinary_training_at_rising_rates() -> None:
-    """Against a loop by hand."""
-    module, test = Model(), LearningRateRangeTest(start=1e-5, end=1.0, steps=40, then="report")
-    twin = copy.deepcopy(module)
+def test_sweep_equals_training_with_exponentially_rising_learning_rates() -> None:
+    """Compares with a plain loop."""
+    module, test = Model(), LearningRateRangeTest(start=1e-5, end=1.0, steps=40, on_result="report")
+    copied = copy.deepcopy(module)
     fit(module, test)
-    optimizer, losses, found = twin.configure_optimizers(), [], test.result
+    optimizer, losses, found = copied.configure_optimizers(), [], test.result
     assert found is not None
     batches = [batch for _ in range(2) for batch in data()]
     for t, (x, y) in enumerate(batches[: len(found.losses)]):
         optimizer.param_groups[0]["lr"] = 1e-5 * (1.0 / 1e-5) ** (t / 39)
-        loss = nn.functional.mse_loss(twin.net(x), y)
+        loss = nn.functional.mse_loss(copied.net(x), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -110,8 +110,8 @@ def test_the_sweep_is_ordinary_training_at_rising_rates() -> None:
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 @pytest.mark.parametrize("accumulate", [1, 4])
-def test_it_works_in_any_precision_and_accumulation(precision: str, accumulate: int) -> None:
-    test = LearningRateRangeTest(then="report", steps=60, start=1e-5)
+def test_sweep_with_mixed_precision_and_accumulation(precision: str, accumulate: int) -> None:
+    test = LearningRateRangeTest(on_result="report", steps=60, start=1e-5)
     fit(
         Model(),
         test,
@@ -123,22 +123,24 @@ def test_it_works_in_any_precision_and_accumulation(precision: str, accumulate: 
     assert 1e-4 < test.result.suggestion < 1.0
 
 
-def test_an_accumulated_point_is_the_mean_of_its_window() -> None:
-    one, four = (LearningRateRangeTest(then="report", steps=20, start=1e-9, end=1e-8) for _ in "ab")
+def test_accumulated_point_is_the_mean_loss_of_its_window() -> None:
+    one, four = (
+        LearningRateRangeTest(on_result="report", steps=20, start=1e-9, end=1e-8) for _ in "ab"
+    )
     fit(Model(), one, loader=data(batch_size=32, drop_last=True))
     fit(Model(), four, loader=data(batch_size=8), accumulate_grad_batches=4)
-    # BatchNorm sees other batches, the loss at a rate of nothing is otherwise the same.
+    # The losses differ by BatchNorm only, which normalizes other batches.
     assert one.result is not None and four.result is not None  # noqa: PT018
     assert four.result.losses[:7] == pytest.approx(one.result.losses[:7], rel=0.2)
 
 
-def test_it_stops_where_the_loss_diverges() -> None:
-    class Unbounded(Model):
+def test_sweep_stops_when_the_loss_diverges() -> None:
+    class PlainSGD(Model):
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=self.lr)
 
-    test = LearningRateRangeTest(then="report", end=1e6)
-    fit(Unbounded(), test)
+    test = LearningRateRangeTest(on_result="report", end=1e6)
+    fit(PlainSGD(), test)
     assert test.result is not None
     assert test.result.diverged
     assert len(test.result.losses) < 100
@@ -146,14 +148,14 @@ def test_it_stops_where_the_loss_diverges() -> None:
     assert test.result.suggestion < 10.0
 
 
-def test_clipping_takes_part_and_a_ramp_stands_at_its_first_batch() -> None:
+def test_sweep_clips_and_uses_the_first_batch_size() -> None:
     found = []
     for max_norm in (1e-6, 1e6):
-        module, test = Model(), LearningRateRangeTest(then="report", steps=30)
+        module, test = Model(), LearningRateRangeTest(on_result="report", steps=30)
         policy = BatchSizeScheduler(BatchSizeSteps({"0%": 16, "20%": 48}))
         trainer = fit(module, test, GradientClipping(NormClip(max_norm=max_norm)), policy)
         found.append(test.result)
-        assert trainer.global_step < 15  # the real run ramped
+        assert trainer.global_step < 15  # the training itself ramps
     # 15 windows of 16 an epoch, so that 30 updates are exactly two epochs.
     assert all(result is not None and len(result.losses) == 30 for result in found)
 
@@ -161,19 +163,19 @@ def test_clipping_takes_part_and_a_ramp_stands_at_its_first_batch() -> None:
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=self.lr)
 
-    moved = []
+    last_losses = []
     for max_norm in (1e-6, 1e6):
-        test = LearningRateRangeTest(then="report", steps=30, end=0.1)
+        test = LearningRateRangeTest(on_result="report", steps=30, end=0.1)
         fit(Plain(), test, GradientClipping(NormClip(max_norm=max_norm)))
         assert test.result is not None
-        moved.append(test.result.smoothed[-1])
-    assert moved[0] > moved[1]
+        last_losses.append(test.result.smoothed[-1])
+    assert last_losses[0] > last_losses[1]
 
 
-# ------------------------------------------------------------------------ what is used afterwards
+# ---------------------------------------------------------------------------- use of the result
 
 
-def test_our_scheduler_uses_the_rate_found_whatever_the_order() -> None:
+def test_learning_rate_scheduler_uses_the_suggestion_in_any_order() -> None:
     for first in (True, False):
         module, test = Model(), LearningRateRangeTest()
         scheduler = LearningRateScheduler(Linear())
@@ -186,7 +188,7 @@ def test_our_scheduler_uses_the_rate_found_whatever_the_order() -> None:
         assert module.lr == module.hparams.lr == found
 
 
-def test_a_plain_optimizer_uses_it_and_groups_keep_their_ratios() -> None:
+def test_optimizer_groups_use_the_suggestion_and_keep_their_ratios() -> None:
     class Grouped(Model):
         def configure_optimizers(self) -> Any:
             return torch.optim.AdamW(
@@ -204,7 +206,7 @@ def test_a_plain_optimizer_uses_it_and_groups_keep_their_ratios() -> None:
     assert module.rates == [(found, pytest.approx(4 * found, rel=1e-6))] * 30
 
 
-def test_a_scheduler_of_the_modules_own_goes_on_from_it() -> None:
+def test_scheduler_of_the_module_uses_the_suggestion() -> None:
     class Scheduled(Model):
         def configure_optimizers(self) -> Any:
             optimizer = super().configure_optimizers()
@@ -221,7 +223,7 @@ def test_a_scheduler_of_the_modules_own_goes_on_from_it() -> None:
     assert module.rates == [(pytest.approx(rate * factor, rel=1e-9),) for (rate,) in untested.rates]
 
 
-def test_a_resumed_run_is_not_tested_again(tmp_path: Path) -> None:
+def test_resumed_run_is_not_tested_again(tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)
     straight, test = Model(), LearningRateRangeTest()
     scheduler = LearningRateScheduler(Linear())
@@ -233,15 +235,15 @@ def test_a_resumed_run_is_not_tested_again(tmp_path: Path) -> None:
     assert resumed.rates[0] == straight.rates[10]
 
 
-# ------------------------------------------------------------------------------------- no trace
+# -------------------------------------------------------------------------------- restored state
 
 
 @pytest.mark.parametrize("how", ["callback", "function"])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_the_training_after_it_is_the_one_without_it_to_the_bit(
+def test_training_after_the_test_equals_training_without_it_to_the_bit(
     how: str, workers: int, tmp_path: Path
 ) -> None:
-    def build() -> tuple[Model, DataLoader[Any], Witness, CSVLogger]:
+    def build() -> tuple[Model, DataLoader[Any], CountsBatches, CSVLogger]:
         module = Model(dropout=0.3, noise=0.1)
         random.seed(1)
         np.random.seed(2)  # noqa: NPY002
@@ -249,21 +251,21 @@ def test_the_training_after_it_is_the_one_without_it_to_the_bit(
         generator = torch.Generator().manual_seed(4)
         options: dict[str, Any] = {"num_workers": workers, "persistent_workers": bool(workers)}
         loader = data(shuffle=True, generator=generator, **options)
-        return module, loader, Witness(), CSVLogger(tmp_path, name=f"{len(runs)}")
+        return module, loader, CountsBatches(), CSVLogger(tmp_path, name=f"{len(runs)}")
 
     runs: list[Any] = []
     for tested in (False, True):
-        module, loader, witness, logger = build()
-        callbacks: list[Any] = [witness, LearningRateScheduler(Linear())]
+        module, loader, counter, logger = build()
+        callbacks: list[Any] = [counter, LearningRateScheduler(Linear())]
         if tested and how == "callback":
-            callbacks.insert(1, LearningRateRangeTest(then="report", steps=40))
+            callbacks.insert(1, LearningRateRangeTest(on_result="report", steps=40))
         options: dict[str, Any] = {"max_epochs": 2, "logger": logger, "log_every_n_steps": 1}
         trainer = L.Trainer(**{**QUIET, "callbacks": callbacks, **options})
         if tested and how == "function":
             found = learning_rate_range_test(trainer, module, loader, steps=40)
             assert found.suggestion is not None
             assert trainer.global_step == trainer.current_epoch == 0
-            assert trainer.callbacks[0] is witness
+            assert trainer.callbacks[0] is counter
             assert module.lr == 0.01
             assert not Path(logger.log_dir).exists()
         trainer.fit(module, loader)
@@ -271,13 +273,13 @@ def test_the_training_after_it_is_the_one_without_it_to_the_bit(
         optimizer = copy.deepcopy(trainer.optimizers[0].state_dict())
         randoms = (random.random(), float(np.random.rand()), float(torch.rand(1)))  # noqa: NPY002
         logged = (Path(logger.log_dir) / "metrics.csv").read_text()
-        runs.append((state, optimizer, randoms, logged, module.seen, module.rates, witness.batches))
+        runs.append((state, optimizer, randoms, logged, module.seen, module.rates, counter.batches))
     plain, tested_run = runs
     torch.testing.assert_close(tested_run[:2], plain[:2], rtol=0, atol=0)
     assert tested_run[2:] == plain[2:]
 
 
-def test_a_sweep_that_raises_leaves_no_trace_either() -> None:
+def test_sweep_that_raises_restores_everything() -> None:
     class Failing(Model):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             if batch_idx == 5 and self.fails:
@@ -296,16 +298,16 @@ def test_a_sweep_that_raises_leaves_no_trace_either() -> None:
     assert trainer.global_step == 30
 
 
-def test_the_function_may_set_the_modules_rate() -> None:
+def test_function_sets_the_lr_of_the_module_with_on_result_use() -> None:
     module = Model()
     trainer = L.Trainer(**QUIET, max_epochs=1)
-    found = learning_rate_range_test(trainer, module, data(), then="use")
+    found = learning_rate_range_test(trainer, module, data(), on_result="use")
     assert module.lr == found.suggestion
     trainer.fit(module, data())
     assert module.rates[0] == (found.suggestion,)
 
 
-def test_a_training_step_without_a_loss_raises() -> None:
+def test_training_step_without_a_loss_raises() -> None:
     class Manual(Model):
         def __init__(self) -> None:
             super().__init__()
@@ -326,14 +328,14 @@ def test_a_training_step_without_a_loss_raises() -> None:
     [
         ({"start": 0.0}, r"start and end must be 0 < start < end, got 0\.0"),
         ({"start": 1.0, "end": 0.1}, "start and end must be"),
-        ({"steps": 12}, "steps must be at least skip"),
+        ({"steps": 12}, "steps must be a number of updates of at least 13"),
         ({"skip": -1}, "skip must be a non-negative number of points, got -1"),
-        ({"smoothing": 1.0}, "smoothing must be from 0 to below 1"),
+        ({"smoothing": 1.0}, r"smoothing must be in \[0, 1\)"),
         ({"stop_at": 1.0}, "stop_at must be above 1"),
-        ({"then": "train"}, "then must be 'use' or 'report', got 'train'"),
+        ({"on_result": "train"}, "on_result must be 'use' or 'report', got 'train'"),
     ],
 )
-def test_bad_arguments_name_themselves(options: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_raise_with_their_names(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LearningRateRangeTest(**options)
 
@@ -342,10 +344,10 @@ def test_bad_arguments_name_themselves(options: dict[str, Any], message: str) ->
 
 
 @pytest.mark.slow
-def test_on_the_demos_gpt_it_is_near_the_tuned_rate_where_lightnings_finder_is_not(
+def test_suggestion_for_the_demo_is_closer_than_that_of_the_finder_of_lightning(
     tmp_path: Path,
 ) -> None:
-    """The best of a grid for this model is between 6e-3 (WSD) and 1.2e-2 (linear to zero)."""
+    """A grid search found 6e-3 (WSD) and 1.2e-2 (linear to zero) for this model."""
     torch.manual_seed(0)
     text = SourceText()
     quiet: dict[str, Any] = {**QUIET, "logger": CSVLogger(tmp_path)}

@@ -1,4 +1,4 @@
-"""Handwritten digits: a data module, a scheduler of its own, validation, early stopping."""
+"""Handwritten digits: a data module, its own scheduler, validation, early stopping."""
 
 import lightning as L
 import torch

@@ -1,4 +1,4 @@
-"""Three Lightning scripts that were not written for this package get its callbacks."""
+"""Three Lightning scripts that were not written for this package, with its callbacks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = [
 ]
 
 
-def quiet(folder: Path) -> dict[str, Any]:
+def quiet_options(folder: Path) -> dict[str, Any]:
     return {
         "logger": TensorBoardLogger(folder, name="", version=""),
         "enable_progress_bar": False,
@@ -46,15 +46,15 @@ def series(folder: Path, tag: str) -> list[float]:
     return list(read_scalars(folder)[tag].values())
 
 
-def test_a_gan_in_manual_optimization(tmp_path: Path) -> None:
+def test_gan_under_manual_optimization(tmp_path: Path) -> None:
     callbacks = [
         LearningRateScheduler(WarmupCosine(warmup="25%", end=0.0)),
         GradientClipping(NormClip(max_norm=0.05)),
         StepGuard(),
         OptimizationMonitor(),
     ]
-    trainer = gan.main(callbacks=callbacks, **quiet(tmp_path))
-    # 4 epochs of 8 batches: both optimizers follow one curve, each from its own rate.
+    trainer = gan.main(callbacks=callbacks, **quiet_options(tmp_path))
+    # 4 epochs of 8 batches: both optimizers follow one schedule from their own learning rates.
     scalars = read_scalars(tmp_path)
     expected = [t / 8 if t < 8 else (1 + math.cos(math.pi * (t - 8) / 24)) / 2 for t in range(32)]
     for name, base in (("Adam-0", 2e-3), ("Adam-1", 4e-3)):
@@ -69,12 +69,12 @@ def test_a_gan_in_manual_optimization(tmp_path: Path) -> None:
     assert trainer.global_step == 64
 
 
-def test_a_gan_is_told_that_its_batches_are_its_own(tmp_path: Path) -> None:
+def test_batch_size_scheduler_raises_for_the_gan(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"automatic_optimization must be True .*; "):
-        gan.main(callbacks=[BatchSizeScheduler(ConstantBatchSize(64))], **quiet(tmp_path))
+        gan.main(callbacks=[BatchSizeScheduler(ConstantBatchSize(64))], **quiet_options(tmp_path))
 
 
-def ours(**options: Any) -> list[L.Callback]:
+def our_callbacks(**options: Any) -> list[L.Callback]:
     return [
         LearningRateScheduler(WarmupStableDecay(warmup="25%", decay="25%"), **options),
         GradientClipping(ZClip()),
@@ -85,18 +85,24 @@ def ours(**options: Any) -> list[L.Callback]:
     ]
 
 
-def test_a_classifier_is_told_of_its_own_scheduler_and_of_the_clipping_left_on(
+def test_classifier_raises_for_its_scheduler_and_for_gradient_clip_val(
     tmp_path: Path,
 ) -> None:
     with pytest.raises(ValueError, match=r"got StepLR; .*pass module_scheduler='replace'"):
-        digits.main(ours(), **quiet(tmp_path))
+        digits.main(our_callbacks(), **quiet_options(tmp_path))
     with pytest.raises(ValueError, match=r"gradient_clip_val must be None .*keep one of them"):
-        digits.main(ours(module_scheduler="replace"), gradient_clip_val=0.5, **quiet(tmp_path))
+        digits.main(
+            our_callbacks(module_scheduler="replace"),
+            gradient_clip_val=0.5,
+            **quiet_options(tmp_path),
+        )
 
 
-def test_a_classifier_with_the_remedy_trains_and_resumes(tmp_path: Path) -> None:
-    whole = digits.main(ours(module_scheduler="replace"), **quiet(tmp_path / "whole"))
-    # 1258 images in batches of 64: 20 a epoch, by twos; 4 epochs make 40 updates.
+def test_classifier_without_conflicts_trains_and_resumes(tmp_path: Path) -> None:
+    whole = digits.main(
+        our_callbacks(module_scheduler="replace"), **quiet_options(tmp_path / "whole")
+    )
+    # 1258 images in batches of 64: 20 an epoch, 2 per update; 4 epochs are 40 updates.
     assert whole.global_step == 40
     used = series(tmp_path / "whole", "optim/lr")
     factors = [
@@ -106,13 +112,13 @@ def test_a_classifier_with_the_remedy_trains_and_resumes(tmp_path: Path) -> None
     assert series(tmp_path / "whole", "batch/global_size")[:9] == [128.0] * 9
     assert len(series(tmp_path / "whole", "grad_norm/total")) == 40
     assert float(whole.callback_metrics["val_acc"]) > 0.8
-    # What LearningRateMonitor, a stranger, sees.
+    # The values that LearningRateMonitor logs.
     watched = series(tmp_path / "whole", "lr-AdamW")
     assert max(watched) == pytest.approx(0.01)
 
     path = next((tmp_path / "whole").rglob("epoch=1-*.ckpt"))
     resumed = digits.main(
-        ours(module_scheduler="replace"), str(path), **quiet(tmp_path / "resumed")
+        our_callbacks(module_scheduler="replace"), str(path), **quiet_options(tmp_path / "resumed")
     )
     assert resumed.global_step == 40
     again = read_scalars(tmp_path / "resumed")["optim/lr"]
@@ -141,8 +147,8 @@ def fit(config: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> Any:
     return regression.cli_main(["fit", "--config", str(config), *options])
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI's own use of jsonargparse
-def test_a_lightning_cli_gets_them_on_the_command_line(
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from LightningCLI
+def test_lightning_cli_adds_callbacks_on_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tmp_path / "written.yaml"

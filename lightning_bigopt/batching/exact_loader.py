@@ -1,0 +1,320 @@
+"""A loader whose global batches are exact for any number of processes and after a resume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from lightning_bigopt.batching.global_window import GlobalWindow, MicroBatch
+from lightning_bigopt.batching.randomness import SampleStreams, mixed_seed
+from lightning_bigopt.checks import check_between, check_choice, check_count
+
+__all__ = ["GlobalBatchLoader"]
+
+Sizes: TypeAlias = Callable[[], Iterable[int]]
+_Window: TypeAlias = tuple[int, int, int]
+"""Position, samples and micro-batches, as in ``GlobalWindow``."""
+_Yielded: TypeAlias = tuple[_Window, int, int]
+"""Window, index in the window, and samples that count on this process."""
+_RESERVED_OPTIONS = (
+    "batch_sampler",
+    "batch_size",
+    "collate_fn",
+    "dataset",
+    "drop_last",
+    "generator",
+    "num_workers",
+    "persistent_workers",
+    "sampler",
+    "shuffle",
+)
+_MAX_YIELDED = 4096  # far more than workers fetch ahead; bounds memory if micro_batch is unused
+
+
+class GlobalBatchLoader:
+    """Gives each update its exact global batch, in an order that depends on the seed alone.
+
+    The samples of an epoch are in one order, which depends on ``seed`` and the epoch. An update
+    takes the next ``B`` of them. Process ``r`` of ``R`` takes every ``R``-th of these, from the
+    ``r``-th on, and splits them as evenly as possible into as few micro-batches as possible. Every
+    process yields the same number of micro-batches per update, so that collectives match. No
+    micro-batch is empty: if an update has fewer samples than micro-batches, a process repeats one
+    sample with weight 0. The last update of an epoch takes the samples that are left. Every sample
+    is therefore trained exactly once per epoch, in the same updates on any number of processes.
+
+    The loader is a plain iterable without a length, so Lightning does not replace it.
+    ``BatchSizeScheduler`` sets its state before each ``iter()``:
+
+    - :attr:`epoch` and :attr:`position` (samples of the epoch trained so far), with
+      :meth:`advance` and :meth:`end_epoch`, or with :meth:`load_state_dict`;
+    - ``rank`` and ``world_size``, with :meth:`set_rank`;
+    - the global batches of the next updates, with :meth:`set_batch_sizes`.
+
+    Iteration yields the rest of the epoch and does not change this state, because a batch that has
+    been yielded is not trained yet. :meth:`micro_batch` describes the i-th batch yielded.
+
+    Args:
+        dataset: A map-style dataset.
+        micro_batch_size: Largest number of samples in a micro-batch of one process.
+        seed: Seed of the order and of random samples.
+        shuffle: ``"permute"`` for a new order in each epoch, ``"sequential"`` for the order of the
+            dataset.
+        randomness: Random generators that random samples use. ``"ambient"``: the global
+            generators; in workers they are seeded from (seed, epoch, position, rank, worker).
+            ``"sample"``: a stream per sample that depends only on (seed, epoch, index), so that
+            augmented samples are also the same for any number of processes and workers and after
+            a resume; this costs about 20 µs per sample.
+        num_workers: Number of worker processes.
+        collate_fn: Makes a batch from a list of samples; None for torch's default.
+        options: Further arguments of ``DataLoader``, such as ``{"pin_memory": True}``.
+
+    Raises:
+        ValueError: If the dataset has no length or no samples, or ``options`` holds an argument
+            that the loader sets.
+
+    Example:
+        >>> loader = GlobalBatchLoader(range(10), micro_batch_size=2, shuffle="sequential")
+        >>> loader.set_batch_sizes(lambda: [4, 3, 5])
+        >>> [batch.tolist() for batch in loader]
+        [[0, 1], [2, 3], [4, 5], [6], [7, 8], [9]]
+        >>> loader.micro_batch(2).window
+        GlobalWindow(position=4, samples=3, accumulate=2)
+    """
+
+    version = 1
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        *,
+        micro_batch_size: int,
+        seed: int = 0,
+        shuffle: Literal["permute", "sequential"] = "permute",
+        randomness: Literal["ambient", "sample"] = "ambient",
+        num_workers: int = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        check_count("micro_batch_size", micro_batch_size, of="samples")
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            raise ValueError(
+                "dataset must have a length and an index with GlobalBatchLoader, got "
+                f"{type(dataset).__name__}; use a DataLoader, which BatchSizeScheduler supports"
+            )
+        self.samples = len(dataset)
+        if not self.samples:
+            raise ValueError("dataset must not be empty, got a length of 0; check its files")
+        check_choice("shuffle", shuffle, ("permute", "sequential"))
+        check_choice("randomness", randomness, ("ambient", "sample"))
+        reserved = sorted(set(options or {}).intersection(_RESERVED_OPTIONS))
+        if reserved:
+            raise ValueError(
+                f"options must not contain {', '.join(reserved)}, got {dict(options or {})!r}; "
+                "remove them, because GlobalBatchLoader sets them itself"
+            )
+        self.dataset = dataset
+        self.micro_batch_size = micro_batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.randomness = randomness
+        self.num_workers = num_workers
+        self.collate_fn = collate_fn
+        self.options = dict(options or {})
+        self.epoch = 0
+        self.position = 0
+        self.rank = 0
+        self.world_size = 1
+        self._sizes: Sizes | None = None
+        self._yielded: dict[int, _Yielded] = {}
+
+    # --------------------------------------------------------------------------------- state
+
+    def set_rank(self, *, rank: int, world_size: int) -> None:
+        """Sets the process that the loader yields batches for.
+
+        Args:
+            rank: Index of the process, from 0.
+            world_size: Number of processes that see different data.
+
+        Raises:
+            ValueError: If ``rank`` is not in [0, ``world_size``).
+        """
+        check_count("world_size", world_size, of="processes")
+        check_between("rank", rank, 0, world_size, ends="[)")
+        self.rank, self.world_size = rank, world_size
+
+    def set_batch_sizes(self, sizes: Sizes | None) -> None:
+        """Sets the global batches of the next updates.
+
+        Workers fetch ahead, so the sizes must not depend on the results of updates. They are a
+        function of the samples consumed (see :func:`planned_sizes`), the same on every process.
+
+        Args:
+            sizes: Function called at each ``iter()``; returns the sizes in samples from
+                :attr:`position` to the end of the epoch or beyond. None for
+                ``micro_batch_size × world_size`` throughout.
+        """
+        self._sizes = sizes
+
+    # Names of version 0.1.
+    place = set_rank
+    plan = set_batch_sizes
+
+    def advance(self, samples: int) -> None:
+        """Moves :attr:`position` past an update that has been trained.
+
+        Args:
+            samples: Samples of the update, over all processes.
+
+        Raises:
+            ValueError: If the epoch holds fewer samples.
+        """
+        if not 0 <= samples <= self.samples - self.position:
+            raise ValueError(
+                f"samples must be from 0 to the {self.samples - self.position} left in the epoch, "
+                f"got {samples!r}; call end_epoch first"
+            )
+        self.position += samples
+
+    def end_epoch(self) -> None:
+        """Moves to the start of the next epoch; does nothing at the start of an epoch.
+
+        Lightning ends an epoch twice if it resumes from a checkpoint saved at the end of an epoch.
+        """
+        if self.position:
+            self.epoch, self.position = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Returns epoch and position as plain numbers, the same on every process."""
+        return {
+            "version": self.version,
+            "epoch": self.epoch,
+            "position": self.position,
+            "seed": self.seed,
+            "samples": self.samples,
+        }
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Restores the state that :meth:`state_dict` returned, on any number of processes.
+
+        Raises:
+            ValueError: If the state is inside an epoch and the number of samples or the seed
+                differs, because the rest of the epoch would hold other samples.
+        """
+        for name in ("samples", "seed"):
+            mine = getattr(self, name)
+            if state[name] != mine and state["position"]:
+                raise ValueError(
+                    f"{name} must be the checkpoint's {state[name]} to resume inside an epoch, got "
+                    f"{mine}; resume from the end of an epoch, or restore {name}"
+                )
+        self.epoch, self.position = state["epoch"], state["position"]
+        if self.position >= self.samples:
+            self.end_epoch()
+
+    # ------------------------------------------------------------------------------ batches
+
+    def micro_batch(self, index: int) -> MicroBatch:
+        """Returns the micro-batch that was yielded as the ``index``-th since ``iter()``.
+
+        Micro-batches with a lower index are discarded.
+
+        Args:
+            index: Index of the batch, from 0.
+
+        Raises:
+            ValueError: If that batch has not been yielded, or has been discarded.
+        """
+        if index not in self._yielded:
+            raise ValueError(
+                "index must be that of a batch yielded since iter() and not discarded, got "
+                f"{index!r}; request batches in ascending order"
+            )
+        for lower in [key for key in self._yielded if key < index]:
+            del self._yielded[lower]
+        (position, samples, accumulate), index_in_window, mine = self._yielded[index]
+        return MicroBatch(
+            window=GlobalWindow(position=position, samples=samples, accumulate=accumulate),
+            index=index_in_window,
+            samples=mine,
+            world_size=self.world_size,
+        )
+
+    def windows(self) -> Iterator[GlobalWindow]:
+        """Yields the accumulation windows of the rest of the epoch.
+
+        Example:
+            >>> loader = GlobalBatchLoader(range(10), micro_batch_size=2)
+            >>> loader.set_batch_sizes(lambda: [4, 8])
+            >>> [(window.samples, window.accumulate) for window in loader.windows()]
+            [(4, 2), (6, 3)]
+        """
+        for position, samples, accumulate in self._windows():
+            yield GlobalWindow(position=position, samples=samples, accumulate=accumulate)
+
+    def _windows(self) -> Iterator[_Window]:
+        """Yields the windows as plain tuples, because this runs once per update."""
+        position = self.position
+        share = self.micro_batch_size * self.world_size
+        sizes = iter(repeat(share) if self._sizes is None else self._sizes())
+        while position < self.samples:
+            size = next(sizes, None)
+            if size is None:
+                raise ValueError(
+                    f"sizes must reach the end of the epoch, got an end at sample {position} of "
+                    f"{self.samples}; use planned_sizes"
+                )
+            check_count("sizes", size, of="samples")
+            samples = min(size, self.samples - position)
+            yield position, samples, -(-samples // share)
+            position += samples
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yields the micro-batches of this process for the rest of the epoch."""
+        if self.position >= self.samples:
+            self.end_epoch()
+        # A new dict, because the generator of an earlier iter() may still write to the old one.
+        self._yielded = {}
+        dataset: Any = self.dataset
+        if self.randomness == "sample":
+            dataset = SampleStreams(dataset, seed=mixed_seed(self.seed, self.epoch))
+        workers = torch.Generator()
+        workers.manual_seed(mixed_seed(self.seed, self.epoch, self.position, self.rank))
+        # Lightning calls iter() once before the sizes are known, to test that the loader is
+        # iterable. In a generator, nothing runs before the first batch is requested.
+        yield from DataLoader(
+            dataset,
+            batch_sampler=self._index_batches(self._yielded),
+            num_workers=self.num_workers,
+            collate_fn=self.collate_fn,
+            generator=workers,
+            **self.options,
+        )
+
+    def _index_batches(self, yielded: dict[int, _Yielded]) -> Iterator[list[int]]:
+        """Yields the dataset indices of each micro-batch, and records them in ``yielded``."""
+        order, number = self._order(), 0
+        for window in self._windows():
+            position, samples, accumulate = window
+            # Every R-th sample, so that the shares of the processes differ by one sample at most.
+            mine = list(order[position + self.rank : position + samples : self.world_size])
+            share, longer = divmod(len(mine), accumulate)
+            start = 0
+            for index in range(accumulate):
+                stop = start + share + (index < longer)
+                yielded[number] = (window, index, stop - start)
+                yielded.pop(number - _MAX_YIELDED, None)
+                yield mine[start:stop] or [order[position]]
+                start, number = stop, number + 1
+
+    def _order(self) -> Sequence[int]:
+        if self.shuffle == "sequential":
+            return range(self.samples)
+        generator = torch.Generator()
+        generator.manual_seed(mixed_seed(self.seed, self.epoch))
+        order: list[int] = torch.randperm(self.samples, generator=generator).tolist()
+        return order

@@ -1,0 +1,236 @@
+"""Batch-size policies that change at thresholds fixed in advance: steps and ramps."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
+from typing import ClassVar, TypeAlias
+
+from lightning_bigopt.batching.policies.batch_size_policy import (
+    BatchContext,
+    BatchSizePolicy,
+    Rounding,
+)
+from lightning_bigopt.batching.step_function import StepFunction
+from lightning_bigopt.checks import check_count
+from lightning_bigopt.durations.duration import Duration, Unit
+from lightning_bigopt.durations.progress import Progress
+
+__all__ = ["BatchSizeRamp", "BatchSizeSteps"]
+
+_PAIR = re.compile(r"([\d_.]+(?:[eE][+-]?\d+)?[KMBT]?%?):([\d_]+)")
+_HINT = "write an int such as 256"
+Thresholds: TypeAlias = (
+    Mapping[str | int | float, int] | tuple[tuple[str | int | float, int], ...] | str
+)
+
+
+@dataclass(frozen=True)
+class BatchSizeSteps(BatchSizePolicy):
+    """A piecewise-constant batch size; the last threshold reached, in the order written, applies.
+
+    Args:
+        sizes: A mapping from threshold to global batch in samples, such as
+            ``{"0%": 256, "30%": 512, "2e9 tokens": 1024}``; it is stored as a tuple of pairs.
+            Thresholds may be in different units. A string is read by :meth:`parse`.
+
+    Raises:
+        ValueError: If the first threshold is not zero, if the thresholds of one unit do not
+            ascend, if a size is not a positive integer, or if the size never changes.
+
+    Example:
+        >>> policy = BatchSizeSteps({"0%": 256, "30%": 512})
+        >>> [policy(Progress(fraction=f)) for f in (0.0, 0.29, 0.3, 1.0)]
+        [256, 256, 512, 512]
+        >>> policy.sizes
+        (('0%', 256), ('30%', 512))
+    """
+
+    sizes: Thresholds
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sizes, str):
+            pairs = _read_pairs(self.sizes, unit="tokens")
+        elif isinstance(self.sizes, Mapping):
+            pairs = tuple(self.sizes.items())
+        else:
+            pairs = tuple((threshold, size) for threshold, size in self.sizes)
+        object.__setattr__(self, "sizes", pairs)
+        self._check()
+
+    def _check(self) -> None:
+        if not self._pairs:
+            raise ValueError("sizes must not be empty, got {}; write {'0%': 256, '50%': 512}")
+        last: dict[Unit, float] = {}
+        for position, (threshold, size) in enumerate(self._pairs):
+            length = Duration.parse(threshold, name="a threshold of sizes")
+            check_count(f"sizes[{threshold!r}]", size, of="samples", hint=_HINT)
+            if position == 0 and length.value != 0:
+                raise ValueError(
+                    f"sizes must start at zero, got {threshold!r} as the first threshold; "
+                    "put '0%' before it"
+                )
+            if length.value <= last.get(length.unit, -1.0):
+                raise ValueError(
+                    f"sizes must have ascending thresholds in {length.unit}, got {threshold!r} "
+                    f"after {Duration(last[length.unit], length.unit)}; sort them"
+                )
+            last[length.unit] = length.value
+        if len({size for _, size in self._pairs}) == 1:
+            size = self._pairs[0][1]
+            raise ValueError(
+                f"sizes must change, got {size} at every threshold; use ConstantBatchSize({size})"
+            )
+
+    @classmethod
+    def parse(cls, text: str, *, unit: Unit = "tokens") -> BatchSizeSteps:
+        """Reads Megatron's ``--step-batch-size-schedule``: ``"0:768 250B:1536 500B:3072"``.
+
+        Args:
+            text: Pairs ``threshold:size``, separated by spaces; the suffixes K, M, B and T
+                multiply a threshold by 1e3, 1e6, 1e9 and 1e12; ``30%`` is a fraction of the budget.
+            unit: Unit of thresholds without ``%``. Megatron's command line counts tokens.
+
+        Returns:
+            The policy.
+
+        Raises:
+            ValueError: If ``text`` has another form.
+
+        Example:
+            >>> BatchSizeSteps.parse("0:768 250B:1536").sizes
+            (('0 tokens', 768), ('250B tokens', 1536))
+            >>> BatchSizeSteps.parse("0:32 10K:64", unit="samples").sizes
+            (('0 samples', 32), ('10K samples', 64))
+        """
+        return cls(_read_pairs(text, unit=unit))
+
+    def __call__(self, progress: Progress, *, context: BatchContext | None = None) -> int:
+        """Returns the size of the last threshold reached."""
+        return self._step_function.at(progress)
+
+    @property
+    def explicit_sizes(self) -> dict[str, int]:
+        """Every size, by its threshold."""
+        return {f"sizes[{threshold!r}]": size for threshold, size in self._pairs}
+
+    @property
+    def units(self) -> frozenset[Unit]:
+        """Units of the thresholds; the first is zero and needs no count."""
+        return frozenset(Duration.parse(threshold).unit for threshold, _ in self._pairs[1:])
+
+    def step_function(self, *, context: BatchContext | None = None) -> StepFunction:
+        """Returns one step per threshold."""
+        return self._step_function
+
+    @property
+    def _pairs(self) -> tuple[tuple[str | int | float, int], ...]:
+        assert isinstance(self.sizes, tuple)  # normalized in __post_init__
+        return self.sizes
+
+    @cached_property
+    def _step_function(self) -> StepFunction:
+        return StepFunction([(Duration.parse(threshold), size) for threshold, size in self._pairs])
+
+
+def _read_pairs(text: str, *, unit: Unit) -> tuple[tuple[str | int | float, int], ...]:
+    pairs: list[tuple[str | int | float, int]] = []
+    for word in text.split():
+        match = _PAIR.fullmatch(word)
+        if match is None:
+            raise ValueError(
+                f"sizes must be pairs 'threshold:size' when it is a string, got {word!r} in "
+                f"{text!r}; write '0:768 250B:1536'"
+            )
+        threshold = match[1] if match[1].endswith("%") else f"{match[1]} {unit}"
+        pairs.append((threshold, int(match[2])))
+    return tuple(pairs)
+
+
+@dataclass(frozen=True)
+class BatchSizeRamp(BatchSizePolicy):
+    r"""A ramp from ``start`` to ``end`` in equal increments, flat afterwards.
+
+    It equals Megatron's ``--rampup-batch-size``: with :math:`n = (end - start) / increment`, each
+    increment lasts :math:`over / n`, so that ``end`` is reached when ``over`` has passed.
+
+    Args:
+        start: Global batch in samples of the first update.
+        end: Global batch in samples from ``over`` on.
+        over: Duration of the ramp, in any unit.
+        increment: Samples by which the batch changes at a time; None for the smallest change that
+            fits micro-batch and processes.
+
+    Raises:
+        ValueError: If a size is not a positive integer, ``start`` equals ``end``, ``over`` is zero,
+            or ``increment`` does not divide the difference.
+
+    Example:
+        >>> ramp = BatchSizeRamp(start=32, end=128, over="3000 samples", increment=32)
+        >>> [ramp(Progress(fraction=0.0, samples=n)) for n in (0, 999, 1000, 2999, 3000, 9000)]
+        [32, 32, 64, 96, 128, 128]
+    """
+
+    rounding: ClassVar[Rounding] = "nearest"
+
+    start: int
+    _: KW_ONLY
+    end: int
+    over: str | int | float
+    increment: int | None = None
+
+    def __post_init__(self) -> None:
+        check_count("start", self.start, of="samples", hint=_HINT)
+        check_count("end", self.end, of="samples", hint=_HINT)
+        length = Duration.parse(self.over, name="over")
+        if length.value == 0:
+            raise ValueError(f"over must be positive, got {self.over!r}; write over='30%'")
+        if self.start == self.end:
+            raise ValueError(
+                f"end must differ from start, got {self.end} for both; use "
+                f"ConstantBatchSize({self.end})"
+            )
+        if self.increment is None:
+            return
+        check_count("increment", self.increment, of="samples", hint="write an int such as 32")
+        difference = abs(self.end - self.start)
+        if difference % self.increment:
+            below = next(n for n in range(self.increment, 0, -1) if difference % n == 0)
+            raise ValueError(
+                f"increment must divide end - start = {difference}, got {self.increment}; write "
+                f"{below}, or None for the smallest change that fits"
+            )
+
+    def __call__(self, progress: Progress, *, context: BatchContext | None = None) -> int:
+        """Returns ``start`` plus the increments reached."""
+        return self._step_function.at(progress)
+
+    @property
+    def explicit_sizes(self) -> dict[str, int]:
+        """``start`` and ``end``."""
+        return {"start": self.start, "end": self.end}
+
+    @property
+    def units(self) -> frozenset[Unit]:
+        """Unit of ``over``."""
+        return frozenset({Duration.parse(self.over).unit})
+
+    def step_function(self, *, context: BatchContext | None = None) -> StepFunction:
+        """Returns one step per increment."""
+        return self._step_function
+
+    @cached_property
+    def _step_function(self) -> StepFunction:
+        length = Duration.parse(self.over)
+        # Without an increment the ramp has a step for every sample; rounding to the nearest size
+        # that fits makes these steps as large as micro-batch and processes require.
+        step = (self.increment or 1) * (1 if self.end > self.start else -1)
+        increments = (self.end - self.start) // step
+        return StepFunction(
+            [
+                (Duration(i * length.value / increments, length.unit), self.start + i * step)
+                for i in range(increments + 1)
+            ]
+        )

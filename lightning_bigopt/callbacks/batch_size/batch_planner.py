@@ -1,0 +1,150 @@
+"""Plans the global batch and the accumulation window of each update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from lightning_bigopt.batching.batch_plan import BatchPlan
+from lightning_bigopt.batching.policies.batch_size_policy import BatchSizePolicy
+from lightning_bigopt.batching.window_length import WindowLength
+from lightning_bigopt.durations.progress import Progress
+from lightning_bigopt.engine.batch_source import BatchSource
+from lightning_bigopt.engine.stage import Batch, Fit
+from lightning_bigopt.planning.outline import batch_stages, describe_batches
+from lightning_bigopt.trainer_access import loop
+
+__all__ = ["BatchPlanner", "PlannedWindow"]
+
+
+class PlannedWindow(NamedTuple):
+    """The plan of an accumulation window.
+
+    Attributes:
+        global_batch_size: Samples of the update over all processes, as the policy returned it.
+        length: Number of micro-batches of one process, with the index of the first one.
+    """
+
+    global_batch_size: int
+    length: WindowLength
+
+
+class BatchPlanner:
+    """Turns the global batch sizes of a policy into accumulation windows on the training loader.
+
+    Args:
+        fit: The fit, from ``start`` on.
+        policy: The policy.
+        micro_batch_size: Samples in a batch of one process, for a loader without ``batch_size``.
+        max_micro_batch_size: Largest micro-batch size allowed; None for no limit.
+        size: Global batch size of the previous update; None before the first update.
+        noise_scale: Returns the current noise scale, for an adaptive policy.
+
+    Attributes:
+        source: Batch sizes of the training loader.
+        size: Global batch size of the current update.
+    """
+
+    def __init__(
+        self,
+        fit: Fit,
+        policy: BatchSizePolicy,
+        *,
+        micro_batch_size: int | None,
+        max_micro_batch_size: int | None,
+        size: int | None,
+        noise_scale: Callable[[], float | None],
+    ) -> None:
+        self._fit, self._policy = fit, policy
+        self._micro_batch_size = micro_batch_size
+        self._max_micro_batch_size = max_micro_batch_size
+        self._noise_scale = noise_scale
+        self.size = size
+        self.source = self._read_source()
+        self._decided: tuple[Progress, tuple[int, BatchPlan]] | None = None
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # a copy of the callback leaves the fit out
+
+    def _read_source(self) -> BatchSource:
+        return BatchSource.from_trainer(
+            self._fit.trainer,
+            self._policy,
+            micro_batch_size=self._micro_batch_size,
+            max_micro_batch_size=self._max_micro_batch_size,
+        )
+
+    def begin_epoch(self) -> None:
+        """Reads the batch sizes of the loaders again, because an epoch may have new loaders.
+
+        Raises:
+            ValueError: If the size of their batches has changed.
+        """
+        self.source = self.source.check_unchanged(self._read_source())
+
+    def plan_at(self, progress: Progress) -> tuple[int, BatchPlan]:
+        """Returns global batch size and plan of the update that starts at ``progress``."""
+        # Decided once per update: it is called for each scaled field, and an adaptive policy must
+        # not get another noise scale in a later call.
+        if self._decided is None or self._decided[0] != progress:
+            self._decided = progress, self._plan(progress)
+        return self._decided[1]
+
+    def _plan(self, progress: Progress) -> tuple[int, BatchPlan]:
+        scale = None
+        if self._policy.adaptive:
+            scale = self._noise_scale()
+        return self.source.plan(self._policy, progress, current=self.size, noise_scale=scale)
+
+    def open_window(self, batch: Batch, progress: Progress) -> PlannedWindow:
+        """Returns the window that starts with a batch; it ends with the epoch at the latest."""
+        self.size, plan = self.plan_at(progress)
+        micro = batch.micro_batch
+        if micro is not None:
+            # GlobalBatchLoader has planned the window. After a resume within a window it yields all
+            # micro-batches of the window again, the first of them with index 0.
+            length = WindowLength(micro.window.accumulate, batch.index - micro.index)
+            return PlannedWindow(self.size, length)
+        trainer = self._fit.trainer
+        accumulate, batches = plan.accumulate, loop.epoch_batches(trainer)
+        if loop.is_last_batch(trainer):  # known without a length of the loader
+            accumulate = 1
+        elif batches is not None:
+            accumulate = min(accumulate, batches - batch.index)
+        return PlannedWindow(self.size, WindowLength(accumulate, batch.index))
+
+    def describe_interrupted_window(self, window: tuple[int, int], ready: int) -> str:
+        """Describes how a resume continues after a checkpoint within a window.
+
+        Args:
+            window: Length of the window and index of its first batch.
+            ready: Batches of the epoch that were fetched before the checkpoint.
+        """
+        length, start = window
+        continuation = "a new window starts with the next batch"
+        if self.source.is_exact:
+            continuation = "the loader repeats the window"
+        return (
+            f"The checkpoint was written inside a window ({ready - start} of {length} "
+            f"micro-batches); their gradients were not saved, and {continuation}."
+        )
+
+    def changes(self) -> list[tuple[Progress, int]]:
+        """Returns the progress at which the global batch size changes, with the new size.
+
+        The first entry is the start of the run. The list is empty if the sizes are not known in
+        advance.
+        """
+        horizon = self._fit.clock.horizon
+        if horizon is None or self._policy.adaptive:
+            return []
+        return list(batch_stages(horizon, lambda progress: self._plan(progress)[0]))
+
+    def describe(self, changes: list[tuple[Progress, int]]) -> str:
+        """Describes the batch sizes of the run in one sentence."""
+        horizon = self._fit.clock.horizon
+        return describe_batches(
+            self.source.describe(*self.plan_at(self._fit.clock.progress())),
+            changes,
+            updates=None if horizon is None else horizon.total("steps"),
+        )

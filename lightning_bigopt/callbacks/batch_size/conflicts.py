@@ -1,0 +1,60 @@
+"""Checks for settings that conflict with BatchSizeScheduler, before the first batch."""
+
+from __future__ import annotations
+
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+
+from lightning_bigopt.batching.policies.batch_size_policy import BatchSizePolicy
+from lightning_bigopt.engine.stage import Fit
+from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
+from lightning_bigopt.trainer_access import strategies
+
+__all__ = ["check_conflicts"]
+
+
+def check_conflicts(fit: Fit, policy: BatchSizePolicy) -> None:
+    """Raises if anything else sets the accumulation, or the loop has no accumulation windows.
+
+    Args:
+        fit: The fit.
+        policy: The policy of the global batch size.
+
+    Raises:
+        ValueError: For the first conflict found; the message says how to resolve it.
+    """
+    trainer, module = fit.trainer, fit.module
+    if trainer.accumulate_grad_batches != 1:
+        raise ValueError(
+            "accumulate_grad_batches must be 1 with BatchSizeScheduler, got "
+            f"{trainer.accumulate_grad_batches}; set the global batch size in the policy instead"
+        )
+    for kind in (
+        trainer_callbacks.GradientAccumulationScheduler,
+        trainer_callbacks.StochasticWeightAveraging,
+    ):
+        if trainer_callbacks.find_callback(trainer, kind) is not None:
+            raise ValueError(
+                f"callbacks must not contain {kind.__name__} with BatchSizeScheduler, got both; "
+                f"remove {kind.__name__}"
+            )
+    if not module.automatic_optimization:
+        raise ValueError(
+            "automatic_optimization must be True with BatchSizeScheduler, got False; let "
+            "Lightning optimize, or accumulate in your own training_step"
+        )
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        raise ValueError(
+            "training_step must take a batch with BatchSizeScheduler, got one that takes "
+            "dataloader_iter; write training_step(self, batch, batch_idx)"
+        )
+    if strategies.is_deepspeed(trainer):
+        raise ValueError(
+            "strategy must not be DeepSpeed with BatchSizeScheduler, got "
+            f"{type(trainer.strategy).__name__}, which accumulates itself; set "
+            "gradient_accumulation_steps in its config"
+        )
+    if "tokens" in policy.units and fit.clock.settings.tokens is None:
+        raise ValueError(
+            f"tokens must be given for a policy with thresholds in tokens, got None for {policy}; "
+            "pass tokens=a function of the batch, or the name of its ids or mask"
+        )

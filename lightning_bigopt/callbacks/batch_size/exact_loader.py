@@ -1,0 +1,78 @@
+"""Sets rank and batch sizes of a GlobalBatchLoader before its first iteration."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from functools import partial
+from itertools import repeat
+
+from lightning_bigopt.batching.exact_loader import GlobalBatchLoader
+from lightning_bigopt.batching.policies.batch_size_policy import BatchSizePolicy
+from lightning_bigopt.batching.simulation import planned_sizes
+from lightning_bigopt.engine.stage import Fit
+from lightning_bigopt.trainer_access import loaders, loop, strategies
+
+__all__ = ["prepare_exact_loader"]
+
+
+def prepare_exact_loader(
+    fit: Fit,
+    policy: BatchSizePolicy,
+    loader: GlobalBatchLoader,
+    *,
+    max_micro_batch_size: int | None,
+) -> None:
+    """Sets rank, micro-batch size and global batch sizes of a loader.
+
+    Args:
+        fit: The fit.
+        policy: The policy of the global batch size.
+        loader: The training loader.
+        max_micro_batch_size: Upper bound of the loader's micro-batch size; None for no bound.
+
+    Raises:
+        ValueError: If the policy is adaptive, or ``limit_train_batches`` would shorten an epoch.
+    """
+    trainer = fit.trainer
+    if policy.adaptive:
+        raise ValueError(
+            f"policy must be known in advance with GlobalBatchLoader, got {type(policy).__name__}, "
+            "which depends on measurements; train on a DataLoader"
+        )
+    if trainer.limit_train_batches != 1.0 and not loop.is_fast_dev_run(trainer):
+        raise ValueError(
+            "limit_train_batches must be 1.0 with GlobalBatchLoader, got "
+            f"{trainer.limit_train_batches}; set max_steps, or pass a torch Subset as dataset"
+        )
+    previous = loaders.exact_loader(trainer)
+    if previous is not None and previous is not loader:
+        # reload_dataloaders_every_n_epochs has made a new loader, which would start at epoch 0.
+        loader.load_state_dict(previous.state_dict())
+    if max_micro_batch_size is not None:
+        loader.micro_batch_size = min(loader.micro_batch_size, max_micro_batch_size)
+    world = strategies.data_parallel_size(trainer)
+    loader.set_rank(rank=strategies.data_rank(trainer), world_size=world)
+    loader.set_batch_sizes(partial(_batch_sizes, fit, policy, loader, world))
+
+
+def _batch_sizes(
+    fit: Fit, policy: BatchSizePolicy, loader: GlobalBatchLoader, world: int
+) -> Iterable[int]:
+    """Returns the global batch sizes of the rest of the epoch."""
+    # Lightning may fetch the first batch before on_train_start, where the clock starts otherwise.
+    clock = fit.start_clock()
+    if loop.is_fast_dev_run(fit.trainer):
+        # Lightning stops after one batch, which must close its window.
+        return repeat(loader.micro_batch_size * world)
+    horizon = clock.horizon
+    return planned_sizes(
+        policy,
+        start=clock.progress(),
+        position=loader.position,
+        clock="samples" if horizon is None else horizon.clock,
+        budget=float(sys.maxsize) if horizon is None else horizon.budget,
+        micro_batch_size=loader.micro_batch_size,
+        world_size=world,
+        samples_per_epoch=loader.samples,
+    )

@@ -1,0 +1,317 @@
+"""Describes rejected updates, and writes their batches to files for ``replay``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_bigopt.batching.randomness import random_state
+from lightning_bigopt.engine.stage import Batch
+from lightning_bigopt.engine.update import Update
+from lightning_bigopt.gradients.gradient_norms import GradientNorms
+from lightning_bigopt.gradients.guard import Verdict
+from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+__all__ = ["RejectedUpdate", "WindowRecorder", "too_many_rejections"]
+
+_MAX_NAMES = 5
+_MAX_FILES = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class RejectedUpdate:
+    """Description of one rejected update, which was skipped or whose gradient was scaled down.
+
+    Args:
+        update: The Trainer's ``global_step`` before the update.
+        epoch: The epoch.
+        batches: Indices of the micro-batches of its window, within the epoch.
+        optimizer: Label of the optimizer; empty if there is only one.
+        detector: Class name of the detector that rejected the update.
+        reason: Reason for the rejection.
+        norm: Gradient norm before clipping.
+        loss: Mean loss of the window on this process; None if no loss was observed.
+        worst: For each process the largest loss of a micro-batch, or the first non-finite one, and
+            the index of that micro-batch.
+        rank: Rank of the first process with a non-finite loss; None if all losses are finite.
+        parameters: Names and gradient norms of non-finite gradients, or else of the largest; at
+            most five.
+        nonfinite: Number of parameters with a non-finite gradient.
+        file: File with the batches and random states of this process; None if none was written.
+
+    Example:
+        >>> update = RejectedUpdate(
+        ...     update=12,
+        ...     epoch=0,
+        ...     batches=(12,),
+        ...     detector="NonFinite",
+        ...     reason="the gradient norm is nan",
+        ...     norm=float("nan"),
+        ...     loss=2.0,
+        ...     worst=((2.0, 12), (float("nan"), 12)),
+        ...     rank=1,
+        ...     parameters=(("head.weight", float("nan")),),
+        ...     nonfinite=1,
+        ... )
+        >>> print(update)
+        Update 12 (epoch 0, batch 12) rejected: the gradient norm is nan; the loss of process 1 is
+        nan; not finite in 1 parameter: head.weight.
+    """
+
+    update: int
+    epoch: int
+    batches: tuple[int, ...]
+    optimizer: str = ""
+    detector: str
+    reason: str
+    norm: float
+    loss: float | None
+    worst: tuple[tuple[float, int], ...] = ()
+    rank: int | None = None
+    parameters: tuple[tuple[str, float], ...] = ()
+    nonfinite: int = 0
+    file: str | None = None
+
+    def __str__(self) -> str:
+        first, last = (self.batches[0], self.batches[-1]) if self.batches else (0, 0)
+        batches = f"batch {first}" if first == last else f"batches {first} to {last}"
+        optimizer = f" of {self.optimizer}" if self.optimizer else ""
+        parts = [f"Update {self.update}{optimizer} (epoch {self.epoch}, {batches}) rejected"]
+        parts[0] += f": {self.reason}"
+        if self.rank is not None:
+            parts.append(f"the loss of process {self.rank} is {self.worst[self.rank][0]}")
+        names = ", ".join(name for name, _ in self.parameters)
+        if self.nonfinite:
+            plural = "s" if self.nonfinite > 1 else ""
+            more = ", …" if self.nonfinite > len(self.parameters) else ""
+            parts.append(f"not finite in {self.nonfinite} parameter{plural}: {names}{more}")
+        elif names:
+            parts.append(f"largest in {names}")
+        if self.file is not None:
+            parts.append(f"see {self.file}")
+        return "; ".join(parts) + "."
+
+
+def too_many_rejections(
+    trainer: Trainer, rejected: RejectedUpdate, limit: int, checkpoint: str | None
+) -> RuntimeError:
+    """Creates the error that ends a run after too many rejections in a row.
+
+    Args:
+        trainer: The Trainer.
+        rejected: The last rejected update.
+        limit: Number of rejections in a row.
+        checkpoint: Newest checkpoint before the first of them; None if there was none.
+
+    Returns:
+        The error.
+    """
+    # ModelCheckpoint may have deleted the file since. A newer one is as good after skips, which do
+    # not change the weights.
+    if checkpoint is not None and not trainer_callbacks.checkpoint_exists(checkpoint):
+        checkpoint = trainer_callbacks.newest_checkpoint(trainer)
+    hint = "No checkpoint was written before; lower the learning rate, or save more often"
+    if checkpoint is not None:
+        hint = (
+            f"The last checkpoint before them is {checkpoint}; resume from it with a lower "
+            "learning rate or other data"
+        )
+    return RuntimeError(
+        f"updates must not be rejected {limit} times in a row, got: {rejected} {hint}"
+    )
+
+
+@dataclass(kw_only=True)
+class _MicroBatch:
+    """One micro-batch of the current window; ``data`` and ``random`` are recorded optionally."""
+
+    index: int
+    samples: int
+    loss: Tensor
+    data: Any = None
+    random: dict[str, Any] = field(default_factory=dict)
+
+
+class WindowRecorder:
+    """Records the losses of the current window on the device, and optionally its batches.
+
+    Args:
+        folder: Folder for the batches of rejected updates; None to record no batches.
+    """
+
+    def __init__(self, folder: str | None) -> None:
+        self.folder = folder
+        self._files = 0
+        self._window: list[_MicroBatch] = []
+        self._is_decided = False
+        self._data: Any = None
+        self._random: dict[str, Any] = {}
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the next batch opens a window."""
+        return self._is_decided or not self._window
+
+    def begin(self, batch: Batch) -> None:
+        """Copies the batch and the random state before the batch is trained."""
+        if self.folder is not None:
+            # The training step may write to the tensors of the batch, or remove fields from it.
+            self._data = _map_tensors(batch.data, _clone)
+            self._random = random_state(batch.fit.trainer.strategy.root_device)
+
+    def add(self, batch: Batch, loss: Tensor) -> None:
+        """Adds a micro-batch with its loss; the first one after :meth:`close` opens a window."""
+        if self._is_decided:
+            self._window, self._is_decided = [], False
+        self._window.append(
+            _MicroBatch(
+                index=batch.index,
+                samples=batch.samples,
+                loss=loss,
+                data=self._data,
+                random=self._random,
+            )
+        )
+
+    def clear(self) -> None:
+        """Clears the window."""
+        self._window, self._is_decided = [], False
+        self._data, self._random = None, {}
+
+    def close(self) -> None:
+        """Marks the window as ended. Its losses stay, for the steps of other optimizers."""
+        self._is_decided = True
+
+    def weighted_loss(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the sum of the losses times their samples, and the number of samples.
+
+        Does not synchronize.
+
+        Args:
+            like: Tensor with the device and dtype of the results, which have shape ``()``.
+        """
+        if not self._window:
+            return like.new_zeros(()), like.new_zeros(())
+        losses = torch.stack([micro.loss.to(like) for micro in self._window])
+        samples = [micro.samples for micro in self._window]
+        if len(set(samples)) > 1:  # equal samples need no tensor of weights on the device
+            weights = torch.tensor(samples, dtype=like.dtype, device=like.device)
+            return (losses * weights).sum(), like.new_full((), sum(samples))
+        return losses.sum() * samples[0], like.new_full((), sum(samples))
+
+    def report(
+        self, trainer: Trainer, update: Update, verdict: Verdict, norm: float
+    ) -> RejectedUpdate:
+        """Describes a rejected update, and writes its file. A collective; synchronizes."""
+        losses = [micro.loss.item() for micro in self._window]
+        indices = [micro.index for micro in self._window]
+        samples = sum(micro.samples for micro in self._window)
+        worst = _gather(trainer, *_worst_loss(losses, indices))
+        gradients, count = _largest_or_nonfinite(update.norms)
+        rejected = RejectedUpdate(
+            update=trainer.global_step,
+            epoch=trainer.current_epoch,
+            batches=tuple(indices),
+            optimizer=update.label,
+            detector=verdict.detector,
+            reason=verdict.reason,
+            norm=norm,
+            loss=(
+                sum(loss * micro.samples for loss, micro in zip(losses, self._window, strict=True))
+                / samples
+                if samples
+                else None
+            ),
+            worst=worst,
+            rank=next((r for r, (loss, _) in enumerate(worst) if not math.isfinite(loss)), None),
+            parameters=gradients,
+            nonfinite=count,
+            file=self._next_file(trainer),
+        )
+        if rejected.file is not None:
+            self._write(rejected, trainer)
+        return rejected
+
+    def _next_file(self, trainer: Trainer) -> str | None:
+        if self.folder is None or self._files >= _MAX_FILES:
+            return None
+        self._files += 1
+        name = f"update-{trainer.global_step:08d}-rank{trainer.global_rank}.pt"
+        return str(Path(self.folder) / name)
+
+    def _write(self, rejected: RejectedUpdate, trainer: Trainer) -> None:
+        assert rejected.file is not None  # checked by the caller
+        Path(rejected.file).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(
+            {
+                "version": 1,
+                "rejected": asdict(rejected),
+                "precision": str(trainer.precision),
+                "window": [
+                    {
+                        "index": micro.index,
+                        "samples": micro.samples,
+                        "batch": _map_tensors(micro.data, Tensor.cpu),
+                        "random": micro.random,
+                    }
+                    for micro in self._window
+                ],
+            },
+            rejected.file,
+        )
+
+
+def _map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Applies a function to all tensors in nested mappings, lists and tuples, which are copied."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {key: _map_tensors(value, function) for key, value in batch.items()}
+    if type(batch) in (list, tuple):
+        return type(batch)(_map_tensors(value, function) for value in batch)
+    return batch
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    """Copies a tensor into new storage; a view would be saved with the storage of its base."""
+    return tensor.detach().clone()
+
+
+def _worst_loss(losses: Sequence[float], indices: Sequence[int]) -> tuple[float, int]:
+    """Returns the first non-finite loss, or else the largest, with the index of its batch."""
+    if not losses:
+        return 0.0, -1
+    for loss, index in zip(losses, indices, strict=True):
+        if not math.isfinite(loss):
+            return loss, index
+    return max(zip(losses, indices, strict=True))
+
+
+def _gather(trainer: Trainer, loss: float, index: int) -> tuple[tuple[float, int], ...]:
+    """Gathers a loss and an index from every process, by rank. A collective."""
+    # All processes get here, because they have computed the same verdict from the same numbers.
+    local = torch.tensor([loss, float(index)], device=trainer.strategy.root_device)
+    rows = trainer.strategy.all_gather(local).view(-1, 2).tolist()
+    return tuple((row[0], int(row[1])) for row in rows)
+
+
+def _largest_or_nonfinite(norms: GradientNorms) -> tuple[tuple[tuple[str, float], ...], int]:
+    """Returns names and norms of non-finite gradients, or else of the largest ones.
+
+    The second result is the number of non-finite gradients.
+    """
+    pairs = list(zip(norms.names, norms.per_tensor.tolist(), strict=True))
+    nonfinite = [(name, norm) for name, norm in pairs if not math.isfinite(norm)]
+    if nonfinite:
+        return tuple(nonfinite[:_MAX_NAMES]), len(nonfinite)
+    largest = sorted(pairs, key=lambda pair: pair[1], reverse=True)
+    return tuple(largest[:_MAX_NAMES]), 0

@@ -1,0 +1,317 @@
+"""StepGuard: rejects harmful updates before they are applied."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from os import fspath
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lightning_bigopt.callbacks.step_guard.buffer_snapshot import BufferSnapshot
+from lightning_bigopt.callbacks.step_guard.guard_state import GuardState
+from lightning_bigopt.callbacks.step_guard.rejection_report import (
+    RejectedUpdate,
+    WindowRecorder,
+    too_many_rejections,
+)
+from lightning_bigopt.checks import check_count
+from lightning_bigopt.engine.capability import Capability
+from lightning_bigopt.engine.stage import LEARNING_RATE, Batch, Fit
+from lightning_bigopt.engine.update import Rejection, Update
+from lightning_bigopt.gradients.actions import Abort, Action, Backoff, ClipToMedian, Skip
+from lightning_bigopt.gradients.detectors import NonFinite, NormSpike
+from lightning_bigopt.gradients.guard import Detector, Quantity, Verdict, inspect, record
+from lightning_bigopt.gradients.norm_kernels import accumulation_dtype
+from lightning_bigopt.monitoring.tags import tag_name
+from lightning_bigopt.optimizers.names import is_opacus_optimizer
+from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
+from lightning_bigopt.trainer_access import precision, strategies
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+__all__ = ["StepGuard"]
+
+_MAX_REJECTIONS = 100
+
+
+class StepGuard(Capability):
+    """Rejects harmful updates before they are applied, with one decision for all processes.
+
+    A skipped update leaves parameters, optimizer state and step counters unchanged bit for bit. Its
+    data counts as consumed: ``global_step``, the learning-rate schedule and the clock advance.
+    Under 16-mixed the GradScaler handles overflows: it skips the update and lowers its scale, and
+    the guard does not count it.
+
+    Costs one transfer to the host per update, which is shared with the adaptive clipping rules,
+    and with several processes one all-reduce of at most four numbers.
+
+    Args:
+        detectors: Detectors of harmful updates; None for ``[NonFinite(), NormSpike()]``.
+        actions: Actions after a rejection; None for ``[Skip()]``. Without a
+            :class:`~lightning_bigopt.gradients.ClipToMedian` the update is always skipped.
+        max_consecutive: Number of rejections in a row that ends the run. The error names the last
+            checkpoint before the first of them.
+        forensics: Folder to which every process writes the batches and random states of at most 20
+            rejected updates, for :func:`~lightning_bigopt.replay`; None to write nothing. The
+            micro-batches of a window then stay in memory until its update.
+
+    Logs:
+        With an OptimizationMonitor ``guard/skipped``, ``guard/rejected/<detector>``, and the reason
+        of each rejection as text in TensorBoard.
+
+    Raises:
+        ValueError: At fit start with DeepSpeed, with LBFGS, with an optimizer of Opacus, and for
+            a :class:`~lightning_bigopt.gradients.Backoff` without a LearningRateScheduler.
+        RuntimeError: After ``max_consecutive`` rejections in a row.
+
+    State:
+        ``guarded``: for each optimizer the histories of the detectors, and the numbers of
+        rejections: in total, by detector and in a row; ``backoffs``: the levels of the backoffs.
+
+    Example:
+        >>> from lightning_bigopt import LossSpike, NonFinite, NormSpike, StepGuard
+        >>> StepGuard()
+        StepGuard([NonFinite(), NormSpike(...)])
+        >>> guard = StepGuard([NonFinite(), LossSpike(threshold=10.0)], max_consecutive=5)
+        >>> list(guard.rejections)
+        []
+    """
+
+    owns = "step guard"
+    rank = 40
+
+    def __init__(
+        self,
+        detectors: Sequence[Detector] | None = None,
+        *,
+        actions: Sequence[Action] | None = None,
+        max_consecutive: int = 10,
+        forensics: str | None = None,
+    ) -> None:
+        self.detectors = tuple((NonFinite(), NormSpike()) if detectors is None else detectors)
+        self.actions = tuple((Skip(),) if actions is None else actions)
+        if not self.detectors or not all(isinstance(d, Detector) for d in self.detectors):
+            raise ValueError(
+                f"detectors must be a list of Detector objects, got {detectors!r}; try "
+                "[NonFinite(), NormSpike()]"
+            )
+        if not all(isinstance(action, Action) for action in self.actions):
+            raise ValueError(
+                f"actions must be a list of Action objects, got {actions!r}; try [Skip()]"
+            )
+        check_count("max_consecutive", max_consecutive, of="updates")
+        limits = [action.after for action in self.actions if isinstance(action, Abort)]
+        self._limit = min([max_consecutive, *limits])
+        self._backoffs = [action for action in self.actions if isinstance(action, Backoff)]
+        self._clips_to_median = any(isinstance(action, ClipToMedian) for action in self.actions)
+        self._window = WindowRecorder(None if forensics is None else fspath(forensics))
+        self._buffers = BufferSnapshot()
+        self._state = GuardState(self.detectors, self._backoffs)
+        self._rejections: deque[RejectedUpdate] = deque(maxlen=_MAX_REJECTIONS)
+
+    # ---------------------------------------------------------------------------- lifetime
+
+    def check_fit(self, fit: Fit) -> None:
+        """Raises for optimizers whose step cannot be skipped, and a Backoff without scheduler."""
+        if strategies.is_deepspeed(fit.trainer):
+            raise ValueError(
+                "strategy must not be DeepSpeed with StepGuard, got "
+                f"{type(fit.trainer.strategy).__name__}, which steps itself; remove StepGuard"
+            )
+        for optimizer in fit.trainer.optimizers:
+            if is_opacus_optimizer(optimizer):
+                raise ValueError(
+                    "optimizer must not be an optimizer of Opacus with StepGuard, got "
+                    f"{type(optimizer).__name__}: skipping updates depending on their data breaks "
+                    "the privacy accounting; remove StepGuard"
+                )
+            if isinstance(optimizer, torch.optim.LBFGS):
+                raise ValueError(
+                    "optimizer must compute one gradient per update with StepGuard, got LBFGS, "
+                    "which computes several; remove StepGuard"
+                )
+        if self._backoffs and LEARNING_RATE not in fit.owners():
+            raise ValueError(
+                "callbacks must contain a LearningRateScheduler with Backoff, got none; add "
+                "LearningRateScheduler(Constant())"
+            )
+
+    def start(self, fit: Fit) -> None:
+        """Starts with an empty window: checkpoints contain no gradients."""
+        self._window.clear()
+        self._buffers.watch(fit.module)
+        if self._backoffs:
+            fit.groups.adjust("lr", lambda lr, _: self._state.apply_backoffs(lr), owner=self)
+
+    def begin_batch(self, batch: Batch) -> None:
+        """Saves the running statistics before a window, and the batch if batches are recorded."""
+        if self._window.is_over:
+            self._buffers.save()
+        self._window.begin(batch)
+
+    def observe_loss(self, batch: Batch, loss: Tensor) -> None:
+        """Records the loss, on the device."""
+        self._window.add(batch, loss)
+
+    def end_batch(self, batch: Batch) -> None:
+        """Clears a window that ends without an update."""
+        if batch.fit.module.automatic_optimization and batch.closes_window:
+            self._window.clear()
+
+    def end_epoch(self, fit: Fit) -> None:
+        """Clears the window: windows end with the epoch."""
+        self._window.clear()
+
+    def end(self, fit: Fit) -> None:
+        """Logs the number of rejected updates, and releases the batches."""
+        self._window.clear()
+        self._buffers.release()
+        if self.rejected:
+            plural = "s" if self.rejected > 1 else ""
+            rank_zero_info(f"StepGuard rejected {self.rejected} update{plural} of this run.")
+
+    # ------------------------------------------------------------------------------ decision
+
+    def needs_norms(self, update: Update) -> bool:
+        """Returns True: every update is inspected."""
+        return True
+
+    def decide(self, update: Update) -> Rejection | None:
+        """Reads the norm, and the loss if a detector uses it, and decides. Synchronizes."""
+        assert self.fit is not None  # set by the engine
+        readings = self._read(self.fit.trainer, update)
+        rejection = None
+        if readings is None:
+            # The GradScaler skips this update. Its finite statistics are kept, as they would be
+            # without the guard; a NaN among them would stay forever.
+            self._buffers.restore_nonfinite_()
+        else:
+            rejection = self._inspect(self.fit.trainer, update, readings)
+        self._window.close()
+        return rejection
+
+    def _read(self, trainer: Trainer, update: Update) -> dict[Quantity, float] | None:
+        """Returns norm and loss, equal on all processes; None after an overflow of the scaler."""
+        total = update.norms.total
+        like = total.new_zeros((), dtype=accumulation_dtype(total.device))
+        overflow = like
+        if update.scaler_skips_overflow:
+            flag = precision.scaler_found_inf(trainer, update.optimizer)
+            overflow = like if flag is None else flag.to(like)
+        numbers = [total.to(like), overflow]
+        if any(detector.quantity == "loss" for detector in self.detectors):
+            numbers += self._window.weighted_loss(like)
+        # One all-reduce and one transfer for all numbers. Each process has computed the norm, and
+        # the last bits may differ; the mean is the same everywhere, and so is the decision.
+        summed = trainer.strategy.reduce(torch.stack(numbers), reduce_op="sum")
+        norm, overflows, *loss = (number / trainer.world_size for number in summed.tolist())
+        if overflows > 0:
+            return None
+        update.norms.take_value(norm)
+        readings: dict[Quantity, float] = {"norm": norm}
+        if loss and loss[1] != 0:
+            readings["loss"] = loss[0] / loss[1]
+        return readings
+
+    def _inspect(
+        self, trainer: Trainer, update: Update, readings: dict[Quantity, float]
+    ) -> Rejection | None:
+        guarded = self._state.of_optimizer(update.label)
+        states = self._state.histories(guarded)
+        verdict = inspect(self.detectors, states, readings)
+        # Before the reading enters the histories, which it would change.
+        factor = None if verdict is None else self._median_factor(states, readings["norm"], verdict)
+        record(self.detectors, states, readings, verdict)
+        if verdict is None:
+            guarded["consecutive"] = 0
+            self._state.recover_learning_rate()
+            return None
+        self._reject(trainer, update, guarded, verdict, readings["norm"])
+        if factor is not None:
+            update.shrink_(factor)
+            return None
+        guarded["skipped"] += 1
+        self._buffers.restore_()
+        return Rejection(reason=verdict.reason)
+
+    def _reject(
+        self,
+        trainer: Trainer,
+        update: Update,
+        guarded: dict[str, Any],
+        verdict: Verdict,
+        norm: float,
+    ) -> None:
+        if guarded["consecutive"] == 0:
+            guarded["checkpoint"] = trainer_callbacks.newest_checkpoint(trainer)
+        guarded["consecutive"] += 1
+        guarded["rejected"] += 1
+        counts = guarded["detected"]
+        counts[verdict.detector] = counts.get(verdict.detector, 0) + 1
+        rejected = self._window.report(trainer, update, verdict, norm)
+        self._rejections.append(rejected)
+        rank_zero_info(str(rejected))
+        update.announce_rejection(update, str(rejected))
+        if guarded["consecutive"] >= self._limit:
+            raise too_many_rejections(trainer, rejected, self._limit, guarded["checkpoint"])
+        self._state.lower_learning_rate()
+
+    def _median_factor(
+        self, states: Sequence[dict[str, Any]], norm: float, verdict: Verdict
+    ) -> float | None:
+        """Returns ClipToMedian's factor on the gradient; None to skip the update."""
+        if verdict.quantity != "norm" or not self._clips_to_median:
+            return None
+        for detector, state in zip(self.detectors, states, strict=True):
+            if isinstance(detector, NormSpike) and detector.check(norm, state) is not None:
+                typical = detector.typical(state)
+                return None if typical is None else typical / norm
+        return None
+
+    def metrics(self, fit: Fit) -> Mapping[str, float | Tensor]:
+        """Returns the number of skipped updates, and of rejections by detector."""
+        names = dict.fromkeys(type(detector).__name__ for detector in self.detectors)
+        return {"guard/skipped": float(self._state.total("skipped"))} | {
+            tag_name("guard/rejected", name): float(self._state.detected(name)) for name in names
+        }
+
+    # --------------------------------------------------------------------------------- state
+
+    @property
+    def rejections(self) -> tuple[RejectedUpdate, ...]:
+        """The last rejected updates of this process, at most 100, oldest first."""
+        return tuple(self._rejections)
+
+    @property
+    def rejected(self) -> int:
+        """The number of rejected updates since the beginning of the run."""
+        return self._state.total("rejected")
+
+    def specification(self) -> str:
+        """Returns detectors and actions as code."""
+        return ", ".join(map(repr, (*self.detectors, *self.actions)))
+
+    def reset(self) -> None:
+        """Clears histories, counts and rejections."""
+        self._state.reset()
+        self._rejections.clear()
+
+    def saved_state(self) -> dict[str, Any]:
+        """Returns histories and counts by optimizer, and the levels of the backoffs."""
+        return self._state.state_dict()
+
+    def load_saved_state(self, state: dict[str, Any]) -> None:
+        """Restores the state from a checkpoint; new detectors start with an empty history."""
+        self._state.load_state_dict(state)
+
+    def __repr__(self) -> str:
+        names = [
+            type(d).__name__ + ("(...)" if getattr(d, "__dataclass_fields__", {}) else "()")
+            for d in self.detectors
+        ]
+        return f"StepGuard([{', '.join(names)}])"

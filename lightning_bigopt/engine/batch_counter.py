@@ -1,0 +1,119 @@
+"""Counts the samples and tokens of each batch, and advances a GlobalBatchLoader."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_bigopt.batching.exact_loader import GlobalBatchLoader
+from lightning_bigopt.batching.global_window import MicroBatch
+from lightning_bigopt.engine.batch_contents import count
+from lightning_bigopt.engine.clock import BatchAmounts
+from lightning_bigopt.engine.clock_settings import ClockSettings
+from lightning_bigopt.trainer_access import loaders, loop, strategies
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+__all__ = ["BatchCounter"]
+
+
+class BatchCounter:
+    """Counts one batch at a time, in the cheapest way that is exact.
+
+    The sizes of a :class:`GlobalBatchLoader` are known in advance. A loader with a ``batch_size``
+    has full batches except for the last of an epoch. Otherwise each batch is counted and summed
+    over the processes.
+
+    Args:
+        trainer: The Trainer, from ``on_train_start`` on.
+        settings: The functions or fields that count samples and tokens.
+
+    Attributes:
+        micro_batch: The current micro-batch of a GlobalBatchLoader; None for other loaders.
+        samples: Samples of this process in the current batch.
+    """
+
+    def __init__(self, trainer: Trainer, settings: ClockSettings) -> None:
+        self._settings = settings
+        self.micro_batch: MicroBatch | None = None
+        self.samples = 0
+        self.begin_epoch(trainer)
+
+    def begin_epoch(self, trainer: Trainer) -> None:
+        """Reads the sizes of the loaders, because every epoch may have new loaders."""
+        self._world = strategies.data_parallel_size(trainer)
+        self._exact: GlobalBatchLoader | None = loaders.exact_loader(trainer)
+        self._first_index: int | None = None
+        self.micro_batch = None
+        full, last = loaders.micro_batch_size(trainer), None
+        if self._settings.samples is None and full is not None:
+            last = loaders.last_batch_samples(trainer)
+        self._sizes = None if full is None or last is None else (full, last)
+
+    def count(self, trainer: Trainer, batch: Any, index: int) -> BatchAmounts:
+        """Counts the current batch; a collective if its size is not known in advance.
+
+        Args:
+            trainer: The Trainer.
+            batch: The batch; None if the loader yielded None.
+            index: Index of the batch in the epoch.
+
+        Returns:
+            The samples and tokens over all processes.
+        """
+        self.samples = total = 0
+        if batch is not None:
+            total = self._count_samples(trainer, batch, index)
+        tokens = 0
+        if self._settings.tokens is not None:
+            # A repeated sample of a GlobalBatchLoader, which does not count, has no tokens either.
+            local = count(batch, self._settings.tokens, name="tokens") if self.samples else 0
+            tokens = round(strategies.sum_over_data(trainer, local))
+        return BatchAmounts(total, tokens)
+
+    def _count_samples(self, trainer: Trainer, batch: Any, index: int) -> int:
+        """Sets :attr:`samples`, and returns the samples over all processes."""
+        if self._exact is not None:
+            if self._first_index is None:
+                # After a resume within an epoch Lightning's index continues, while the loader
+                # counts its batches from 0 again.
+                self._first_index = index
+            self.micro_batch = self._exact.micro_batch(index - self._first_index)
+            self.samples = self.micro_batch.samples
+            return self.micro_batch.global_samples
+        if self._sizes is None:
+            # Summed, because the clock must be equal on all processes: a policy would otherwise
+            # plan windows of different lengths, and the collectives of the processes would not
+            # match.
+            self.samples = count(batch, self._settings.samples, name="samples")
+            return self._sum_over_processes(trainer)
+        full, last = self._sizes
+        differs = last != full or self._world > 1
+        if differs and loop.is_last_batch(trainer):
+            # With a sampler of the user's own the shards of the processes may differ in length.
+            self.samples = last
+            return self._sum_over_processes(trainer)
+        self.samples = full
+        return full * self._world
+
+    def _sum_over_processes(self, trainer: Trainer) -> int:
+        if self._world == 1:
+            return self.samples
+        return round(strategies.sum_over_data(trainer, self.samples))
+
+    def end_batch(self, *, closes_window: bool) -> None:
+        """Advances a GlobalBatchLoader when an update has been trained."""
+        # Per update, not per batch: gradients of an open window are not saved, so that a resume
+        # must yield the batches of the window again.
+        if self._exact is not None and self.micro_batch is not None and closes_window:
+            self._exact.advance(self.micro_batch.window.samples)
+
+    def loader_state(self) -> dict[str, int] | None:
+        """Returns the state of a GlobalBatchLoader; None for other loaders."""
+        return None if self._exact is None else self._exact.state_dict()
+
+    def end_epoch(self) -> None:
+        """Moves a GlobalBatchLoader to the next epoch, if this one has been trained to its end."""
+        exact = self._exact
+        if exact is not None and exact.position >= exact.samples:
+            exact.end_epoch()

@@ -1,0 +1,262 @@
+"""The engine: a Lightning callback that runs the capabilities of one Trainer in a fixed order."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from lightning_bigopt.batching.exact_loader import GlobalBatchLoader
+from lightning_bigopt.engine import fit_setup
+from lightning_bigopt.engine.batch_counter import BatchCounter
+from lightning_bigopt.engine.clock import Clock
+from lightning_bigopt.engine.snapshot import Snapshot
+from lightning_bigopt.engine.stage import Fit, Stages, overriding
+from lightning_bigopt.engine.step import StepHooks
+from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
+from lightning_bigopt.trainer_access import strategies
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["Engine"]
+
+
+class Engine(StepHooks):
+    """Runs the capabilities of lightning_bigopt; the first capability adds it to the Trainer.
+
+    This class starts and ends fits, and saves state. The base class runs the steps.
+
+    State:
+        ``clock``: the counts and the horizon; ``groups``: the base values of scheduled fields other
+        than the learning rate, whose base values are in the checkpoint's ``lr_schedulers``;
+        ``loader``: epoch and position of a GlobalBatchLoader.
+    """
+
+    version = 2
+    needs_horizon = False
+    # The key in checkpoints; Lightning shows it in a warning if the engine is missing.
+    state_key = "lightning_bigopt.Engine (any callback of lightning_bigopt adds it)"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._run = object()  # identifies a run: capabilities of another run are reset
+        self._loaded: dict[str, Any] | None = None
+        # The state that is saved after a fit, and the loader's also before the first batch.
+        self._idle_state: dict[str, Any] = {"groups": {}, "loader": None}
+        self._last_trainer: weakref.ref[Trainer] | None = None
+        self._evaluated: list[Stages] = []  # the capabilities that an evaluation has begun with
+
+    def __repr__(self) -> str:
+        names = [type(capability).__name__ for capability in self._capabilities()]
+        status = f"runs {', '.join(names)}" if names else "idle"
+        return f"Engine(lightning_bigopt: {status})"
+
+    def _capabilities(self) -> list[Stages]:
+        return [] if self._fit is None else self._fit.capabilities
+
+    # -------------------------------------------------------------------------- start and end
+
+    def add_unlisted(self, capability: Stages) -> None:
+        """Adds a capability whose hooks another callback calls, instead of the Trainer."""
+        self._end()  # first, because it clears this list
+        self._unlisted.append(capability)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Ends a previous fit that was not ended because of an error."""
+        self._end()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Collects the capabilities, checks for conflicts, and installs hooks.
+
+        Raises:
+            ValueError: If two capabilities own the same thing, a required capability is missing, or
+                a capability finds a conflict.
+        """
+        if trainer_callbacks.find_callback(trainer, Engine) is not self:
+            return  # a second engine stays idle
+        self._clear_fit()
+        last = None if self._last_trainer is None else self._last_trainer()
+        # The user has passed trainer.callbacks, with this engine or a copy of it, to another
+        # Trainer. A copy of the whole Trainer continues: its own counts are not 0.
+        if last is not trainer and (self._last_trainer is not None or not trainer.global_step):
+            self.clock, self._run = Clock(), object()
+        self._last_trainer = weakref.ref(trainer)
+        self._idle_state["loader"] = None
+        self._fit = Fit(
+            trainer=trainer,
+            module=pl_module,
+            clock=self.clock,
+            groups=fit_setup.group_schedule(trainer),
+            start_clock=self._start_clock,
+            rewrite_groups=self._rewrite_groups,
+            finish_batch=self.finish_batch,
+            take_snapshot=self._take_snapshot,
+        )
+        # Collected here and not in setup: in a second fit the engine's setup may run before that of
+        # new capabilities, because mixins make new callbacks for a new module.
+        self._set_capabilities(self._fit, self._collect(trainer))
+        fit_setup.check(self._fit, self._run)
+        fit_setup.install(
+            self._fit,
+            receive_loader=self._receive_loader if self._stages["loader_ready"] else None,
+            collect_weights=self._collect_weights,
+            controls_steps=any(self._stages[name] for name in ("decide", "clip", "after_step")),
+        )
+
+    def _collect(self, trainer: Trainer) -> list[Stages]:
+        listed = [c for c in trainer_callbacks.callbacks_of(trainer) if isinstance(c, Stages)]
+        return sorted([*listed, *self._unlisted], key=lambda c: c.rank)
+
+    def _receive_loader(self, loader: Any) -> None:
+        if self._fit is None:
+            return
+        # With max_epochs Lightning does not restore the state of a loader from a checkpoint of the
+        # end of an epoch.
+        state = None if self._loaded is None else self._loaded.get("loader")
+        if isinstance(loader, GlobalBatchLoader):
+            if state is not None:
+                loader.load_state_dict(state)
+            self._idle_state["loader"] = loader.state_dict()
+        for capability in self._stages["loader_ready"]:
+            capability.loader_ready(self._fit, loader)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock and the capabilities; Lightning has restored all state by now."""
+        if self._fit is not None:
+            self._start(self._fit)
+            for capability in self._stages["announce"]:
+                capability.announce(self._fit)
+
+    def _start(self, fit: Fit) -> None:
+        self._start_clock()
+        fit.shard_group = strategies.shard_group(fit.trainer)
+        self._counter = BatchCounter(fit.trainer, self.clock.settings)
+        self._first_step = fit.trainer.global_step
+        for capability in self._stages["start"]:
+            capability.start(fit)
+        fit.groups.write(self.clock.progress())
+
+    def _start_clock(self) -> Clock:
+        """Restores loaded state and determines the horizon, once per fit.
+
+        Lightning may fetch a batch of a GlobalBatchLoader before ``on_train_start``; its size
+        depends on the clock, which is then started earlier.
+        """
+        fit = self._fit
+        assert fit is not None  # set in on_fit_start
+        if not self._clock_runs:
+            loaded, self._loaded = self._loaded, None
+            fit_setup.restore(fit, loaded)
+            fit_setup.start_clock(fit, self._stages["simulator"], needs_horizon=self.needs_horizon)
+            self._clock_runs = True
+        return self.clock
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Ends the evaluation and the fit; Lightning does not call ``teardown`` after an error."""
+        evaluated, self._evaluated = self._evaluated, []
+        for capability in overriding(evaluated)["begin_evaluation"]:
+            capability.end_evaluation(trainer, pl_module)
+        # ModelCheckpoint(save_on_exception=True) saves after this hook.
+        self.finish_batch()
+        self._end()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Ends the fit, and drops loaded state that was not applied."""
+        loaded, self._loaded, self._unlisted = self._loaded, None, []
+        if self._fit is not None and not self._clock_runs:
+            # A resume of a finished run ends before on_train_start. The state is applied now, so
+            # that a checkpoint saved afterwards contains it.
+            fit_setup.restore(self._fit, loaded)
+            self.clock.restore_without_training()
+        for callback in trainer_callbacks.callbacks_of(trainer):
+            if isinstance(callback, Stages):
+                callback.take_loaded_state()  # loaded by validate or test, or by a finder
+        self._end()
+
+    def _end(self) -> None:
+        if self._fit is None:
+            return
+        self._idle_state = self._fit_state(self._fit)
+        fit, self._fit = self._fit, None
+        self._unlisted = []
+        for capability in fit.capabilities:
+            capability.end(fit)
+            capability.fit = None
+        fit_setup.uninstall(fit)
+        self.clock.stop()
+        self._clear_fit()
+
+    def _take_snapshot(self) -> Snapshot:
+        fit = self._fit
+        assert fit is not None  # called through the Fit
+        # After a rewind the loaders start again with the rest of the epoch.
+        rewound = partial(self.on_train_epoch_start, fit.trainer, fit.module)
+        return Snapshot(fit.trainer, fit.module, self.clock, fit.capabilities, rewound=rewound)
+
+    # -------------------------------------------------------------- evaluation, weights, state
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Runs the stage ``begin_evaluation`` of all capabilities in the Trainer's list."""
+        if trainer_callbacks.find_callback(trainer, Engine) is not self:
+            return  # a second engine does nothing
+        # Kept, because a callback may be removed before the evaluation ends.
+        self._evaluated = self._collect(trainer)
+        for capability in overriding(self._evaluated)["begin_evaluation"]:
+            capability.begin_evaluation(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Runs the stage ``end_evaluation`` of the capabilities of the evaluation."""
+        evaluated, self._evaluated = self._evaluated, []
+        for capability in overriding(evaluated)["end_evaluation"]:
+            capability.end_evaluation(trainer, pl_module)
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
+
+    def _collect_weights(self, collect: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        fit = self._fit
+        # Lightning's finders replace the list of callbacks during a trial, and save a checkpoint.
+        if fit is None or self not in trainer_callbacks.callbacks_of(fit.trainer):
+            return collect()
+        # Lightning collects the weights before the states of the callbacks: a rollback at the end
+        # of the batch must come first, so that weights and states belong to the same update.
+        self.finish_batch()
+        weights = collect()
+        for capability in self._stages["saved_weights"]:
+            weights = capability.saved_weights(weights)
+        return weights
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state after the last update that ``global_step`` counts."""
+        if self._loaded is not None:
+            return self._loaded  # not applied yet, see Capability.state_dict
+        self.finish_batch()
+        return {
+            "version": self.version,
+            "clock": self.clock.state_dict(),
+            **(self._idle_state if self._fit is None else self._fit_state(self._fit)),
+        }
+
+    def _fit_state(self, fit: Fit) -> dict[str, Any]:
+        counter = self._counter
+        loader = self._idle_state["loader"] if counter is None else counter.loader_state()
+        return {"groups": fit_setup.saved_bases(fit), "loader": loader}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Stores the state of a checkpoint until training starts.
+
+        Raises:
+            ValueError: If the state has an unknown version.
+        """
+        fit_setup.check_version(type(self).__name__, state_dict, (self.version,))
+        self._loaded = state_dict
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles must not contain the Trainer and the module.
+        copied = type(self)()
+        names = ("clock", "_run", "_loaded", "_idle_state")
+        return {**vars(copied), **{name: getattr(self, name) for name in names}}

@@ -1,0 +1,32 @@
+"""Converts a horizon to plain numbers for checkpoints, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_bigopt.durations.horizon import Horizon
+from lightning_bigopt.durations.progress import Span
+
+__all__ = ["horizon_from_state", "horizon_to_state"]
+
+
+def horizon_to_state(horizon: Horizon) -> dict[str, Any]:
+    """Returns the fields of a horizon as plain numbers, without those that the Trainer sets."""
+    return {  # "overlong" is excluded: it depends on fast_dev_run
+        "clock": horizon.clock,
+        "budget": horizon.budget,
+        "batches_per_epoch": horizon.batches_per_epoch,
+        "samples_per_epoch": horizon.samples_per_epoch,
+        "spans": [[s.updates, s.batches, s.samples, s.tokens] for s in horizon.spans],
+    }
+
+
+def horizon_from_state(state: dict[str, Any] | None) -> Horizon | None:
+    """Returns the horizon of a checkpoint; None if it contains none."""
+    if state is None:
+        return None
+    spans = tuple(
+        Span(updates=updates, batches=batches, samples=samples, tokens=tokens)
+        for updates, batches, samples, tokens in state["spans"]
+    )
+    return Horizon(**{**state, "spans": spans})

@@ -1,0 +1,157 @@
+"""A snapshot of everything that training changes, which can be restored within the same fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.optim import Optimizer
+
+from lightning_bigopt.batching.randomness import random_state, set_random_state
+from lightning_bigopt.engine.clock import Clock
+from lightning_bigopt.optimizers.names import unwrapped
+from lightning_bigopt.trainer_access import loaders, loop, precision
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["Snapshot", "Snapshotted"]
+
+
+class Snapshotted(Protocol):
+    """The methods of a capability that a snapshot uses."""
+
+    def snapshot(self) -> dict[str, Any]:
+        """Returns the state that :meth:`restore` needs."""
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Restores the state at the time of :meth:`snapshot`."""
+
+
+class Snapshot:
+    """Copies of weights, buffers, optimizers, GradScaler, random states, clock and loaders.
+
+    The states of all capabilities are included. Tensors are copied on their devices, DTensors as
+    their local shards. Weights and buffers are restored in place, except lazy ones that had no
+    values at the time of the snapshot. Parameter groups added since then stay, with empty optimizer
+    states: Lightning's fine-tuning callbacks add a group only once. A snapshot may be restored
+    several times. Gradients are not included: take and restore a snapshot between accumulation
+    windows, and in the same hook, because Lightning advances its counters between the hooks of a
+    batch.
+
+    Args:
+        trainer: The Trainer, while it fits.
+        module: The module that is trained.
+        clock: The clock of the engine.
+        capabilities: The capabilities of the fit.
+        rewound: Called after clock, counters and loaders were restored.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        clock: Clock,
+        capabilities: Sequence[Snapshotted],
+        *,
+        rewound: Callable[[], None],
+    ) -> None:
+        self._trainer, self._clock, self._rewound = trainer, clock, rewound
+        self._tensors = [(tensor, tensor.detach().clone()) for tensor in _tensors_of(module)]
+        self._optimizers = [(o, _copy_of(o)) for o in map(unwrapped, trainer.optimizers)]
+        scaler = precision.gradient_scaler(trainer)
+        self._scaler = None if scaler is None else (scaler, scaler.state_dict())
+        self._device = trainer.strategy.root_device
+        self._random = random_state(self._device)
+        self._capabilities = [(c, _copied(c.snapshot())) for c in capabilities]
+        self._counts = clock.state_dict()
+        self._counters = loop.counters(trainer)
+        self._loaders = [
+            (loader, _copied(loader.state_dict()))
+            for loader in loaders.train_loaders(trainer)
+            if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+        ]
+
+    @torch.no_grad()
+    def restore(self, *, rewind: bool = True) -> None:
+        """Restores the state at the time of the snapshot.
+
+        Args:
+            rewind: Whether to restore the clock, the Trainer's counters and the loaders, too. With
+                False training continues with the next data. Within an epoch a rewind needs loaders
+                with a ``state_dict``, such as GlobalBatchLoader; others continue with the next
+                data, and restart with the next epoch.
+        """
+        for tensor, copy in self._tensors:
+            tensor.detach().copy_(copy)
+        for optimizer, state in self._optimizers:
+            _restore_optimizer(optimizer, state)
+        if self._scaler is not None:
+            scaler, scale = self._scaler
+            scaler.load_state_dict(scale)
+        # Copies of the copies, because a snapshot may be restored again: training after the restore
+        # would otherwise change its containers and tensors.
+        for capability, state in self._capabilities:
+            capability.restore(_copied(state))
+        if rewind:
+            self._rewind()
+        # Last, because a loader that begins anew draws random numbers.
+        set_random_state(self._random, self._device)
+
+    def _rewind(self) -> None:
+        self._clock.rewind(self._counts)
+        loop.restore_counters(self._trainer, self._counters)
+        for loader, position in self._loaders:
+            loader.load_state_dict(_copied(position))
+        if len(self._loaders) == len(loaders.train_loaders(self._trainer)):
+            loaders.restart_epoch(self._trainer)
+        self._rewound()
+
+
+_LAZY = (UninitializedBuffer, UninitializedParameter)
+
+
+def _tensors_of(module: nn.Module) -> list[Tensor]:
+    """Returns all parameters and buffers, including non-persistent ones, except lazy ones."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return [tensor for tensor in tensors if not isinstance(tensor, _LAZY)]
+
+
+def _copy_of(optimizer: Optimizer) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return {p: _copied(state) for p, state in optimizer.state.items()}, _copied(groups)
+
+
+def _restore_optimizer(
+    optimizer: Optimizer, copy: tuple[dict[Any, Any], list[dict[str, Any]]]
+) -> None:
+    # Not optimizer.load_state_dict: it would replace the dictionaries of the groups and cast the
+    # states to the dtype of the parameters.
+    states, groups = copy
+    optimizer.state.clear()
+    optimizer.state.update({p: _copied(state) for p, state in states.items()})
+    for group, fields in zip(optimizer.param_groups, groups, strict=False):  # groups may be new
+        for name in group.keys() - fields.keys() - {"params"}:
+            del group[name]
+        for name, value in fields.items():
+            current = group.get(name)
+            if isinstance(value, Tensor) and isinstance(current, Tensor):
+                current.copy_(value)  # in place: a compiled step holds a reference to the tensor
+            else:
+                group[name] = _copied(value)
+
+
+def _copied(value: Any) -> Any:
+    """Copies tensors and containers recursively; other objects are shared."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_copied(item) for item in value]
+    if type(value) is tuple:
+        return tuple(_copied(item) for item in value)
+    return value

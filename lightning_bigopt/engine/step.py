@@ -1,0 +1,315 @@
+"""The order of a step: Lightning's hooks for a batch, and the stages that they run."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_bigopt.engine.batch_counter import BatchCounter
+from lightning_bigopt.engine.clock import Clock
+from lightning_bigopt.engine.stage import Batch, Fit, Stages, overriding
+from lightning_bigopt.engine.update import Restorable, Update
+from lightning_bigopt.gradients.apply import clear_
+from lightning_bigopt.gradients.optimizer_step import step_control
+from lightning_bigopt.gradients.skip import skip_update_
+from lightning_bigopt.trainer_access import loggers, loop, precision
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["StepHooks"]
+
+_UPDATE_STAGES = ("rescale", "needs_norms", "decide", "clip", "observe", "after_step")
+
+
+class StepHooks(Callback):
+    """Lightning's hooks for a batch. Only the engine has them, so that the order is fixed.
+
+    A step runs :meth:`on_train_batch_start`, :meth:`on_before_backward`,
+    :meth:`on_before_optimizer_step` and :meth:`_end_batch`. Each of them runs stages of
+    :class:`~lightning_bigopt.engine.stage.Stages`.
+    """
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self._fit: Fit | None = None
+        self._unlisted: list[Stages] = []
+        self._clear_fit()
+
+    def _clear_fit(self) -> None:
+        self._stages: dict[str, list[Stages]] = {}
+        self._has_update_stages = False
+        self._counter: BatchCounter | None = None
+        self._batch: Batch | None = None
+        self._batch_has_ended = self._batch_has_loss = False
+        self._processed = 0
+        self._epoch_is_new = False
+        self._clock_runs = False
+        self._first_step: int | None = None
+        self._listed: list[object] = []  # the callbacks at the start of the last window
+        self._roll_back: Restorable | None = None
+
+    def _set_capabilities(self, fit: Fit, capabilities: list[Stages]) -> None:
+        fit.capabilities[:] = capabilities
+        self._stages = overriding(capabilities)
+        self._has_update_stages = any(self._stages[name] for name in _UPDATE_STAGES)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins an epoch, which may have new loaders."""
+        if self._fit is None:
+            return
+        assert self._counter is not None  # set in on_train_start
+        self._counter.begin_epoch(trainer)
+        self._epoch_is_new = True
+        for capability in self._stages["begin_epoch"]:
+            capability.begin_epoch(self._fit)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Counts the batch, and opens an accumulation window if none is open."""
+        fit, clock = self._fit, self.clock
+        if fit is None:
+            return
+        assert self._counter is not None  # set in on_train_start
+        trainer = fit.trainer
+        opens_window = not clock.window_is_open
+        if opens_window:
+            # Only here: removing a capability in the middle of a window would change the
+            # accumulation or the weights of a gradient that is partly computed.
+            self._read_list(fit)
+        clock.begin_batch(self._counter.count(trainer, batch, batch_idx))
+        self._batch = Batch(
+            fit=fit,
+            data=batch,
+            index=batch_idx,
+            opens_window=opens_window,
+            samples=self._counter.samples,
+            micro_batch=self._counter.micro_batch,
+        )
+        self._batch_has_ended = self._batch_has_loss = False
+        self._processed = loop.processed_batches(trainer)
+        for capability in self._stages["begin_batch"]:
+            capability.begin_batch(self._batch)
+        for capability in self._stages["weigh_loss"]:
+            self._batch.loss_factor *= capability.weigh_loss(self._batch)
+        if self._epoch_is_new or fit.groups.has_new_groups():
+            # Callbacks such as BackboneFinetuning add parameter groups, and overwrite learning
+            # rates, in on_train_epoch_start. They may run after the engine, so that the first batch
+            # is the earliest moment to write the scheduled values again.
+            self._rewrite_groups()
+            self._epoch_is_new = False
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        """Passes the loss to the capabilities, and multiplies its gradient by the loss factor."""
+        batch = self._batch
+        if batch is None:
+            return
+        self._batch_has_loss = True
+        if self._stages["observe_loss"]:
+            plain = precision.unscaled_loss(trainer, loss)
+            for capability in self._stages["observe_loss"]:
+                capability.observe_loss(batch, plain)
+        factor = batch.loss_factor
+        # A hook on the loss needs no patch of backward, and nothing has to be undone. For a loss
+        # without a gradient no hook is registered, so that backward raises its usual error.
+        if (isinstance(factor, Tensor) or factor != 1) and loss.requires_grad:
+            loss.register_hook(lambda gradient: gradient * factor)  # type: ignore[no-untyped-call]
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Rescales, measures, decides, clips and observes, before the optimizer steps."""
+        fit, stages = self._fit, self._stages
+        if fit is None:
+            return
+        self._first_step = None  # this hook runs, so that _check_hook_reached is not needed
+        if fit.groups.has_new_groups():
+            self._rewrite_groups()
+        update = self._new_update(fit, optimizer)
+        if update is None:
+            return
+        # A GradScaler may have skipped the previous step, whose after_step calls still wait, and
+        # LBFGS evaluates its closure several times in one step.
+        clear_(optimizer)
+        for capability in stages["rescale"]:
+            capability.rescale(update)
+        # After rescaling and before any stage that changes gradients: all capabilities read the
+        # same norms.
+        if any(capability.needs_norms(update) for capability in stages["needs_norms"]):
+            update.measure()
+        for capability in stages["decide"]:
+            update.rejection = update.rejection or capability.decide(update)
+        if update.rejection is None:
+            for capability in stages["clip"]:
+                capability.clip(update)
+        for capability in stages["observe"]:
+            capability.observe(update)
+        self._control_step(update)
+
+    def _new_update(self, fit: Fit, optimizer: Optimizer) -> Update | None:
+        """Creates the update; None if Lightning will skip it, or there are no gradients."""
+        if not self._has_update_stages:
+            return None
+        trainer = fit.trainer
+        has_scaler = precision.gradient_scaler(trainer) is not None
+        info = fit.optimizer_info(optimizer)
+        if has_scaler and fit.module.automatic_optimization:
+            # training_step may return None for the last micro-batch of a window. With a GradScaler
+            # Lightning then skips the update, even if earlier micro-batches have left gradients.
+            # Those are not unscaled, and must not reach norms or histories.
+            if not self._batch_has_loss:
+                return None
+        elif fit.shard_group is None and all(p.grad is None for _, p in info.parameters):
+            # Not under FSDP1: a process with empty shards has no gradients, but must take part in
+            # the collectives.
+            return None
+        if has_scaler:
+            precision.unscale_gradients_(trainer, optimizer)
+        return Update(
+            optimizer=optimizer,
+            parameters=info.parameters,
+            label=info.label,
+            progress=self.clock.update_progress,
+            norm_order=next((c.norm_order for c in fit.capabilities if c.norm_order), 2.0),
+            shard_group=fit.shard_group,
+            scaler_skips_overflow=has_scaler,
+            announce_rejection=self._announce_rejection,
+        )
+
+    def _announce_rejection(self, update: Update, reason: str) -> None:
+        for capability in self._stages["observe_rejection"]:
+            capability.observe_rejection(update, reason)
+
+    def _control_step(self, update: Update) -> None:
+        """Makes the optimizer skip a rejected update, or run ``after_step`` after its step."""
+        if update.rejection is not None:
+            skip_update_(update.optimizer)
+            self._roll_back = update.rejection.roll_back
+            return
+        for capability in self._stages["after_step"]:
+            step_control(update.optimizer).after_step(partial(capability.after_step, update))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Ends the batch, unless :meth:`finish_batch` has ended it."""
+        if self._fit is None:
+            return
+        if self._batch is None:
+            # Lightning does not call on_train_batch_start if the loader yields None. It skips the
+            # next callback in its list if one removes itself in that hook.
+            self.on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if not self._batch_has_ended:
+            self._end_batch()
+        self._batch = None
+
+    def finish_batch(self) -> None:
+        """Ends a batch that Lightning has counted but the engine has not.
+
+        A callback that precedes the engine may save a checkpoint in ``on_train_batch_end``. The
+        saved states must belong to the update that ``global_step`` counts.
+        """
+        fit, batch = self._fit, self._batch
+        if fit is None or batch is None or self._batch_has_ended:
+            return
+        # Both conditions: a batch for which on_train_batch_start returned -1 counts as processed,
+        # too, but was never started or trained.
+        trained = loop.processed_batches(fit.trainer) > self._processed
+        if trained and loop.batch_is_processed(fit.trainer):
+            self._end_batch()
+
+    def _end_batch(self) -> None:
+        fit, batch, clock = self._fit, self._batch, self.clock
+        assert fit is not None  # checked by the callers
+        assert batch is not None
+        assert self._counter is not None
+        self._batch_has_ended = True
+        closes = batch.closes_window = loop.closes_window(fit.trainer)
+        clock.end_batch(closes_window=closes)
+        self._counter.end_batch(closes_window=closes)
+        if self._first_step is not None and self._has_update_stages:
+            _check_hook_reached(fit, self._first_step)
+        for capability in self._stages["end_batch"]:
+            capability.end_batch(batch)
+        if not closes:
+            return
+        _log_without_monitor(fit)
+        if self._roll_back is not None:
+            # The data stays consumed: training continues with the next batch.
+            self._roll_back.restore(rewind=False)
+            self._roll_back = None
+        # After end_batch and the rollback, which may change adjustments and groups.
+        if fit.groups:
+            fit.groups.write(clock.progress())
+        if clock.budget_exhausted:
+            fit.trainer.should_stop = True
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends the epoch, and drops a batch that has not ended."""
+        if self._fit is None:
+            return
+        assert self._counter is not None  # set in on_train_start
+        self._batch = None
+        self.clock.drop_batch()
+        self._counter.end_epoch()
+        for capability in self._stages["end_epoch"]:
+            capability.end_epoch(self._fit)
+
+    def _read_list(self, fit: Fit) -> None:
+        """Ends capabilities that were removed from the Trainer's list; warns about new ones."""
+        listed: list[object] = [*fit.trainer.callbacks, *self._unlisted]  # type: ignore[attr-defined]
+        if listed == self._listed:
+            return
+        before, self._listed = self._listed, listed
+        kept = [capability for capability in fit.capabilities if capability in listed]
+        for capability in [c for c in fit.capabilities if c not in kept]:
+            capability.end(fit)
+            fit.groups.release(capability)
+            capability.fit = None
+        self._set_capabilities(fit, kept)
+        for added in listed:
+            if isinstance(added, Stages) and added not in kept and added not in before:
+                rank_zero_warn(
+                    f"{added!r} was added to the Trainer's callbacks during the fit. It has no "
+                    "effect in this fit; add callbacks of lightning_bigopt before it."
+                )
+
+    def _rewrite_groups(self) -> None:
+        if self._fit is not None and self._clock_runs:
+            self._fit.groups.write(self.clock.update_progress)
+
+
+def _check_hook_reached(fit: Fit, first_step: int) -> None:
+    """Raises if an update was made without a call of ``on_before_optimizer_step``.
+
+    Raises:
+        RuntimeError: If ``global_step`` has increased since ``first_step``.
+    """
+    if fit.trainer.global_step > first_step:
+        raise RuntimeError(
+            "on_before_optimizer_step must be called for every update, got an update without it "
+            f"(strategy {type(fit.trainer.strategy).__name__}); call super() in overridden hooks, "
+            "or remove the callbacks of lightning_bigopt"
+        )
+
+
+def _log_without_monitor(fit: Fit) -> None:
+    """Logs the metrics of capabilities with ``logs_without_monitor``, if there is no monitor."""
+    trainer = fit.trainer
+    if not trainer.loggers or any(c.logs_all_metrics for c in fit.capabilities):
+        return
+    logged = [c for c in fit.capabilities if c.logs_without_monitor]
+    if not logged or not loop.should_log(trainer):
+        return
+    values = {tag: float(v) for c in logged for tag, v in c.metrics(fit).items()}
+    if values and trainer.is_global_zero:
+        for logger in trainer.loggers:
+            loggers.log_metrics(logger, values, step=loop.batches_that_stepped(trainer))

@@ -1,0 +1,233 @@
+"""Counts how often a clipping rule acts, without reading the device during training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_bigopt.gradients.clip_decision import ClipDecision
+from lightning_bigopt.gradients.rules.adaptive_norm_clip import ZClip
+from lightning_bigopt.gradients.rules.clipping_rule import ClippingRule
+from lightning_bigopt.gradients.rules.norm_clip import NormClip
+
+__all__ = ["ClipReport", "ClipStatistics", "advice"]
+
+_FOLD_EVERY = 64
+_KEPT_NORMS = 512
+_ENOUGH_UPDATES = 32
+# Stands for a non-finite norm: norms are never negative, and a NaN must not enter a checkpoint.
+_NOT_FINITE = -1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipReport:
+    """Summary of the updates that a rule has decided on.
+
+    Args:
+        updates: Number of updates with a finite gradient.
+        clipped: Number of these that were clipped; for a rule with one coefficient for each
+            tensor, the sum of the fractions of clipped tensors.
+        threshold: The last threshold; None if it is not one number.
+        median: Median norm before clipping, of at most 512 norms spread evenly over the run.
+        p95: 95th percentile of the same norms.
+
+    Example:
+        >>> print(ClipReport(updates=1000, clipped=50, threshold=1.0, median=0.25, p95=0.5))
+        5.0 % of 1000 updates clipped; threshold 1 is 4.0 × the median norm 0.25 (95th percentile \
+0.5)
+    """
+
+    updates: int
+    clipped: float
+    threshold: float | None
+    median: float
+    p95: float
+
+    @property
+    def fraction(self) -> float:
+        """Fraction of the updates that were clipped."""
+        return self.clipped / self.updates if self.updates else 0.0
+
+    def __str__(self) -> str:
+        norms = f"median norm {self.median:.3g} (95th percentile {self.p95:.3g})"
+        if self.threshold is not None and math.isfinite(self.threshold) and self.median > 0:
+            ratio = self.threshold / self.median
+            norms = f"threshold {self.threshold:.3g} is {ratio:.1f} × the {norms}"
+        return f"{self.fraction:.1%} of {self.updates} updates clipped; {norms}".replace("%", " %")
+
+
+def advice(report: ClipReport, rule: ClippingRule) -> str | None:
+    """Returns advice on the threshold of a rule.
+
+    Args:
+        report: The summary of its decisions.
+        rule: The rule.
+
+    Returns:
+        One or two sentences; None if the threshold is reasonable, if there are fewer than 32
+        updates, or for rules other than :class:`NormClip` and :class:`ZClip`.
+
+    Example:
+        >>> from lightning_bigopt.gradients import NormClip
+        >>> report = ClipReport(updates=100, clipped=80, threshold=1.0, median=3.0, p95=7.0)
+        >>> advice(report, NormClip(1.0)).split(":")[0]
+        'More than half of the updates are clipped'
+    """
+    if report.updates < _ENOUGH_UPDATES or not isinstance(rule, NormClip | ZClip):
+        return None  # other rules clip often by design, or count tensors instead of updates
+    if report.fraction > 0.5 and rule.max_norm is not None:
+        return (
+            "More than half of the updates are clipped: max_norm sets the length of most "
+            f"gradients. To clip outliers only, raise it above {report.p95:.2g}. With Adam this "
+            "makes little difference; with SGD the limit acts as a lower learning rate."
+        )
+    if report.clipped == 0 and isinstance(rule, NormClip):
+        return (
+            "No update was clipped: max_norm is above every norm of this run. To clip the largest "
+            f"gradients, lower it below {report.p95:.2g}."
+        )
+    return None
+
+
+class ClipStatistics:
+    """Running counts of the decisions of one rule for one optimizer, in bounded memory.
+
+    Every ``stride``-th norm is kept; when 512 norms are kept, the stride doubles.
+
+    Example:
+        >>> from lightning_bigopt.gradients import NormClip, clip_gradients_
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> statistics = ClipStatistics()
+        >>> for norm in (0.5, 2.0):
+        ...     weight.grad = torch.tensor([0.0, norm])
+        ...     statistics.add(clip_gradients_([weight], NormClip(1.0)))
+        >>> statistics.report().fraction
+        0.5
+    """
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._threshold: Tensor | float | None = None
+        self._updates: Tensor | int = 0
+        self._clipped: Tensor | float = 0.0
+        self._logged: tuple[Tensor | int, Tensor | float] = (0, 0.0)
+        self._norms: list[float] | Tensor = []
+        self._stride = 1
+        self._seen = 0
+
+    def add(self, decision: ClipDecision) -> None:
+        """Adds one decision. Does not synchronize.
+
+        Decisions without a coefficient, of rules that write the gradients, are not counted.
+        """
+        norms, coefficient = decision.norms, decision.coefficient
+        if coefficient is None:
+            coefficient = decision.coefficients
+        if norms is None or coefficient is None or not coefficient.numel():
+            return
+        self._threshold = decision.threshold
+        if norms.is_on_host and not coefficient.ndim and isinstance(self._norms, list):
+            self._add_number(norms.value, is_clipped=coefficient.item() < 1.0)
+            return
+        self._pending.append((norms.total, coefficient))
+        if len(self._pending) >= _FOLD_EVERY:
+            self._fold()
+
+    def _add_number(self, norm: float, *, is_clipped: bool) -> None:
+        assert isinstance(self._norms, list)  # checked in add
+        is_finite = math.isfinite(norm)
+        self._updates += is_finite
+        self._clipped += is_clipped and is_finite
+        if self._seen % self._stride == 0:
+            self._norms.append(norm if is_finite else _NOT_FINITE)
+            if len(self._norms) > _KEPT_NORMS:
+                self._norms, self._stride = self._norms[::2], self._stride * 2
+        self._seen += 1
+
+    def _fold(self) -> None:
+        """Adds the pending decisions to the counts, on the device."""
+        if not self._pending:
+            return
+        # On the device and every 64 updates: adding single numbers would launch several small
+        # kernels per update, and reading them would synchronize.
+        pending, self._pending = self._pending, []
+        norms = torch.stack([norm for norm, _ in pending])
+        finite = norms.isfinite()
+        # A norm up to a millionth above the threshold has a coefficient of 1 in float32, and does
+        # not count as clipped.
+        factors = [coefficient for _, coefficient in pending]
+        if all(factor.ndim == 0 for factor in factors):
+            fractions = (torch.stack(factors) < 1).float()
+        else:
+            fractions = torch.stack([(factor < 1).float().mean() for factor in factors])
+        self._updates = self._updates + finite.sum()
+        self._clipped = self._clipped + (fractions * finite).sum()
+        marked = torch.where(finite, norms, _NOT_FINITE)
+        first = -self._seen % self._stride
+        self._seen += len(marked)
+        chosen = marked[first :: self._stride]
+        kept = torch.cat([torch.as_tensor(self._norms).to(chosen), chosen])
+        while len(kept) > _KEPT_NORMS:
+            kept, self._stride = kept[::2], self._stride * 2
+        self._norms = kept
+
+    def report(self) -> ClipReport | None:
+        """Returns the summary; None before the first finite update. Synchronizes."""
+        self._fold()
+        updates = int(self._updates)
+        if not updates:
+            return None
+        norms = sorted(norm for norm in self._norms_as_numbers() if norm >= 0)
+        threshold = self._threshold
+        if isinstance(threshold, Tensor):
+            threshold = threshold.item() if threshold.numel() == 1 else None
+        return ClipReport(
+            updates=updates,
+            clipped=float(self._clipped),
+            threshold=threshold,
+            median=median(norms) if norms else 0.0,
+            p95=norms[min(len(norms) - 1, int(0.95 * len(norms)))] if norms else 0.0,
+        )
+
+    def fraction_since_last_log(self) -> Tensor | float | None:
+        """Returns the fraction of clipped updates since the last call. Does not synchronize.
+
+        Returns:
+            The fraction of the finite updates. Without any finite update it is None on the CPU and
+            0 on a device, because the host does not read their number.
+        """
+        self._fold()
+        updates, clipped = self._updates - self._logged[0], self._clipped - self._logged[1]
+        self._logged = self._updates, self._clipped
+        if isinstance(updates, Tensor):
+            return clipped / updates.clamp(min=1)
+        return clipped / updates if updates else None
+
+    def _norms_as_numbers(self) -> list[float]:
+        return self._norms if isinstance(self._norms, list) else self._norms.tolist()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns counts and kept norms as plain numbers. Synchronizes."""
+        self._fold()
+        return {
+            "updates": int(self._updates),
+            "clipped": float(self._clipped),
+            "logged": [int(self._logged[0]), float(self._logged[1])],
+            "norms": list(self._norms_as_numbers()),
+            "stride": self._stride,
+            "seen": self._seen,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores the counts from a checkpoint."""
+        self._pending = []
+        self._updates, self._clipped = state["updates"], state["clipped"]
+        updates, clipped = state.get("logged", (self._updates, self._clipped))
+        self._logged = updates, clipped
+        self._norms = list(state["norms"])
+        self._stride, self._seen = state["stride"], state["seen"]

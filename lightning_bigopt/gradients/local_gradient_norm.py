@@ -1,0 +1,75 @@
+"""A DDP communication hook that measures the gradient of this process before the reduction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.futures import Future
+
+from lightning_bigopt.gradients.norm_kernels import accumulation_dtype
+
+__all__ = ["LocalGradientNorm"]
+
+
+class LocalGradientNorm:
+    """Measures the squared norm of the gradient of this process, summed over DDP's buckets.
+
+    Costs one norm per bucket and does not synchronize with the host.
+
+    Example:
+        >>> local_norm = LocalGradientNorm()
+        >>> local_norm.add(torch.tensor([3.0, 4.0]))
+        >>> local_norm.take()
+        tensor(25., dtype=torch.float64)
+    """
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._is_active = True
+
+    def add(self, gradient: Tensor) -> None:
+        """Adds a bucket before it is averaged over the processes.
+
+        Args:
+            gradient: The bucket, of shape ``(elements,)`` and any floating dtype.
+        """
+        if not self._is_active:
+            return
+        norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        square = norm.to(accumulation_dtype(norm.device)) ** 2
+        self._sum = square if self._sum is None else self._sum + square
+
+    def reduce(self, bucket: Any) -> Future[Tensor]:
+        """Runs as the communication hook: measures the bucket, then averages it.
+
+        Args:
+            bucket: DDP's ``GradBucket``.
+
+        Returns:
+            The averaged bucket, of the same shape.
+        """
+        self.add(bucket.buffer())
+        return allreduce_hook(None, bucket)  # type: ignore[arg-type]  # None: the default group
+
+    def take(self) -> Tensor:
+        """Returns the squared norm since the last reset, and resets it.
+
+        Returns:
+            The squared norm, of shape ``()``, float64 (float32 on mps); zero if DDP reduced
+            nothing.
+        """
+        squared_norm = torch.zeros(()) if self._sum is None else self._sum
+        self.clear()
+        return squared_norm
+
+    def clear(self) -> None:
+        """Resets the sum."""
+        self._sum = None
+
+    def stop(self) -> None:
+        """Stops measuring. DDP cannot remove the hook, which then only averages."""
+        self._is_active = False
+        self.clear()

@@ -1,0 +1,317 @@
+"""Controls the next step of an optimizer: skips it, scales in its kernel, runs functions after."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from operator import attrgetter
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_bigopt.gradients.group_settings import (
+    GroupSettings,
+    restore_settings_,
+    save_settings,
+)
+
+__all__ = ["StepControl", "installed_step_control", "step_control"]
+
+_ATTRIBUTE = "_bigopt_step_control"
+_version = attrgetter("_version")
+
+
+@dataclass
+class _Skip:
+    """A pending skip.
+
+    Args:
+        unless_gradients: Whether a step with gradients is made anyway.
+        settings: The settings of the parameter groups before the step.
+        is_over: Whether the step has ended, perhaps only the step of a parent class.
+    """
+
+    unless_gradients: bool
+    settings: GroupSettings
+    is_over: bool = False
+
+
+class StepControl:
+    """Replaces ``step`` of one optimizer until :meth:`remove`; created by :func:`step_control`.
+
+    The replacement evaluates a closure before it calls the original step, so that a skip decided in
+    the closure takes effect before the optimizer changes anything. The original receives a closure
+    that returns this result at its first call, and evaluates the user's closure at later calls. An
+    optimizer that changes the weights before its first evaluation, such as SAM, is detected in its
+    first step; from then on it evaluates the closure itself.
+
+    Everything that is pending for a step is cleared after it, even if the step raises.
+
+    Attributes:
+        optimizer: The optimizer.
+
+    Example:
+        >>> weight = nn.Parameter(torch.ones(1))
+        >>> optimizer = torch.optim.SGD([weight], lr=0.1)
+        >>> weight.grad = torch.ones(1)
+        >>> control = step_control(optimizer)
+        >>> control.skip_next()
+        >>> optimizer.step()
+        >>> control.after_step(lambda: print(weight.data))
+        >>> optimizer.step()
+        tensor([0.9000])
+        >>> control.remove()
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self._is_running = False
+        self._evaluates_first = True
+        self._skip: _Skip | None = None
+        self._after: list[Callable[[], None]] = []
+        self._scale: dict[str, Tensor] = {}
+        attributes = vars(optimizer)
+        self._previous: Callable[..., Any] | None = attributes.get("step")
+        self._replacement = self._replace(self._previous or type(optimizer).step)
+        self._hook: RemovableHandle | None = None
+        with suppress(AttributeError):  # the optimizer of Opacus does not call Optimizer.__init__
+            self._hook = optimizer.register_step_post_hook(_after_any_step)
+        attributes[_ATTRIBUTE] = self
+        # A bound method, because torch's LRScheduler reads ``step.__func__``.
+        attributes["step"] = MethodType(self._replacement, optimizer)
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        # Copies of an optimizer have no control: it is copied as None.
+        return type(None), ()
+
+    def skip_next(self, *, unless_gradients: bool = False) -> None:
+        """Skips the current or next step. Does not synchronize.
+
+        The original step is not called: parameters, state, groups and attributes of any optimizer
+        do not change. A closure is evaluated and its result returned. The optimizer's step hooks do
+        not run.
+
+        If the original step is already running, as in the closure in which the control is
+        installed, only :func:`~lightning_bigopt.gradients.skip_update_` can skip it.
+
+        Args:
+            unless_gradients: Whether to make the step if a parameter has a gradient by then.
+
+        Example:
+            >>> weight = nn.Parameter(torch.ones(1))
+            >>> optimizer = torch.optim.AdamW([weight], weight_decay=0.1)
+            >>> weight.grad = torch.ones(1)
+            >>> step_control(optimizer).skip_next()
+            >>> optimizer.step()
+            >>> weight.data, len(optimizer.state)
+            (tensor([1.]), 0)
+        """
+        self._skip = _Skip(unless_gradients, save_settings(self.optimizer))
+
+    def after_step(self, run: Callable[[], None]) -> None:
+        """Runs a function once, after the next step; never if that step is skipped.
+
+        Example:
+            >>> optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+            >>> step_control(optimizer).after_step(lambda: print("stepped"))
+            >>> for _ in range(2):
+            ...     optimizer.step()
+            stepped
+        """
+        self._after.append(run)
+
+    def scale_gradients(self, coefficient: Tensor, finite: Tensor) -> None:
+        """Makes the kernel of a fused optimizer multiply the gradients in the next step.
+
+        The kernel skips an update with non-finite gradients. Does not synchronize.
+
+        Args:
+            coefficient: The factor, of shape ``()``.
+            finite: Whether all gradients are finite, bool of shape ``()``.
+        """
+        self._remove_scale()
+        self._scale = {"grad_scale": coefficient.reciprocal()}
+        # Without found_inf, grad_scale turns an infinite gradient into NaN parameters.
+        if not (finite.is_cpu and finite.item()):
+            self._scale["found_inf"] = finite.logical_not().float()
+        vars(self.optimizer).update(self._scale)
+
+    def clear(self) -> None:
+        """Clears everything that is pending for the next step."""
+        self._skip = None
+        self._after = []
+        self._remove_scale()
+
+    def remove(self) -> None:
+        """Removes the control and restores the optimizer's ``__dict__``.
+
+        If ``step`` has been replaced again by other code, that function stays, and the replacement
+        of this control, which it may call, only calls the original.
+
+        Example:
+            >>> optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+            >>> step_control(optimizer).remove()
+            >>> "step" in vars(optimizer)
+            False
+        """
+        self.clear()
+        attributes = vars(self.optimizer)
+        if attributes.get(_ATTRIBUTE) is not self:
+            return
+        del attributes[_ATTRIBUTE]
+        if self._hook is not None:
+            self._hook.remove()
+        if getattr(attributes.get("step"), "__func__", None) is self._replacement:
+            del attributes["step"]
+            if self._previous is not None:
+                attributes["step"] = self._previous
+
+    def _replace(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        # wraps() keeps the signature, which a GradScaler inspects, and the mark of an LRScheduler.
+        # Pickle saves the bound method by its name, "step", as that of the class.
+        @functools.wraps(getattr(original, "__func__", original))
+        def step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            if optimizer is not self.optimizer:  # a copy
+                return type(optimizer).step(optimizer, *args, **kwargs)
+            if self._is_running or vars(optimizer).get(_ATTRIBUTE) is not self:
+                return self._call_original(args, kwargs)
+            self._is_running = True
+            try:
+                result = self._step(args, kwargs)
+                self._leave_scale_to_grad_scaler()
+                return result
+            finally:
+                self._is_running = False
+                self.clear()
+
+        return step
+
+    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._skip is not None and self._skip.is_over:
+            self._skip = None
+        result = None
+        closure = args[0] if args else kwargs.get("closure")
+        if callable(closure) and (self._evaluates_first or self._skip is not None):
+            with torch.enable_grad():
+                result = closure()
+            replay = self._replay(closure, result)
+            if args:
+                args = (replay, *args[1:])
+            else:
+                kwargs = {**kwargs, "closure": replay}
+        skip = self._skip
+        if skip is not None and not (skip.unless_gradients and _has_gradients(self.optimizer)):
+            if hasattr(self._replacement, "_wrapped_by_lr_sched"):
+                # LRScheduler warns if it is stepped before the first step of the optimizer.
+                vars(self.optimizer)["_opt_called"] = True
+            return result
+        self._skip = None
+        result = self._call_original(args, kwargs)
+        self._finish()
+        return result
+
+    def _replay(self, closure: Callable[[], Any], result: Any) -> Callable[[], Any]:
+        """Returns a closure whose first call returns ``result``, unless weights have changed."""
+        parameters = _parameters(self.optimizer)
+        versions = list(map(_version, parameters))
+        had_gradients = _has_gradients(self.optimizer)
+        results = [result]
+
+        def evaluate() -> Any:
+            if results:
+                first = results.pop()
+                is_unchanged = versions == list(map(_version, parameters))
+                if is_unchanged and _has_gradients(self.optimizer) == had_gradients:
+                    return first
+                self._evaluates_first = False
+            return closure()
+
+        return evaluate
+
+    def _call_original(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._previous is not None:
+            return self._previous(*args, **kwargs)
+        return type(self.optimizer).step(self.optimizer, *args, **kwargs)
+
+    def _finish(self) -> None:
+        if self._skip is not None and not _has_gradients(self.optimizer):
+            # The step was already running when it was skipped: it changed no parameters without
+            # gradients, but may have changed counters in the groups.
+            restore_settings_(self._skip.settings)
+        else:
+            for run in self._after:
+                run()
+
+    def finish_unwrapped_step(self) -> None:
+        """Ends a step that started before the replacement; called by the optimizer's hook."""
+        if self._is_running:
+            return
+        skip = self._skip
+        try:
+            self._finish()
+            self._leave_scale_to_grad_scaler()
+        finally:
+            self.clear()
+        if skip is not None and not _has_gradients(self.optimizer):
+            # The hook runs twice for a subclass whose step calls the step of its parent.
+            skip.is_over = True
+            self._skip = skip
+
+    def _leave_scale_to_grad_scaler(self) -> None:
+        # A GradScaler replaces this found_inf by its own, and deletes both attributes itself.
+        if vars(self.optimizer).get("found_inf") is not self._scale.get("found_inf"):
+            self._scale = {}
+
+    def _remove_scale(self) -> None:
+        attributes = vars(self.optimizer)
+        for name, tensor in self._scale.items():
+            if attributes.get(name) is tensor:
+                del attributes[name]
+        self._scale = {}
+
+
+def step_control(optimizer: Optimizer) -> StepControl:
+    """Returns the step control of an optimizer; the first call installs it.
+
+    Args:
+        optimizer: The optimizer, or Lightning's wrapper of it.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+        >>> step_control(optimizer) is step_control(optimizer)
+        True
+    """
+    return installed_step_control(optimizer) or StepControl(_unwrapped(optimizer))
+
+
+def installed_step_control(optimizer: Optimizer) -> StepControl | None:
+    """Returns the step control of an optimizer; None if none is installed."""
+    control: StepControl | None = vars(_unwrapped(optimizer)).get(_ATTRIBUTE)
+    return control
+
+
+def _after_any_step(optimizer: Optimizer, *_: Any) -> None:
+    control = installed_step_control(optimizer)
+    if control is not None:
+        control.finish_unwrapped_step()
+
+
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _has_gradients(optimizer: Optimizer) -> bool:
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+
+
+def _unwrapped(optimizer: Any) -> Optimizer:
+    # Lightning's wrapper is not an Optimizer; attributes set on it do not reach the optimizer.
+    is_wrapper = not isinstance(optimizer, Optimizer)
+    inner: Optimizer = getattr(optimizer, "optimizer", optimizer) if is_wrapper else optimizer
+    return inner

@@ -1,0 +1,141 @@
+"""Learning-rate schedules as plain torch schedulers, for training loops without Lightning."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_bigopt.durations.horizon import Horizon
+from lightning_bigopt.durations.progress import Progress
+from lightning_bigopt.optimizers.group_schedule import GroupSchedule
+from lightning_bigopt.schedules.base import Schedule
+
+__all__ = ["ScheduleLR", "as_lr_scheduler"]
+
+
+def as_lr_scheduler(schedule: Schedule, optimizer: Optimizer, horizon: Horizon | int) -> ScheduleLR:
+    """Converts a schedule into a ``torch.optim.lr_scheduler.LRScheduler``.
+
+    Args:
+        schedule: Factor over the budget, dimensionless.
+        optimizer: The optimizer; the ``lr`` of each parameter group is its base.
+        horizon: The budget; an int counts updates.
+
+    Returns:
+        The scheduler. Call its ``step()`` once after every update.
+
+    Raises:
+        ValueError: If a duration of the schedule does not fit into the horizon, or the horizon
+            cannot be converted to updates.
+
+    Example:
+        >>> import torch
+        >>> from lightning_bigopt.schedules import Linear
+        >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.4)
+        >>> as_lr_scheduler(Linear(), optimizer, 100).get_last_lr()
+        [0.4]
+    """
+    return ScheduleLR(optimizer, schedule, horizon)
+
+
+class ScheduleLR(LRScheduler):
+    """Writes ``base × schedule`` into every parameter group; step it once after every update.
+
+    Update t of a run of T uses the factor at exactly t/T. Every learning rate is recomputed from
+    its base, and a tensor is filled in place. The base of a group that is added later is its
+    current ``lr``. The state contains plain numbers only.
+
+    Args:
+        optimizer: The optimizer; the ``lr`` of each parameter group is its base.
+        schedule: Factor over the budget, dimensionless.
+        horizon: The budget; an int counts updates.
+
+    Raises:
+        ValueError: If a duration of the schedule does not fit into the horizon, or the horizon
+            cannot be converted to updates.
+
+    Example:
+        >>> import torch
+        >>> from lightning_bigopt.schedules import Linear
+        >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.4)
+        >>> scheduler = ScheduleLR(optimizer, Linear(), 4)
+        >>> for _ in range(2):
+        ...     optimizer.step()
+        ...     scheduler.step()
+        >>> scheduler.get_last_lr(), scheduler.state_dict()
+        ([0.2], {'version': 1, 'last_epoch': 2, 'base_lrs': [0.4]})
+    """
+
+    def __init__(self, optimizer: Optimizer, schedule: Schedule, horizon: Horizon | int) -> None:
+        # LRScheduler.__init__ is not called: it replaces optimizer.step by a wrapper that warns
+        # if scheduler.step() is called first.
+        if isinstance(horizon, int):
+            horizon = Horizon.of_steps(horizon)
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.last_epoch = 0
+        self._resolved = schedule.resolve(horizon)
+        axis = horizon.axis("1 step", name="horizon")
+        self._fractions = [fraction for fraction, _ in axis]
+        self._updates = [updates for _, updates in axis]
+        self._groups = GroupSchedule([("", optimizer)])
+        self._groups.claim("lr")
+        self._groups.follow("lr", self._schedule_of, owner=self)
+        self._write()
+
+    @property
+    def base_lrs(self) -> list[float]:  # type: ignore[override]
+        """The base learning rates, one for each parameter group."""
+        return self._groups.bases("lr")[0]
+
+    def step(self, epoch: int | None = None) -> None:
+        """Writes the learning rates of the next update, or of update ``epoch``."""
+        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
+        self._write()
+
+    def fraction(self, update: int) -> float:
+        """Returns the fraction of the budget spent before an update, counted from 0."""
+        fractions, updates = self._fractions, self._updates
+        if len(fractions) == 2:  # updates of equal size: exactly t/T, without interpolation
+            return update / updates[1]
+        right = min(max(1, bisect_right(updates, update)), len(updates) - 1)
+        inside = (update - updates[right - 1]) / (updates[right] - updates[right - 1])
+        return fractions[right - 1] + inside * (fractions[right] - fractions[right - 1])
+
+    def _schedule_of(self, group: str | None, optimizer: str) -> Schedule:
+        return self._resolved
+
+    def _write(self) -> None:
+        self._progress = Progress(fraction=self.fraction(self.last_epoch), steps=self.last_epoch)
+        self._groups.write(self._progress)
+
+    def get_last_lr(self) -> list[float | Tensor]:
+        """Returns the learning rates written last, one for each parameter group."""
+        return [planned.value for planned in self._groups.planned("lr", self._progress)]
+
+    def get_lr(self) -> list[float | Tensor]:
+        """Returns the same as :meth:`get_last_lr`; torch's schedulers call it in ``step``."""
+        return self.get_last_lr()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the number of updates done and the base learning rates."""
+        return {"version": 1, "last_epoch": self.last_epoch, "base_lrs": self.base_lrs}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores a state of :meth:`state_dict` and writes its learning rates.
+
+        Raises:
+            ValueError: If the state is not of this class and version.
+        """
+        if state_dict.get("version") != 1 or "base_lrs" not in state_dict:
+            raise ValueError(
+                "state_dict must be that of a ScheduleLR of version 1, got the fields "
+                f"{sorted(map(str, state_dict))}; load it into the scheduler that wrote it"
+            )
+        self.last_epoch = int(state_dict["last_epoch"])
+        self._groups.restore_bases("lr", 0, state_dict["base_lrs"])
+        self._write()

@@ -1,0 +1,72 @@
+"""Names of optimizers and of their parameter groups, for tags and messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+
+__all__ = ["group_names", "is_opacus_optimizer", "optimizer_label", "unwrapped"]
+
+
+def unwrapped(optimizer: Any) -> Optimizer:
+    """Returns the torch optimizer inside Lightning's wrapper; other optimizers unchanged."""
+    inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner
+
+
+def optimizer_label(optimizers: Sequence[Any], optimizer: Optimizer) -> str:
+    """Returns the label of an optimizer.
+
+    Args:
+        optimizers: All optimizers of a fit.
+        optimizer: One of them, unwrapped.
+
+    Returns:
+        An empty string if there is only one optimizer; else the name of its class, with a number if
+        several optimizers have the same class.
+
+    Example:
+        >>> import torch
+        >>> weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(3)]
+        >>> a, b = torch.optim.SGD(weights[:1], lr=1), torch.optim.SGD(weights[1:2], lr=1)
+        >>> c = torch.optim.Adam(weights[2:])
+        >>> [optimizer_label([a, b, c], one) for one in (a, b, c)], optimizer_label([a], a)
+        (['SGD-0', 'SGD-1', 'Adam'], '')
+    """
+    if len(optimizers) <= 1:
+        return ""
+    name = type(optimizer).__name__
+    same = [one for one in map(unwrapped, optimizers) if type(one).__name__ == name]
+    if len(same) == 1:
+        return name
+    return f"{name}-{[id(one) for one in same].index(id(optimizer))}"
+
+
+def group_names(groups: Sequence[dict[str, Any]]) -> list[str]:
+    """Returns the names of an optimizer's groups for tags; an empty string for a single group.
+
+    Groups with the same name share a schedule; their tags are numbered.
+
+    Example:
+        >>> group_names([{"name": "decay"}, {}]), group_names([{}])
+        (['decay', 'group1'], [''])
+        >>> group_names([{"name": "body"}, {"name": "body"}, {"name": "head"}])
+        ['body-0', 'body-1', 'head']
+    """
+    several = len(groups) > 1
+    names = [
+        str(group.get("name") or (f"group{index}" if several else ""))
+        for index, group in enumerate(groups)
+    ]
+    if len(set(names)) == len(names):
+        return names
+    return [
+        f"{name}-{index}" if names.count(name) > 1 else name for index, name in enumerate(names)
+    ]
+
+
+def is_opacus_optimizer(optimizer: Optimizer) -> bool:
+    """Returns whether an optimizer is from Opacus: it clips per sample and adds noise."""
+    return any(base.__module__.split(".")[0] == "opacus" for base in type(optimizer).__mro__)

@@ -1,0 +1,142 @@
+"""The position of the fit loop: batch, accumulation window, update, logger step."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.callbacks import Timer
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+__all__ = [
+    "batch_is_processed",
+    "batches_that_stepped",
+    "closes_window",
+    "counters",
+    "epoch_batches",
+    "fetched_batches",
+    "is_fast_dev_run",
+    "is_last_batch",
+    "is_unlimited",
+    "next_logger_step",
+    "processed_batches",
+    "ready_batches",
+    "restore_counters",
+    "should_log",
+]
+
+
+def is_fast_dev_run(trainer: Trainer) -> bool:
+    """Returns whether the Trainer runs with ``fast_dev_run``."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def is_unlimited(trainer: Trainer) -> bool:
+    """Returns whether the Trainer has no limit; Lightning then sets ``max_epochs=1000``."""
+    timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    return trainer.fit_loop.max_epochs is None and trainer.max_steps == -1 and not timed
+
+
+def ready_batches(trainer: Trainer) -> int:
+    """Returns the batches of this epoch that were fetched, including the current one."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+
+def fetched_batches(trainer: Trainer, each: int) -> int:
+    """Returns the batches of all epochs that were fetched, if every epoch has ``each``."""
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    # Between epochs, as after a resume from the end of one, the counts of its batches are kept.
+    inside = 0 if epochs.started == epochs.processed else ready_batches(trainer)
+    return int(epochs.processed) * each + inside
+
+
+def processed_batches(trainer: Trainer) -> int:
+    """Returns the batches of this epoch that Lightning has trained or skipped."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return int(progress.processed)
+
+
+def batch_is_processed(trainer: Trainer) -> bool:
+    """Returns whether Lightning has processed every batch that it has started.
+
+    A batch for which ``on_train_batch_start`` returns -1 counts as processed, but not as started.
+    """
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return bool(progress.started == progress.processed)
+
+
+def is_last_batch(trainer: Trainer) -> bool:
+    """Returns whether the current batch is the last of its epoch; valid before it is trained."""
+    return bool(trainer.is_last_batch) or ready_batches(trainer) >= trainer.num_training_batches
+
+
+def closes_window(trainer: Trainer) -> bool:
+    """Returns whether the current batch is the last of its accumulation window."""
+    # Lightning's own rule. A WindowLength computes the remainder relative to its first batch.
+    length: int = trainer.accumulate_grad_batches
+    return ready_batches(trainer) % length == 0 or is_last_batch(trainer)
+
+
+def epoch_batches(trainer: Trainer) -> int | None:
+    """Returns the batches of one process in an epoch, limits applied; None without a length."""
+    batches = trainer.num_training_batches
+    return None if math.isinf(batches) else int(batches)
+
+
+def batches_that_stepped(trainer: Trainer) -> int:
+    """Returns the step at which Lightning logs the training metrics of the current update."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def next_logger_step(trainer: Trainer) -> int:
+    """Returns :func:`batches_that_stepped` of the next update; call it in ``on_train_start``."""
+    loop = trainer.fit_loop.epoch_loop
+    # Lightning saves a checkpoint before it counts the update, and adds the missing one in
+    # _TrainingEpochLoop.reset, which runs after on_train_start. This is the condition there.
+    is_behind = (
+        loop.restarting
+        and closes_window(trainer)
+        and (loop.restarted_on_train_batch_end or not loop.restarted_on_last)
+    )
+    return batches_that_stepped(trainer) + is_behind
+
+
+def should_log(trainer: Trainer) -> bool:
+    """Returns whether Lightning logs the current update."""
+    # The rule of Lightning's should_update_logs, which reads the counters of the active loop: in a
+    # validation during training these are not the fit loop's.
+    every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
+    if is_fast_dev_run(trainer):
+        return True
+    return every > 0 and (
+        (batches_that_stepped(trainer) + 1) % every == 0 or bool(trainer.should_stop)
+    )
+
+
+def counters(trainer: Trainer) -> dict[str, Any]:
+    """Returns the fit loop's counters of epochs, batches and updates, and the accumulation."""
+    return {
+        "accumulate": trainer.accumulate_grad_batches,
+        "stepped": batches_that_stepped(trainer),
+        **{name: tracker.state_dict() for name, tracker in _trackers(trainer).items()},
+    }
+
+
+def restore_counters(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Restores the counters from the result of :func:`counters`."""
+    trainer.accumulate_grad_batches = state["accumulate"]
+    trainer.fit_loop.epoch_loop._batches_that_stepped = state["stepped"]
+    for name, tracker in _trackers(trainer).items():
+        tracker.load_state_dict(state[name])
+
+
+def _trackers(trainer: Trainer) -> dict[str, Any]:
+    epoch_loop = trainer.fit_loop.epoch_loop
+    return {
+        "epochs": trainer.fit_loop.epoch_progress,
+        "batches": epoch_loop.batch_progress,
+        "updates": epoch_loop.automatic_optimization.optim_progress,
+        "manual updates": epoch_loop.manual_optimization.optim_step_progress,
+    }

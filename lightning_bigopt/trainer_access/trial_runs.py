@@ -1,0 +1,142 @@
+"""Trial runs: training in a separate fit loop, or in a fit with other callbacks."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.exceptions import _TunerExitException as ExitFit
+
+from lightning_bigopt.optimizers.names import unwrapped
+from lightning_bigopt.trainer_access.loop import is_unlimited
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+
+__all__ = ["ExitFit", "fit_quietly", "limits_kept", "objects_changed_by_fit", "run_separate_loop"]
+
+
+def run_separate_loop(
+    trainer: Trainer, module: LightningModule, *, callbacks: Sequence[Callback], max_steps: int
+) -> None:
+    """Trains in a separate loop on the Trainer's data, without validation, loggers or schedulers.
+
+    The Trainer's own fit loop is not changed, and the loaders are restored. The caller must restore
+    everything else that training changes: the module, :func:`objects_changed_by_fit` and the random
+    states.
+
+    Args:
+        trainer: The Trainer, from ``on_fit_start`` on.
+        module: The module to train.
+        callbacks: The only callbacks that run; they are set up and torn down here.
+        max_steps: Number of updates.
+    """
+    loop = _FitLoop(trainer, min_epochs=None, max_epochs=-1)
+    loop.epoch_loop = _TrainingEpochLoop(trainer, min_steps=None, max_steps=max_steps)
+    # The loaders are made once, so that those that are restored are those that were iterated.
+    data = trainer.fit_loop._data_source.dataloader()
+    trainer.fit_loop, loop._data_source = loop, _DataLoaderSource(data, "")
+    trainer.callbacks = list(callbacks)  # type: ignore[attr-defined]  # set by a connector
+    trainer.loggers = [DummyLogger() for _ in trainer.loggers]
+    trainer.limit_val_batches = 0
+    trainer.should_stop = False
+    trainer.strategy.lr_scheduler_configs = []
+    with _loaders_restored(data):
+        try:
+            for callback in callbacks:
+                callback.setup(trainer, module, "fit")
+            for callback in callbacks:
+                callback.on_fit_start(trainer, module)
+            loop.run()
+        finally:
+            loop.teardown()
+            for callback in callbacks:
+                callback.teardown(trainer, module, "fit")
+
+
+def objects_changed_by_fit(trainer: Trainer) -> list[object]:
+    """Returns the objects, other than the module, whose attributes training changes."""
+    optimizers = [unwrapped(optimizer) for optimizer in trainer.optimizers]
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    scalers = [] if scaler is None else [scaler]
+    return [trainer, trainer.strategy, trainer._logger_connector, *optimizers, *scalers]
+
+
+def fit_quietly(
+    trainer: Trainer,
+    module: LightningModule,
+    train_dataloaders: Any,
+    *,
+    datamodule: Any,
+    callbacks: Sequence[Callback],
+) -> None:
+    """Runs ``trainer.fit`` with other callbacks, and without loggers and Lightning's advice.
+
+    Args:
+        trainer: The Trainer; its callbacks and loggers are restored.
+        module: As for ``Trainer.fit``.
+        train_dataloaders: As for ``Trainer.fit``.
+        datamodule: As for ``Trainer.fit``.
+        callbacks: The callbacks that replace the Trainer's.
+    """
+    saved = trainer.callbacks, trainer.loggers  # type: ignore[attr-defined]
+    trainer.callbacks = list(callbacks)  # type: ignore[attr-defined]
+    # Not an empty list: a module may call self.logger.log_metrics.
+    trainer.loggers = [DummyLogger() for _ in trainer.loggers]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PossibleUserWarning)  # the user's own fit repeats it
+            trainer.fit(module, train_dataloaders, datamodule=datamodule)
+    finally:
+        trainer.callbacks, trainer.loggers = saved  # type: ignore[attr-defined]
+
+
+@contextmanager
+def limits_kept(trainer: Trainer) -> Iterator[None]:
+    """Disables the sanity check, and restores it and the limits of epochs when the block ends.
+
+    Lightning sets ``max_epochs`` of a Trainer without limits when a fit begins.
+    """
+    loop = trainer.fit_loop
+    kept = loop.min_epochs, loop.max_epochs, trainer.num_sanity_val_steps
+    trainer.num_sanity_val_steps = 0
+    if loop.max_epochs is None:  # the value that Lightning would set, without its warning
+        loop.max_epochs = 1000 if is_unlimited(trainer) else -1
+    try:
+        yield
+    finally:
+        loop.min_epochs, loop.max_epochs, trainer.num_sanity_val_steps = kept
+
+
+@contextmanager
+def _loaders_restored(data: Any) -> Iterator[None]:
+    """Restores the states of stateful loaders and of the generators of loaders and samplers."""
+    loaders = list(CombinedLoader(data).flattened)
+    samplers = [getattr(loader, "sampler", None) for loader in loaders]
+    # By id: a loader and its sampler often share one generator.
+    generators = {
+        id(generator): (generator, generator.get_state())
+        for holder in (*loaders, *samplers)
+        if (generator := getattr(holder, "generator", None)) is not None
+    }
+    states = [
+        (loader, copy.deepcopy(loader.state_dict()))
+        for loader in loaders
+        if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+    ]
+    try:
+        yield
+    finally:
+        for generator, state in generators.values():
+            generator.set_state(state)
+        for loader, state in states:
+            loader.load_state_dict(state)

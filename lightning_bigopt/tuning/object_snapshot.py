@@ -1,0 +1,125 @@
+"""Saves and restores the attributes of objects in place: tensors, containers and generators."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+__all__ = ["ObjectSnapshot"]
+
+
+class ObjectSnapshot:
+    """Saves the attributes of objects and, recursively, the items of their containers.
+
+    The contents of tensors and NumPy arrays and the states of random generators are copied. Any
+    other value is saved by reference. Everything is restored in place: parameters, optimizer states
+    and learning-rate tensors stay the same objects, so that references to them remain valid.
+
+    Args:
+        objects: The objects, such as modules and optimizers.
+        device: Device of the copies of tensors; None for the device of each tensor.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> before, weight = layer.weight.tolist(), layer.weight
+        >>> snapshot = ObjectSnapshot(layer)
+        >>> _ = torch.nn.init.zeros_(layer.weight)
+        >>> layer.extra = 1
+        >>> snapshot.restore()
+        >>> layer.weight.tolist() == before, layer.weight is weight, hasattr(layer, "extra")
+        (True, True, False)
+    """
+
+    def __init__(self, *objects: object, device: str | None = None) -> None:
+        self._device = device
+        # By id, because dicts and lists are not hashable. The references keep the objects alive:
+        # Python may give the id of a deleted object to a new one.
+        self._seen: dict[int, object] = {}
+        self._undo: list[Callable[[], object]] = []
+        for item in objects:
+            self._save(vars(item))
+
+    def restore(self) -> None:
+        """Restores everything that was saved; may be called once."""
+        while self._undo:
+            self._undo.pop()()
+
+    def _save(self, value: Any) -> None:
+        if id(value) in self._seen:  # shared objects, and cycles such as parent modules
+            return
+        if isinstance(value, Tensor):
+            self._seen[id(value)] = value
+            self._save_tensor(value)
+        elif isinstance(value, dict):
+            self._seen[id(value)] = value
+            self._save_dict(value)
+        elif (undo := _undo_of(value)) is not None:
+            self._seen[id(value)] = value
+            self._undo.append(undo)
+        if isinstance(value, list | tuple | deque | set):
+            for item in list(value):
+                self._save(item)
+
+    def _save_tensor(self, tensor: Tensor) -> None:
+        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+            return  # the parameter of a lazy module has no content yet
+        content = tensor.detach().to(self._device or tensor.device, copy=True)
+        gradient = tensor.grad if tensor.is_leaf else None
+
+        def undo() -> None:
+            # In place, so that optimizers and views still refer to the restored tensor.
+            with torch.no_grad():
+                tensor.detach().copy_(content)
+            if tensor.is_leaf:
+                tensor.grad = gradient
+
+        self._undo.append(undo)
+        self._save(gradient)
+
+    def _save_dict(self, mapping: dict[Any, Any]) -> None:
+        items = dict(mapping)
+
+        def undo() -> None:
+            mapping.clear()
+            mapping.update(items)
+
+        self._undo.append(undo)
+        for item in items.values():
+            self._save(item)
+
+
+def _undo_of(value: Any) -> Callable[[], object] | None:
+    """Returns a function that restores a list, deque, set, array or generator; None for others."""
+    undo: Callable[[], object] | None = None
+    # Not imported here: NumPy is optional, and a process without it holds no arrays.
+    numpy = sys.modules.get("numpy")
+    if isinstance(value, list):
+        undo = partial(value.__setitem__, slice(None), list(value))
+    elif isinstance(value, deque | set):
+        undo = partial(_refill, value, list(value))
+    elif isinstance(value, torch.Generator):
+        undo = partial(value.set_state, value.get_state())
+    elif isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
+        undo = partial(value.setstate, value.getstate())
+    elif numpy is None:
+        pass
+    elif isinstance(value, numpy.ndarray) and value.flags.writeable:
+        undo = partial(numpy.copyto, value, value.copy())
+    elif isinstance(value, numpy.random.Generator):
+        undo = partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+    elif isinstance(value, numpy.random.RandomState):
+        undo = partial(value.set_state, value.get_state())
+    return undo
+
+
+def _refill(value: deque[Any] | set[Any], items: list[Any]) -> None:
+    value.clear()
+    (value.extend if isinstance(value, deque) else value.update)(items)

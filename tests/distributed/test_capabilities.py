@@ -1,0 +1,143 @@
+"""Capabilities on two processes: second weights in checkpoints, snapshots, and saving."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.fake_averaging import Looked
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+ROOT = Path(__file__).parents[2]
+NAMES = [name for name, _ in Looked().named_parameters()]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Returns the results of the scenarios on each of two processes, which are started once."""
+    out = tmp_path_factory.mktemp("capabilities")
+    start = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    command = [sys.executable, "-m", *start, "tests.distributed.capability_scenarios", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False
+    )
+    if run.returncode:
+        pytest.fail(f"a process died:\n{run.stdout[-6000:]}\n{run.stderr[-6000:]}")
+    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+# ------------------------------------------------------------------------ second weights
+
+CASES = ["ddp whole", "fsdp2 sharded", "fsdp2 whole"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_average_and_training_weights_are_both_saved_and_read_back(two: Any, case: str) -> None:
+    for found in (result["averaged"][case] for result in two):
+        assert found["resumed"] == found["training"][4:]
+        assert found["averages"][0] == found["averages"][1]
+        assert found["updates"] == [8, 8]
+        assert found["was read"] == (case == "fsdp2 sharded")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_evaluation_in_a_fit_sees_the_average(two: Any, case: str) -> None:
+    first, second = (result["averaged"][case] for result in two)
+    assert first["evaluated"] == second["evaluated"]
+    # The sanity check, and a validation after every second of eight updates.
+    assert len(first["evaluated"]) == 5
+    assert first["evaluated"][-1] == first["averages"][0]
+    assert first["evaluated"][-1] != first["training"][-1]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_bare_trainer_goes_on_from_the_average_and_ignores_the_rest(two: Any, case: str) -> None:
+    for found in (result["averaged"][case] for result in two):
+        average = found["evaluated"][2]  # after four updates
+        start, updates = found["bare"]
+        assert start == average
+        assert updates == 4
+        assert found["validated"] == average
+
+
+def test_second_weights_are_written_as_shards(two: Any) -> None:
+    pieces = two[0]["averaged"]["fsdp2 sharded"]["file"]["pieces"]
+    second = "lightning_bigopt.training weights."
+    assert pieces == {f"state_dict.{owner}{name}": 2 for owner in ("", second) for name in NAMES}
+
+
+def test_a_consolidated_file_holds_the_second_weights_under_their_reserved_keys(two: Any) -> None:
+    """Without them it is the average; Lightning's tool for whole files keeps every key."""
+    found = two[0]["averaged"]["fsdp2 sharded"]
+    consolidated = found["file"]["consolidated"]
+    assert {name: consolidated[name] for name in NAMES} == found["evaluated"][2]
+    second = "lightning_bigopt.training weights."
+    assert {
+        key.removeprefix(second): value
+        for key, value in consolidated.items()
+        if key.startswith(second)
+    } == found["training"][3]
+    assert len(consolidated) == 2 * len(NAMES)
+
+
+@pytest.mark.parametrize("case", ["ddp whole", "fsdp2 whole"])
+def test_a_whole_file_has_the_keys_of_the_module_and_no_others(two: Any, case: str) -> None:
+    found = two[0]["averaged"][case]
+    assert found["file"]["keys"] == sorted(NAMES)
+    assert found["file"]["weights"] == found["evaluated"][2]
+
+
+def test_a_checkpoint_without_second_weights_has_none_to_be_read(two: Any) -> None:
+    for result in two:
+        assert result["no_second_weights"] == [False, False]
+
+
+# ------------------------------------------------------------------------------ snapshots
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_a_rollback_restores_the_local_shards_of_every_process(two: Any, name: str) -> None:
+    first, second = (result["rolled_back"][name] for result in two)
+    for found in (first, second):
+        for part, taken in found["taken"].items():
+            assert found["restored"][part] == taken
+        assert found["before"]["weights"] != found["taken"]["weights"]
+        assert found["before"]["states"] != found["taken"]["states"]
+        assert found["steps"] == 8
+    assert first["end"] == second["end"]
+    sharded = first["taken"]["weights"] != second["taken"]["weights"]
+    assert sharded == (name == "fsdp2")
+
+
+# -------------------------------------------------------------- saves in any hook, on any process
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_end"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_whoever_saves_first_saves_the_update_that_global_step_counts(
+    two: Any, name: str, hook: str
+) -> None:
+    for found in (result["saved_first"][f"{name} {hook}"] for result in two):
+        lrs, resumed = found["lrs"]
+        assert lrs == [0.05 * (1 - t / 8) for t in range(8)]
+        assert resumed == lrs[4:]
+        trained, again = found["trained"]
+        assert again == trained[4:]
+        assert found["states"][0] == found["states"][1]
+
+
+@pytest.mark.parametrize("limit", ["epochs", "steps"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_a_checkpoint_of_a_bare_trainer_resumes_with_ours_beside_it(
+    two: Any, name: str, limit: str
+) -> None:
+    for found in (result["bare_resumed"][f"{name} {limit}"] for result in two):
+        assert found["lrs"] == [0.05 * (1 - t / 8) for t in range(3, 8)]
+        assert found["steps"] == 8

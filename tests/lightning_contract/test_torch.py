@@ -1,0 +1,192 @@
+"""Private names of torch: gradient scaler, optimizers, schedulers, layers and tensors."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, LambdaLR, SequentialLR
+
+from tests.lightning_contract.private_names import asserts
+
+
+def weight_with_gradient(value: float = 1.0) -> nn.Parameter:
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.full((2,), value)
+    return weight
+
+
+# ------------------------------------------------------------------------------------- scaler
+
+
+@asserts("_per_optimizer_states")
+@pytest.mark.parametrize("value", [1.0, float("inf"), float("nan")])
+def test_a_scaler_keeps_whether_unscaling_found_an_overflow(value: float) -> None:
+    """StepGuard leaves an overflow to the scaler, and reads its flag in its single transfer."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    weight = weight_with_gradient(value)
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    scaler.scale(torch.ones(()))
+    scaler.unscale_(optimizer)
+    found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+    (flag,) = found.values()
+    assert flag.numel() == 1
+    assert bool(flag > 0) is (value != 1.0)
+
+
+@asserts("_scale")
+def test_a_scalers_scale_is_a_tensor_once_it_has_scaled() -> None:
+    """A loss is unscaled on its device: ``get_scale`` would synchronize on every micro-batch."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    assert scaler._scale is None
+    assert scaler.scale(torch.ones(())).item() == 4.0
+    assert isinstance(scaler._scale, torch.Tensor)
+    assert float(scaler._scale) == scaler.get_scale() == 4.0
+
+
+# --------------------------------------------------------------------------------- optimizers
+
+
+@asserts("_step_supports_amp_scaling")
+def test_a_fused_optimizer_says_that_it_scales_in_its_kernel() -> None:
+    """Clipping in the kernel: such an optimizer reads ``grad_scale`` and ``found_inf``.
+
+    torch's GradScaler and Lightning's MixedPrecision ask for the same name, and leave unscaling to
+    the optimizer where it is set.
+    """
+    for kind in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad):
+        weight = weight_with_gradient()
+        fused: Any = kind([weight], lr=0.5, fused=True)  # type: ignore[call-arg]
+        assert fused._step_supports_amp_scaling is True, kind
+        plain = kind([nn.Parameter(torch.ones(2))], lr=0.5)
+        assert not getattr(plain, "_step_supports_amp_scaling", False)
+    weight = weight_with_gradient(8.0)
+    optimizer: Any = torch.optim.SGD([weight], lr=0.5, fused=True)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.zeros(())
+    optimizer.step()
+    assert weight.tolist() == [0.5, 0.5]
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [1.0, 1.0]  # the kernel writes what it has used
+    weight.grad = torch.full((2,), float("inf"))
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert weight.tolist() == [0.5, 0.5]
+
+
+@asserts("_wrapped_by_lr_sched", "_opt_called")
+def test_a_scheduler_watches_the_steps_of_its_optimizer() -> None:
+    """A skipped step must not cause a warning of the user's scheduler about the order of calls."""
+    optimizer: Any = torch.optim.SGD([weight_with_gradient()], lr=0.1)
+    assert not hasattr(optimizer.step, "_wrapped_by_lr_sched")
+    scheduler = LambdaLR(optimizer, lambda _: 1.0)
+    assert optimizer.step._wrapped_by_lr_sched
+    assert not getattr(optimizer, "_opt_called", False)
+    with pytest.warns(UserWarning, match="before `optimizer.step"):
+        scheduler.step()
+    optimizer = torch.optim.SGD([weight_with_gradient()], lr=0.1)
+    scheduler = LambdaLR(optimizer, lambda _: 1.0)
+    optimizer._opt_called = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.step()
+    optimizer.step()
+    assert optimizer._opt_called is True
+
+
+@asserts("_schedulers")
+def test_a_composed_scheduler_lists_its_parts() -> None:
+    """A range test sets the new base of the user's SequentialLR or ChainedScheduler."""
+    optimizer = torch.optim.SGD([weight_with_gradient()], lr=0.1)
+    parts = [ConstantLR(optimizer), LambdaLR(optimizer, lambda _: 1.0)]
+    assert list(SequentialLR(optimizer, parts, milestones=[2])._schedulers) == parts
+    assert list(ChainedScheduler(parts, optimizer)._schedulers) == parts
+    assert not hasattr(parts[0], "_schedulers")
+
+
+# -------------------------------------------------------------------------- layers and tensors
+
+
+@asserts("_NormBase")
+def test_all_layers_with_running_statistics_have_one_base_class() -> None:
+    """StepGuard restores the statistics that a rejected batch has changed."""
+    layers = [
+        nn.BatchNorm1d(2),
+        nn.BatchNorm2d(2),
+        nn.BatchNorm3d(2),
+        nn.SyncBatchNorm(2),
+        nn.InstanceNorm1d(2, track_running_stats=True),
+        nn.InstanceNorm2d(2, track_running_stats=True),
+        nn.InstanceNorm3d(2, track_running_stats=True),
+        nn.LazyBatchNorm1d(),
+    ]
+    for layer in layers:
+        assert isinstance(layer, _NormBase)
+        names = [name for name, _ in layer.named_buffers()]
+        assert names == ["running_mean", "running_var", "num_batches_tracked"]
+    assert not isinstance(nn.LayerNorm(2), _NormBase)
+    assert not isinstance(nn.GroupNorm(1, 2), _NormBase)
+
+
+@asserts("_version")
+def test_a_tensor_counts_its_changes_in_place() -> None:
+    """A step control detects an optimizer that moves the weights before its first evaluation."""
+    weight = weight_with_gradient()
+    before = weight._version
+    weight.sum().backward()
+    assert weight._version == before
+    with torch.no_grad():
+        weight.add_(1.0)
+    assert weight._version > before
+
+
+def tensors(*values: float) -> list[torch.Tensor]:
+    return [torch.full((2, 2), value) for value in values]
+
+
+@asserts(
+    "_foreach_norm",
+    "_foreach_div",
+    "_foreach_sub",
+    "_foreach_add_",
+    "_foreach_sub_",
+    "_foreach_mul_",
+    "_foreach_copy_",
+    "_foreach_sqrt_",
+    "_foreach_reciprocal_",
+    "_foreach_clamp_min_",
+    "_foreach_clamp_max_",
+)
+def test_one_call_for_many_tensors() -> None:
+    """Norms, clipping and layer statistics use one multi-tensor kernel instead of a loop."""
+    norms = torch._foreach_norm(tensors(1.0, 2.0), 2, dtype=torch.float64)
+    assert [(n.dtype, n.item()) for n in norms] == [(torch.float64, 2.0), (torch.float64, 4.0)]
+    assert [n.item() for n in torch._foreach_norm(tensors(1.0, -3.0), float("inf"))] == [1.0, 3.0]
+    assert equal(torch._foreach_div(tensors(2.0, 9.0), [2.0, 3.0]), tensors(1.0, 3.0))
+    on_device = [torch.tensor(2.0), torch.tensor(3.0)]
+    assert equal(torch._foreach_div(tensors(2.0, 9.0), on_device), tensors(1.0, 3.0))
+    assert equal(torch._foreach_sub(tensors(2.0, 9.0), tensors(1.0, 3.0)), tensors(1.0, 6.0))
+    changed = tensors(2.0, 9.0)
+    torch._foreach_add_(changed, tensors(1.0, 1.0))
+    assert equal(changed, tensors(3.0, 10.0))
+    torch._foreach_sub_(changed, tensors(1.0, 1.0))
+    torch._foreach_mul_(changed, torch.tensor(2.0))  # one factor for all, on the device
+    assert equal(changed, tensors(4.0, 18.0))
+    torch._foreach_mul_(changed, [torch.tensor(0.25), torch.tensor(0.5)])  # or one for each
+    assert equal(changed, tensors(1.0, 9.0))
+    torch._foreach_sqrt_(changed)
+    torch._foreach_copy_(kept := tensors(0.0, 0.0), changed)
+    torch._foreach_reciprocal_(changed)
+    assert equal(kept, tensors(1.0, 3.0))
+    torch._foreach_clamp_min_(kept, 2.0)
+    assert equal(kept, tensors(2.0, 3.0))
+    torch._foreach_clamp_min_(kept, [2.5, 1.0])
+    torch._foreach_clamp_max_(kept, 2.75)
+    assert equal(kept, tensors(2.5, 2.75))
+
+
+def equal(found: Any, expected: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

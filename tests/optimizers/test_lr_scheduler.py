@@ -1,0 +1,290 @@
+"""``as_lr_scheduler``: schedules as torch schedulers, without Lightning."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from lightning_bigopt import LearningRateScheduler
+from lightning_bigopt.durations import Horizon, Span
+from lightning_bigopt.optimizers import ScheduleLR, as_lr_scheduler
+from lightning_bigopt.schedules import (
+    Chain,
+    Clamp,
+    Constant,
+    Cosine,
+    CosineWithRestarts,
+    Linear,
+    MultiStep,
+    Noam,
+    OneCycle,
+    Polynomial,
+    Power,
+    Schedule,
+    Seesaw,
+    StepDecay,
+    Warmup,
+    WarmupCosine,
+    WarmupStableDecay,
+)
+from tests.helpers import Probe, fit, loader
+
+CURVES = [Constant(), Linear(), Cosine(end=0.1), WarmupStableDecay(warmup="10%", decay="20%")]
+
+
+def sgd(*rates: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD([{"params": [torch.zeros(1)], "lr": rate} for rate in rates])
+
+
+def run(scheduler: LRScheduler, updates: int) -> list[list[float]]:
+    seen = []
+    for _ in range(updates):
+        seen.append([float(group["lr"]) for group in scheduler.optimizer.param_groups])
+        scheduler.optimizer.step()
+        scheduler.step()
+    return seen
+
+
+@pytest.mark.parametrize("schedule", CURVES)
+def test_scheduler_equals_lambda_lr_of_the_same_schedule(schedule: Schedule):
+    mine, theirs = sgd(0.4, 0.1), sgd(0.4, 0.1)
+    ours = as_lr_scheduler(schedule, mine, 50)
+    factors = [*schedule.values(50), schedule.resolve(Horizon.of_steps(50))(1.0)]
+    torchs = LambdaLR(theirs, lambda t: factors[min(t, 50)])
+    assert isinstance(ours, LRScheduler)
+    assert isinstance(ours, ScheduleLR)
+    assert run(ours, 60) == run(torchs, 60)
+    assert ours.get_last_lr() == torchs.get_last_lr()
+
+
+def test_optimizer_is_not_patched_and_there_is_no_warning():
+    optimizer = sgd(0.4)
+    scheduler = as_lr_scheduler(Linear(), optimizer, 4)
+    scheduler.step()  # torch's schedulers warn here
+    assert "step" not in vars(optimizer)
+
+
+def test_state_is_plain_numbers_and_resumes_at_any_step():
+    straight = run(as_lr_scheduler(WarmupCosine(warmup="30%"), sgd(0.4, 0.1), 20), 20)
+    for stop in range(20):
+        first = as_lr_scheduler(WarmupCosine(warmup="30%"), sgd(0.4, 0.1), 20)
+        run(first, stop)
+        state = copy.deepcopy(first.state_dict())
+        assert state == {"version": 1, "last_epoch": stop, "base_lrs": [0.4, 0.1]}
+        second = as_lr_scheduler(WarmupCosine(warmup="30%"), sgd(9.0, 9.0), 20)
+        second.load_state_dict(state)
+        assert run(second, 20 - stop) == straight[stop:]
+
+
+def test_state_of_another_scheduler_raises():
+    scheduler = as_lr_scheduler(Linear(), sgd(0.4), 4)
+    foreign = LambdaLR(sgd(0.4), lambda t: 1.0).state_dict()
+    with pytest.raises(ValueError, match=r"state_dict must be that of a ScheduleLR"):
+        scheduler.load_state_dict(foreign)
+
+
+def test_tensor_is_filled_in_place_and_a_new_group_has_its_own_base():
+    rate = torch.tensor(0.5)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=rate)
+    scheduler = as_lr_scheduler(Linear(), optimizer, 4)
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert rate == 0.375
+    optimizer.add_param_group({"params": [torch.zeros(1)], "lr": 1.0})
+    scheduler.step()
+    assert [float(group["lr"]) for group in optimizer.param_groups] == [0.25, 0.5]
+
+
+@pytest.mark.parametrize("clock", ["samples", "batches", "steps"])
+def test_horizon_in_another_unit_is_converted_to_updates(clock: Any):
+    spans = (Span(updates=4, batches=1, samples=2), Span(updates=3, batches=2, samples=4))
+    amounts = {"samples": [2] * 4 + [4] * 3, "batches": [1] * 4 + [2] * 3, "steps": [1] * 7}[clock]
+    horizon = Horizon(clock=clock, budget=sum(amounts), spans=spans)
+    seen = run(as_lr_scheduler(Linear(), sgd(1.0), horizon), 7)
+    wanted = [[1 - sum(amounts[:t]) / sum(amounts)] for t in range(7)]
+    assert seen == [pytest.approx(rate, abs=1e-12) for rate in wanted]
+
+
+def test_horizon_that_cannot_be_converted_to_updates_raises():
+    with pytest.raises(ValueError, match=r"horizon must be in tokens"):
+        as_lr_scheduler(Linear(), sgd(1.0), Horizon(clock="tokens", budget=1e9))
+
+
+def test_step_to_a_given_update_and_get_lr():
+    optimizer = sgd(1.0)
+    scheduler = as_lr_scheduler(Linear(), optimizer, 4)
+    scheduler.step(3)
+    assert scheduler.get_last_lr() == scheduler.get_lr() == [0.25]
+
+
+def test_removed_method_raises_with_the_new_line():
+    message = (
+        r"removed in lightning_bigopt 0\.2; "
+        r"write from lightning_bigopt\.optimizers import as_lr_scheduler; "
+        r"as_lr_scheduler\(schedule, optimizer, horizon\)$"
+    )
+    with pytest.raises(AttributeError, match=message):
+        Linear().as_lr_scheduler(sgd(0.4), 4)
+
+
+# ------------------------------------------------------- equal to LearningRateScheduler in a fit
+
+IN_A_FIT = {
+    "constant": Constant(),
+    "linear": Linear(end=0.1),
+    "cosine": Cosine(end=0.1),
+    "warmup_cosine": WarmupCosine(warmup="30%"),
+    "wsd_in_steps": WarmupStableDecay(warmup=2, decay=3),
+    "restarts": CosineWithRestarts(first_cycle="40%"),
+    "steps": StepDecay(every=2, decay=0.7),
+    "milestones": MultiStep({"30%": 0.3, 5: 0.1}),
+    "one_cycle": OneCycle(),
+    "noam": Noam(warmup=3),
+    "power": Warmup(2, Power(timescale="10%")),
+    "chain": Chain([(2, Linear(start=0.0, end=1.0)), Cosine()]),
+    "clamp": Clamp(Warmup(3, Polynomial(power=2.0)), low=0.2),
+    "seesaw": Seesaw(WarmupCosine(warmup="20%")),
+}
+
+
+class TwoGroups(Probe):
+    """Two groups with different learning rates, held as floats or as tensors."""
+
+    def __init__(self, *, tensors: bool = False) -> None:
+        super().__init__()
+        self.tensors = tensors
+        self.used: list[list[float]] = []
+
+    def configure_optimizers(self) -> Any:
+        first, _, last = self.net
+        rates = [torch.tensor(0.3), torch.tensor(0.07)] if self.tensors else [0.3, 0.07]
+        groups = [
+            {"params": [*layer.parameters()], "lr": rate}
+            for layer, rate in zip((first, last), rates, strict=True)
+        ]
+        return torch.optim.AdamW(groups, foreach=False)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.used.append([float(group["lr"]) for group in optimizer.param_groups])
+
+
+@pytest.mark.parametrize("updates", [7, 20])
+@pytest.mark.parametrize("name", IN_A_FIT)
+def test_learning_rates_equal_those_of_a_fit_to_the_bit(name: str, updates: int):
+    schedule = IN_A_FIT[name]
+    module = TwoGroups()
+    fit(module, loader(40, 2), LearningRateScheduler(schedule), max_steps=updates)
+    plain = TwoGroups().configure_optimizers()
+    assert run(as_lr_scheduler(schedule, plain, updates), updates) == module.used
+
+
+def test_learning_rate_tensors_equal_those_of_a_fit_to_the_bit():
+    module = TwoGroups(tensors=True)
+    fit(module, loader(40, 2), LearningRateScheduler(WarmupCosine(warmup="30%")), max_steps=9)
+    plain = TwoGroups(tensors=True).configure_optimizers()
+    assert run(as_lr_scheduler(WarmupCosine(warmup="30%"), plain, 9), 9) == module.used
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_learning_rates_equal_those_of_a_fit_over_epochs(accumulate: int):
+    """10 batches an epoch; with ``accumulate`` 3 the last window of an epoch has one batch."""
+    schedule, module = WarmupCosine(warmup="30%"), TwoGroups()
+    scheduler = LearningRateScheduler(schedule)
+    fit(module, loader(20, 2), scheduler, max_epochs=2, accumulate_grad_batches=accumulate)
+    whole, rest = divmod(10, accumulate)
+    epoch = (Span(updates=whole, batches=accumulate),)
+    if rest:
+        epoch += (Span(updates=1, batches=rest),)
+    horizon = Horizon(clock="batches", budget=20, spans=epoch * 2)
+    plain = TwoGroups().configure_optimizers()
+    found = run(as_lr_scheduler(schedule, plain, horizon), len(module.used))
+    assert len(found) == 2 * (whole + bool(rest))
+    for mine, theirs in zip(found, module.used, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-12)
+
+
+def test_new_group_gets_the_same_learning_rates_as_in_a_fit():
+    class Adds(TwoGroups):
+        def on_train_batch_end(self, *args: Any) -> None:
+            if self.trainer.global_step == 4:
+                extra = torch.nn.Parameter(torch.zeros(2))
+                self.trainer.optimizers[0].add_param_group({"params": [extra], "lr": 0.5})
+
+    module = Adds()
+    fit(module, loader(40, 2), LearningRateScheduler(WarmupCosine(warmup="30%")), max_steps=9)
+    optimizer = TwoGroups().configure_optimizers()
+    scheduler = as_lr_scheduler(WarmupCosine(warmup="30%"), optimizer, 9)
+    found = run(scheduler, 3)
+    found.append([float(group["lr"]) for group in optimizer.param_groups])
+    optimizer.step()
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(2))], "lr": 0.5})
+    scheduler.step()
+    found += run(scheduler, 5)
+    assert [len(row) for row in found] == [2] * 4 + [3] * 5
+    assert found == module.used
+    assert scheduler.base_lrs == [0.3, 0.07, 0.5]
+
+
+# ------------------------------------------------------------------------------ copies and pickles
+
+
+def deep_copy(scheduler: ScheduleLR) -> ScheduleLR:
+    return copy.deepcopy(scheduler)
+
+
+def through_pickle(scheduler: ScheduleLR) -> ScheduleLR:
+    copied: ScheduleLR = pickle.loads(pickle.dumps(scheduler))
+    return copied
+
+
+@pytest.mark.parametrize("copied_by", [deep_copy, through_pickle])
+@pytest.mark.parametrize("schedule", CURVES)
+def test_copy_continues_with_its_own_optimizer(schedule: Schedule, copied_by: Any):
+    straight = run(as_lr_scheduler(schedule, sgd(0.4, 0.1), 20), 20)
+    scheduler = as_lr_scheduler(schedule, sgd(0.4, 0.1), 20)
+    run(scheduler, 8)
+    other = copied_by(scheduler)
+    assert other.optimizer is not scheduler.optimizer
+    assert other.state_dict() == scheduler.state_dict()
+    assert run(other, 12) == straight[8:]
+    assert scheduler.last_epoch == 8
+    assert [group["lr"] for group in scheduler.optimizer.param_groups] == straight[8]
+    assert run(scheduler, 12) == straight[8:]
+
+
+@pytest.mark.parametrize("copied_by", [deep_copy, through_pickle])
+def test_copy_schedules_its_own_new_groups(copied_by: Any):
+    scheduler = as_lr_scheduler(Linear(), sgd(0.4), 4)
+    other = copied_by(scheduler)
+    other.optimizer.add_param_group({"params": [torch.zeros(1)], "lr": 1.0})
+    other.step()
+    scheduler.step()
+    assert [group["lr"] for group in other.optimizer.param_groups] == pytest.approx([0.3, 0.75])
+    assert [group["lr"] for group in scheduler.optimizer.param_groups] == pytest.approx([0.3])
+
+
+def test_state_with_a_new_group_resumes():
+    scheduler = as_lr_scheduler(Linear(), sgd(0.4), 4)
+    scheduler.optimizer.add_param_group({"params": [torch.zeros(1)], "lr": 1.0})
+    scheduler.step()
+    state = scheduler.state_dict()
+    assert state == {"version": 1, "last_epoch": 1, "base_lrs": [0.4, 1.0]}
+    resumed = as_lr_scheduler(Linear(), sgd(9.0, 9.0), 4)
+    resumed.load_state_dict(state)
+    assert run(resumed, 3) == run(scheduler, 3)
+
+
+@pytest.mark.slow
+def test_importing_schedules_does_not_import_torch():
+    source = "import sys; sys.modules['lightning_bigopt'] = type(sys)('lightning_bigopt')\n"
+    source += f"sys.modules['lightning_bigopt'].__path__ = [{str(Path('lightning_bigopt'))!r}]\n"
+    source += "import lightning_bigopt.schedules; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", source], check=True)

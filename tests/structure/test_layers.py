@@ -1,0 +1,160 @@
+"""Layers: a module imports only lower layers, types included; circles, depth and length."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.structure.import_graph import (
+    PACKAGE,
+    circles,
+    graph,
+    imports,
+    inner_module,
+    longest_chain,
+    modules,
+)
+
+STANDARD_LIBRARY: frozenset[str] = frozenset()
+TORCH = frozenset({"torch"})
+LIGHTNING = TORCH | {"lightning", "torchmetrics", "tensorboard"}
+# Only for types: a backport of the standard library.
+FOR_TYPES = frozenset({"typing_extensions"})
+# Only inside functions: optional packages.
+ON_DEMAND = frozenset({"jinja2", "jsonargparse", "matplotlib", "rich", "shtab", "transformers"})
+
+# From the lowest layer to the highest, each with the distributions that it may import.
+LAYERS: tuple[tuple[frozenset[str], frozenset[str]], ...] = (
+    (frozenset({"checks", "removed", "version"}), STANDARD_LIBRARY),
+    (frozenset({"durations"}), STANDARD_LIBRARY),
+    (frozenset({"schedules"}), STANDARD_LIBRARY),
+    (frozenset({"parameters"}), TORCH),
+    (frozenset({"optimizers"}), TORCH),
+    (frozenset({"gradients"}), TORCH),
+    (frozenset({"batching"}), TORCH),
+    (frozenset({"averaging"}), TORCH),
+    (frozenset({"planning"}), TORCH),
+    (frozenset({"trainer_access"}), LIGHTNING),
+    (frozenset({"engine"}), LIGHTNING),
+    (frozenset({"monitoring"}), LIGHTNING),
+    (frozenset({"reporting"}), LIGHTNING),
+    (frozenset({"callbacks"}), LIGHTNING),
+    (frozenset({"mixins"}), LIGHTNING),
+    (frozenset({"tuning"}), LIGHTNING),
+    (frozenset({"cli", "examples", "__init__"}), LIGHTNING),
+)
+NOT_BUILT_YET = frozenset({"averaging"})
+# Lightning's classes that any module may import: base classes, and arguments of hooks.
+PUBLIC_CLASSES = frozenset({"Callback", "LightningDataModule", "LightningModule", "Trainer"})
+# These modules make a Trainer of their own.
+OWN_TRAINER = frozenset({"cli", "examples"})
+
+
+def layer_of(module: str) -> int:
+    part = module.split(".", maxsplit=1)[0]
+    found = [number for number, (parts, _) in enumerate(LAYERS) if part in parts]
+    assert found, f"{module} has no layer: add it to LAYERS"
+    return found[0]
+
+
+def forbidden_imports(name: str, path: Path) -> list[str]:
+    line = layer_of(name)
+    libraries, wrong = LAYERS[line][1], []
+    for found in imports(path):
+        library = found.target.split(".")[0]
+        where = f"{name}:{found.line} imports {found.target}"
+        if library == PACKAGE:
+            target = inner_module(found.target)
+            if layer_of(target) > line:
+                wrong.append(f"{where}, a higher layer ({found.when})")
+        elif not (
+            library in sys.stdlib_module_names | libraries
+            or (found.when != "import" and library in ON_DEMAND and libraries >= LIGHTNING)
+            or (found.when == "types" and library in FOR_TYPES)
+        ):
+            wrong.append(f"{where}, which its layer may not import ({found.when})")
+    return wrong
+
+
+@pytest.mark.parametrize(("name", "path"), modules().items(), ids=modules())
+def test_module_imports_only_lower_layers(name: str, path: Path):
+    assert not forbidden_imports(name, path)
+
+
+def test_every_layer_is_listed():
+    built = {name.split(".")[0] for name in modules()}
+    assert built | NOT_BUILT_YET == frozenset().union(*(parts for parts, _ in LAYERS))
+
+
+def test_no_modules_import_each_other():
+    assert not circles(graph())
+
+
+def test_longest_chain_of_imports_is_limited():
+    chain = longest_chain(graph())
+    assert len(chain) <= 16, " → ".join(chain)
+
+
+def test_circle_is_found():
+    edges = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}
+    assert circles(edges) == [["b", "c"]]
+    assert longest_chain({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(("name", "path"), modules().items(), ids=modules())
+def test_module_is_not_too_long(name: str, path: Path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 320
+
+
+@pytest.mark.parametrize(("name", "path"), modules().items(), ids=modules())
+def test_classes_of_lightning_stay_in_trainer_access(name: str, path: Path):
+    if name.split(".", maxsplit=1)[0] in OWN_TRAINER | {"trainer_access"}:
+        return
+    classes = {
+        found.target.rpartition(".")[2]
+        for found in imports(path)
+        if found.target.startswith("lightning.") and found.target.rpartition(".")[2][0].isupper()
+    }
+    assert classes <= PUBLIC_CLASSES
+
+
+TYPES = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    "
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("durations", "import torch"),
+        ("schedules.decays", "from lightning_bigopt.gradients import measure"),
+        ("gradients.gradient_norms", "def f():\n    import lightning"),
+        ("gradients.gradient_norms", "from lightning_bigopt import LearningRateScheduler"),
+        ("engine.clock", "from lightning_bigopt.callbacks import monitor"),
+        ("engine.clock", "if True:\n    from lightning_bigopt.tuning.curve import RangeTest"),
+        ("callbacks.monitor", "import matplotlib.pyplot"),
+        ("schedules.base", "import_module('lightning_bigopt.optimizers.lr_scheduler')"),
+        ("durations.horizon", TYPES + "from lightning_bigopt.engine.budget import Simulate"),
+        ("engine.stage", TYPES + "from lightning_bigopt.callbacks.monitor import XAxis"),
+    ],
+)
+def test_forbidden_import_is_found(name: str, source: str, tmp_path: Path):
+    path = tmp_path / "module.py"
+    path.write_text(source)
+    assert forbidden_imports(name, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("durations", "import math"),
+        ("gradients.measure", "import torch\nfrom lightning_bigopt.durations import Duration"),
+        ("engine.clock", "from lightning_bigopt.trainer_access import loop"),
+        ("callbacks.monitor", "def draw():\n    import matplotlib.pyplot"),
+        ("callbacks.monitor", TYPES + "from lightning_bigopt.engine.stage import Fit"),
+    ],
+)
+def test_allowed_import_is_accepted(name: str, source: str, tmp_path: Path):
+    path = tmp_path / "module.py"
+    path.write_text(source)
+    assert not forbidden_imports(name, path)
