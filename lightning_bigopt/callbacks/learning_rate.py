@@ -30,9 +30,9 @@ class LearningRateScheduler(Capability):
 
     The learning rate of a group is its configured ``lr`` times the factor of the schedule at the
     fraction of the budget consumed; ratios between groups are kept. Under ``max_steps`` the
-    fraction of update t of T is t/T; under ``max_epochs`` it is the fraction of loader batches
-    consumed before the update. Lightning saves and restores the scheduler, and LearningRateMonitor
-    shows it.
+    fraction of update t of T is t/T; under ``max_epochs`` it is (epochs ended + fraction of the
+    current epoch's batches) / max_epochs before the update. Lightning saves and restores the
+    scheduler, and LearningRateMonitor shows it.
 
     Args:
         schedule: Factor on the base learning rates over the budget, dimensionless.

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_bigopt.engine.budget import describe_budget
 from lightning_bigopt.engine.clock import Clock
 
 __all__ = ["differences", "report_changes"]
@@ -83,7 +84,7 @@ def _changes(
         yield from differences(saved, used)
     before, now = clock.checkpoint_horizon, clock.horizon
     if before is not None and now is not None:
-        old, new = (f"{horizon.budget:g} {horizon.clock}" for horizon in (before, now))
+        old, new = map(describe_budget, (before, now))
         if old != new:
             yield f"budget: {old} → {new}"
     if clock.cooldown is not None:

@@ -35,6 +35,9 @@ class Horizon:
         batches_per_epoch: Loader batches of one process in an epoch; None if unknown.
         samples_per_epoch: Samples of all processes in an epoch, if epochs are counted in samples
             because their batches differ; else None.
+        epochs: Budget in epochs, if a number of epochs ends the run and epochs are counted in
+            batches; else None. Progress is then the fraction of the epochs, whose lengths may
+            change.
         overlong: ``"raise"`` an error for durations that do not fit, or ``"compress"`` them
             (``fast_dev_run``).
         offset: Amount consumed before this horizon begins, in the unit of ``clock``; 0 unless it is
@@ -54,6 +57,7 @@ class Horizon:
     spans: tuple[Span, ...] = ()
     batches_per_epoch: int | None = None
     samples_per_epoch: int | None = None
+    epochs: float | None = None
     overlong: Literal["raise", "compress"] = "raise"
     offset: float = 0
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_bigopt.batching.exact_loader import GlobalBatchLoader
 from lightning_bigopt.batching.global_window import MicroBatch
+from lightning_bigopt.engine.amounts import BatchAmounts
 from lightning_bigopt.engine.batch_contents import count
-from lightning_bigopt.engine.clock import BatchAmounts
 from lightning_bigopt.engine.clock_settings import ClockSettings
 from lightning_bigopt.trainer_access import loaders, loop, strategies
 

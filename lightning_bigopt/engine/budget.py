@@ -4,20 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_bigopt.durations.duration import Clock as ClockUnit
-from lightning_bigopt.durations.duration import Duration
+from lightning_bigopt.durations.duration import Duration, DurationLike
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.trainer_access import loaders, loop
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-__all__ = ["Simulate", "resolve_horizon"]
+__all__ = [
+    "Simulate",
+    "describe_budget",
+    "resolve_horizon",
+    "warn_of_other_budget",
+    "warn_of_short_limit",
+]
+
+_ROUNDING = 1e-12  # tolerance of comparisons with the end of a cooldown
 
 Simulate: TypeAlias = Callable[[ClockUnit, float], Horizon]
 """Simulates a run: unit and amount of its budget → horizon with all updates."""
+
+
+class _Limit(NamedTuple):
+    """A limit of the run in a unit that can be counted, and in epochs if it was given in them."""
+
+    unit: ClockUnit
+    amount: float
+    epochs: float | None = None
 
 
 def resolve_horizon(trainer: Trainer, budget: str | None, simulate: Simulate | None) -> Horizon:
@@ -43,12 +61,15 @@ def resolve_horizon(trainer: Trainer, budget: str | None, simulate: Simulate | N
             "or pass budget='2e6 samples' to the scheduler"
         )
     if simulate is not None:
-        run = min((simulate(unit, amount) for unit, amount in limits), key=_updates)
+        runs = [
+            replace(simulate(limit.unit, limit.amount), epochs=limit.epochs) for limit in limits
+        ]
+        run = min(runs, key=_updates)
     elif len(limits) == 1:
-        unit, amount = limits[0]
-        run = Horizon(clock=unit, budget=amount)
+        limit = limits[0]
+        run = Horizon(clock=limit.unit, budget=limit.amount, epochs=limit.epochs)
     else:
-        names = ", ".join(f"{amount:g} {unit}" for unit, amount in limits)
+        names = ", ".join(f"{limit.amount:g} {limit.unit}" for limit in limits)
         raise ValueError(
             "the training must have a single limit with an adaptive batch size, got "
             f"{names}; keep one of them"
@@ -62,11 +83,11 @@ def resolve_horizon(trainer: Trainer, budget: str | None, simulate: Simulate | N
 
 def _limits(
     trainer: Trainer, budget: str | None, *, batches: int | None, samples: int | None
-) -> list[tuple[ClockUnit, float]]:
+) -> list[_Limit]:
     """Returns all limits of the fit, each in a unit that can be counted."""
-    limits: list[tuple[ClockUnit, float]] = []
+    limits: list[_Limit] = []
     if trainer.max_steps >= 0:
-        limits.append(("steps", trainer.max_steps))
+        limits.append(_Limit("steps", trainer.max_steps))
     max_epochs = trainer.max_epochs
     if max_epochs is not None and max_epochs >= 0:
         limits += _epochs(max_epochs, batches, samples)
@@ -80,20 +101,61 @@ def _limits(
                 )
             limits += _epochs(length.value, batches, samples)
         elif length.unit != "fraction":
-            limits.append((length.unit, length.value))
-    return [(unit, amount) for unit, amount in limits if amount > 0]
+            limits.append(_Limit(length.unit, length.value))
+    return [limit for limit in limits if limit.amount > 0]
 
 
-def _epochs(
-    epochs: float, batches: int | None, samples: int | None
-) -> list[tuple[ClockUnit, float]]:
+def _epochs(epochs: float, batches: int | None, samples: int | None) -> list[_Limit]:
     """Converts a number of epochs to samples or batches; empty for a loader without a length."""
     if samples is not None:
-        return [("samples", epochs * samples)]
-    return [] if batches is None else [("batches", epochs * batches)]
+        return [_Limit("samples", epochs * samples)]
+    return [] if batches is None else [_Limit("batches", epochs * batches, epochs)]
 
 
 def _updates(run: Horizon) -> float:
     # An explicit budget whose updates are known by counting only, as in tokens, cannot be compared
     # with the limits of the Trainer. It takes precedence.
     return run.total("steps") or 0.0
+
+
+def describe_budget(horizon: Horizon) -> str:
+    """Returns the budget in the unit in which it was given, such as ``"10 epochs"``."""
+    if horizon.epochs is not None:
+        return f"{horizon.epochs:g} epochs"
+    return f"{horizon.budget:g} {horizon.clock}"
+
+
+def warn_of_other_budget(kept: Horizon, own: Horizon) -> None:
+    """Warns if the budget of a checkpoint that is continued differs from that of the Trainer."""
+    before, now = describe_budget(kept), describe_budget(own)
+    if before != now:
+        rank_zero_warn(
+            f"The checkpoint was trained for {before}, this Trainer is set to {now}. "
+            "on_resume='continue' keeps the checkpoint's horizon; pass on_resume='extend' to "
+            "stretch the schedule to the new one."
+        )
+
+
+def warn_of_short_limit(
+    own: Horizon, horizon: Horizon, cooldown: DurationLike | None, *, end: float
+) -> None:
+    """Warns if the Trainer's limit ends a cooldown early.
+
+    Args:
+        own: The horizon of the Trainer.
+        horizon: The horizon of the checkpoint.
+        cooldown: Length of the cooldown.
+        end: End of the cooldown, as a fraction of ``horizon``.
+    """
+    limit, needed = own.budget, end * horizon.budget
+    if own.epochs is not None and horizon.epochs is not None:
+        limit, needed, unit = own.epochs, end * horizon.epochs, "epochs"
+    elif own.clock == horizon.clock:
+        unit = str(own.clock)
+    else:
+        return
+    if limit < needed * (1 - _ROUNDING):
+        rank_zero_warn(
+            f"The Trainer stops at {limit:g} {unit}, before the cooldown ends at {needed:g}; raise "
+            f"its limit, or shorten the cooldown of {cooldown!r}."
+        )

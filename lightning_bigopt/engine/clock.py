@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
-
-from lightning.pytorch.utilities import rank_zero_warn
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.durations.progress import Progress
-from lightning_bigopt.engine.budget import Simulate, resolve_horizon
+from lightning_bigopt.engine import budget
+from lightning_bigopt.engine.amounts import BatchAmounts, RunAmounts
+from lightning_bigopt.engine.budget import Simulate
 from lightning_bigopt.engine.clock_settings import ClockSettings
 from lightning_bigopt.engine.horizon_state import horizon_from_state, horizon_to_state
 from lightning_bigopt.trainer_access import loaders, loop, strategies
@@ -17,30 +17,9 @@ from lightning_bigopt.trainer_access import loaders, loop, strategies
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-__all__ = ["BatchAmounts", "Clock"]
+__all__ = ["Clock"]
 
 _ROUNDING = 1e-12  # tolerance of comparisons with the end of a cooldown
-
-
-class BatchAmounts(NamedTuple):
-    """The amounts that one loader batch consumes.
-
-    Attributes:
-        samples: Samples over all processes.
-        tokens: Tokens over all processes; 0 if they are not counted.
-        batches: Loader batches of one process.
-    """
-
-    samples: int
-    tokens: int = 0
-    batches: int = 1
-
-
-class _Counts(NamedTuple):
-    steps: int = 0
-    batches: int = 0
-    samples: int = 0
-    tokens: int = 0
 
 
 class Clock:
@@ -58,6 +37,7 @@ class Clock:
         batches: Loader batches of one process that have ended.
         samples: Samples over all processes in these batches.
         tokens: Tokens over all processes in these batches.
+        epoch_length: Batches in the current epoch; None if unknown.
         window_is_open: Whether an accumulation window has begun and not ended.
     """
 
@@ -69,9 +49,12 @@ class Clock:
         self.checkpoint_horizon: Horizon | None = None
         self.cooldown: tuple[float, float] | None = None
         self.batches = self.samples = self.tokens = 0
+        self.epoch_length: int | None = None
         self.window_is_open = False
+        self._epoch_batches = 0  # batches of the current epoch that have ended
+        self._seen_length: tuple[int | None, int] | None = None  # announced, and actual
         self._pending = BatchAmounts(0, batches=0)
-        self._opened = _Counts()  # at the start of the current window
+        self._opened = RunAmounts()  # at the start of the current window
         self._closed: tuple[int, ...] = (0, 0, 0)  # batches, samples, tokens at the last window end
         self._restored: dict[str, Any] | None = None
         self._trainer: Trainer | None = None
@@ -99,7 +82,7 @@ class Clock:
         self.drop_batch()
         kept = self._restore(trainer)
         try:
-            own = resolve_horizon(trainer, self.settings.budget, simulate)
+            own = budget.resolve_horizon(trainer, self.settings.budget, simulate)
         except ValueError:
             if kept is not None and self.settings.on_resume == "cooldown":
                 # A Trainer without limits is valid here: the end of the cooldown ends the run.
@@ -116,12 +99,8 @@ class Clock:
             self.horizon, self.cooldown = own, None
             return
         self.horizon = kept
-        if self.cooldown is None and (kept.clock, kept.budget) != (own.clock, own.budget):
-            rank_zero_warn(
-                f"The checkpoint was trained for {kept.budget:g} {kept.clock}, this Trainer is set "
-                f"to {own.budget:g} {own.clock}. on_resume='continue' keeps the checkpoint's "
-                "horizon; pass on_resume='extend' to stretch the schedule to the new one."
-            )
+        if self.cooldown is None:
+            budget.warn_of_other_budget(kept, own)
 
     def stop(self) -> None:
         """Ends the fit; the counts are kept for a second fit."""
@@ -139,7 +118,8 @@ class Clock:
         self.batches, self.samples, self.tokens = map(int, counts)
         self._closed = tuple(map(int, restored["closed"]))
         self.checkpoint_horizon = horizon_from_state(restored["horizon"])
-        cooldown = restored.get("cooldown")
+        seen, cooldown = restored.get("seen_length"), restored.get("cooldown")
+        self._seen_length = None if seen is None else (seen[0], seen[1])
         self.cooldown = None if cooldown is None else (cooldown[0], cooldown[1])
 
     def _restore(self, trainer: Trainer) -> Horizon | None:
@@ -153,17 +133,17 @@ class Clock:
                 counts = restored["closed"]
             self._load_counts(restored, counts)
         elif trainer.global_step and not self.batches:
-            self._count_from_loop(trainer)
+            # The checkpoint was written without this package.
+            self.batches = loop.fetched_batches(trainer, loop.epoch_batches(trainer) or 0)
+            each = (loaders.micro_batch_size(trainer) or 0) * strategies.data_parallel_size(trainer)
+            self.samples = self.batches * each
+        self.begin_epoch(trainer)
+        if trainer.ckpt_path is not None:
+            # Not after an interrupted fit: Lightning begins the epoch again, but has the counts.
+            self._epoch_batches = loop.resumed_batches(trainer)
         self._closed = (self.batches, self.samples, self.tokens)
         self._opened = self._counts()
         return None if restored is None else self.checkpoint_horizon
-
-    def _count_from_loop(self, trainer: Trainer) -> None:
-        """Sets the counts from Lightning's, for a checkpoint written without this package."""
-        each = loop.epoch_batches(trainer) or 0
-        self.batches = loop.fetched_batches(trainer, each)
-        full = loaders.micro_batch_size(trainer) or 0
-        self.samples = self.batches * full * strategies.data_parallel_size(trainer)
 
     def _start_cooldown(self, horizon: Horizon, own: Horizon | None) -> None:
         """Starts a cooldown at the current fraction, unless the checkpoint is within one."""
@@ -173,19 +153,34 @@ class Clock:
             length = self.settings.cooldown
             assert length is not None  # checked by ClockSettings
             self.cooldown = at, horizon.fraction(length, start=at, name="cooldown")
-        if self.cooldown is None or own is None or own.clock != horizon.clock:
-            return
-        end = sum(self.cooldown) * horizon.budget
-        if self.settings.budget is None and own.budget < end - _ROUNDING * end:
-            rank_zero_warn(
-                f"The Trainer stops at {own.budget:g} {own.clock}, before the cooldown ends at "
-                f"{end:g}; raise its limit, or shorten the cooldown of {self.settings.cooldown!r}."
-            )
+        if self.cooldown is not None and own is not None and self.settings.budget is None:
+            budget.warn_of_short_limit(own, horizon, self.settings.cooldown, end=sum(self.cooldown))
 
     # ------------------------------------------------------------------------------ counting
 
-    def begin_batch(self, amounts: BatchAmounts) -> None:
-        """Adds the amounts of the current batch as pending, and opens a window if none is open."""
+    def begin_epoch(self, trainer: Trainer) -> None:
+        """Reads the length of an epoch that begins, because every epoch may have a new loader."""
+        announced = loop.epoch_batches(trainer)
+        self.epoch_length, self._epoch_batches = announced, 0
+        if self._seen_length is not None and self._seen_length[0] == announced:
+            self.epoch_length = self._seen_length[1]
+
+    def end_epoch(self, trainer: Trainer) -> None:
+        """Ends an epoch; the next one of a loader with the same length is expected to be equal."""
+        announced, batches = loop.epoch_batches(trainer), self._epoch_batches
+        if batches and batches != announced and loop.epoch_is_exhausted(trainer, batches):
+            self._seen_length = announced, batches
+        self._epoch_batches = 0
+        self.drop_batch()
+
+    def begin_batch(self, amounts: BatchAmounts, *, index: int) -> None:
+        """Adds the amounts of the current batch as pending, and opens a window if none is open.
+
+        Args:
+            amounts: The amounts.
+            index: Number of batches of this epoch before this one.
+        """
+        self._epoch_batches = index
         if not self.window_is_open:
             self._opened = self._counts()
             self.window_is_open = True
@@ -196,6 +191,7 @@ class Clock:
         self.batches += self._pending.batches
         self.samples += self._pending.samples
         self.tokens += self._pending.tokens
+        self._epoch_batches += self._pending.batches
         self._pending = BatchAmounts(0, batches=0)
         if closes_window:
             self.window_is_open = False
@@ -206,11 +202,15 @@ class Clock:
         self._pending = BatchAmounts(0, batches=0)
         self.window_is_open = False
 
-    def _counts(self) -> _Counts:
-        steps = 0 if self._trainer is None else self._trainer.global_step
-        batches, samples = self.batches + self._pending.batches, self.samples
-        return _Counts(
-            steps, batches, samples + self._pending.samples, self.tokens + self._pending.tokens
+    def _counts(self) -> RunAmounts:
+        trainer, pending = self._trainer, self._pending
+        return RunAmounts(
+            steps=0 if trainer is None else trainer.global_step,
+            batches=self.batches + pending.batches,
+            samples=self.samples + pending.samples,
+            tokens=self.tokens + pending.tokens,
+            epochs=0 if trainer is None else loop.processed_epochs(trainer),
+            epoch_batches=self._epoch_batches + pending.batches,
         )
 
     @property
@@ -247,12 +247,12 @@ class Clock:
         """The fraction of :meth:`progress`."""
         return self._fraction_at(self._counts())
 
-    def _progress_at(self, counts: _Counts) -> Progress:
+    def _progress_at(self, counts: RunAmounts) -> Progress:
         horizon, epochs = self.horizon, 0.0
         if horizon is not None and horizon.samples_per_epoch:
             epochs = counts.samples / horizon.samples_per_epoch
-        elif horizon is not None and horizon.batches_per_epoch:
-            epochs = counts.batches / horizon.batches_per_epoch
+        elif self.epoch_length:
+            epochs = self._epoch_share(counts, 1.0)
         return Progress(
             fraction=self._fraction_at(counts),
             steps=counts.steps,
@@ -262,11 +262,20 @@ class Clock:
             tokens=counts.tokens,
         )
 
-    def _fraction_at(self, counts: _Counts) -> float:
+    def _fraction_at(self, counts: RunAmounts) -> float:
         if self.horizon is None:
             return math.nan
+        if self.horizon.epochs is not None and self.epoch_length:
+            return self._epoch_share(counts, self.horizon.epochs)
         consumed: int = getattr(counts, self.horizon.clock)
         return consumed / self.horizon.budget
+
+    def _epoch_share(self, counts: RunAmounts, epochs: float) -> float:
+        length = self.epoch_length or 1
+        # Whole numbers before the only division, so that epochs of equal length give the same
+        # fraction as the count of all batches. An epoch may be longer than expected.
+        done = counts.epochs * length + min(counts.epoch_batches, length)
+        return done / (epochs * length)
 
     @property
     def budget_exhausted(self) -> bool:
@@ -287,6 +296,7 @@ class Clock:
             "closed": list(self._closed),
             "horizon": None if self.horizon is None else horizon_to_state(self.horizon),
             "cooldown": None if self.cooldown is None else list(self.cooldown),
+            "seen_length": self._seen_length,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ def horizon_to_state(horizon: Horizon) -> dict[str, Any]:
         "budget": horizon.budget,
         "batches_per_epoch": horizon.batches_per_epoch,
         "samples_per_epoch": horizon.samples_per_epoch,
+        "epochs": horizon.epochs,
         "spans": [[s.updates, s.batches, s.samples, s.tokens] for s in horizon.spans],
     }
 
@@ -29,4 +30,7 @@ def horizon_from_state(state: dict[str, Any] | None) -> Horizon | None:
         Span(updates=updates, batches=batches, samples=samples, tokens=tokens)
         for updates, batches, samples, tokens in state["spans"]
     )
-    return Horizon(**{**state, "spans": spans})
+    epochs = state.get("epochs")
+    if "epochs" not in state and state["clock"] == "batches" and state["batches_per_epoch"]:
+        epochs = state["budget"] / state["batches_per_epoch"]  # version 0.1
+    return Horizon(**{**state, "spans": spans, "epochs": epochs})

@@ -65,6 +65,7 @@ class StepHooks(Callback):
             return
         assert self._counter is not None  # set in on_train_start
         self._counter.begin_epoch(trainer)
+        self.clock.begin_epoch(trainer)
         self._epoch_is_new = True
         for capability in self._stages["begin_epoch"]:
             capability.begin_epoch(self._fit)
@@ -83,7 +84,8 @@ class StepHooks(Callback):
             # Only here: removing a capability in the middle of a window would change the
             # accumulation or the weights of a gradient that is partly computed.
             self._read_list(fit)
-        clock.begin_batch(self._counter.count(trainer, batch, batch_idx))
+        amounts = self._counter.count(trainer, batch, batch_idx)
+        clock.begin_batch(amounts, index=loop.ready_batches(trainer) - 1)
         self._batch = Batch(
             fit=fit,
             data=batch,
@@ -258,7 +260,7 @@ class StepHooks(Callback):
             return
         assert self._counter is not None  # set in on_train_start
         self._batch = None
-        self.clock.drop_batch()
+        self.clock.end_epoch(trainer)
         self._counter.end_epoch()
         for capability in self._stages["end_epoch"]:
             capability.end_epoch(self._fit)

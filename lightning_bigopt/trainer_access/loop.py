@@ -16,14 +16,17 @@ __all__ = [
     "closes_window",
     "counters",
     "epoch_batches",
+    "epoch_is_exhausted",
     "fetched_batches",
     "is_fast_dev_run",
     "is_last_batch",
     "is_unlimited",
     "next_logger_step",
     "processed_batches",
+    "processed_epochs",
     "ready_batches",
     "restore_counters",
+    "resumed_batches",
     "should_log",
 ]
 
@@ -42,6 +45,22 @@ def is_unlimited(trainer: Trainer) -> bool:
 def ready_batches(trainer: Trainer) -> int:
     """Returns the batches of this epoch that were fetched, including the current one."""
     return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+
+def resumed_batches(trainer: Trainer) -> int:
+    """Returns the batches trained in an epoch that a resume continues; 0 if it begins an epoch."""
+    # At the end of an epoch the counts of its batches are kept until the next one begins. Lightning
+    # continues even an epoch that has ended, if the new loader is longer.
+    done = processed_batches(trainer)
+    continues = trainer.fit_loop.epoch_loop.restarting and done < trainer.num_training_batches
+    return done if continues else 0
+
+
+def processed_epochs(trainer: Trainer) -> int:
+    """Returns the epochs that Lightning has ended, including the current one in its end hooks."""
+    # Not current_epoch, which is one behind in on_train_epoch_end.
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    return int(progress.processed)
 
 
 def fetched_batches(trainer: Trainer, each: int) -> int:
@@ -65,6 +84,13 @@ def batch_is_processed(trainer: Trainer) -> bool:
     """
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     return bool(progress.started == progress.processed)
+
+
+def epoch_is_exhausted(trainer: Trainer, batches: int) -> bool:
+    """Returns whether the loader has ended an epoch in which ``batches`` batches were trained."""
+    # If on_train_batch_start returned -1, one more batch was fetched.
+    is_limited = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
+    return ready_batches(trainer) == batches and not is_limited
 
 
 def is_last_batch(trainer: Trainer) -> bool:

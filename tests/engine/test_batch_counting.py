@@ -122,17 +122,18 @@ class EndsFirstEpochEarly(LossForSomeBatches):
 
 
 @pytest.mark.parametrize("at", [0, 1, 3])
-def test_batch_skipped_in_on_train_batch_start_is_not_consumed(at: int) -> None:
+def test_epoch_that_on_train_batch_start_ends_early_counts_as_an_epoch(at: int) -> None:
     module = EndsFirstEpochEarly(at=at)
     trainer = L.Trainer(
         **{**QUIET, "max_epochs": 3, "max_steps": -1},
         callbacks=[LearningRateScheduler(Linear(start=1.0, end=0.0))],
     )
     trainer.fit(module, DataLoader(TensorDataset(torch.randn(16, 3)), batch_size=4))
-    assert module.rates == [1 - batch / 12 for batch in range(at + 8)]
+    consumed = [*range(at), *range(4, 12)]
+    assert module.rates == [1 - batch / 12 for batch in consumed]
 
 
-def test_batch_that_raised_is_not_consumed() -> None:
+def test_second_fit_after_an_error_begins_the_epoch_again() -> None:
     class Fails(EndsFirstEpochEarly):
         def on_before_optimizer_step(self, optimizer: Any) -> None:
             super().on_before_optimizer_step(optimizer)
@@ -148,7 +149,7 @@ def test_batch_that_raised_is_not_consumed() -> None:
     with pytest.raises(ZeroDivisionError):
         trainer.fit(module, data)
     trainer.fit(module, data)
-    assert module.rates[:5] == [1 - batch / 8 for batch in (0, 1, 2, 2, 3)]
+    assert module.rates[:5] == [1 - batch / 8 for batch in (0, 1, 2, 0, 1)]
 
 
 @pytest.mark.filterwarnings("ignore:train_dataloader yielded None")

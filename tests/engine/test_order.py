@@ -23,7 +23,8 @@ class FakeTrainer:
     def __init__(self, batches: int, *, accumulate: int = 1) -> None:
         self.progress = SimpleNamespace(ready=0, started=0, processed=0)
         epoch_loop = SimpleNamespace(batch_progress=SimpleNamespace(current=self.progress))
-        self.fit_loop = SimpleNamespace(epoch_loop=epoch_loop)
+        epochs = SimpleNamespace(current=SimpleNamespace(processed=0))
+        self.fit_loop = SimpleNamespace(epoch_loop=epoch_loop, epoch_progress=epochs)
         self.num_training_batches = batches
         self.accumulate_grad_batches = accumulate
         self.is_last_batch = False

@@ -1,0 +1,41 @@
+"""Amounts of data: those of one batch, and those of a run."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["BatchAmounts", "RunAmounts"]
+
+
+class BatchAmounts(NamedTuple):
+    """The amounts that one loader batch consumes.
+
+    Attributes:
+        samples: Samples over all processes.
+        tokens: Tokens over all processes; 0 if they are not counted.
+        batches: Loader batches of one process.
+    """
+
+    samples: int
+    tokens: int = 0
+    batches: int = 1
+
+
+class RunAmounts(NamedTuple):
+    """The amounts that a run has consumed.
+
+    Attributes:
+        steps: Optimizer updates.
+        batches: Loader batches of one process.
+        samples: Samples over all processes.
+        tokens: Tokens over all processes.
+        epochs: Epochs that have ended.
+        epoch_batches: Batches of the current epoch.
+    """
+
+    steps: int = 0
+    batches: int = 0
+    samples: int = 0
+    tokens: int = 0
+    epochs: int = 0
+    epoch_batches: int = 0

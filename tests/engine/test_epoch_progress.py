@@ -1,0 +1,171 @@
+"""The fraction of the budget under max_epochs, with epochs whose lengths differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from lightning_bigopt import LearningRateScheduler, Linear, WarmupStableDecay
+from tests.helpers import QUIET
+
+
+class Recorded(L.LightningModule):
+    """Records the learning rate of every step, in a hook of torch on the optimizer."""
+
+    def __init__(self, sizes: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.layer, self.sizes = nn.Linear(3, 1), sizes
+        self.rates: list[float] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.layer(batch[0]).square().mean() * 1e-6
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+        optimizer.register_step_pre_hook(self.record)
+        return optimizer
+
+    def record(self, optimizer: Any, *_: Any) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+    def train_dataloader(self) -> Any:
+        return batches(self.sizes[self.current_epoch])
+
+
+def batches(count: int, size: int = 2) -> Any:
+    return DataLoader(TensorDataset(torch.randn(count * size, 3)), batch_size=size)
+
+
+def trainer_of(*callbacks: Any, schedule: Any = None, on_resume: Any = None, **options: Any) -> Any:
+    scheduler = LearningRateScheduler(schedule or Linear(), on_resume=on_resume)
+    return L.Trainer(**{**QUIET, "max_steps": -1, **options}, callbacks=[scheduler, *callbacks])
+
+
+class Saves(L.Callback):
+    def __init__(self, path: Path, hook: str, *, at: tuple[int, int]) -> None:
+        def save(trainer: Any, *_: Any) -> None:
+            epoch = trainer.fit_loop.epoch_progress.current.ready - 1
+            done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+            if (epoch, done) == at:
+                trainer.save_checkpoint(path)
+
+        setattr(self, hook, save)
+
+
+def expected(*lengths: int, epochs: int | None = None) -> list[float]:
+    """Returns 1 - fraction of every batch, from the definition of the fraction."""
+    total = epochs or len(lengths)
+    return [1 - (e + i / n) / total for e, n in enumerate(lengths) for i in range(n)]
+
+
+@pytest.mark.parametrize("sizes", [(4, 8, 12, 16), (16, 12, 8, 4), (3, 7, 1, 5)])
+def test_reloaded_loaders_of_other_lengths_end_on_the_budget(sizes: tuple[int, ...]) -> None:
+    module = Recorded(sizes)
+    trainer_of(max_epochs=4, reload_dataloaders_every_n_epochs=1).fit(module)
+    assert module.rates == pytest.approx(expected(*sizes), abs=1e-12)
+
+
+@pytest.mark.parametrize("on_resume", ["extend", "continue"])
+@pytest.mark.parametrize(("before", "after"), [(16, 8), (8, 16), (12, 12)])
+def test_resume_with_another_batch_size_continues_at_the_epoch(
+    tmp_path: Path, on_resume: Any, before: int, after: int
+) -> None:
+    path = tmp_path / "epoch.ckpt"
+    saves = Saves(path, "on_train_epoch_end", at=(3, before))
+    trainer_of(saves, max_epochs=10).fit(Recorded(), batches(before))
+    module = Recorded()
+    trainer_of(max_epochs=10, on_resume=on_resume).fit(module, batches(after), ckpt_path=path)
+    right = expected(*[before] * 4, *[after] * 6)[4 * before :]
+    assert module.rates == pytest.approx(right, abs=1e-12)
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_train_epoch_end"])
+@pytest.mark.parametrize("at", [(0, 1), (0, 5), (1, 3), (1, 5), (2, 4)])
+def test_resumed_learning_rates_equal_the_uninterrupted_ones(
+    tmp_path: Path, hook: str, at: tuple[int, int]
+) -> None:
+    if hook == "on_train_epoch_end" and at[1] < 5:
+        pytest.skip("an epoch ends after 5 batches")
+    path, straight, resumed = tmp_path / "saved.ckpt", Recorded(), Recorded()
+    trainer_of(Saves(path, hook, at=at), max_epochs=4).fit(straight, batches(5))
+    assert straight.rates == pytest.approx(expected(*[5] * 4), abs=1e-12)
+    trainer_of(max_epochs=4).fit(resumed, batches(5), ckpt_path=path)
+    assert resumed.rates == straight.rates[-len(resumed.rates) :]
+    assert len(resumed.rates) == 20 - 5 * at[0] - at[1]
+
+
+def test_raised_max_epochs_with_other_loaders_continue_at_the_epoch() -> None:
+    module, trainer = Recorded(), trainer_of(max_epochs=4)
+    trainer.fit(module, batches(8))
+    for epochs, length, first in [(8, 4, 4), (12, 16, 8)]:
+        module.rates.clear()
+        trainer.fit_loop.max_epochs = epochs
+        trainer.fit(module, batches(length))
+        right = [1 - (first + i / length) / epochs for i in range(length * 4)]
+        assert module.rates == pytest.approx(right, abs=1e-12)
+
+
+@pytest.mark.parametrize("at", [(0, 3), (1, 45)])
+def test_interrupted_fit_begins_the_epoch_again(at: tuple[int, int]) -> None:
+    class Interrupts(L.Callback):
+        def on_train_batch_end(self, trainer: Any, *arguments: Any) -> None:
+            if (trainer.current_epoch, arguments[-1]) == at and not interrupted:
+                interrupted.append(len(module.rates))
+                raise KeyboardInterrupt
+
+    interrupted: list[int] = []
+    module, trainer = Recorded(), trainer_of(Interrupts(), max_epochs=4)
+    with pytest.raises(SystemExit):
+        trainer.fit(module, batches(50))
+    module.rates.clear()
+    trainer.fit(module, batches(50))
+    assert module.rates == pytest.approx(expected(*[50] * 4)[50 * at[0] :], abs=1e-12)
+
+
+class ShorterThanAnnounced(IterableDataset[list[Tensor]]):
+    def __len__(self) -> int:
+        return 16
+
+    def __iter__(self) -> Any:
+        yield from ([row] for row in torch.randn(12, 3))
+
+
+@pytest.mark.filterwarnings("ignore:.*IterableDataset")
+def test_length_seen_in_the_first_epoch_is_used_afterwards(tmp_path: Path) -> None:
+    path, module = tmp_path / "saved.ckpt", Recorded()
+    data = DataLoader(ShorterThanAnnounced(), batch_size=2)
+    trainer_of(Saves(path, "on_train_batch_end", at=(1, 2)), max_epochs=3).fit(module, data)
+    right = [1 - i / 8 / 3 for i in range(6)] + expected(6, 6, 6)[6:]
+    assert module.rates == pytest.approx(right, abs=1e-12)
+    resumed = Recorded()
+    trainer_of(max_epochs=3).fit(resumed, data, ckpt_path=path)
+    assert resumed.rates[0] == module.rates[8]  # the data begins again, in the middle of the epoch
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_train_epoch_end"])
+@pytest.mark.parametrize(("before", "after"), [(16, 8), (8, 16)])
+def test_cooldown_in_epochs_lasts_epochs_of_the_new_loader(
+    tmp_path: Path, before: int, after: int, hook: str
+) -> None:
+    path = tmp_path / "epoch.ckpt"
+    saves = Saves(path, hook, at=(3, before))
+    trainer_of(saves, max_epochs=10, schedule=WarmupStableDecay(warmup=0, decay="10%")).fit(
+        Recorded(), batches(before)
+    )
+    module = Recorded()
+    scheduler = LearningRateScheduler(
+        WarmupStableDecay(warmup=0, decay="10%"),
+        on_resume="cooldown",
+        cooldown="2 epochs",
+        cooldown_shape="linear",
+    )
+    trainer = L.Trainer(**{**QUIET, "max_steps": -1, "max_epochs": 10}, callbacks=[scheduler])
+    trainer.fit(module, batches(after), ckpt_path=path)
+    right = [1 - i / (2 * after) for i in range(2 * after)]
+    assert module.rates == pytest.approx(right, abs=1e-12)
