@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
 from lightning_bigopt.callbacks.resume_report import report_changes
 from lightning_bigopt.callbacks.schedules import GroupSchedules
 from lightning_bigopt.checks import check_between, check_choice, check_non_negative
@@ -43,7 +45,8 @@ class LearningRateScheduler(Capability):
             after all adjustments; None for no bound.
         max_lr: Upper bound of every learning rate; None for no bound.
         module_scheduler: ``"raise"`` if ``configure_optimizers`` returns a scheduler, or
-            ``"replace"`` it.
+            ``"replace"`` it. The base learning rates are then those before it scaled them
+            (``initial_lr`` of the groups).
         budget: An explicit budget such as ``"2e9 tokens"`` that ends the training; None for the
             limits of the Trainer.
         samples: Counts the samples of a batch (a function, or the name of a field); None for the
@@ -152,14 +155,27 @@ class LearningRateScheduler(Capability):
                 f"{schedulers.scheduler_names(trainer)}; return the optimizer only, or pass "
                 "module_scheduler='replace'"
             )
+        initial = schedulers.initial_lrs(trainer)
         schedulers.remove_schedulers(trainer)
         fit.groups.claim("lr", base=self.base_lr)
+        for index, (_, optimizer) in enumerate(fit.groups):
+            if id(optimizer) in initial:
+                fit.groups.set_bases("lr", index, initial[id(optimizer)])
+                rank_zero_info(
+                    "The scheduler of the module is replaced. The base learning rates are those "
+                    f"before it scaled them: {initial[id(optimizer)]}."
+                )
 
     def start(self, fit: Fit) -> None:
         """Resolves the schedules on the horizon, and applies them to the learning rate."""
         # On a resume these are the learning rates of the checkpoint: Lightning has restored the
         # optimizers, and the engine has not written the groups yet.
         self._before = [float(group["lr"]) for group in _groups(fit)]
+        if not any(base for bases in fit.groups.bases("lr") for base in bases):
+            rank_zero_warn(
+                "The base learning rate of every parameter group is 0, so that nothing is trained. "
+                "Pass another lr= to the optimizer."
+            )
         self._schedules.resolve(
             fit, cooldown_shape=self.cooldown_shape, cooldown_end=self.cooldown_end
         )

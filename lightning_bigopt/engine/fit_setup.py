@@ -9,7 +9,8 @@ from lightning_bigopt.engine.batch_source import simulate_constant
 from lightning_bigopt.engine.lr_scheduler import LightningLRScheduler
 from lightning_bigopt.engine.stage import Fit, Stages
 from lightning_bigopt.gradients.optimizer_step import step_control
-from lightning_bigopt.optimizers.group_schedule import GroupSchedule
+from lightning_bigopt.optimizers.base_values import remember_bases
+from lightning_bigopt.optimizers.group_schedule import GroupField, GroupSchedule
 from lightning_bigopt.optimizers.names import optimizer_label, unwrapped
 from lightning_bigopt.trainer_access import (
     loaders,
@@ -107,8 +108,11 @@ def uninstall(fit: Fit) -> None:
     """Undoes :func:`install`."""
     loaders.stop_watching_loaders(fit.trainer)
     saved_weights.restore_saved_weights(fit.trainer)
-    for _, optimizer in fit.groups:
+    for index, (_, optimizer) in enumerate(fit.groups):
         step_control(optimizer).remove()
+        for name, bases in fit.groups.state_dict().items():
+            values = [GroupField(name).read(group) for group in optimizer.param_groups]
+            remember_bases(optimizer, name, values=values, bases=bases[index])
 
 
 def restore(fit: Fit, loaded: dict[str, Any] | None) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_bigopt.durations.progress import Progress
+from lightning_bigopt.optimizers.base_values import base_values
 from lightning_bigopt.optimizers.names import group_names
 from lightning_bigopt.schedules.base import Schedule
 
@@ -172,7 +173,8 @@ class GroupSchedule:
         """
         if name not in self._claims:
             field = GroupField(name)
-            bases = [[field.read(g) for g in optimizer.param_groups] for _, optimizer in self]
+            current = [[field.read(g) for g in o.param_groups] for _, o in self]
+            bases = [base_values(o, name, v) for (_, o), v in zip(self, current, strict=True)]
             self._claims[name] = _Claim(field, bases)
         self._claims[name].base = base or self._claims[name].base
 
@@ -226,13 +228,11 @@ class GroupSchedule:
         """Writes every claimed field for the update that starts at ``progress``."""
         self._fraction = progress.fraction
         for claim in self._claims.values():
-            write = claim.field.write
             for index, (label, optimizer) in enumerate(self.optimizers):
                 groups = optimizer.param_groups
-                for group, value in zip(
-                    groups, _values(claim, index, label, groups, progress), strict=True
-                ):
-                    write(group, value)
+                values = _values(claim, index, label, groups, progress)
+                for group, value in zip(groups, values, strict=True):
+                    claim.field.write(group, value)
 
     def has_new_groups(self) -> bool:
         """Returns whether a group was added to which no value has been written."""

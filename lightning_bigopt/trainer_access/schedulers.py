@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities.types import LRSchedulerConfig
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR
+
+from lightning_bigopt.optimizers.names import unwrapped
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-__all__ = ["add_scheduler", "remove_schedulers", "scheduler_names"]
+__all__ = ["add_scheduler", "initial_lrs", "remove_schedulers", "scheduler_names"]
 
 
 def add_scheduler(trainer: Trainer, scheduler: LRScheduler, *, name: str | None) -> None:
@@ -32,6 +34,37 @@ def add_scheduler(trainer: Trainer, scheduler: LRScheduler, *, name: str | None)
 def remove_schedulers(trainer: Trainer) -> None:
     """Removes the schedulers that the module configured, for this fit."""
     trainer.strategy.lr_scheduler_configs = []
+
+
+def initial_lrs(trainer: Trainer) -> dict[int, list[float]]:
+    """Returns the learning rates before the module's schedulers scaled them, by id of optimizer.
+
+    The constructors of torch's schedulers scale ``lr`` at once, and keep the former value as
+    ``initial_lr``. A learning rate that was written since then, as by a finder, is returned as is.
+
+    Raises:
+        ValueError: If a scheduler overwrites ``initial_lr`` and the momentum.
+    """
+    found: dict[int, list[float]] = {}
+    for config in trainer.lr_scheduler_configs:
+        scheduler: Any = config.scheduler
+        if isinstance(scheduler, OneCycleLR | CyclicLR):
+            raise ValueError(
+                "configure_optimizers must not return a OneCycleLR or CyclicLR with "
+                f"LearningRateScheduler, got {type(scheduler).__name__}, which overwrites "
+                "initial_lr and momentum of the optimizer; return the optimizer only"
+            )
+        if not isinstance(scheduler, LRScheduler):
+            continue  # it may have neither groups nor learning rates
+        found[id(unwrapped(scheduler.optimizer))] = [
+            float(group.get("initial_lr", group["lr"]))
+            if float(group["lr"]) == float(last)
+            else float(group["lr"])
+            for group, last in zip(
+                scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=False
+            )
+        ]
+    return found
 
 
 def scheduler_names(trainer: Trainer) -> str:
