@@ -47,8 +47,15 @@ def resolve_horizon(trainer: Trainer, budget: str | None, simulate: Simulate | N
         simulate: Simulates the run; None if the batch sizes are not known in advance.
 
     Raises:
-        ValueError: If no limit of the run can be counted, or several limits cannot be compared.
+        ValueError: If no limit of the run can be counted, several limits cannot be compared, or the
+            Trainer would train on beyond an explicit budget.
     """
+    if budget is not None and (trainer.min_steps or trainer.min_epochs):
+        raise ValueError(
+            "the Trainer must not have min_steps or min_epochs with budget=, because it would "
+            f"train on beyond the budget of {budget!r}, got min_steps={trainer.min_steps} and "
+            f"min_epochs={trainer.min_epochs}; remove them"
+        )
     exact = loaders.exact_loader(trainer)
     samples = None if exact is None else exact.samples
     batches = loop.epoch_batches(trainer) if exact is None else None

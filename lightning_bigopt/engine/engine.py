@@ -128,6 +128,8 @@ class Engine(StepHooks):
             self._start(self._fit)
             for capability in self._stages["announce"]:
                 capability.announce(self._fit)
+            if self.clock.budget_exhausted:
+                trainer.should_stop = True  # a run that has ended is started again
 
     def _start(self, fit: Fit) -> None:
         self._start_clock()

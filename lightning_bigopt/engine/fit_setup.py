@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+from torch.optim import Optimizer
+
 from lightning_bigopt.engine.batch_source import simulate_constant
 from lightning_bigopt.engine.lr_scheduler import LightningLRScheduler
 from lightning_bigopt.engine.stage import Fit, Stages
@@ -36,7 +39,19 @@ __all__ = [
 def group_schedule(trainer: Trainer) -> GroupSchedule:
     """Creates the GroupSchedule of all parameter groups of the Trainer's optimizers."""
     optimizers = [unwrapped(optimizer) for optimizer in trainer.optimizers]
+    _separate_tensors(optimizers)
     return GroupSchedule([(optimizer_label(optimizers, one), one) for one in optimizers])
+
+
+def _separate_tensors(optimizers: Sequence[Optimizer]) -> None:
+    """Gives each group its own tensors: a value is written in place, and would reach all groups."""
+    seen: set[int] = set()
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        for name, value in group.items():
+            if isinstance(value, Tensor):
+                if id(value) in seen:
+                    group[name] = value.clone()
+                seen.add(id(value))
 
 
 def check(fit: Fit, run: object) -> None:

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 __all__ = ["base_values", "remember_bases"]
 
-_ATTRIBUTE = "_lightning_bigopt_bases"
+_ATTRIBUTE = "_bigopt_bases"
 
 
 def remember_bases(

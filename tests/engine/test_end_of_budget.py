@@ -20,7 +20,7 @@ from lightning_bigopt import (
     Linear,
     WarmupStableDecay,
 )
-from tests.helpers import Probe, Regression, ResumableLoader, fit, loader
+from tests.helpers import Probe, Regression, ResumableLoader, SaveAt, fit, loader
 
 DOWN = Linear(start=1.0, end=0.0)
 
@@ -230,3 +230,44 @@ def test_resume_at_any_step_of_a_ramp_gives_the_same_learning_rates(
     assert resumed.lrs == straight.lrs[stop:]
     for mine, theirs in zip(resumed.parameters(), straight.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def endless(*, resumed: Path | None = None, **options: Any) -> tuple[Any, Probe]:
+    module = Probe(lr=1.0)
+    limits = {"max_epochs": -1, "max_steps": -1}
+    scheduler = LearningRateScheduler(DOWN, **options)
+    trainer = fit(module, loader(40, 2), scheduler, ckpt_path=resumed, **limits)
+    return trainer, module
+
+
+def test_run_that_a_budget_has_ended_makes_no_further_update(tmp_path: Path) -> None:
+    path = tmp_path / "saved.ckpt"
+    trainer, module = endless(budget="8 steps")
+    assert trainer.global_step == len(module.lrs) == 8
+    for _ in range(3):
+        trainer.save_checkpoint(path)
+        trainer, module = endless(budget="8 steps", resumed=path)
+        assert trainer.global_step == 8
+        assert not module.lrs
+    trainer.fit(module, loader(40, 2))
+    assert not module.lrs
+
+
+def test_run_that_a_cooldown_has_ended_makes_no_further_update(tmp_path: Path) -> None:
+    path = tmp_path / "saved.ckpt"
+    fit(Probe(lr=1.0), loader(40, 2), LearningRateScheduler(DOWN), SaveAt(path, 4), max_steps=8)
+    cooldown: dict[str, Any] = {"on_resume": "cooldown", "cooldown": "2 steps"}
+    trainer, module = endless(resumed=path, **cooldown)
+    assert trainer.global_step == 6
+    for _ in range(3):
+        trainer.save_checkpoint(path)
+        trainer, module = endless(resumed=path, **cooldown)
+        assert trainer.global_step == 6
+        assert not module.lrs
+
+
+@pytest.mark.parametrize("minimum", [{"min_steps": 5}, {"min_epochs": 2}])
+def test_budget_with_a_minimum_of_the_trainer_raises(minimum: dict[str, int]) -> None:
+    scheduler = LearningRateScheduler(DOWN, budget="8 steps")
+    with pytest.raises(ValueError, match=r"min_steps or min_epochs with budget=.*'8 steps'"):
+        fit(Probe(), loader(40, 2), scheduler, max_epochs=-1, **minimum)

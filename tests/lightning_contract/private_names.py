@@ -14,7 +14,13 @@ TestT = TypeVar("TestT", bound=Callable[..., object])
 
 # Attributes that the package itself sets on objects, by their names as strings.
 OUR_ATTRIBUTES = frozenset(
-    {"_bigopt_callbacks", "_bigopt_step_control", "_brought_by_module", "_loaded_state"}
+    {
+        "_bigopt_bases",
+        "_bigopt_callbacks",
+        "_bigopt_step_control",
+        "_brought_by_module",
+        "_loaded_state",
+    }
 )
 # Strings that look like private names and are none: suffixes and joins.
 NO_NAMES = frozenset({"_", "_zero"})

@@ -185,3 +185,21 @@ def test_schedulers_that_overwrite_initial_lr_are_refused(scheduler_of: Any) -> 
 def test_base_of_zero_warns() -> None:
     with pytest.warns(UserWarning, match="base learning rate of every parameter group is 0"):
         fit(Keeps(0.0), LearningRateScheduler(Linear()))
+
+
+def test_groups_that_share_a_tensor_have_learning_rates_of_their_own() -> None:
+    class Shares(Keeps):
+        def __init__(self) -> None:
+            super().__init__()
+            rate = torch.tensor(0.1)
+            groups = [{"params": [p], "name": n} for n, p in self.layer.named_parameters()]
+            self.optimizer = torch.optim.AdamW(groups, lr=rate)
+            self.optimizer.register_step_pre_hook(self.record)
+
+        def record(self, optimizer: Any, *_: Any) -> None:
+            self.rates += [float(group["lr"]) for group in optimizer.param_groups]
+
+    module = Shares()
+    fit(module, LearningRateScheduler(Linear(), groups={"bias": Constant()}))
+    assert module.rates[::2] == pytest.approx(RIGHT)
+    assert module.rates[1::2] == pytest.approx([0.1] * 4)
