@@ -13,11 +13,13 @@ from lightning_bigopt.batching.policies.batch_size_policy import (
     plan_at,
 )
 from lightning_bigopt.batching.policies.fixed_batch import ConstantBatchSize
+from lightning_bigopt.batching.policies.steps_and_ramps import BatchSizeSteps
 from lightning_bigopt.batching.simulation import simulate, simulate_exact
 from lightning_bigopt.durations.duration import Clock as ClockUnit
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.durations.progress import Progress
 from lightning_bigopt.engine.budget import Simulate
+from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 from lightning_bigopt.trainer_access import loaders, loop, strategies
 
 if TYPE_CHECKING:
@@ -174,6 +176,8 @@ class BatchSource:
 def simulate_constant(trainer: Trainer) -> Simulate:
     """Returns a simulation of a run with the accumulation of the Trainer.
 
+    A GradientAccumulationScheduler of Lightning is followed.
+
     Raises:
         ValueError: If the loader is a GlobalBatchLoader, whose batch sizes must be set.
     """
@@ -184,9 +188,12 @@ def simulate_constant(trainer: Trainer) -> Simulate:
             "BatchSizeScheduler(ConstantBatchSize(256))"
         )
     micro = loaders.micro_batch_size(trainer) or 1
-    world = strategies.data_parallel_size(trainer)
-    size = micro * world * int(trainer.accumulate_grad_batches)
-    return simulator(trainer, ConstantBatchSize(size))
+    batch = micro * strategies.data_parallel_size(trainer)
+    lengths = trainer_callbacks.accumulation_schedule(trainer)
+    if len(set(lengths.values())) > 1:
+        sizes = tuple((f"{epoch} epochs", batch * length) for epoch, length in lengths.items())
+        return simulator(trainer, BatchSizeSteps(sizes))
+    return simulator(trainer, ConstantBatchSize(batch * lengths[0]))
 
 
 def simulator(

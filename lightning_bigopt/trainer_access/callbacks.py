@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "GradientAccumulationScheduler",
     "StochasticWeightAveraging",
+    "accumulation_schedule",
     "callbacks_of",
     "checkpoint_descriptions",
     "checkpoint_exists",
@@ -39,6 +40,14 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
 def find_callback(trainer: Trainer, kind: type[CallbackT]) -> CallbackT | None:
     """Returns the first callback of a class; None if there is none."""
     return next((c for c in callbacks_of(trainer) if isinstance(c, kind)), None)
+
+
+def accumulation_schedule(trainer: Trainer) -> dict[int, int]:
+    """Returns the accumulation of the Trainer from each epoch on, in ascending order from 0."""
+    scheduler = find_callback(trainer, GradientAccumulationScheduler)
+    if scheduler is None:
+        return {0: int(trainer.accumulate_grad_batches)}
+    return dict(sorted(scheduler.scheduling.items()))
 
 
 def first_checkpoint_callback(trainer: Trainer) -> int:

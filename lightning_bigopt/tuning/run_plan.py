@@ -88,6 +88,9 @@ def plan(
     checkpoints = trainer_callbacks.checkpoint_descriptions(callbacks)
     planner = _Planner(points, [_UNLIMITED] if unlimited else [], checkpoints)
     copies = [_fresh_copy(c) for c in callbacks if isinstance(c, Capability)]
+    accumulation = trainer_callbacks.find_callback(
+        trainer, trainer_callbacks.GradientAccumulationScheduler
+    )
     with (
         isolate_rng(include_cuda=torch.cuda.is_available()),
         planned_in_one_process(trainer),
@@ -98,7 +101,7 @@ def plan(
             module,
             train_dataloaders,
             datamodule=datamodule,
-            callbacks=[*copies, planner],
+            callbacks=[*copies, *([accumulation] if accumulation else []), planner],
         )
     assert planner.plan is not None  # set before on_train_start ends the fit
     return planner.plan

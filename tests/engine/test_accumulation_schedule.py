@@ -1,0 +1,61 @@
+"""LearningRateScheduler beside Lightning's GradientAccumulationScheduler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import pytest
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+from lightning_bigopt import LearningRateScheduler, Linear, WarmupConstant, plan
+from tests.helpers import QUIET, Probe, loader
+
+LIMITS: list[dict[str, int]] = [
+    {"max_epochs": 4, "max_steps": -1},
+    {"max_epochs": 4, "max_steps": 15},
+    {"max_epochs": 8, "max_steps": 10},
+    {"max_epochs": -1, "max_steps": 15},
+]
+
+
+def run(schedule: Any, lengths: dict[int, int], **limits: int) -> tuple[Any, Probe, Any]:
+    """Fits on epochs of 8 batches, after a plan."""
+    trainer = L.Trainer(
+        **{**QUIET, **limits},
+        callbacks=[LearningRateScheduler(schedule), GradientAccumulationScheduler(dict(lengths))],
+    )
+    module = Probe(lr=1.0)
+    found = plan(trainer, module, loader(32, 4), points=1000)
+    trainer.fit(module, loader(32, 4))
+    return trainer, module, found
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+@pytest.mark.parametrize(
+    ("lengths", "warmup", "updates"),
+    [
+        ({0: 4, 2: 1}, "6 steps", 6),  # 2 epochs of 2 updates, then 2 of 8
+        ({0: 4, 2: 1}, "2 epochs", 4),
+        ({1: 2}, "10 steps", 10),  # 8 updates, then 4 an epoch
+        ({1: 2}, "1 epoch", 8),
+        ({0: 2}, "2 epochs", 8),
+    ],
+)
+def test_warmup_ends_at_its_update(
+    lengths: dict[int, int], warmup: str, updates: int, limits: dict[str, int]
+) -> None:
+    _, module, _ = run(WarmupConstant(warmup=warmup), lengths, **limits)
+    assert all(rate < 1 for rate in module.lrs[:updates])
+    assert module.lrs[updates:] == pytest.approx([1.0] * (len(module.lrs) - updates))
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+@pytest.mark.parametrize("lengths", [{0: 4, 2: 1}, {1: 2}, {0: 2}])
+def test_plan_equals_the_run_and_the_schedule_ends_with_it(
+    lengths: dict[int, int], limits: dict[str, int]
+) -> None:
+    trainer, module, found = run(Linear(), lengths, **limits)
+    assert found.totals["updates"] == trainer.global_step == len(module.lrs)
+    assert [row.learning_rates["lr"] for row in found.rows] == pytest.approx(module.lrs)
+    assert 0 < module.lrs[-1] <= 0.25
