@@ -61,14 +61,10 @@ class GradientClipping(Capability):
         # The engine measures norms of one order, which all capabilities share. Rules without norms
         # have the order None.
         self.norm_order = rule.norm_order or 2.0
+        self.needs_horizon = rule.needs_horizon  # for a scheduled threshold
         self._resolved = rule
         self._names: tuple[str, ...] = ()
         self.reset()
-
-    @property
-    def needs_horizon(self) -> bool:  # type: ignore[override]
-        """Whether the rule has a scheduled threshold, which needs the length of the run."""
-        return self.rule.needs_horizon
 
     def check_fit(self, fit: Fit) -> None:
         """Raises if anything else clips gradients."""

@@ -171,7 +171,8 @@ class LearningRateScheduler(Capability):
         # On a resume these are the learning rates of the checkpoint: Lightning has restored the
         # optimizers, and the engine has not written the groups yet.
         self._before = [float(group["lr"]) for group in _groups(fit)]
-        if not any(base for bases in fit.groups.bases("lr") for base in bases):
+        bases = [base for each in fit.groups.bases("lr") for base in each]
+        if bases and not any(bases):
             rank_zero_warn(
                 "The base learning rate of every parameter group is 0, so that nothing is trained. "
                 "Pass another lr= to the optimizer."

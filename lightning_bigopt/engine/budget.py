@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 __all__ = [
+    "ROUNDING",
     "Simulate",
     "describe_budget",
     "resolve_horizon",
@@ -24,7 +25,7 @@ __all__ = [
     "warn_of_short_limit",
 ]
 
-_ROUNDING = 1e-12  # tolerance of comparisons with the end of a cooldown
+ROUNDING = 1e-12  # tolerance of comparisons with the end of a cooldown
 
 Simulate: TypeAlias = Callable[[ClockUnit, float], Horizon]
 """Simulates a run: unit and amount of its budget → horizon with all updates."""
@@ -161,7 +162,7 @@ def warn_of_short_limit(
         unit = str(own.clock)
     else:
         return
-    if limit < needed * (1 - _ROUNDING):
+    if limit < needed * (1 - ROUNDING):
         rank_zero_warn(
             f"The Trainer stops at {limit:g} {unit}, before the cooldown ends at {needed:g}; raise "
             f"its limit, or shorten the cooldown of {cooldown!r}."

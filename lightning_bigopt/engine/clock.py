@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Clock"]
 
-_ROUNDING = 1e-12  # tolerance of comparisons with the end of a cooldown
-
 
 class Clock:
     """Counts updates, batches, samples and tokens, and turns them into :class:`Progress`.
@@ -281,7 +279,7 @@ class Clock:
     def budget_exhausted(self) -> bool:
         """Whether an explicit budget has been consumed, or a cooldown on resume has ended."""
         if self.cooldown is not None:
-            return self.fraction >= sum(self.cooldown) - _ROUNDING
+            return self.fraction >= sum(self.cooldown) - budget.ROUNDING
         return self.settings.budget is not None and self.fraction >= 1.0
 
     # --------------------------------------------------------------------------------- state

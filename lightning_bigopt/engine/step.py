@@ -262,6 +262,8 @@ class StepHooks(Callback):
         self._batch = None
         self.clock.end_epoch(trainer)
         self._counter.end_epoch()
+        if self.clock.budget_exhausted:
+            trainer.should_stop = True  # the epoch may have ended before its announced length
         for capability in self._stages["end_epoch"]:
             capability.end_epoch(self._fit)
 

@@ -31,8 +31,8 @@ def remember_bases(
 def base_values(optimizer: Optimizer, name: str, values: Sequence[float]) -> list[float]:
     """Returns the base values of a field when a fit begins, one for each parameter group.
 
-    A base value is the current value, unless an earlier fit has scheduled the field and nobody has
-    changed it since then.
+    A base value is the current value. If an earlier fit scheduled the field, and the value has not
+    changed since, it is the base value of that fit.
 
     Args:
         optimizer: The optimizer.

@@ -151,6 +151,16 @@ def test_length_seen_in_the_first_epoch_is_used_afterwards(tmp_path: Path) -> No
     assert resumed.rates[0] == module.rates[8]  # the data begins again, in the middle of the epoch
 
 
+@pytest.mark.filterwarnings("ignore:.*IterableDataset")
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_budget_in_epochs_ends_with_an_epoch_shorter_than_announced(epochs: int) -> None:
+    module = Recorded()
+    scheduler = LearningRateScheduler(Linear(), budget=f"{epochs} epochs")
+    trainer = L.Trainer(**{**QUIET, "max_steps": -1, "max_epochs": -1}, callbacks=[scheduler])
+    trainer.fit(module, DataLoader(ShorterThanAnnounced(), batch_size=2))
+    assert len(module.rates) == 6 * epochs
+
+
 @pytest.mark.parametrize("hook", ["on_train_batch_end", "on_train_epoch_end"])
 @pytest.mark.parametrize(("before", "after"), [(16, 8), (8, 16)])
 def test_cooldown_in_epochs_lasts_epochs_of_the_new_loader(

@@ -30,7 +30,7 @@ from lightning_bigopt.engine.batch_source import simulator
 from lightning_bigopt.engine.budget import Simulate
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.clock_settings import ClockSettings
-from lightning_bigopt.engine.stage import Batch, Fit, Stages
+from lightning_bigopt.engine.stage import Batch, Fit
 from lightning_bigopt.engine.update import Update
 from lightning_bigopt.trainer_access import loop
 
@@ -140,24 +140,16 @@ class BatchSizeScheduler(Capability):
         self.micro_batch_size = micro_batch_size
         self.max_micro_batch_size = max_micro_batch_size
         self.settings = ClockSettings(budget=budget, samples=samples, tokens=tokens)
+        self.requires = (GradientNoiseScale,) if policy.adaptive else ()
+        # For thresholds in fractions of the budget.
+        self.needs_horizon = not (policy.adaptive or isinstance(policy, _CONSTANT)) and (
+            not policy.units or "fraction" in policy.units
+        )
         self._weights = LossWeights(weight)
         self._planner: BatchPlanner | None = None
         self._restored: tuple[int, int] | None = None
         self.size: int | None = None
         self._window: WindowLength | None = None
-
-    @property
-    def requires(self) -> tuple[type[Stages], ...]:  # type: ignore[override]
-        """The capabilities that an adaptive policy requires: GradientNoiseScale."""
-        return (GradientNoiseScale,) if self.policy.adaptive else ()
-
-    @property
-    def needs_horizon(self) -> bool:  # type: ignore[override]
-        """Whether the policy has thresholds in fractions of the budget."""
-        units = self.policy.units
-        if self.policy.adaptive or isinstance(self.policy, _CONSTANT):
-            return False
-        return not units or "fraction" in units
 
     # ---------------------------------------------------------------------------- start, end
 
