@@ -262,6 +262,8 @@ def test_callback_that_is_added_in_mid_run_warns_once_and_trains_in_the_next_fit
         def on_train_batch_end(self, trainer: Any, *arguments: Any) -> None:
             if trainer.global_step == 3 and clipping not in trainer.callbacks:
                 trainer.callbacks.append(clipping)
+            if trainer.global_step == 5:  # the list changes again
+                trainer.callbacks.append(L.Callback())
 
     module = Probe(lr=1.0)
     trainer = trainer_with(Adds(), LearningRateScheduler(DOWN), max_epochs=1, max_steps=-1)
