@@ -5,13 +5,17 @@
     python notebooks/run.py --into folder    # writes executed copies to a folder instead
 
 Every notebook runs in its own kernel, on one thread and in its own temporary folder, so that the
-outputs depend only on the code. Metadata about time and machine is removed.
+outputs depend only on the code. Metadata about time and machine is removed. The kernel is reached
+through files instead of network ports, and processes that a notebook starts meet at a port of its
+own, so that notebooks that run side by side do not meet each other.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
+import socket
 import sys
 import tempfile
 import time
@@ -31,6 +35,19 @@ METADATA = {
 }
 
 
+def free_port() -> int:
+    """Returns a port that is not in use, and that no process is given unless it asks for it.
+
+    Linux gives ports from 32768 on to outgoing connections and to servers that accept any port, so
+    one of those that is free now may be in use when the processes of a run connect to it.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_768)
+        with socket.socket() as listener:
+            if listener.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+
+
 def execute(notebook: nbformat.NotebookNode, *, timeout: int = 800) -> nbformat.NotebookNode:
     """Executes a notebook in its own kernel.
 
@@ -47,8 +64,11 @@ def execute(notebook: nbformat.NotebookNode, *, timeout: int = 800) -> nbformat.
     """
     notebook = nbformat.from_dict(notebook)  # a deep copy
     env = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
-    env["OMP_NUM_THREADS"] = "1"
-    with tempfile.TemporaryDirectory(prefix="notebook-", ignore_cleanup_errors=True) as folder:
+    env |= {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
+    with (
+        tempfile.TemporaryDirectory(prefix="notebook-", ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryDirectory(prefix="kernel-", ignore_cleanup_errors=True) as sockets,
+    ):
         client = NotebookClient(
             notebook,
             timeout=timeout,
@@ -57,6 +77,8 @@ def execute(notebook: nbformat.NotebookNode, *, timeout: int = 800) -> nbformat.
             record_timing=False,
             resources={"metadata": {"path": folder}},
         )
+        kernel = client.create_kernel_manager()
+        kernel.transport, kernel.ip = "ipc", f"{sockets}/socket"
         client.execute(env=env)
     return clean(notebook)
 

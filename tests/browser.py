@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import shutil
-import socket
 import subprocess
 import time
 import urllib.request
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from notebooks.run import free_port
 
 FLAGS = [
     "--headless",
@@ -90,13 +91,6 @@ class Browser:
         if width is not None:
             self.ask("/window/rect", {"width": width, "height": 1250})
         return base64.b64decode(self.ask("/screenshot", method="GET"))
-
-
-def free_port() -> int:
-    """Returns a port that is not in use."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def wait_for(url: str, word: bytes) -> None:

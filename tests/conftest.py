@@ -13,6 +13,11 @@ import pytest
 import torch
 from hypothesis import settings
 
+from notebooks.run import free_port
+
+# Lightning starts the processes of every test at this port instead of at any that is free.
+os.environ.setdefault("MASTER_PORT", str(free_port()))
+
 # No deadlines: the machine may be busy.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from notebooks.run import free_port
 from tests.batch_helpers import train_recorder
 from tests.distributed import batch_scenarios, scenarios
 
@@ -20,9 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 def launch(out: Path, names: list[str], *, processes: int = 2, timeout: float = 420) -> list[Any]:
     """Runs scenarios on several processes; returns one result per process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     workers = []
     for rank in range(processes):
         environment = os.environ | {

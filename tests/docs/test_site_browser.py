@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser import Browser, chromium, free_port, wait_for
+from notebooks.run import free_port
+from tests.browser import Browser, chromium, wait_for
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 

@@ -26,7 +26,8 @@ from lightning_bigopt import (
     WarmupCosine,
 )
 from lightning_bigopt.monitoring.tensorboard import DASHBOARD
-from tests.browser import Browser, chromium, free_port, wait_for
+from notebooks.run import free_port
+from tests.browser import Browser, chromium, wait_for
 from tests.helpers import QUIET, Probe, loader
 
 

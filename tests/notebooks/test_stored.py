@@ -8,7 +8,7 @@ import re
 import nbformat
 import pytest
 
-from notebooks.run import NOTEBOOKS, clean, find, main
+from notebooks.run import NOTEBOOKS, clean, find, free_port, main
 from tests.notebooks.comparison import errors_and_warnings
 
 STORED = find([])
@@ -17,6 +17,12 @@ KIBIBYTES = 600
 
 def read(path):
     return nbformat.read(path, as_version=4)
+
+
+def test_a_free_port_is_none_that_the_system_gives_to_connections():
+    ports = {free_port() for _ in range(50)}
+    assert max(ports) < 32_768 and min(ports) >= 1024
+    assert len(ports) > 40  # chosen at random: two callers at the same time do not get the same
 
 
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
