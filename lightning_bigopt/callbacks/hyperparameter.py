@@ -10,7 +10,7 @@ from lightning_bigopt.engine.batch_contents import BatchCount
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.clock_settings import ClockSettings, OnResume
 from lightning_bigopt.engine.stage import Fit
-from lightning_bigopt.optimizers.group_schedule import GroupField
+from lightning_bigopt.optimizers.group_field import GroupField
 from lightning_bigopt.schedules.base import Schedule
 
 __all__ = ["HyperparameterScheduler"]
@@ -76,7 +76,7 @@ class HyperparameterScheduler(Capability):
         """The key of the callback in checkpoints; it contains the field."""
         return f"HyperparameterScheduler[{self.field}]"
 
-    def check_fit(self, fit: Fit) -> None:
+    def check_optimizers(self, fit: Fit) -> None:
         """Claims the field; the configured values become the bases."""
         fit.groups.claim(self.field)
 

@@ -16,7 +16,7 @@ from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.clock_settings import ClockSettings, OnResume
 from lightning_bigopt.engine.lr_scheduler import LightningLRScheduler
 from lightning_bigopt.engine.stage import LEARNING_RATE, Fit
-from lightning_bigopt.optimizers.group_schedule import BaseOwner
+from lightning_bigopt.optimizers.field_claim import BaseOwner
 from lightning_bigopt.schedules.base import Schedule
 from lightning_bigopt.schedules.shapes import CooldownShape
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
@@ -125,7 +125,7 @@ class LearningRateScheduler(Capability):
         self._before: list[float] = []
 
     def check_fit(self, fit: Fit) -> None:
-        """Raises if anything else writes the learning rate, and claims it."""
+        """Raises if a callback or the strategy writes the learning rate."""
         trainer = fit.trainer
         if (
             trainer_callbacks.find_callback(trainer, trainer_callbacks.StochasticWeightAveraging)
@@ -142,6 +142,10 @@ class LearningRateScheduler(Capability):
                 "the DeepSpeed config must not contain a scheduler with LearningRateScheduler, got "
                 "one; remove it from the config"
             )
+
+    def check_optimizers(self, fit: Fit) -> None:
+        """Raises if an optimizer or the module writes the learning rate, and claims it."""
+        trainer = fit.trainer
         for _, optimizer in fit.groups:
             if any(group.get("lr") is None for group in optimizer.param_groups):
                 raise ValueError(

@@ -64,7 +64,7 @@ class Capability(Stages, Callback):
         return {"version": self.version, **self.saved_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Stores the state of a checkpoint until training starts.
+        """Stores the state of a checkpoint until training starts; applies it at once after that.
 
         Raises:
             ValueError: If the state has an unknown version.
@@ -73,6 +73,10 @@ class Capability(Stages, Callback):
         # without training afterwards, and FSDP loads callback states after on_fit_start.
         check_version(type(self).__name__, state_dict, (1, self.version))
         vars(self)["_loaded_state"] = dict(state_dict)
+        if self.fit is not None and self.fit.has_started:
+            loaded = self.take_loaded_state()
+            assert loaded is not None  # stored above
+            self.load_saved_state(loaded)
 
     def take_loaded_state(self) -> dict[str, Any] | None:
         """Returns the loaded state that has not been applied yet, and clears it."""

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning_bigopt.batching.exact_loader import GlobalBatchLoader
-from lightning_bigopt.engine import fit_setup
+from lightning_bigopt.engine import fit_setup, optimizer_setup
 from lightning_bigopt.engine.batch_counter import BatchCounter
 from lightning_bigopt.engine.clock import Clock
 from lightning_bigopt.engine.snapshot import Snapshot
@@ -31,6 +31,7 @@ class Engine(StepHooks):
     State:
         ``clock``: the counts and the horizon; ``groups``: the base values of scheduled fields other
         than the learning rate, whose base values are in the checkpoint's ``lr_schedulers``;
+        ``written``: the last values of all scheduled fields;
         ``loader``: epoch and position of a GlobalBatchLoader.
     """
 
@@ -44,7 +45,7 @@ class Engine(StepHooks):
         self._run = object()  # identifies a run: capabilities of another run are reset
         self._loaded: dict[str, Any] | None = None
         # The state that is saved after a fit, and the loader's also before the first batch.
-        self._idle_state: dict[str, Any] = {"groups": {}, "loader": None}
+        self._idle_state: dict[str, Any] = {"groups": {}, "written": {}, "loader": None}
         self._last_trainer: weakref.ref[Trainer] | None = None
         self._evaluated: list[Stages] = []  # the capabilities that an evaluation has begun with
 
@@ -88,7 +89,8 @@ class Engine(StepHooks):
             trainer=trainer,
             module=pl_module,
             clock=self.clock,
-            groups=fit_setup.group_schedule(trainer),
+            groups=optimizer_setup.group_schedule(trainer),
+            optimizers=list(trainer.optimizers),
             start_clock=self._start_clock,
             rewrite_groups=self._rewrite_groups,
             finish_batch=self.finish_batch,
@@ -98,12 +100,17 @@ class Engine(StepHooks):
         # new capabilities, because mixins make new callbacks for a new module.
         self._set_capabilities(self._fit, self._collect(trainer))
         fit_setup.check(self._fit, self._run)
+        self._fit.controls_steps = any(
+            self._stages[name] for name in ("decide", "clip", "after_step")
+        )
         fit_setup.install(
             self._fit,
             receive_loader=self._receive_loader if self._stages["loader_ready"] else None,
             collect_weights=self._collect_weights,
-            controls_steps=any(self._stages[name] for name in ("decide", "clip", "after_step")),
         )
+        # In on_fit_start, because Lightning restores the states of schedulers after it, and before
+        # on_train_start.
+        optimizer_setup.install(trainer, self._fit.groups, controls_steps=self._fit.controls_steps)
 
     def _collect(self, trainer: Trainer) -> list[Stages]:
         listed = [c for c in trainer_callbacks.callbacks_of(trainer) if isinstance(c, Stages)]
@@ -133,12 +140,14 @@ class Engine(StepHooks):
 
     def _start(self, fit: Fit) -> None:
         self._start_clock()
+        optimizer_setup.adopt_values(fit.trainer, fit.groups)  # of a learning-rate finder
         fit.shard_group = strategies.shard_group(fit.trainer)
         self._counter = BatchCounter(fit.trainer, self.clock.settings)
         self._first_step = fit.trainer.global_step
         for capability in self._stages["start"]:
             capability.start(fit)
         fit.groups.write(self.clock.progress())
+        fit.has_started = True
 
     def _start_clock(self) -> Clock:
         """Restores loaded state and determines the horizon, once per fit.
@@ -189,6 +198,7 @@ class Engine(StepHooks):
             capability.end(fit)
             capability.fit = None
         fit_setup.uninstall(fit)
+        optimizer_setup.uninstall(fit.groups)
         self.clock.stop()
         self._clear_fit()
 
@@ -197,7 +207,9 @@ class Engine(StepHooks):
         assert fit is not None  # called through the Fit
         # After a rewind the loaders start again with the rest of the epoch.
         rewound = partial(self.on_train_epoch_start, fit.trainer, fit.module)
-        return Snapshot(fit.trainer, fit.module, self.clock, fit.capabilities, rewound=rewound)
+        return Snapshot(
+            fit.trainer, fit.module, self.clock, fit.groups, fit.capabilities, rewound=rewound
+        )
 
     # -------------------------------------------------------------- evaluation, weights, state
 
@@ -246,16 +258,23 @@ class Engine(StepHooks):
     def _fit_state(self, fit: Fit) -> dict[str, Any]:
         counter = self._counter
         loader = self._idle_state["loader"] if counter is None else counter.loader_state()
-        return {"groups": fit_setup.saved_bases(fit), "loader": loader}
+        bases, written = fit_setup.saved_bases(fit), fit.groups.written()
+        return {"groups": bases, "written": written, "loader": loader}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Stores the state of a checkpoint until training starts.
+        """Stores the state of a checkpoint until training starts; applies it at once after that.
 
         Raises:
             ValueError: If the state has an unknown version.
         """
         fit_setup.check_version(type(self).__name__, state_dict, (self.version,))
-        self._loaded = state_dict
+        if self._fit is not None and self._fit.has_started:
+            # A learning-rate finder that runs within the fit restores its own checkpoint.
+            self.clock.rewind(state_dict["clock"])
+            self._fit.groups.load_state_dict(state_dict["groups"])
+            self._fit.groups.restore_written(state_dict["written"])
+        else:
+            self._loaded = state_dict
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles must not contain the Trainer and the module.

@@ -3,55 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
-from torch.optim import Optimizer
+from typing import Any
 
 from lightning_bigopt.engine.batch_source import simulate_constant
-from lightning_bigopt.engine.lr_scheduler import LightningLRScheduler
 from lightning_bigopt.engine.stage import Fit, Stages
-from lightning_bigopt.gradients.optimizer_step import step_control
-from lightning_bigopt.optimizers.base_values import remember_bases
-from lightning_bigopt.optimizers.group_schedule import GroupField, GroupSchedule
-from lightning_bigopt.optimizers.names import optimizer_label, unwrapped
-from lightning_bigopt.trainer_access import (
-    loaders,
-    saved_weights,
-    schedulers,
-)
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+from lightning_bigopt.trainer_access import loaders, saved_weights
 
 __all__ = [
     "check",
     "check_version",
-    "group_schedule",
     "install",
     "restore",
     "saved_bases",
     "start_clock",
     "uninstall",
 ]
-
-
-def group_schedule(trainer: Trainer) -> GroupSchedule:
-    """Creates the GroupSchedule of all parameter groups of the Trainer's optimizers."""
-    optimizers = [unwrapped(optimizer) for optimizer in trainer.optimizers]
-    _separate_tensors(optimizers)
-    return GroupSchedule([(optimizer_label(optimizers, one), one) for one in optimizers])
-
-
-def _separate_tensors(optimizers: Sequence[Optimizer]) -> None:
-    """Gives each group its own tensors: a value is written in place, and would reach all groups."""
-    seen: set[int] = set()
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        for name, value in group.items():
-            if isinstance(value, Tensor):
-                if id(value) in seen:
-                    group[name] = value.clone()
-                seen.add(id(value))
 
 
 def check(fit: Fit, run: object) -> None:
@@ -87,6 +53,7 @@ def check(fit: Fit, run: object) -> None:
     # In a second pass, because a check may read the settings and owners of all capabilities.
     for capability in fit.capabilities:
         capability.check_fit(fit)
+        capability.check_optimizers(fit)
 
 
 def install(
@@ -94,40 +61,24 @@ def install(
     *,
     receive_loader: Callable[[Any], None] | None,
     collect_weights: Callable[[Callable[[], dict[str, Any]]], dict[str, Any]],
-    controls_steps: bool,
 ) -> None:
-    """Installs hooks on strategy and optimizers for the length of the fit.
+    """Installs hooks on the strategy for the length of the fit.
 
     Args:
         fit: The fit.
         receive_loader: Receives each training loader before its first iteration; None for no hook.
         collect_weights: Collects the weights of a checkpoint.
-        controls_steps: Whether a capability may skip an optimizer's step, or act after it.
     """
     trainer = fit.trainer
     if receive_loader is not None:
         loaders.watch_loaders(trainer, receive_loader)
     saved_weights.replace_saved_weights(trainer, collect_weights)
-    for index, (label, optimizer) in enumerate(fit.groups):
-        if controls_steps:
-            # Before the first step, because a step that is already running cannot be controlled.
-            step_control(optimizer)
-        if "lr" in fit.groups:
-            # Registered in on_fit_start, because Lightning restores the states of schedulers after
-            # it, and before on_train_start.
-            scheduler = LightningLRScheduler(optimizer, fit.groups, index=index)
-            schedulers.add_scheduler(trainer, scheduler, name=label or None)
 
 
 def uninstall(fit: Fit) -> None:
     """Undoes :func:`install`."""
     loaders.stop_watching_loaders(fit.trainer)
     saved_weights.restore_saved_weights(fit.trainer)
-    for index, (_, optimizer) in enumerate(fit.groups):
-        step_control(optimizer).remove()
-        for name, bases in fit.groups.state_dict().items():
-            values = [GroupField(name).read(group) for group in optimizer.param_groups]
-            remember_bases(optimizer, name, values=values, bases=bases[index])
 
 
 def restore(fit: Fit, loaded: dict[str, Any] | None) -> None:
@@ -135,7 +86,7 @@ def restore(fit: Fit, loaded: dict[str, Any] | None) -> None:
 
     Args:
         fit: The fit.
-        loaded: The state of the engine; None for a checkpoint without an engine.
+        loaded: The state of the engine; None without a checkpoint, or for one without an engine.
     """
     clock = None if loaded is None else loaded["clock"]
     for capability in fit.capabilities:
@@ -147,6 +98,9 @@ def restore(fit: Fit, loaded: dict[str, Any] | None) -> None:
         fit.clock.load_state_dict(clock)
     if loaded is not None:
         fit.groups.load_state_dict(loaded["groups"])
+    if loaded is not None or fit.trainer.ckpt_path is not None:
+        # The optimizers hold the values of the checkpoint, not those that were configured.
+        fit.groups.restore_written({} if loaded is None else loaded.get("written", {}))
 
 
 def start_clock(fit: Fit, simulators: Sequence[Stages], *, needs_horizon: bool) -> None:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_bigopt.batching.randomness import random_state, set_random_state
 from lightning_bigopt.engine.clock import Clock
+from lightning_bigopt.optimizers.group_schedule import GroupSchedule
 from lightning_bigopt.optimizers.names import unwrapped
 from lightning_bigopt.trainer_access import loaders, loop, precision
 
@@ -46,6 +47,7 @@ class Snapshot:
         trainer: The Trainer, while it fits.
         module: The module that is trained.
         clock: The clock of the engine.
+        groups: The schedule of the parameter groups.
         capabilities: The capabilities of the fit.
         rewound: Called after clock, counters and loaders were restored.
     """
@@ -55,11 +57,13 @@ class Snapshot:
         trainer: Trainer,
         module: LightningModule,
         clock: Clock,
+        groups: GroupSchedule,
         capabilities: Sequence[Snapshotted],
         *,
         rewound: Callable[[], None],
     ) -> None:
-        self._trainer, self._clock, self._rewound = trainer, clock, rewound
+        self._trainer, self._clock, self._groups = trainer, clock, groups
+        self._rewound = rewound
         self._tensors = [(tensor, tensor.detach().clone()) for tensor in _tensors_of(module)]
         self._optimizers = [(o, _copy_of(o)) for o in map(unwrapped, trainer.optimizers)]
         scaler = precision.gradient_scaler(trainer)
@@ -89,6 +93,7 @@ class Snapshot:
             tensor.detach().copy_(copy)
         for optimizer, state in self._optimizers:
             _restore_optimizer(optimizer, state)
+        self._groups.forget_written()  # the restored values are not those of other code
         if self._scaler is not None:
             scaler, scale = self._scaler
             scaler.load_state_dict(scale)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
@@ -44,9 +45,12 @@ class Fit:
         module: The module that is trained.
         clock: The counts of consumed data, and the horizon.
         groups: Writes the fields of the parameter groups.
+        optimizers: The optimizers of the Trainer, as last seen.
         shard_group: Process group over which plain parameters are flat shards (FSDP1); set from
             ``start`` on.
         capabilities: The capabilities of the fit, ordered by rank.
+        controls_steps: Whether a capability may skip an optimizer's step, or act after it.
+        has_started: Whether the capabilities have started: all state is restored.
         start_clock: Starts the clock if it has not started, and returns it.
         rewrite_groups: Writes the parameter groups again, after an adjustment has changed.
         finish_batch: Ends a batch that Lightning has counted, before state is saved.
@@ -57,6 +61,9 @@ class Fit:
     module: LightningModule
     clock: Clock
     groups: GroupSchedule
+    optimizers: list[Optimizer]
+    controls_steps: bool = False
+    has_started: bool = False
     capabilities: list[Stages] = field(default_factory=list)
     shard_group: ProcessGroup | None = None
     start_clock: Callable[[], Clock]
@@ -79,6 +86,21 @@ class Fit:
     def owners(self) -> frozenset[str]:
         """Returns the ``owns`` of all capabilities."""
         return frozenset(capability.owns for capability in self.capabilities)
+
+    def follow_list(self, listed: Sequence[object], before: Sequence[object]) -> list[Stages]:
+        """Ends the capabilities that are not in a list of callbacks, and returns the others."""
+        kept = [capability for capability in self.capabilities if capability in listed]
+        for capability in [c for c in self.capabilities if c not in kept]:
+            capability.end(self)
+            self.groups.release(capability)
+            capability.fit = None
+        for added in listed:
+            if isinstance(added, Stages) and added not in kept and added not in before:
+                rank_zero_warn(
+                    f"{added!r} was added to the Trainer's callbacks during the fit. It has no "
+                    "effect in this fit; add callbacks of lightning_bigopt before it."
+                )
+        return kept
 
     def required(self, kind: type[StagesT]) -> StagesT:
         """Returns the capability of a class that another capability lists in ``requires``."""
@@ -160,7 +182,13 @@ class Stages:
     # ---------------------------------------------------------------------------- start and end
 
     def check_fit(self, fit: Fit) -> None:
-        """Checks for conflicts and claims fields. Horizon and restored state are not available."""
+        """Checks for conflicts. Horizon and restored state are not available."""
+
+    def check_optimizers(self, fit: Fit) -> None:
+        """Checks for conflicts with the optimizers and claims fields.
+
+        Called after :meth:`check_fit`, and again if the optimizers are replaced during the fit.
+        """
 
     def loader_ready(self, fit: Fit, loader: Any) -> None:
         """Receives each training loader before it is first iterated."""

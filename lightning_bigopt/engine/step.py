@@ -6,10 +6,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_bigopt.engine import optimizer_setup
 from lightning_bigopt.engine.batch_counter import BatchCounter
 from lightning_bigopt.engine.clock import Clock
 from lightning_bigopt.engine.stage import Batch, Fit, Stages, overriding
@@ -100,12 +100,9 @@ class StepHooks(Callback):
             capability.begin_batch(self._batch)
         for capability in self._stages["weigh_loss"]:
             self._batch.loss_factor *= capability.weigh_loss(self._batch)
-        if self._epoch_is_new or fit.groups.has_new_groups():
-            # Callbacks such as BackboneFinetuning add parameter groups, and overwrite learning
-            # rates, in on_train_epoch_start. They may run after the engine, so that the first batch
-            # is the earliest moment to write the scheduled values again.
-            self._rewrite_groups()
-            self._epoch_is_new = False
+        # Callbacks that run after the engine may change groups in on_train_epoch_start.
+        self._follow_changes(fit)
+        self._epoch_is_new = False
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
@@ -133,8 +130,7 @@ class StepHooks(Callback):
         if fit is None:
             return
         self._first_step = None  # this hook runs, so that _check_hook_reached is not needed
-        if fit.groups.has_new_groups():
-            self._rewrite_groups()
+        self._follow_changes(fit)
         update = self._new_update(fit, optimizer)
         if update is None:
             return
@@ -244,6 +240,7 @@ class StepHooks(Callback):
         if not closes:
             return
         _log_without_monitor(fit)
+        self._follow_changes(fit)  # before a rollback, which writes values, too
         if self._roll_back is not None:
             # The data stays consumed: training continues with the next batch.
             self._roll_back.restore(rewind=False)
@@ -273,18 +270,22 @@ class StepHooks(Callback):
         if listed == self._listed:
             return
         before, self._listed = self._listed, listed
-        kept = [capability for capability in fit.capabilities if capability in listed]
-        for capability in [c for c in fit.capabilities if c not in kept]:
-            capability.end(fit)
-            fit.groups.release(capability)
-            capability.fit = None
-        self._set_capabilities(fit, kept)
-        for added in listed:
-            if isinstance(added, Stages) and added not in kept and added not in before:
-                rank_zero_warn(
-                    f"{added!r} was added to the Trainer's callbacks during the fit. It has no "
-                    "effect in this fit; add callbacks of lightning_bigopt before it."
-                )
+        self._set_capabilities(fit, fit.follow_list(listed, before))
+
+    def _follow_changes(self, fit: Fit) -> None:
+        """Follows replaced optimizers, new groups, and values that other code has written."""
+        trainer, groups = fit.trainer, fit.groups
+        is_replaced = fit.optimizers != trainer.optimizers
+        if not (self._epoch_is_new or is_replaced or groups.was_changed()):
+            return
+        if is_replaced:
+            fit.optimizers = list(trainer.optimizers)
+            optimizer_setup.follow_optimizers(trainer, groups)
+            for capability in fit.capabilities:
+                capability.check_optimizers(fit)
+            optimizer_setup.install(trainer, groups, controls_steps=fit.controls_steps)
+        optimizer_setup.adopt_values(trainer, groups, epoch_is_new=self._epoch_is_new)
+        self._rewrite_groups()
 
     def _rewrite_groups(self) -> None:
         if self._fit is not None and self._clock_runs:

@@ -1,18 +1,43 @@
-"""Base values of scheduled fields, kept on an optimizer that outlives a fit."""
+"""Base values of scheduled fields: where they are kept, and what other code has written."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
 
-__all__ = ["base_values", "remember_bases"]
+__all__ = ["ForeignValue", "base_values", "matching_groups", "remember_bases"]
 
 _ATTRIBUTE = "_bigopt_bases"
 
 
+class ForeignValue(NamedTuple):
+    """A value that other code has written to a scheduled field.
+
+    Attributes:
+        field: Name of the field.
+        optimizer: Label of the optimizer; empty if there is only one.
+        group: Name of the group; empty if there is only one.
+        written: The value that the schedule had written.
+        value: The value that was found.
+    """
+
+    field: str
+    optimizer: str
+    group: str
+    written: float
+    value: float
+
+    def __str__(self) -> str:
+        place = " ".join(name for name in (self.optimizer, self.group) if name)
+        return (
+            f"{self.field}{f' of {place}' if place else ''} from {self.written:g} to {self.value:g}"
+        )
+
+
 def remember_bases(
-    optimizer: Optimizer, name: str, *, values: Sequence[float], bases: Sequence[float]
+    optimizer: Optimizer, name: str, *, values: Sequence[float | None], bases: Sequence[float]
 ) -> None:
     """Stores the base values of a field at the end of a fit, as an attribute of the optimizer.
 
@@ -21,7 +46,7 @@ def remember_bases(
     Args:
         optimizer: The optimizer.
         name: Name of the field.
-        values: The value that each parameter group has now.
+        values: The value that was written last to each parameter group; None for no value.
         bases: The base value of each parameter group.
     """
     stored = vars(optimizer).setdefault(_ATTRIBUTE, {})
@@ -31,8 +56,10 @@ def remember_bases(
 def base_values(optimizer: Optimizer, name: str, values: Sequence[float]) -> list[float]:
     """Returns the base values of a field when a fit begins, one for each parameter group.
 
-    A base value is the current value. If an earlier fit scheduled the field, and the value has not
-    changed since, it is the base value of that fit.
+    If an earlier fit scheduled the field, and the value has not changed since, it is the base value
+    of that fit; a value that has changed is the base value itself. Without an earlier fit the base
+    learning rate is ``initial_lr``, as in torch's schedulers, if the group has one. In all other
+    cases it is the current value.
 
     Args:
         optimizer: The optimizer.
@@ -46,9 +73,31 @@ def base_values(optimizer: Optimizer, name: str, values: Sequence[float]) -> lis
         >>> base_values(optimizer, "lr", [0.0]), base_values(optimizer, "lr", [0.1])
         ([0.4], [0.1])
     """
-    stored: list[tuple[float, float]] = vars(optimizer).get(_ATTRIBUTE, {}).get(name, [])
+    stored: list[tuple[float | None, float]] = vars(optimizer).get(_ATTRIBUTE, {}).get(name, [])
     found = list(values)
-    for index, (written, base) in enumerate(stored[: len(found)]):
+    for index, group in enumerate(optimizer.param_groups):
+        written, base = stored[index] if index < len(stored) else (None, found[index])
         if found[index] == written:
             found[index] = base
+        elif written is None and name == "lr":
+            found[index] = float(group.get("initial_lr", found[index]))
     return found
+
+
+def matching_groups(
+    before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]
+) -> list[int | None]:
+    """Returns the former position of each parameter group; None for a new group.
+
+    Groups are compared by identity. If every dictionary is new, the positions are kept:
+    ``load_state_dict`` of an optimizer replaces all of them.
+
+    Example:
+        >>> a, b, c = {"lr": 1}, {"lr": 2}, {"lr": 3}
+        >>> matching_groups([a, b], [b, c]), matching_groups([a], [dict(a), dict(b)])
+        ([1, None], [0, None])
+    """
+    places = [next((i for i, old in enumerate(before) if old is group), None) for group in now]
+    if any(place is not None for place in places):
+        return places
+    return [index if index < len(before) else None for index in range(len(now))]

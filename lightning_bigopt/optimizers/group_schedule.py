@@ -2,99 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Iterator, Sequence
+from operator import attrgetter, is_
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_bigopt.durations.progress import Progress
-from lightning_bigopt.optimizers.base_values import base_values
+from lightning_bigopt.optimizers.base_values import ForeignValue, matching_groups
+from lightning_bigopt.optimizers.field_claim import (
+    Adjustment,
+    BaseOwner,
+    FieldClaim,
+    ScheduleOf,
+)
 from lightning_bigopt.optimizers.names import group_names
-from lightning_bigopt.schedules.base import Schedule
 
-__all__ = ["Adjustment", "BaseOwner", "GroupField", "GroupSchedule", "PlannedValue", "ScheduleOf"]
+__all__ = ["GroupSchedule", "PlannedValue"]
 
-BaseOwner: TypeAlias = Literal["checkpoint", "config"]
-
-ScheduleOf: TypeAlias = Callable[[str | None, str], Schedule]
-"""Name of a group and label of its optimizer → the resolved schedule of the group."""
-
-Adjustment: TypeAlias = Callable[[float, Progress], float]
-"""Scheduled value and progress at the start of an update → the value to write."""
-
-
-class GroupField:
-    """Reads and writes a numeric field of a parameter group, or an entry of a tuple.
-
-    Args:
-        name: Name of the field, such as ``"weight_decay"`` or ``"betas[0]"``.
-
-    Raises:
-        ValueError: If ``name`` has another form.
-
-    Example:
-        >>> group = {"betas": (0.9, 0.999)}
-        >>> field = GroupField("betas[1]")
-        >>> field.write(group, 0.95), field.read(group), group
-        (None, 0.95, {'betas': (0.9, 0.95)})
-    """
-
-    def __init__(self, name: str) -> None:
-        match = re.fullmatch(r"(\w+)(?:\[(\d+)\])?", name)
-        if match is None or match[1] == "params":
-            raise ValueError(
-                f"field must name a number of the parameter groups, got {name!r}; write "
-                "'weight_decay', 'momentum', 'betas[0]' or another field"
-            )
-        self.name = name
-        self._key = match[1]
-        self._index = None if match[2] is None else int(match[2])
-
-    def read(self, group: Mapping[str, Any]) -> float:
-        """Returns the value of the field in a group.
-
-        Args:
-            group: A parameter group of an optimizer.
-
-        Raises:
-            ValueError: If the group does not have the field, or it is not a number.
-        """
-        value = group.get(self._key)
-        if self._index is not None and isinstance(value, (tuple, list)):
-            value = value[self._index] if self._index < len(value) else None
-        if isinstance(value, Tensor) and value.numel() == 1:
-            return float(value)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            numbers = sorted(k for k, v in group.items() if isinstance(v, (int, float, tuple)))
-            raise ValueError(
-                f"field must name a number of the parameter groups, got {self.name!r}; the groups "
-                f"have {', '.join(numbers)}"
-            )
-        return float(value)
-
-    def write(self, group: dict[str, Any], value: float) -> None:
-        """Writes the value to a group; a tensor is filled in place, which avoids recompilation.
-
-        Args:
-            group: A parameter group of an optimizer.
-            value: The new value.
-        """
-        if self._index is None:
-            if isinstance(group[self._key], Tensor):
-                group[self._key].fill_(value)
-            else:
-                group[self._key] = value
-            return
-        parts = list(group[self._key])
-        if isinstance(parts[self._index], Tensor):
-            parts[self._index].fill_(value)
-        else:
-            parts[self._index] = value
-            group[self._key] = type(group[self._key])(parts)
+_version = attrgetter("_version")
 
 
 class PlannedValue(NamedTuple):
@@ -111,31 +38,14 @@ class PlannedValue(NamedTuple):
     value: float
 
 
-@dataclass
-class _Claim:
-    """The schedule, adjustments and bounds of one field of all groups."""
-
-    field: GroupField
-    bases: list[list[float]]
-    base: BaseOwner = "checkpoint"
-    schedule_of: ScheduleOf | None = None
-    schedules: list[list[Schedule]] = dataclasses.field(default_factory=list)
-    minimum: float | None = None
-    maximum: float | None = None
-    adjustments: dict[int, Adjustment] = dataclasses.field(default_factory=dict)  # by id of owner
-    owner: int | None = None
-    frozen_at: float | None = None  # the fraction at which the owner released the field
-
-
 class GroupSchedule:
     """Writes the scheduled fields of all parameter groups of one or several optimizers.
 
     A value is ``base × schedule(fraction)``, passed through all adjustments and limited by absolute
-    bounds. It is recomputed from its base at every write, so that rounding errors do not
-    accumulate. The base of a group that is added later is its value at that time.
+    bounds. It is recomputed from its base at every write, without accumulating rounding errors. The
+    base of a group that is added later is its value at that time.
 
-    Claim a field before a checkpoint is restored: the bases are the configured values, until
-    :meth:`restore_bases` replaces them.
+    Claim a field before a checkpoint is restored; :meth:`restore_bases` replaces the bases then.
 
     Args:
         optimizers: Pairs of a label and an optimizer.
@@ -155,15 +65,18 @@ class GroupSchedule:
 
     def __init__(self, optimizers: Sequence[tuple[str, Optimizer]]) -> None:
         self.optimizers = tuple(optimizers)
-        self._claims: dict[str, _Claim] = {}
+        self._groups = [list(optimizer.param_groups) for _, optimizer in self.optimizers]
+        self._claims: dict[str, FieldClaim] = {}
         self._released: dict[str, list[list[float]]] = {}  # bases of fields that were claimed
-        self._fraction = 0.0  # of the last write
+        self._fraction, self._steps = 0.0, 0  # of the last write
+        self._update = 0  # counts the updates for which values were written
+        self._has_new_bases = False
 
     def claim(self, name: str, *, base: BaseOwner | None = None) -> None:
-        """Reads the bases of a field, at the first call of a fit.
+        """Reads the bases of a field, at the first call.
 
         Args:
-            name: The field, as for :class:`GroupField`.
+            name: The field, as for :class:`~lightning_bigopt.optimizers.GroupField`.
             base: Bases to use after a resume: those of the ``"checkpoint"`` or those of the
                 ``"config"``. Groups that were added during the run always use those of the
                 checkpoint. None keeps the previous choice, initially ``"checkpoint"``.
@@ -172,10 +85,9 @@ class GroupSchedule:
             ValueError: If a group does not have the field.
         """
         if name not in self._claims:
-            field = GroupField(name)
-            current = [[field.read(g) for g in o.param_groups] for _, o in self]
-            bases = [base_values(o, name, v) for (_, o), v in zip(self, current, strict=True)]
-            self._claims[name] = _Claim(field, bases)
+            self._claims[name] = FieldClaim.of(name, self.optimizers)
+            self._has_new_bases = True
+            self._mark()
         self._claims[name].base = base or self._claims[name].base
 
     def follow(
@@ -198,7 +110,7 @@ class GroupSchedule:
         """
         claim = self._claims[name]
         claim.schedule_of, claim.owner, claim.frozen_at = schedule_of, id(owner), None
-        claim.schedules = [[] for _ in self.optimizers]
+        claim.schedules = [claim.schedules_of(label, o.param_groups) for label, o in self]
         claim.minimum, claim.maximum = minimum, maximum
 
     def adjust(self, name: str, adjustment: Adjustment, *, owner: object) -> None:
@@ -226,24 +138,113 @@ class GroupSchedule:
 
     def write(self, progress: Progress) -> None:
         """Writes every claimed field for the update that starts at ``progress``."""
-        self._fraction = progress.fraction
+        if self.has_new_groups():
+            self._follow_groups()
+        self._update += progress.steps != self._steps
+        self._fraction, self._steps = progress.fraction, progress.steps
         for claim in self._claims.values():
-            for index, (label, optimizer) in enumerate(self.optimizers):
+            field, key = claim.field, claim.field.key
+            for index, (_, optimizer) in enumerate(self.optimizers):
+                written = claim.written[index]
                 groups = optimizer.param_groups
-                values = _values(claim, index, label, groups, progress)
-                for group, value in zip(groups, values, strict=True):
-                    claim.field.write(group, value)
+                values = _values(claim, index, len(groups), progress)
+                for position, (group, value) in enumerate(zip(groups, values, strict=True)):
+                    if type(group[key]) is float:
+                        group[key] = written[position] = value
+                    else:
+                        written[position] = field.write(group, value)
+        self._mark()
+        if self._has_new_bases:
+            self._has_new_bases = False
+            if "lr" in self._claims:  # torch's schedulers read and write initial_lr, too
+                self._claims["lr"].write_bases("initial_lr", self._groups)
+
+    def _mark(self) -> None:
+        for claim in self._claims.values():
+            key, claim.marks = claim.field.key, []
+            for groups in self._groups:
+                marks: list[tuple[object, int]] = []
+                for group in groups:
+                    value = group.get(key)
+                    marks.append((value, _version(value) if isinstance(value, Tensor) else 0))
+                claim.marks.append(marks)
 
     def has_new_groups(self) -> bool:
-        """Returns whether a group was added to which no value has been written."""
+        """Returns whether groups were added, removed or replaced since the last write."""
         return any(
-            len(optimizer.param_groups) > len(claim.bases[index])
-            for claim in self._claims.values()
-            for index, (_, optimizer) in enumerate(self.optimizers)
+            len(o.param_groups) != len(groups) or not all(map(is_, o.param_groups, groups))
+            for groups, (_, o) in zip(self._groups, self.optimizers, strict=True)
         )
+
+    def was_changed(self) -> bool:
+        """Returns whether :meth:`adopt` may find a value or a group of other code.
+
+        Compares identities and the versions of tensors. Does not read the device.
+        """
+        return self.has_new_groups() or any(
+            (value := group.get(claim.field.key)) is not mark
+            or (isinstance(value, Tensor) and _version(value) != version)
+            for claim in self._claims.values()
+            for groups, marks in zip(self._groups, claim.marks, strict=True)
+            for group, (mark, version) in zip(groups, marks, strict=True)
+        )
+
+    def adopt(self) -> list[ForeignValue]:
+        """Makes the values that other code has written the bases of their groups.
+
+        Returns:
+            These values.
+
+        Raises:
+            ValueError: If a value is not finite, or other code writes the field for every update.
+        """
+        self._follow_groups()
+        found: list[ForeignValue] = []
+        for claim in self._claims.values():
+            found += claim.adopt(self.optimizers, update=self._update)
+        self._has_new_bases |= bool(found)
+        self._mark()
+        return found
+
+    def forget_written(self) -> None:
+        """Makes the next :meth:`adopt` accept all current values without making them bases."""
+        self.restore_written({})
+
+    def follow_optimizers(self, optimizers: Sequence[tuple[str, Optimizer]]) -> None:
+        """Continues with other optimizers; new ones bring their own base values.
+
+        Args:
+            optimizers: Pairs of a label and an optimizer.
+
+        Raises:
+            ValueError: If a new optimizer does not have a claimed field.
+        """
+        known = [id(optimizer) for _, optimizer in self.optimizers]
+        places = [known.index(id(o)) if id(o) in known else None for _, o in optimizers]
+        for claim in self._claims.values():  # first, because one of them may raise
+            FieldClaim.of(claim.field.name, optimizers)
+        self.optimizers = tuple(optimizers)
+        self._groups = [
+            list(optimizer.param_groups) if place is None else self._groups[place]
+            for place, (_, optimizer) in zip(places, optimizers, strict=True)
+        ]
+        for claim in self._claims.values():
+            claim.follow_optimizers(self.optimizers, places)
+        self._has_new_bases = True
+        self._mark()
+
+    def _follow_groups(self) -> None:
+        for index, (label, optimizer) in enumerate(self.optimizers):
+            before, now = self._groups[index], list(optimizer.param_groups)
+            places = matching_groups(before, now)
+            self._groups[index] = now
+            for claim in self._claims.values():
+                claim.follow_groups(index, label, now, places)
+            self._has_new_bases |= None in places
 
     def planned(self, name: str, progress: Progress) -> list[PlannedValue]:
         """Computes the values of a field for the update that starts at ``progress``."""
+        self._follow_groups()
         claim = self._claims.get(name)
         planned: list[PlannedValue] = []
         for index, (label, optimizer) in enumerate(self.optimizers):
@@ -251,7 +252,7 @@ class GroupSchedule:
             if claim is None:
                 values = [float(g[name]) if g.get(name) is not None else None for g in groups]
             else:
-                values = list(_values(claim, index, label, groups, progress))
+                values = list(_values(claim, index, len(groups), progress))
             planned += [
                 PlannedValue(label, group, value)
                 for group, value in zip(group_names(groups), values, strict=True)
@@ -266,20 +267,28 @@ class GroupSchedule:
 
     def set_bases(self, name: str, optimizer: int, bases: Sequence[float]) -> None:
         """Replaces the bases of the groups of one optimizer, given by its index."""
-        self._claims[name].bases[optimizer] = [float(base) for base in bases]
+        claim = self._claims[name]
+        claim.bases[optimizer] = [float(base) for base in bases]
+        claim.written[optimizer] = [*map(claim.field.read, self._groups[optimizer])]
+        self._has_new_bases = True
 
     def restore_bases(self, name: str, optimizer: int, bases: Sequence[float]) -> None:
         """Replaces the bases of one optimizer by those of a checkpoint; see ``base`` of a claim."""
-        claim = self._claims[name]
-        # With "config" the configured groups keep their bases. The checkpoint may have more groups,
-        # which callbacks added during the run; only it has their bases.
-        configured = len(claim.bases[optimizer]) if claim.base == "config" else 0
-        restored = [float(base) for base in bases[configured:]]
-        claim.bases[optimizer] = claim.bases[optimizer][:configured] + restored
+        self._claims[name].restore_bases(optimizer, bases)
+        self._has_new_bases = True
 
     def state_dict(self) -> dict[str, list[list[float]]]:
         """Returns the bases of all claimed fields."""
         return {name: self.bases(name) for name in self._claims}
+
+    def written(self) -> dict[str, list[list[float | None]]]:
+        """Returns the last values of all claimed fields."""
+        return {name: [list(v) for v in claim.written] for name, claim in self._claims.items()}
+
+    def restore_written(self, state: dict[str, list[list[float | None]]]) -> None:
+        """Restores the last values of a checkpoint; those of other fields are not known."""
+        for name, claim in self._claims.items():
+            claim.restore_written(state.get(name, []))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the bases of the saved fields that are claimed in this fit."""
@@ -289,21 +298,12 @@ class GroupSchedule:
                     self.restore_bases(name, index, values)
 
 
-def _values(
-    claim: _Claim, index: int, label: str, groups: list[dict[str, Any]], progress: Progress
-) -> Iterator[float]:
+def _values(claim: FieldClaim, index: int, groups: int, progress: Progress) -> Iterator[float]:
     """Computes the value of a field for each group of one optimizer."""
-    bases = claim.bases[index]
     fraction = progress.fraction if claim.frozen_at is None else claim.frozen_at
-    bases.extend(claim.field.read(group) for group in groups[len(bases) :])  # of new groups
-    schedules: list[Schedule] = []
-    if claim.schedule_of is not None:
-        schedules = claim.schedules[index]
-        new_groups = groups[len(schedules) :]
-        schedules.extend(claim.schedule_of(group.get("name"), label) for group in new_groups)
+    schedules = claim.schedules[index]
     factors: dict[int, float] = {}  # most groups share one schedule, which is evaluated once
-    # A checkpoint may have had more groups.
-    for position, base in enumerate(bases[: len(groups)]):
+    for position, base in enumerate(claim.bases[index][:groups]):
         value, schedule = base, None
         if schedules:
             schedule = schedules[position]

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightning_bigopt.checks import check_count, check_instance
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.durations.progress import Progress
 from lightning_bigopt.optimizers.group_schedule import GroupSchedule
@@ -22,15 +23,19 @@ def as_lr_scheduler(schedule: Schedule, optimizer: Optimizer, horizon: Horizon |
 
     Args:
         schedule: Factor over the budget, dimensionless.
-        optimizer: The optimizer; the ``lr`` of each parameter group is its base.
+        optimizer: The optimizer; the base of each parameter group is its ``initial_lr``, if an
+            earlier scheduler has set it, else its ``lr``.
         horizon: The budget; an int counts updates.
 
     Returns:
-        The scheduler. Call its ``step()`` once after every update.
+        The scheduler. Call its ``step()`` once after every update. In a ``SequentialLR`` it may
+        stand at any place; its updates are counted from its milestone. In a ``ChainedScheduler`` it
+        must come first, because it writes base × factor and not a multiple of the current value, as
+        ``LambdaLR`` does, too.
 
     Raises:
-        ValueError: If a duration of the schedule does not fit into the horizon, or the horizon
-            cannot be converted to updates.
+        ValueError: If an argument has another type, a duration of the schedule does not fit into
+            the horizon, or the horizon cannot be converted to updates.
 
     Example:
         >>> import torch
@@ -50,13 +55,14 @@ class ScheduleLR(LRScheduler):
     current ``lr``. The state contains plain numbers only.
 
     Args:
-        optimizer: The optimizer; the ``lr`` of each parameter group is its base.
+        optimizer: The optimizer; the base of each parameter group is its ``initial_lr``, if an
+            earlier scheduler has set it, else its ``lr``.
         schedule: Factor over the budget, dimensionless.
         horizon: The budget; an int counts updates.
 
     Raises:
-        ValueError: If a duration of the schedule does not fit into the horizon, or the horizon
-            cannot be converted to updates.
+        ValueError: If an argument has another type, a duration of the schedule does not fit into
+            the horizon, or the horizon cannot be converted to updates.
 
     Example:
         >>> import torch
@@ -73,7 +79,12 @@ class ScheduleLR(LRScheduler):
     def __init__(self, optimizer: Optimizer, schedule: Schedule, horizon: Horizon | int) -> None:
         # LRScheduler.__init__ is not called: it replaces optimizer.step by a wrapper that warns
         # if scheduler.step() is called first.
-        if isinstance(horizon, int):
+        check_instance("schedule", schedule, Schedule, hint="Cosine()")
+        check_instance(
+            "optimizer", optimizer, Optimizer, hint="torch.optim.AdamW(module.parameters())"
+        )
+        if not isinstance(horizon, Horizon):
+            check_count("horizon", horizon, hint="the number of updates, or Horizon.of_steps(1000)")
             horizon = Horizon.of_steps(horizon)
         self.optimizer = optimizer
         self.schedule = schedule
@@ -109,17 +120,31 @@ class ScheduleLR(LRScheduler):
     def _schedule_of(self, group: str | None, optimizer: str) -> Schedule:
         return self._resolved
 
+    def _progress(self) -> Progress:
+        update = max(0, self.last_epoch)  # negative inside nested SequentialLRs
+        return Progress(fraction=self.fraction(update), steps=update)
+
     def _write(self) -> None:
-        self._progress = Progress(fraction=self.fraction(self.last_epoch), steps=self.last_epoch)
-        self._groups.write(self._progress)
+        self._groups.write(self._progress())
+
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._last_lr = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
+
+    # SequentialLR calls these two: at the start, and at the scheduler's milestone.
+
+    def _initial_step(self) -> None:
+        self.step()
+
+    def _update_lr(self, epoch: int | None = None) -> None:
+        self.step(epoch)
 
     def get_last_lr(self) -> list[float | Tensor]:
-        """Returns the learning rates written last, one for each parameter group."""
-        return [planned.value for planned in self._groups.planned("lr", self._progress)]
+        """Returns the learning rates written last, one for each group; tensors as copies."""
+        return self._last_lr
 
     def get_lr(self) -> list[float | Tensor]:
-        """Returns the same as :meth:`get_last_lr`; torch's schedulers call it in ``step``."""
-        return self.get_last_lr()
+        """Returns the learning rates of update ``last_epoch``, one for each parameter group."""
+        return [planned.value for planned in self._groups.planned("lr", self._progress())]
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the number of updates done and the base learning rates."""
@@ -129,13 +154,21 @@ class ScheduleLR(LRScheduler):
         """Restores a state of :meth:`state_dict` and writes its learning rates.
 
         Raises:
-            ValueError: If the state is not of this class and version.
+            ValueError: If the state is not of this class and version, or has another number of
+                parameter groups.
         """
         if state_dict.get("version") != 1 or "base_lrs" not in state_dict:
             raise ValueError(
                 "state_dict must be that of a ScheduleLR of version 1, got the fields "
                 f"{sorted(map(str, state_dict))}; load it into the scheduler that wrote it"
             )
+        groups, bases = len(self.optimizer.param_groups), state_dict["base_lrs"]
+        if len(bases) != groups:
+            raise ValueError(
+                f"state_dict must have the base of each of the {groups} parameter groups, got "
+                f"base_lrs={bases}; add or remove groups of the optimizer first"
+            )
         self.last_epoch = int(state_dict["last_epoch"])
         self._groups.restore_bases("lr", 0, state_dict["base_lrs"])
-        self._write()
+        if self.last_epoch >= 0:  # else another scheduler of a SequentialLR is in use
+            self._write()

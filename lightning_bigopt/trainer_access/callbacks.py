@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     Checkpoint,
     GradientAccumulationScheduler,
     ModelCheckpoint,
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
 
 __all__ = [
+    "BackboneFinetuning",
     "GradientAccumulationScheduler",
     "StochasticWeightAveraging",
     "accumulation_schedule",

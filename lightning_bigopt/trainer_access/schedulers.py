@@ -31,9 +31,11 @@ def add_scheduler(trainer: Trainer, scheduler: LRScheduler, *, name: str | None)
     )
 
 
-def remove_schedulers(trainer: Trainer) -> None:
-    """Removes the schedulers that the module configured, for this fit."""
-    trainer.strategy.lr_scheduler_configs = []
+def remove_schedulers(trainer: Trainer, kind: type = object) -> None:
+    """Removes the registered schedulers of a class, for this fit."""
+    trainer.strategy.lr_scheduler_configs = [
+        config for config in trainer.lr_scheduler_configs if not isinstance(config.scheduler, kind)
+    ]
 
 
 def initial_lrs(trainer: Trainer) -> dict[int, list[float]]:

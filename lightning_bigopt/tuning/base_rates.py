@@ -9,7 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_bigopt.durations.progress import Progress
 from lightning_bigopt.engine.lr_scheduler import LightningLRScheduler
-from lightning_bigopt.optimizers.group_schedule import GroupField, GroupSchedule
+from lightning_bigopt.optimizers.group_field import GroupField
+from lightning_bigopt.optimizers.group_schedule import GroupSchedule
 from lightning_bigopt.optimizers.names import unwrapped
 
 __all__ = ["BaseRates"]

@@ -121,7 +121,7 @@ def trainer_with(*callbacks: Any, **options: Any) -> Any:
 
 BATCH = ["begin_batch", "weigh_loss", "observe_loss"]
 UPDATE = ["rescale", "needs_norms", "decide", "clip", "observe", "after_step"]
-START = ["check_fit", "loader_ready", "take_loaded_state", "simulator", "start"]
+START = ["check_fit", "check_optimizers", "loader_ready", "take_loaded_state", "simulator", "start"]
 START += ["announce", "begin_epoch"]
 END = ["end_epoch", "take_loaded_state", "end"]
 
@@ -133,7 +133,7 @@ def test_a_whole_fit() -> None:
     sanity = validation = ["begin_evaluation", "end_evaluation"]
     window = [*BATCH, "end_batch", *BATCH, *UPDATE, "end_batch"]
     # The sanity check comes before training starts.
-    start = [*START[:1], *sanity, *START[1:]]
+    start = [*START[:2], *sanity, *START[2:]]
     assert records.stages == [*start, *window, *window, *validation, *END]
     (fit,) = records.arguments("check_fit")[0]
     assert isinstance(fit, Fit)
@@ -222,8 +222,9 @@ def test_saving_and_resuming(tmp_path: Path) -> None:
     trainer_with(resumed).fit(
         Probe(), ResumableLoader(8, 2), ckpt_path=tmp_path / "two.ckpt", weights_only=True
     )
-    assert resumed.stages[:6] == [
+    assert resumed.stages[:7] == [
         "check_fit",
+        "check_optimizers",
         "loader_ready",
         "take_loaded_state",
         "load_saved_state",

@@ -12,7 +12,6 @@ from lightning_bigopt import (
     HyperparameterScheduler,
     LearningRateScheduler,
     Linear,
-    WarmupCosine,
 )
 from tests.helpers import FieldRecorder, Probe, fit, loader
 
@@ -125,24 +124,3 @@ def test_hyperparameter_bases_are_kept_and_named_groups_have_their_own_schedule(
     unknown = HyperparameterScheduler("weight_decay", DOWN, groups={"tail": DOWN})
     with pytest.raises(ValueError, match=r"groups must name parameter groups.*'tail'.*'body'"):
         fit(Grouped(), loader(8, 2), unknown, max_steps=4)
-
-
-def test_learning_rate_written_in_optimizer_step_is_used_for_that_update() -> None:
-    used = []
-
-    class WritesLearningRate(Probe):
-        def optimizer_step(
-            self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
-        ) -> None:
-            for group in optimizer.param_groups:
-                group["lr"] = 0.125
-            optimizer.step(closure=optimizer_closure)
-            used.append(optimizer.param_groups[0]["lr"])
-
-    fit(
-        WritesLearningRate(),
-        loader(16, 4),
-        LearningRateScheduler(WarmupCosine(warmup=2)),
-        max_steps=4,
-    )
-    assert used == [0.125] * 4

@@ -11,7 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    ExponentialLR,
+    LambdaLR,
+    LinearLR,
+    LRScheduler,
+    SequentialLR,
+)
 
 from lightning_bigopt import LearningRateScheduler
 from lightning_bigopt.durations import Horizon, Span
@@ -288,3 +296,89 @@ def test_importing_schedules_does_not_import_torch():
     source += f"sys.modules['lightning_bigopt'].__path__ = [{str(Path('lightning_bigopt'))!r}]\n"
     source += "import lightning_bigopt.schedules; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", source], check=True)
+
+
+# ------------------------------------------------------ beside and inside torch's own schedulers
+
+
+def linear(optimizer: Optimizer, updates: int = 4) -> ScheduleLR:
+    return as_lr_scheduler(Linear(), optimizer, updates)
+
+
+def linear_lambda(optimizer: Optimizer, updates: int = 4) -> LambdaLR:
+    """The same curve as a scheduler of torch, whose compositions torch's own tests cover."""
+    return LambdaLR(optimizer, lambda step: min(1.0, max(0.0, 1 - step / updates)))
+
+
+COMPOSITIONS = {
+    "second on one optimizer": lambda o, make: [make(o), make(o)][1],
+    "after a warm-up": lambda o, make: SequentialLR(o, [LinearLR(o, 0.25), make(o)], [3]),
+    "before a decay": lambda o, make: SequentialLR(o, [make(o), ExponentialLR(o, 0.5)], [3]),
+    "twice": lambda o, make: SequentialLR(o, [make(o), make(o)], [3]),
+    "three times": lambda o, make: SequentialLR(o, [make(o), make(o, 3), make(o, 2)], [2, 5]),
+    "from the first update on": lambda o, make: SequentialLR(o, [make(o), make(o)], [0]),
+    "first in a chain": lambda o, make: ChainedScheduler([make(o), ExponentialLR(o, 0.5)]),
+}
+
+
+@pytest.mark.parametrize("rates", [(0.4,), (0.4, 0.1), (torch.tensor(0.4), 0.1)])
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_compositions_equal_those_of_lambda_lr(name: str, rates: tuple[Any, ...]):
+    seen = []
+    for make in (linear, linear_lambda):
+        optimizer = sgd(*(r.clone() if isinstance(r, torch.Tensor) else r for r in rates))
+        scheduler = COMPOSITIONS[name](optimizer, make)
+        used, shown = [], []
+        for _ in range(9):
+            used.append([float(group["lr"]) for group in optimizer.param_groups])
+            shown.append([float(rate) for rate in scheduler.get_last_lr()])
+            optimizer.step()
+            scheduler.step()
+        seen.append((used, shown))
+    (used, shown), (right, right_shown) = seen
+    for mine, theirs in zip([*used, *shown], [*right, *right_shown], strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-8)
+
+
+@pytest.mark.parametrize("stop", range(1, 8))
+def test_sequence_resumes_at_any_step(stop: int):
+    def make() -> SequentialLR:
+        optimizer = sgd(0.4)
+        return SequentialLR(optimizer, [linear(optimizer), linear(optimizer)], [3])
+
+    straight, first, resumed = make(), make(), make()
+    right = run(straight, 8)
+    run(first, stop)
+    resumed.load_state_dict(copy.deepcopy(first.state_dict()))
+    resumed.optimizer.load_state_dict(first.optimizer.state_dict())
+    assert run(resumed, 8 - stop) == right[stop:]
+
+
+def test_last_learning_rates_keep_tensors():
+    optimizer = sgd(torch.tensor(0.4), 0.1)
+    tensor, number = linear(optimizer).get_last_lr()
+    assert isinstance(tensor, torch.Tensor)
+    assert isinstance(number, float)
+    optimizer.param_groups[0]["lr"].fill_(3.0)
+    assert float(tensor) == pytest.approx(0.4)  # a copy, as in torch's schedulers
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((Linear(), torch.nn.Linear(1, 1), 4), r"^optimizer must be an Optimizer, got Linear\("),
+        ((Linear(), sgd(0.4), "4"), r"^horizon must be .*got '4'; the number of updates"),
+        ((Linear(), sgd(0.4), 4.5), r"^horizon must be .*got 4.5; the number of updates"),
+        ((Linear(), sgd(0.4), True), r"^horizon must be .*got True; the number of updates"),
+        (("linear", sgd(0.4), 4), r"^schedule must be a Schedule, got 'linear'"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(arguments: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        as_lr_scheduler(*arguments)
+
+
+def test_state_of_another_number_of_groups_is_refused():
+    state = linear(sgd(0.4)).state_dict()
+    with pytest.raises(ValueError, match=r"base of each of the 2 parameter groups, got base_lrs="):
+        linear(sgd(0.4, 0.1)).load_state_dict(state)

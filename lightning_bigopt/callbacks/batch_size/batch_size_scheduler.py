@@ -156,7 +156,10 @@ class BatchSizeScheduler(Capability):
     def check_fit(self, fit: Fit) -> None:
         """Raises for conflicting settings, and claims the fields that are scaled."""
         check_conflicts(fit, self.policy)
-        self.coupling.check_fit(fit)
+
+    def check_optimizers(self, fit: Fit) -> None:
+        """Claims the fields that are scaled with the batch size."""
+        self.coupling.check_optimizers(fit)
 
     def loader_ready(self, fit: Fit, loader: Any) -> None:
         """Sets rank and batch sizes of a GlobalBatchLoader before its first iteration."""

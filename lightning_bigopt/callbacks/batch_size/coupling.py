@@ -89,7 +89,7 @@ class BatchCoupling:
 
     # ------------------------------------------------------------------------------ lifetime
 
-    def check_fit(self, fit: Fit) -> None:
+    def check_optimizers(self, fit: Fit) -> None:
         """Claims the fields that are scaled.
 
         Raises:
