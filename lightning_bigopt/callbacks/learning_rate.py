@@ -47,8 +47,8 @@ class LearningRateScheduler(Capability):
         module_scheduler: ``"raise"`` if ``configure_optimizers`` returns a scheduler, or
             ``"replace"`` it. The base learning rates are then those before it scaled them
             (``initial_lr`` of the groups).
-        budget: An explicit budget such as ``"2e9 tokens"`` that ends the training; None for the
-            limits of the Trainer.
+        budget: An explicit budget such as ``"2e9 tokens"`` or ``"2 hours"`` that ends the training;
+            None for the limits of the Trainer (``max_time`` only if it is the only one).
         samples: Counts the samples of a batch (a function, or the name of a field); None for the
             batch size of the loader.
         tokens: Counts the tokens of a batch: a function, or the name of an ids or mask field.

@@ -12,10 +12,10 @@ from lightning_bigopt.checks import check_choice, check_count, check_non_negativ
 
 __all__ = ["Clock", "Duration", "DurationLike", "Unit"]
 
-Unit: TypeAlias = Literal["fraction", "steps", "epochs", "samples", "tokens"]
+Unit: TypeAlias = Literal["fraction", "steps", "epochs", "samples", "tokens", "seconds"]
 """Units of a duration."""
 
-Clock: TypeAlias = Literal["steps", "batches", "samples", "tokens"]
+Clock: TypeAlias = Literal["steps", "batches", "samples", "tokens", "seconds"]
 """Units of a budget."""
 
 _UNITS: dict[str, Unit] = {
@@ -29,6 +29,14 @@ _UNITS: dict[str, Unit] = {
     "token": "tokens",
     "tokens": "tokens",
 }
+_TIMES = {
+    **dict.fromkeys(("s", "sec", "second", "seconds"), 1),
+    **dict.fromkeys(("min", "minute", "minutes"), 60),
+    **dict.fromkeys(("h", "hour", "hours"), 3600),
+    **dict.fromkeys(("day", "days"), 86_400),
+}
+"""Words for times, in seconds."""
+
 _NUMBER = r"[+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?"
 _PATTERN = re.compile(rf"\s*({_NUMBER})\s*([KMBT]?)\s*([a-z]+|%)?\s*")
 _POWERS = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
@@ -42,7 +50,7 @@ class Duration:
     Args:
         value: Amount in ``unit``; non-negative and finite.
         unit: ``"fraction"`` (of the whole budget, which is 1.0), ``"steps"`` (optimizer updates),
-            ``"epochs"``, ``"samples"`` or ``"tokens"``.
+            ``"epochs"``, ``"samples"``, ``"tokens"`` or ``"seconds"`` of training.
 
     Raises:
         ValueError: If ``value`` is negative or not finite, or ``unit`` is unknown.
@@ -54,6 +62,8 @@ class Duration:
         True
         >>> Duration.parse(500)
         Duration(value=500, unit='steps')
+        >>> Duration.parse("1.5 hours")
+        Duration(value=5400, unit='seconds')
         >>> str(Duration.parse(0.25))
         '25%'
     """
@@ -113,14 +123,15 @@ class Duration:
         if word is None and not suffix:
             whole = number.lstrip("+-").isdigit()
             return cls.parse(int(number) if whole else float(number), name=name)
-        if word not in _UNITS:
+        if word not in _UNITS and word not in _TIMES:
             raise ValueError(
-                f"{name} must have one of the units %, steps, epochs, samples, tokens, got "
-                f"{text!r}; for instance '500 steps'"
+                f"{name} must have one of the units %, steps, epochs, samples, tokens, seconds, "
+                f"minutes, hours, days, got {text!r}; for instance '500 steps'"
             )
-        unit = _UNITS[word]
+        unit = _UNITS.get(word, "seconds")
         # Decimal, because the floats 2.3 * 10**9 and 1.1 / 100 differ from the numbers written.
         exact = Decimal(number).scaleb(_POWERS[suffix] - (2 if unit == "fraction" else 0))
+        exact *= _TIMES.get(word, 1)
         amount = float(exact)
         if not 0 <= amount < math.inf:
             raise ValueError(

@@ -28,8 +28,8 @@ class Horizon:
     converted through ``spans``, which describe all updates of the run in order.
 
     Args:
-        clock: Unit of the budget: ``"steps"``, loader ``"batches"``, ``"samples"`` or
-            ``"tokens"``.
+        clock: Unit of the budget: ``"steps"``, loader ``"batches"``, ``"samples"``, ``"tokens"`` or
+            ``"seconds"``.
         budget: Budget in that unit; positive.
         spans: The updates of the run in order; empty if they are not known in advance.
         batches_per_epoch: Loader batches of one process in an epoch; None if unknown.
@@ -298,8 +298,7 @@ class Horizon:
             if clock != self.clock and not self._cumulative[needed]:
                 raise ValueError(
                     f"{name} must be in {self.clock} or percent here, got {str(length)!r}; the run "
-                    f"is not known in advance in {needed}: with an adaptive batch size or a loader "
-                    f"without a length write it in {self.clock} or percent"
+                    f"is not known in advance in {needed}: {_reason(clock, self.clock)}"
                 )
         return clock, value
 
@@ -312,3 +311,9 @@ class Horizon:
         index = min(index, len(self.spans) - 1)  # beyond the run the last span continues
         each = (targets[index + 1] - targets[index]) / (sources[index + 1] - sources[index])
         return targets[index] + (value - sources[index]) * each
+
+
+def _reason(*clocks: Clock) -> str:
+    if "seconds" in clocks:
+        return "the number of updates in a given time depends on the machine"
+    return "with an adaptive batch size or a loader without a length use these units"

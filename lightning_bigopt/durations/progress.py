@@ -22,6 +22,7 @@ class Progress:
         epochs: Passes over the data, fractional inside a pass.
         samples: Samples over all processes.
         tokens: Tokens over all processes; 0 if they are not counted.
+        seconds: Time of training; 0 if it is not measured.
 
     Example:
         >>> Progress(fraction=0.5, steps=50, samples=1600).of("10%")
@@ -34,6 +35,7 @@ class Progress:
     epochs: float = 0.0
     samples: int = 0
     tokens: int = 0
+    seconds: float = 0.0
 
     def consumed(self, unit: Unit) -> float:
         """Returns the amount consumed in ``unit``.
@@ -94,5 +96,7 @@ class Span:
         """
         if clock == "steps":
             return 1
+        if clock == "seconds":
+            return None  # depends on the machine
         amount: float | None = getattr(self, clock)
         return amount

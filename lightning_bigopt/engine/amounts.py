@@ -31,6 +31,7 @@ class RunAmounts(NamedTuple):
         tokens: Tokens over all processes.
         epochs: Epochs that have ended.
         epoch_batches: Batches of the current epoch.
+        seconds: Time of training; 0 if the budget is no time.
     """
 
     steps: int = 0
@@ -39,3 +40,4 @@ class RunAmounts(NamedTuple):
     tokens: int = 0
     epochs: int = 0
     epoch_batches: int = 0
+    seconds: float = 0.0

@@ -218,7 +218,7 @@ def simulator(
     world, exact = strategies.data_parallel_size(trainer), loaders.exact_loader(trainer)
 
     def run(unit: ClockUnit, budget: float) -> Horizon:
-        if unit == "tokens" or (unit == "samples" and known is None and exact is None):
+        if unit in ("tokens", "seconds") or (unit == "samples" and known is None and exact is None):
             # The amounts of a batch are known only after counting them: no updates in advance.
             return Horizon(clock=unit, budget=budget)
         if exact is not None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_bigopt.durations.duration import Clock as ClockUnit
 from lightning_bigopt.durations.duration import Duration, DurationLike
@@ -20,9 +20,11 @@ __all__ = [
     "ROUNDING",
     "Simulate",
     "describe_budget",
+    "report_time_limit",
     "resolve_horizon",
     "warn_of_other_budget",
     "warn_of_short_limit",
+    "warn_of_time_limit",
 ]
 
 ROUNDING = 1e-12  # tolerance of comparisons with the end of a cooldown
@@ -94,13 +96,15 @@ def _limits(
 ) -> list[_Limit]:
     """Returns all limits of the fit, each in a unit that can be counted."""
     limits: list[_Limit] = []
+    length = None if budget is None else Duration.parse(budget, name="budget")
+    if length is not None and length.unit == "seconds":
+        return [_Limit("seconds", length.value)]  # the other limits cannot be compared with it
     if trainer.max_steps >= 0:
         limits.append(_Limit("steps", trainer.max_steps))
     max_epochs = trainer.max_epochs
     if max_epochs is not None and max_epochs >= 0:
         limits += _epochs(max_epochs, batches, samples)
-    if budget is not None:
-        length = Duration.parse(budget, name="budget")
+    if length is not None:
         if length.unit == "epochs":
             if batches is None and samples is None:
                 raise ValueError(
@@ -110,6 +114,10 @@ def _limits(
             limits += _epochs(length.value, batches, samples)
         elif length.unit != "fraction":
             limits.append(_Limit(length.unit, length.value))
+    allowed = loop.max_seconds(trainer)
+    if not limits and allowed is not None:
+        # Only then: a job's safety limit must not make learning rates depend on the machine.
+        limits.append(_Limit("seconds", allowed))
     return [limit for limit in limits if limit.amount > 0]
 
 
@@ -131,6 +139,33 @@ def describe_budget(horizon: Horizon) -> str:
     if horizon.epochs is not None:
         return f"{horizon.epochs:g} epochs"
     return f"{horizon.budget:g} {horizon.clock}"
+
+
+def warn_of_time_limit(trainer: Trainer, horizon: Horizon) -> None:
+    """Logs a line if ``max_time`` may end the run before its schedules do."""
+    allowed = loop.max_seconds(trainer)
+    if allowed is not None and horizon.clock != "seconds":
+        rank_zero_info(
+            f"max_time may end the run before the schedules do, which follow the budget of "
+            f"{describe_budget(horizon)}. To follow the time, pass budget='{allowed:g} seconds' to "
+            "LearningRateScheduler."
+        )
+
+
+def report_time_limit(trainer: Trainer, horizon: Horizon, *, fraction: float) -> None:
+    """Warns if ``max_time`` has ended the run before its schedules.
+
+    Args:
+        trainer: The Trainer, at the end of the fit.
+        horizon: The horizon of the fit.
+        fraction: Fraction of the budget consumed.
+    """
+    if fraction < 1 and horizon.clock != "seconds" and loop.time_is_over(trainer):
+        rank_zero_warn(
+            f"max_time ended the run at {fraction:.0%} of the budget of {describe_budget(horizon)}"
+            ", before the end of its schedules. Resume the checkpoint, or pass budget= a time to "
+            "LearningRateScheduler."
+        )
 
 
 def warn_of_other_budget(kept: Horizon, own: Horizon) -> None:

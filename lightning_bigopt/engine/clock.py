@@ -11,7 +11,9 @@ from lightning_bigopt.engine import budget
 from lightning_bigopt.engine.amounts import BatchAmounts, RunAmounts
 from lightning_bigopt.engine.budget import Simulate
 from lightning_bigopt.engine.clock_settings import ClockSettings
+from lightning_bigopt.engine.epoch_position import EpochPosition
 from lightning_bigopt.engine.horizon_state import horizon_from_state, horizon_to_state
+from lightning_bigopt.engine.training_time import TrainingTime
 from lightning_bigopt.trainer_access import loaders, loop, strategies
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ class Clock:
         batches: Loader batches of one process that have ended.
         samples: Samples over all processes in these batches.
         tokens: Tokens over all processes in these batches.
-        epoch_length: Batches in the current epoch; None if unknown.
+        epoch: The position in the current epoch.
         window_is_open: Whether an accumulation window has begun and not ended.
     """
 
@@ -47,14 +49,13 @@ class Clock:
         self.checkpoint_horizon: Horizon | None = None
         self.cooldown: tuple[float, float] | None = None
         self.batches = self.samples = self.tokens = 0
-        self.epoch_length: int | None = None
+        self.epoch = EpochPosition()
         self.window_is_open = False
-        self._epoch_batches = 0  # batches of the current epoch that have ended
-        self._seen_length: tuple[int | None, int] | None = None  # announced, and actual
         self._pending = BatchAmounts(0, batches=0)
         self._opened = RunAmounts()  # at the start of the current window
         self._closed: tuple[int, ...] = (0, 0, 0)  # batches, samples, tokens at the last window end
         self._restored: dict[str, Any] | None = None
+        self._time = TrainingTime()
         self._trainer: Trainer | None = None
 
     # ------------------------------------------------------------------------------ lifetime
@@ -103,6 +104,7 @@ class Clock:
     def stop(self) -> None:
         """Ends the fit; the counts are kept for a second fit."""
         self.drop_batch()
+        self._time.stop()
         self._trainer = None
 
     def restore_without_training(self) -> None:
@@ -117,7 +119,7 @@ class Clock:
         self._closed = tuple(map(int, restored["closed"]))
         self.checkpoint_horizon = horizon_from_state(restored["horizon"])
         seen, cooldown = restored.get("seen_length"), restored.get("cooldown")
-        self._seen_length = None if seen is None else (seen[0], seen[1])
+        self.epoch.seen = None if seen is None else (seen[0], seen[1])
         self.cooldown = None if cooldown is None else (cooldown[0], cooldown[1])
 
     def _restore(self, trainer: Trainer) -> Horizon | None:
@@ -135,13 +137,19 @@ class Clock:
             self.batches = loop.fetched_batches(trainer, loop.epoch_batches(trainer) or 0)
             each = (loaders.micro_batch_size(trainer) or 0) * strategies.data_parallel_size(trainer)
             self.samples = self.batches * each
-        self.begin_epoch(trainer)
+        self.epoch.begin(trainer)
         if trainer.ckpt_path is not None:
             # Not after an interrupted fit: Lightning begins the epoch again, but has the counts.
-            self._epoch_batches = loop.resumed_batches(trainer)
+            self.epoch.batches = loop.resumed_batches(trainer)
+        self._time.start_fit(trainer, restored, keep=self.settings.budget is not None)
         self._closed = (self.batches, self.samples, self.tokens)
         self._opened = self._counts()
         return None if restored is None else self.checkpoint_horizon
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether the budget is a time."""
+        return self.horizon is not None and self.horizon.clock == "seconds"
 
     def _start_cooldown(self, horizon: Horizon, own: Horizon | None) -> None:
         """Starts a cooldown at the current fraction, unless the checkpoint is within one."""
@@ -156,19 +164,9 @@ class Clock:
 
     # ------------------------------------------------------------------------------ counting
 
-    def begin_epoch(self, trainer: Trainer) -> None:
-        """Reads the length of an epoch that begins, because every epoch may have a new loader."""
-        announced = loop.epoch_batches(trainer)
-        self.epoch_length, self._epoch_batches = announced, 0
-        if self._seen_length is not None and self._seen_length[0] == announced:
-            self.epoch_length = self._seen_length[1]
-
     def end_epoch(self, trainer: Trainer) -> None:
-        """Ends an epoch; the next one of a loader with the same length is expected to be equal."""
-        announced, batches = loop.epoch_batches(trainer), self._epoch_batches
-        if batches and batches != announced and loop.epoch_is_exhausted(trainer, batches):
-            self._seen_length = announced, batches
-        self._epoch_batches = 0
+        """Ends an epoch and its window."""
+        self.epoch.end(trainer)
         self.drop_batch()
 
     def begin_batch(self, amounts: BatchAmounts, *, index: int) -> None:
@@ -178,7 +176,7 @@ class Clock:
             amounts: The amounts.
             index: Number of batches of this epoch before this one.
         """
-        self._epoch_batches = index
+        self.epoch.batches = index
         if not self.window_is_open:
             self._opened = self._counts()
             self.window_is_open = True
@@ -189,11 +187,16 @@ class Clock:
         self.batches += self._pending.batches
         self.samples += self._pending.samples
         self.tokens += self._pending.tokens
-        self._epoch_batches += self._pending.batches
+        self.epoch.batches += self._pending.batches
         self._pending = BatchAmounts(0, batches=0)
         if closes_window:
             self.window_is_open = False
             self._closed = (self.batches, self.samples, self.tokens)
+
+    def read_time(self) -> None:
+        """Reads the time if it is the budget: a collective operation."""
+        if self._trainer is not None and self.is_timed:
+            self._time.read(self._trainer)
 
     def drop_batch(self) -> None:
         """Drops the pending amounts, and closes the window: windows end with the epoch."""
@@ -208,7 +211,8 @@ class Clock:
             samples=self.samples + pending.samples,
             tokens=self.tokens + pending.tokens,
             epochs=0 if trainer is None else loop.processed_epochs(trainer),
-            epoch_batches=self._epoch_batches + pending.batches,
+            epoch_batches=self.epoch.batches + pending.batches,
+            seconds=self._time.seconds,
         )
 
     @property
@@ -249,7 +253,7 @@ class Clock:
         horizon, epochs = self.horizon, 0.0
         if horizon is not None and horizon.samples_per_epoch:
             epochs = counts.samples / horizon.samples_per_epoch
-        elif self.epoch_length:
+        elif self.epoch.length:
             epochs = self._epoch_share(counts, 1.0)
         return Progress(
             fraction=self._fraction_at(counts),
@@ -258,18 +262,19 @@ class Clock:
             epochs=epochs,
             samples=counts.samples,
             tokens=counts.tokens,
+            seconds=counts.seconds,
         )
 
     def _fraction_at(self, counts: RunAmounts) -> float:
         if self.horizon is None:
             return math.nan
-        if self.horizon.epochs is not None and self.epoch_length:
+        if self.horizon.epochs is not None and self.epoch.length:
             return self._epoch_share(counts, self.horizon.epochs)
         consumed: int = getattr(counts, self.horizon.clock)
         return consumed / self.horizon.budget
 
     def _epoch_share(self, counts: RunAmounts, epochs: float) -> float:
-        length = self.epoch_length or 1
+        length = self.epoch.length or 1
         # Whole numbers before the only division, so that epochs of equal length give the same
         # fraction as the count of all batches. An epoch may be longer than expected.
         done = counts.epochs * length + min(counts.epoch_batches, length)
@@ -277,10 +282,10 @@ class Clock:
 
     @property
     def budget_exhausted(self) -> bool:
-        """Whether an explicit budget has been consumed, or a cooldown on resume has ended."""
+        """Whether an explicit budget or ``max_time`` is consumed, or a cooldown has ended."""
         if self.cooldown is not None:
             return self.fraction >= sum(self.cooldown) - budget.ROUNDING
-        return self.settings.budget is not None and self.fraction >= 1.0
+        return self.fraction >= 1.0 and (self.settings.budget is not None or self.is_timed)
 
     # --------------------------------------------------------------------------------- state
 
@@ -294,7 +299,8 @@ class Clock:
             "closed": list(self._closed),
             "horizon": None if self.horizon is None else horizon_to_state(self.horizon),
             "cooldown": None if self.cooldown is None else list(self.cooldown),
-            "seen_length": self._seen_length,
+            "seen_length": self.epoch.seen,
+            **({"seconds": self._time.now()} if self.is_timed else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -19,7 +19,8 @@ class ClockSettings:
     """The settings of the clock that one callback gives, or that several callbacks give together.
 
     Args:
-        budget: An explicit budget such as ``"2e9 tokens"``; None for the limits of the Trainer.
+        budget: An explicit budget such as ``"2e9 tokens"`` or ``"2 hours"``; None for the limits of
+            the Trainer.
         samples: Counts the samples of a batch: a function or its dotted name, or the name of a
             field whose rows are counted; None for the batch size of the loader.
         tokens: Counts the tokens of a batch: a function or its dotted name, or the name of a field

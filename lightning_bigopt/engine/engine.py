@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning_bigopt.batching.exact_loader import GlobalBatchLoader
-from lightning_bigopt.engine import fit_setup, optimizer_setup
+from lightning_bigopt.engine import budget, fit_setup, optimizer_setup
 from lightning_bigopt.engine.batch_counter import BatchCounter
 from lightning_bigopt.engine.clock import Clock
 from lightning_bigopt.engine.snapshot import Snapshot
@@ -135,8 +135,19 @@ class Engine(StepHooks):
             self._start(self._fit)
             for capability in self._stages["announce"]:
                 capability.announce(self._fit)
+            if self.clock.horizon is not None and self._needs_horizon(self._fit):
+                budget.warn_of_time_limit(trainer, self.clock.horizon)
             if self.clock.budget_exhausted:
                 trainer.should_stop = True  # a run that has ended is started again
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warns if the run has ended before its schedules."""
+        clock = self.clock
+        if self._fit is not None and clock.horizon is not None and self._needs_horizon(self._fit):
+            budget.report_time_limit(trainer, clock.horizon, fraction=clock.fraction)
+
+    def _needs_horizon(self, fit: Fit) -> bool:
+        return self.needs_horizon or any(c.needs_horizon for c in fit.capabilities)
 
     def _start(self, fit: Fit) -> None:
         self._start_clock()
@@ -160,7 +171,8 @@ class Engine(StepHooks):
         if not self._clock_runs:
             loaded, self._loaded = self._loaded, None
             fit_setup.restore(fit, loaded)
-            fit_setup.start_clock(fit, self._stages["simulator"], needs_horizon=self.needs_horizon)
+            needed = self._needs_horizon(fit)
+            fit_setup.start_clock(fit, self._stages["simulator"], needs_horizon=needed)
             self._clock_runs = True
         return self.clock
 

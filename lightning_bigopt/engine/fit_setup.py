@@ -109,14 +109,13 @@ def start_clock(fit: Fit, simulators: Sequence[Stages], *, needs_horizon: bool) 
     Args:
         fit: The fit.
         simulators: The capabilities that simulate the run; at most one.
-        needs_horizon: Whether the engine needs the horizon, in addition to the capabilities.
+        needs_horizon: Whether the horizon must be known.
 
     Raises:
         ValueError: If the horizon is needed and unknown.
     """
     simulate = simulators[0].simulator(fit) if simulators else simulate_constant(fit.trainer)
-    needed = needs_horizon or any(capability.needs_horizon for capability in fit.capabilities)
-    fit.clock.start(fit.trainer, simulate, horizon="required" if needed else "optional")
+    fit.clock.start(fit.trainer, simulate, horizon="required" if needs_horizon else "optional")
 
 
 def saved_bases(fit: Fit) -> dict[str, list[list[float]]]:

@@ -65,7 +65,7 @@ class StepHooks(Callback):
             return
         assert self._counter is not None  # set in on_train_start
         self._counter.begin_epoch(trainer)
-        self.clock.begin_epoch(trainer)
+        self.clock.epoch.begin(trainer)
         self._epoch_is_new = True
         for capability in self._stages["begin_epoch"]:
             capability.begin_epoch(self._fit)
@@ -205,8 +205,12 @@ class StepHooks(Callback):
             # Lightning does not call on_train_batch_start if the loader yields None. It skips the
             # next callback in its list if one removes itself in that hook.
             self.on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self.clock.read_time()
         if not self._batch_has_ended:
             self._end_batch()
+        # Not in _end_batch, which saving may call: reading the time is a collective operation.
+        if not self.clock.window_is_open and self.clock.budget_exhausted:
+            trainer.should_stop = True
         self._batch = None
 
     def finish_batch(self) -> None:
@@ -242,14 +246,10 @@ class StepHooks(Callback):
         _log_without_monitor(fit)
         self._follow_changes(fit)  # before a rollback, which writes values, too
         if self._roll_back is not None:
-            # The data stays consumed: training continues with the next batch.
-            self._roll_back.restore(rewind=False)
+            self._roll_back.restore(rewind=False)  # the data stays consumed
             self._roll_back = None
-        # After end_batch and the rollback, which may change adjustments and groups.
-        if fit.groups:
+        if fit.groups:  # last, because all of the above may change adjustments and groups
             fit.groups.write(clock.progress())
-        if clock.budget_exhausted:
-            fit.trainer.should_stop = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ends the epoch, and drops a batch that has not ended."""
@@ -276,7 +276,7 @@ class StepHooks(Callback):
         """Follows replaced optimizers, new groups, and values that other code has written."""
         trainer, groups = fit.trainer, fit.groups
         is_replaced = fit.optimizers != trainer.optimizers
-        if not (self._epoch_is_new or is_replaced or groups.was_changed()):
+        if not (is_replaced or self._epoch_is_new or groups.was_changed()):
             return
         if is_replaced:
             fit.optimizers = list(trainer.optimizers)

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     ModelCheckpoint,
     StochasticWeightAveraging,
+    Timer,
 )
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ __all__ = [
     "BackboneFinetuning",
     "GradientAccumulationScheduler",
     "StochasticWeightAveraging",
+    "Timer",
     "accumulation_schedule",
     "callbacks_of",
     "checkpoint_descriptions",

@@ -21,6 +21,7 @@ __all__ = [
     "is_fast_dev_run",
     "is_last_batch",
     "is_unlimited",
+    "max_seconds",
     "next_logger_step",
     "processed_batches",
     "processed_epochs",
@@ -28,6 +29,8 @@ __all__ = [
     "restore_counters",
     "resumed_batches",
     "should_log",
+    "time_is_over",
+    "timer_seconds",
 ]
 
 
@@ -38,8 +41,29 @@ def is_fast_dev_run(trainer: Trainer) -> bool:
 
 def is_unlimited(trainer: Trainer) -> bool:
     """Returns whether the Trainer has no limit; Lightning then sets ``max_epochs=1000``."""
-    timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    return trainer.fit_loop.max_epochs is None and trainer.max_steps == -1 and not timed
+    timers = _timers(trainer)
+    return trainer.fit_loop.max_epochs is None and trainer.max_steps == -1 and not timers
+
+
+def max_seconds(trainer: Trainer) -> float | None:
+    """Returns the training time after which a Timer ends the fit; None without such a Timer."""
+    limits = [timer._duration for timer in _timers(trainer) if timer._duration is not None]
+    return min(limits, default=None)
+
+
+def timer_seconds(trainer: Trainer) -> float:
+    """Returns the training time that a Timer has restored from a checkpoint; 0 without a Timer."""
+    return max((timer.time_elapsed() for timer in _timers(trainer)), default=0.0)
+
+
+def time_is_over(trainer: Trainer) -> bool:
+    """Returns whether a Timer has reached its duration."""
+    remaining = [timer.time_remaining() for timer in _timers(trainer)]
+    return any(seconds is not None and seconds <= 0 for seconds in remaining)
+
+
+def _timers(trainer: Trainer) -> list[Timer]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
 
 
 def ready_batches(trainer: Trainer) -> int:

@@ -87,10 +87,9 @@ def plan(
     callbacks = list(trainer_callbacks.callbacks_of(trainer))
     checkpoints = trainer_callbacks.checkpoint_descriptions(callbacks)
     planner = _Planner(points, [_UNLIMITED] if unlimited else [], checkpoints)
-    copies = [_fresh_copy(c) for c in callbacks if isinstance(c, Capability)]
-    accumulation = trainer_callbacks.find_callback(
-        trainer, trainer_callbacks.GradientAccumulationScheduler
-    )
+    copies: list[Any] = [_fresh_copy(c) for c in callbacks if isinstance(c, Capability)]
+    of_lightning = (trainer_callbacks.GradientAccumulationScheduler, trainer_callbacks.Timer)
+    copies += [copy.deepcopy(c) for c in callbacks if isinstance(c, of_lightning)]
     with (
         isolate_rng(include_cuda=torch.cuda.is_available()),
         planned_in_one_process(trainer),
@@ -101,7 +100,7 @@ def plan(
             module,
             train_dataloaders,
             datamodule=datamodule,
-            callbacks=[*copies, *([accumulation] if accumulation else []), planner],
+            callbacks=[*copies, planner],
         )
     assert planner.plan is not None  # set before on_train_start ends the fit
     return planner.plan
@@ -247,11 +246,10 @@ def _warnings(
         )
     if not horizon.spans:
         unknown = "updates and samples" if horizon.clock != "samples" else "updates"
-        reason = (
-            "tokens are counted while training"
-            if horizon.clock == "tokens"
-            else "the batch size adapts, or is unknown"
-        )
+        reason = {
+            "tokens": "tokens are counted while training",
+            "seconds": "their number depends on the speed of the machine",
+        }.get(horizon.clock, "the batch size adapts, or is unknown")
         yield f"{unknown} are not known in advance: {reason}"
 
 

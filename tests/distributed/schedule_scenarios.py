@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import itertools
+import time
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -171,4 +173,48 @@ def range_tests(out: Path) -> Any:
             "losses": test.result.losses,
             "suggestion": test.result.suggestion,
         }
+    return found
+
+
+class Slow(Probe):
+    """Takes longer on the second process."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        time.sleep(0.09 if self.trainer.global_rank else 0.03)
+        return super().training_step(batch, batch_idx)
+
+
+class SlowSharded(Slow, Sharded):
+    """The same with FSDP2."""
+
+
+def times(out: Path) -> Any:
+    """Returns the learning rates over a budget in time, on processes of different speed."""
+    found = {}
+    for name, build in (("ddp", Slow), ("fsdp2", SlowSharded)):
+        model = build(lr=1.0)
+        scheduler = LearningRateScheduler(DOWN, budget="1.5 s")
+        fit(name, model, loader(400, 2), scheduler, max_epochs=-1)
+        found[name] = model.lrs
+    return found
+
+
+class Changes(L.Callback):
+    """Writes a learning rate after two updates, and replaces the optimizer after four."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step == 2:
+            trainer.optimizers[0].param_groups[0]["lr"] = 2.0
+        if trainer.global_step == 4 and trainer.optimizers[0].defaults["lr"] != 4.0:
+            trainer.strategy.optimizers = [torch.optim.SGD(pl_module.parameters(), lr=4.0)]
+
+
+def changes(out: Path) -> Any:
+    """Returns the learning rates of a run in which a callback changes them and the optimizer."""
+    found = {}
+    for name in ("ddp", "fsdp2"):
+        model = module(name, lr=1.0)
+        scheduler, clipping = LearningRateScheduler(DOWN), GradientClipping(NormClip(0.5))
+        fit(name, model, loader(32, 2), Changes(), scheduler, clipping, max_steps=8)
+        found[name] = [model.lrs, model.norms]
     return found

@@ -53,3 +53,22 @@ def test_range_test_agrees_on_both_and_restores_everything(found: Any, name: str
     assert first == second
     assert len(first["losses"]) > 8
     assert first["tested"] == first["plain"]
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_both_follow_the_time_of_process_0(found: Any, name: str) -> None:
+    first, second = (result["times"][name] for result in found)
+    assert first == second
+    assert first[0] == 1.0
+    assert first == sorted(first, reverse=True)
+    assert 2 <= len(set(first)) == len(first) < 100  # the run ends when the time is over
+    assert first[-1] > 0
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_both_follow_what_other_code_changes(found: Any, name: str) -> None:
+    (first, norms), (second, _) = (result["changes"][name] for result in found)
+    assert first == second
+    bases = [1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 4.0, 4.0]
+    assert first == pytest.approx([base * (1 - t / 8) for t, base in enumerate(bases)])
+    assert all(norm <= 0.5 + 1e-6 for norm in norms)

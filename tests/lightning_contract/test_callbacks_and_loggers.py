@@ -11,7 +11,7 @@ from unittest import mock
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -175,3 +175,11 @@ def test_ddp_keeps_a_communication_hook_and_ignores_it_on_a_cpu() -> None:
         finally:
             torch.distributed.destroy_process_group()
     assert registered == [1]
+
+
+@asserts("_duration")
+@pytest.mark.parametrize("duration", ["00:00:01:30", {"minutes": 1.5}, timedelta(seconds=90)])
+def test_a_timer_knows_its_duration_in_seconds(duration: Any) -> None:
+    """Schedules over ``max_time`` divide by it; the public names give only what remains of it."""
+    assert Timer(duration)._duration == 90.0
+    assert Timer()._duration is None

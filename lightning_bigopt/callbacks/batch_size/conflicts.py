@@ -53,6 +53,12 @@ def check_conflicts(fit: Fit, policy: BatchSizePolicy) -> None:
             f"{type(trainer.strategy).__name__}, which accumulates itself; set "
             "gradient_accumulation_steps in its config"
         )
+    if "seconds" in policy.units:
+        raise ValueError(
+            "the thresholds of a batch-size policy must be in steps, epochs, samples, tokens or "
+            f"percent, got a time in {policy}; write percent, which is a share of the time if the "
+            "budget is a time"
+        )
     if "tokens" in policy.units and fit.clock.settings.tokens is None:
         raise ValueError(
             f"tokens must be given for a policy with thresholds in tokens, got None for {policy}; "

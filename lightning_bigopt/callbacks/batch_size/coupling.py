@@ -65,6 +65,11 @@ class BatchCoupling:
         self.rewarmup: Duration | None = None
         if rewarmup is not None:
             self.rewarmup = Duration.parse(rewarmup, name="rewarmup")
+            if self.rewarmup.unit == "seconds":
+                raise ValueError(
+                    "rewarmup must be in steps, epochs, samples, tokens or percent, got "
+                    f"{rewarmup!r}; write '1%'"
+                )
             if not self.rewarmup.value:
                 raise ValueError(f"rewarmup must be positive or None, got {rewarmup!r}; None jumps")
             if lr_scaling is None:

@@ -1,0 +1,43 @@
+"""The position in the current epoch, whose length may differ from that of other epochs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning_bigopt.trainer_access import loop
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+__all__ = ["EpochPosition"]
+
+
+class EpochPosition:
+    """The batches of the current epoch, and its expected length.
+
+    Attributes:
+        length: Expected number of batches; None if unknown.
+        batches: Batches that have ended.
+        seen: The announced and the actual length of the last epoch that ended earlier or later than
+            announced; None if there was none.
+    """
+
+    def __init__(self) -> None:
+        self.length: int | None = None
+        self.batches = 0
+        self.seen: tuple[int | None, int] | None = None
+
+    def begin(self, trainer: Trainer) -> None:
+        """Reads the length of an epoch that begins, because every epoch may have a new loader."""
+        announced = loop.epoch_batches(trainer)
+        self.length, self.batches = announced, 0
+        if self.seen is not None and self.seen[0] == announced:
+            self.length = self.seen[1]
+
+    def end(self, trainer: Trainer) -> None:
+        """Ends an epoch; the next one of a loader with the same length is expected to be equal."""
+        announced = loop.epoch_batches(trainer)
+        differs = self.batches and self.batches != announced
+        if differs and loop.epoch_is_exhausted(trainer, self.batches):
+            self.seen = announced, self.batches
+        self.batches = 0
