@@ -16,8 +16,7 @@ from lightning_bigopt.durations.progress import Span
 
 __all__ = ["Horizon"]
 
-_TOLERANCE = 1e-9
-"""Fractions of the budget that differ by less are equal; it is far less than one update."""
+_TOLERANCE = 1e-9  # of the budget, far less than one update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +37,7 @@ class Horizon:
         epochs: Budget in epochs, if a number of epochs ends the run and epochs are counted in
             batches; else None. Progress is then the fraction of the epochs, whose lengths may
             change.
+        others: Other limits of the run, which epochs of other lengths than planned may reach first.
         overlong: ``"raise"`` an error for durations that do not fit, or ``"compress"`` them
             (``fast_dev_run``).
         offset: Amount consumed before this horizon begins, in the unit of ``clock``; 0 unless it is
@@ -58,6 +58,7 @@ class Horizon:
     batches_per_epoch: int | None = None
     samples_per_epoch: int | None = None
     epochs: float | None = None
+    others: tuple[Horizon, ...] = ()
     overlong: Literal["raise", "compress"] = "raise"
     offset: float = 0
 
@@ -298,9 +299,15 @@ class Horizon:
             if clock != self.clock and not self._cumulative[needed]:
                 raise ValueError(
                     f"{name} must be in {self.clock} or percent here, got {str(length)!r}; the run "
-                    f"is not known in advance in {needed}: {_reason(clock, self.clock)}"
+                    f"is not known in advance in {needed}: {self._reason(clock)}"
                 )
         return clock, value
+
+    def _reason(self, clock: Clock) -> str:
+        if "seconds" in (clock, self.clock):
+            return "the number of updates in a given time depends on the machine"
+        kinds = "an adaptive batch size or a loader without a length"
+        return f"with {kinds} write it in {self.clock} or percent"
 
     def _convert(self, value: float, source: Clock, target: Clock) -> float:
         """Converts an amount counted from the start of the run to another unit."""
@@ -311,9 +318,3 @@ class Horizon:
         index = min(index, len(self.spans) - 1)  # beyond the run the last span continues
         each = (targets[index + 1] - targets[index]) / (sources[index + 1] - sources[index])
         return targets[index] + (value - sources[index]) * each
-
-
-def _reason(*clocks: Clock) -> str:
-    if "seconds" in clocks:
-        return "the number of updates in a given time depends on the machine"
-    return "with an adaptive batch size or a loader without a length use these units"

@@ -22,6 +22,7 @@ __all__ = [
     "describe_budget",
     "report_time_limit",
     "resolve_horizon",
+    "warn_of_continued_epoch",
     "warn_of_other_budget",
     "warn_of_short_limit",
     "warn_of_time_limit",
@@ -75,9 +76,10 @@ def resolve_horizon(trainer: Trainer, budget: str | None, simulate: Simulate | N
             replace(simulate(limit.unit, limit.amount), epochs=limit.epochs) for limit in limits
         ]
         run = min(runs, key=_updates)
+        others = [limit for limit, other in zip(limits, runs, strict=True) if other is not run]
+        run = replace(run, others=tuple(map(_without_updates, others)))
     elif len(limits) == 1:
-        limit = limits[0]
-        run = Horizon(clock=limit.unit, budget=limit.amount, epochs=limit.epochs)
+        run = _without_updates(limits[0])
     else:
         names = ", ".join(f"{limit.amount:g} {limit.unit}" for limit in limits)
         raise ValueError(
@@ -128,6 +130,10 @@ def _epochs(epochs: float, batches: int | None, samples: int | None) -> list[_Li
     return [] if batches is None else [_Limit("batches", epochs * batches, epochs)]
 
 
+def _without_updates(limit: _Limit) -> Horizon:
+    return Horizon(clock=limit.unit, budget=limit.amount, epochs=limit.epochs)
+
+
 def _updates(run: Horizon) -> float:
     # An explicit budget whose updates are known by counting only, as in tokens, cannot be compared
     # with the limits of the Trainer. It takes precedence.
@@ -139,6 +145,18 @@ def describe_budget(horizon: Horizon) -> str:
     if horizon.epochs is not None:
         return f"{horizon.epochs:g} epochs"
     return f"{horizon.budget:g} {horizon.clock}"
+
+
+def warn_of_continued_epoch(trainer: Trainer) -> None:
+    """Warns if Lightning continues an epoch that had ended, and trains one epoch less."""
+    epochs = trainer.max_epochs
+    if epochs is not None and epochs >= 0 and loop.continues_ended_epoch(trainer):
+        rank_zero_warn(
+            "Lightning continues an epoch that had ended when the checkpoint was saved: it trains "
+            f"one batch more than the {trainer.num_training_batches:g} batches of the epoch, and "
+            "one epoch less. Resume from a checkpoint that was saved in on_train_batch_end, such "
+            "as by ModelCheckpoint(every_n_train_steps=), or limit the run by max_epochs alone."
+        )
 
 
 def warn_of_time_limit(trainer: Trainer, horizon: Horizon) -> None:
@@ -171,7 +189,8 @@ def report_time_limit(trainer: Trainer, horizon: Horizon, *, fraction: float) ->
 def warn_of_other_budget(kept: Horizon, own: Horizon) -> None:
     """Warns if the budget of a checkpoint that is continued differs from that of the Trainer."""
     before, now = describe_budget(kept), describe_budget(own)
-    if before != now:
+    # The same limits may be reached in another order, because epochs have other lengths now.
+    if {before, *map(describe_budget, kept.others)} != {now, *map(describe_budget, own.others)}:
         rank_zero_warn(
             f"The checkpoint was trained for {before}, this Trainer is set to {now}. "
             "on_resume='continue' keeps the checkpoint's horizon; pass on_resume='extend' to "

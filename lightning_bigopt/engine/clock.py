@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Clock"]
 
+_COUNTS = ("batches", "samples", "tokens")
+
 
 class Clock:
     """Counts updates, batches, samples and tokens, and turns them into :class:`Progress`.
@@ -111,10 +113,11 @@ class Clock:
         """Restores the counts of a checkpoint in a fit that ends before training starts."""
         restored, self._restored = self._restored, None
         if restored is not None:
-            self._load_counts(restored, [restored[k] for k in ("batches", "samples", "tokens")])
+            self._load_counts(restored)
             self.horizon = self.checkpoint_horizon
 
-    def _load_counts(self, restored: dict[str, Any], counts: list[int]) -> None:
+    def _load_counts(self, restored: dict[str, Any], *, of_closed: bool = False) -> None:
+        counts = restored["closed"] if of_closed else [restored[name] for name in _COUNTS]
         self.batches, self.samples, self.tokens = map(int, counts)
         self._closed = tuple(map(int, restored["closed"]))
         self.checkpoint_horizon = horizon_from_state(restored["horizon"])
@@ -126,12 +129,9 @@ class Clock:
         """Restores the counts of a checkpoint, and returns its horizon."""
         restored, self._restored = self._restored, None
         if restored is not None:
-            counts = [restored[key] for key in ("batches", "samples", "tokens")]
-            if loaders.exact_loader(trainer) is not None:
-                # A GlobalBatchLoader repeats an interrupted window from its start, while a
-                # DataLoader continues with the next batch.
-                counts = restored["closed"]
-            self._load_counts(restored, counts)
+            # A GlobalBatchLoader repeats an interrupted window from its start, while a DataLoader
+            # continues with the next batch.
+            self._load_counts(restored, of_closed=loaders.exact_loader(trainer) is not None)
         elif trainer.global_step and not self.batches:
             # The checkpoint was written without this package.
             self.batches = loop.fetched_batches(trainer, loop.epoch_batches(trainer) or 0)
@@ -268,15 +268,20 @@ class Clock:
     def _fraction_at(self, counts: RunAmounts) -> float:
         if self.horizon is None:
             return math.nan
-        if self.horizon.epochs is not None and self.epoch.length:
-            return self._epoch_share(counts, self.horizon.epochs)
-        consumed: int = getattr(counts, self.horizon.clock)
-        return consumed / self.horizon.budget
+        share = self._share(self.horizon, counts)
+        if self.horizon.others and self.epoch.differs(self.horizon.batches_per_epoch, counts):
+            share = max(share, *(self._share(other, counts) for other in self.horizon.others))
+        return share
+
+    def _share(self, limit: Horizon, counts: RunAmounts) -> float:
+        if limit.epochs is not None and self.epoch.length:
+            return self._epoch_share(counts, limit.epochs)
+        consumed: float = getattr(counts, limit.clock)
+        return consumed / limit.budget
 
     def _epoch_share(self, counts: RunAmounts, epochs: float) -> float:
         length = self.epoch.length or 1
-        # Whole numbers before the only division, so that epochs of equal length give the same
-        # fraction as the count of all batches. An epoch may be longer than expected.
+        # One division, so that equal epochs give the same fraction as the count of all batches.
         done = counts.epochs * length + min(counts.epoch_batches, length)
         return done / (epochs * length)
 
@@ -287,15 +292,11 @@ class Clock:
             return self.fraction >= sum(self.cooldown) - budget.ROUNDING
         return self.fraction >= 1.0 and (self.settings.budget is not None or self.is_timed)
 
-    # --------------------------------------------------------------------------------- state
-
     def state_dict(self) -> dict[str, Any]:
         """Returns counts, horizon and cooldown as plain numbers."""
         return {
             "version": self.version,
-            "batches": self.batches,
-            "samples": self.samples,
-            "tokens": self.tokens,
+            **{name: getattr(self, name) for name in _COUNTS},
             "closed": list(self._closed),
             "horizon": None if self.horizon is None else horizon_to_state(self.horizon),
             "cooldown": None if self.cooldown is None else list(self.cooldown),
@@ -310,9 +311,7 @@ class Clock:
     def rewind(self, state: dict[str, Any]) -> None:
         """Restores the counts of an earlier :meth:`state_dict` of this fit; keeps the horizon."""
         self.drop_batch()
-        self.batches, self.samples, self.tokens = (
-            int(state[key]) for key in ("batches", "samples", "tokens")
-        )
+        self.batches, self.samples, self.tokens = (int(state[name]) for name in _COUNTS)
         self._closed = (self.batches, self.samples, self.tokens)
         self._opened = self._counts()
 

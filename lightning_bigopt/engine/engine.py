@@ -137,6 +137,7 @@ class Engine(StepHooks):
                 capability.announce(self._fit)
             if self.clock.horizon is not None and self._needs_horizon(self._fit):
                 budget.warn_of_time_limit(trainer, self.clock.horizon)
+                budget.warn_of_continued_epoch(trainer)
             if self.clock.budget_exhausted:
                 trainer.should_stop = True  # a run that has ended is started again
 

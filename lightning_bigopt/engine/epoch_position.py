@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lightning_bigopt.engine.amounts import RunAmounts
 from lightning_bigopt.trainer_access import loop
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ class EpochPosition:
     Attributes:
         length: Expected number of batches; None if unknown.
         batches: Batches that have ended.
-        seen: The announced and the actual length of the last epoch that ended earlier or later than
+        seen: The announced and the actual length of the last epoch that ended earlier than
             announced; None if there was none.
     """
 
@@ -34,10 +35,19 @@ class EpochPosition:
         if self.seen is not None and self.seen[0] == announced:
             self.length = self.seen[1]
 
+    def differs(self, planned: int | None, counts: RunAmounts) -> bool:
+        """Returns whether this epoch, or an earlier one, has another length than planned."""
+        if planned is None or self.length is None:
+            return False
+        return self.length != planned or (
+            counts.batches != counts.epochs * planned + counts.epoch_batches
+        )
+
     def end(self, trainer: Trainer) -> None:
         """Ends an epoch; the next one of a loader with the same length is expected to be equal."""
         announced = loop.epoch_batches(trainer)
-        differs = self.batches and self.batches != announced
-        if differs and loop.epoch_is_exhausted(trainer, self.batches):
+        # Not a longer one: Lightning may train one batch too many after a resume.
+        is_shorter = announced is None or self.batches < announced
+        if self.batches and is_shorter and loop.epoch_is_exhausted(trainer, self.batches):
             self.seen = announced, self.batches
         self.batches = 0

@@ -18,6 +18,7 @@ def horizon_to_state(horizon: Horizon) -> dict[str, Any]:
         "batches_per_epoch": horizon.batches_per_epoch,
         "samples_per_epoch": horizon.samples_per_epoch,
         "epochs": horizon.epochs,
+        "others": [horizon_to_state(other) for other in horizon.others],
         "spans": [[s.updates, s.batches, s.samples, s.tokens] for s in horizon.spans],
     }
 
@@ -33,4 +34,5 @@ def horizon_from_state(state: dict[str, Any] | None) -> Horizon | None:
     epochs = state.get("epochs")
     if "epochs" not in state and state["clock"] == "batches" and state["batches_per_epoch"]:
         epochs = state["budget"] / state["batches_per_epoch"]  # version 0.1
-    return Horizon(**{**state, "spans": spans, "epochs": epochs})
+    others = tuple(filter(None, map(horizon_from_state, state.get("others", []))))
+    return Horizon(**{**state, "spans": spans, "epochs": epochs, "others": others})

@@ -14,6 +14,7 @@ __all__ = [
     "batch_is_processed",
     "batches_that_stepped",
     "closes_window",
+    "continues_ended_epoch",
     "counters",
     "epoch_batches",
     "epoch_is_exhausted",
@@ -78,6 +79,17 @@ def resumed_batches(trainer: Trainer) -> int:
     done = processed_batches(trainer)
     continues = trainer.fit_loop.epoch_loop.restarting and done < trainer.num_training_batches
     return done if continues else 0
+
+
+def continues_ended_epoch(trainer: Trainer) -> bool:
+    """Returns whether a resume trains more batches in an epoch that had ended.
+
+    Lightning 2.6 does so after a checkpoint of ``on_train_epoch_start``, and with ``max_steps``
+    after one of ``on_train_epoch_end``.
+    """
+    loop = trainer.fit_loop
+    between_epochs = loop.restarted_on_epoch_start or loop.restarted_on_epoch_end
+    return between_epochs and processed_batches(trainer) >= trainer.num_training_batches
 
 
 def processed_epochs(trainer: Trainer) -> int:

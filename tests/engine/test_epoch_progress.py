@@ -182,3 +182,67 @@ def test_cooldown_in_epochs_lasts_epochs_of_the_new_loader(
     trainer.fit(module, batches(after), ckpt_path=path)
     right = [1 - i / (2 * after) for i in range(2 * after)]
     assert module.rates == pytest.approx(right, abs=1e-12)
+
+
+# ------------------------------------------------------------------------------- several limits
+
+
+def test_the_largest_share_of_several_limits_is_used() -> None:
+    """Epochs of 6 batches reach max_epochs first, and longer ones max_steps."""
+    equal = Recorded((6, 6, 6))
+    options: dict[str, Any] = {"max_epochs": 3, "reload_dataloaders_every_n_epochs": 1}
+    trainer_of(max_steps=24, **options).fit(equal)
+    assert equal.rates == pytest.approx([1 - step / 18 for step in range(18)])
+    # The epochs become longer, so that max_steps ends the run.
+    longer = Recorded((6, 12, 12))
+    trainer_of(max_steps=24, **options).fit(longer)
+    epochs = [e / 3 + b / n / 3 for e, n in enumerate((6, 12, 12)) for b in range(n)][:24]
+    assert longer.rates[:6] == pytest.approx([1 - step / 18 for step in range(6)])
+    right = [1 - max(share, step / 24) for step, share in enumerate(epochs)]
+    assert longer.rates[6:] == pytest.approx(right[6:])
+    assert longer.rates[-1] == pytest.approx(1 / 24)
+    # The epochs become shorter, so that they end the run that max_steps would have ended.
+    shorter = Recorded((12, 3, 3))
+    trainer_of(max_steps=20, **options).fit(shorter)
+    epochs = [e / 3 + b / n / 3 for e, n in enumerate((12, 3, 3)) for b in range(n)]
+    assert shorter.rates[:12] == pytest.approx([1 - step / 20 for step in range(12)])
+    right = [1 - max(share, step / 20) for step, share in enumerate(epochs)]
+    assert shorter.rates[12:] == pytest.approx(right[12:])
+    assert shorter.rates[-1] == pytest.approx(1 / 9)
+
+
+@pytest.mark.parametrize("at", [(0, 3), (1, 2), (2, 1)])
+def test_the_largest_share_is_the_same_after_a_resume(tmp_path: Path, at: tuple[int, int]) -> None:
+    options: dict[str, Any] = {"max_epochs": 3, "reload_dataloaders_every_n_epochs": 1}
+    sizes, path = (12, 3, 3), tmp_path / "some.ckpt"
+    straight, resumed = Recorded(sizes), Recorded(sizes)
+    saves = Saves(path, "on_train_batch_end", at=at)
+    trainer_of(saves, max_steps=20, **options).fit(straight)
+    trainer_of(max_steps=20, **options).fit(resumed, ckpt_path=path)
+    done = sum(sizes[: at[0]]) + at[1]
+    assert resumed.rates == pytest.approx(straight.rates[done:])
+
+
+@pytest.mark.parametrize(
+    ("hook", "ended"), [("on_train_epoch_end", 1), ("on_train_epoch_start", 2)]
+)
+def test_epoch_that_lightning_continues_after_its_end_is_reported(
+    tmp_path: Path, hook: str, ended: int
+) -> None:
+    """With max_steps, Lightning trains a fifth batch of four, and one epoch less."""
+    path, options = tmp_path / "end.ckpt", {"max_epochs": 3, "max_steps": 30}
+
+    class SavesOnce(L.Callback):
+        def save(self, trainer: Any, *_: Any) -> None:
+            if trainer.current_epoch == ("start" in hook):
+                trainer.save_checkpoint(path)
+
+    saves = SavesOnce()
+    setattr(saves, hook, saves.save)
+    trainer_of(saves, **options).fit(Recorded(), batches(4))
+    resumed = Recorded()
+    with pytest.warns(UserWarning, match=r"^Lightning continues an epoch that had .* 4 batches"):
+        trainer_of(**options).fit(resumed, batches(4), ckpt_path=path)
+    # What Lightning trains: one more batch after one or two ended epochs, and then epoch 3.
+    right = [1 - ended / 3, *(step / 12 for step in (4, 3, 2, 1))]
+    assert resumed.rates == pytest.approx(right)

@@ -125,12 +125,6 @@ def test_trainer_with_a_limit_gives_no_warning(limits: dict[str, Any]) -> None:
     assert "1000 epochs" not in plan_warnings(L.Trainer(**QUIET, **limits), Probe())
 
 
-def test_max_time_only_raises() -> None:
-    trainer = L.Trainer(**QUIET, max_time="00:00:01:00")
-    with pytest.raises(ValueError, match="the length of the training must be known"):
-        plan(trainer, Probe(), loader(64, 4))
-
-
 def test_two_optimizers_of_one_class_have_separate_learning_rates() -> None:
     class TwoSGD(Probe):
         def configure_optimizers(self) -> Any:
