@@ -81,6 +81,7 @@ class Clock:
         """
         self._trainer = trainer
         self.drop_batch()
+        self.epoch.start_fit(trainer)
         kept = self._restore(trainer)
         try:
             own = budget.resolve_horizon(trainer, self.settings.budget, simulate)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_bigopt.batching.window_length import WindowLength
 from lightning_bigopt.engine.amounts import RunAmounts
-from lightning_bigopt.trainer_access import loop
+from lightning_bigopt.trainer_access import callbacks, loop
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -27,6 +30,11 @@ class EpochPosition:
         self.length: int | None = None
         self.batches = 0
         self.seen: tuple[int | None, int] | None = None
+        self._accumulation: dict[int, int] = {}  # from each epoch on; empty after a warning
+
+    def start_fit(self, trainer: Trainer) -> None:
+        """Reads the planned accumulation of the fit."""
+        self._accumulation = callbacks.accumulation_schedule(trainer)
 
     def begin(self, trainer: Trainer) -> None:
         """Reads the length of an epoch that begins, because every epoch may have a new loader."""
@@ -51,3 +59,19 @@ class EpochPosition:
         if self.batches and is_shorter and loop.epoch_is_exhausted(trainer, self.batches):
             self.seen = announced, self.batches
         self.batches = 0
+        self._check_accumulation(trainer)
+
+    def _check_accumulation(self, trainer: Trainer) -> None:
+        used = trainer.accumulate_grad_batches
+        planned = [
+            length for epoch, length in self._accumulation.items() if epoch <= trainer.current_epoch
+        ]
+        if not planned or isinstance(used, WindowLength) or used == planned[-1]:
+            return
+        self._accumulation = {}
+        rank_zero_warn(
+            f"accumulate_grad_batches is {used} in epoch {trainer.current_epoch}, but the run was "
+            f"planned with {planned[-1]}: other code has changed it. Durations of schedules in "
+            "steps, epochs or samples may end earlier or later than they say. Use "
+            "GradientAccumulationScheduler or BatchSizeScheduler, or write durations in percent."
+        )

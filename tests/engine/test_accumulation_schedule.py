@@ -59,3 +59,29 @@ def test_plan_equals_the_run_and_the_schedule_ends_with_it(
     assert found.totals["updates"] == trainer.global_step == len(module.lrs)
     assert [row.learning_rates["lr"] for row in found.rows] == pytest.approx(module.lrs)
     assert 0 < module.lrs[-1] <= 0.25
+
+
+class Accumulates(L.Callback):
+    """Changes the accumulation in an epoch, as other callbacks do."""
+
+    def on_train_epoch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.current_epoch == 2:
+            trainer.accumulate_grad_batches = 4
+
+
+def test_accumulation_that_another_callback_changes_is_reported_once() -> None:
+    trainer = L.Trainer(
+        **{**QUIET, "max_epochs": 4},
+        callbacks=[LearningRateScheduler(Linear()), Accumulates()],
+    )
+    module = Probe(lr=1.0)
+    with pytest.warns(UserWarning) as found:
+        trainer.fit(module, loader(16, 2))
+    messages = [str(warning.message) for warning in found]
+    assert len(messages) == 1
+    assert messages[0].startswith(
+        "accumulate_grad_batches is 4 in epoch 2, but the run was planned"
+    )
+    # Under max_epochs the fraction is right for any accumulation.
+    starts = [*range(16), 16, 20, 24, 28]
+    assert module.lrs == pytest.approx([1 - start / 32 for start in starts])
