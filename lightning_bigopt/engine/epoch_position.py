@@ -62,15 +62,13 @@ class EpochPosition:
         self._check_accumulation(trainer)
 
     def _check_accumulation(self, trainer: Trainer) -> None:
-        used = trainer.accumulate_grad_batches
-        planned = [
-            length for epoch, length in self._accumulation.items() if epoch <= trainer.current_epoch
-        ]
+        used, epoch = trainer.accumulate_grad_batches, trainer.current_epoch
+        planned = [length for start, length in self._accumulation.items() if start <= epoch]
         if not planned or isinstance(used, WindowLength) or used == planned[-1]:
             return
         self._accumulation = {}
         rank_zero_warn(
-            f"accumulate_grad_batches is {used} in epoch {trainer.current_epoch}, but the run was "
+            f"accumulate_grad_batches is {used} in epoch {epoch}, but the run was "
             f"planned with {planned[-1]}: other code has changed it. Durations of schedules in "
             "steps, epochs or samples may end earlier or later than they say. Use "
             "GradientAccumulationScheduler or BatchSizeScheduler, or write durations in percent."
