@@ -14,6 +14,7 @@ from lightning_bigopt.engine.clock import Clock
 from lightning_bigopt.engine.snapshot import Snapshot
 from lightning_bigopt.engine.stage import Fit, Stages, overriding
 from lightning_bigopt.engine.step import StepHooks
+from lightning_bigopt.engine.update_check import UpdateCheck
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 from lightning_bigopt.trainer_access import strategies
 
@@ -135,7 +136,8 @@ class Engine(StepHooks):
         self._start_clock()
         fit.shard_group = strategies.shard_group(fit.trainer)
         self._counter = BatchCounter(fit.trainer, self.clock.settings)
-        self._first_step = fit.trainer.global_step
+        fit.optimizers.start([optimizer for _, optimizer in fit.groups])
+        self._update_check = UpdateCheck(fit.trainer, list(fit.groups))
         for capability in self._stages["start"]:
             capability.start(fit)
         fit.groups.write(self.clock.progress())

@@ -14,13 +14,8 @@ from lightning_bigopt.batching.global_window import MicroBatch
 from lightning_bigopt.engine.budget import Simulate
 from lightning_bigopt.engine.clock import Clock
 from lightning_bigopt.engine.clock_settings import ClockSettings
-from lightning_bigopt.engine.update import (
-    OptimizerInfo,
-    OptimizerInfos,
-    Rejection,
-    Restorable,
-    Update,
-)
+from lightning_bigopt.engine.optimizer_info import OptimizerInfo, OptimizerInfos
+from lightning_bigopt.engine.update import Rejection, Restorable, Update
 from lightning_bigopt.optimizers.group_schedule import GroupSchedule
 from lightning_bigopt.parameters import parameter_names
 
@@ -51,6 +46,9 @@ class Fit:
         rewrite_groups: Writes the parameter groups again, after an adjustment has changed.
         finish_batch: Ends a batch that Lightning has counted, before state is saved.
         take_snapshot: Takes a snapshot of everything that training changes.
+
+    Attributes:
+        optimizers: The parameters of each optimizer.
     """
 
     trainer: Trainer
@@ -63,12 +61,15 @@ class Fit:
     rewrite_groups: Callable[[], None]
     finish_batch: Callable[[], None]
     take_snapshot: Callable[[], Restorable]
-    _optimizers: OptimizerInfos = field(default_factory=OptimizerInfos)
+    optimizers: OptimizerInfos = field(init=False)
     _names: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        self.optimizers = OptimizerInfos(self.trainer, self.module)
 
     def optimizer_info(self, optimizer: Optimizer) -> OptimizerInfo:
         """Returns the label of an optimizer, and its parameters with their names."""
-        return self._optimizers.find(self.trainer, self.module, optimizer)
+        return self.optimizers.find(optimizer)
 
     def parameter_names(self) -> tuple[str, ...]:
         """Returns the names of all parameters of the module; they are collected once per fit."""
