@@ -161,9 +161,9 @@ class StepHooks(Callback):
         """Creates the update; None if Lightning will skip it, or there are no gradients."""
         if not self._update_names:
             return None
-        assert self._update_check is not None  # set in on_train_start
-        self._update_check.called(optimizer)
-        trainer = fit.trainer
+        trainer, check = fit.trainer, self._update_check
+        if check is not None:
+            check.called(optimizer)
         has_scaler = precision.gradient_scaler(trainer) is not None
         needs_loss = has_scaler and fit.module.automatic_optimization
         if needs_loss and not self._batch_has_loss:
@@ -173,8 +173,10 @@ class StepHooks(Callback):
             return None
         info = fit.optimizer_info(optimizer)
         # Under FSDP1 a process with empty shards has no gradients, but takes part in collectives.
-        if fit.shard_group is not None or any(p.grad is not None for _, p in info.parameters):
-            self._update_check.reached(optimizer)
+        has_gradient = any(p.grad is not None for _, p in info.parameters)
+        if has_gradient or fit.shard_group is not None:
+            if check is not None:
+                check.reached(optimizer)
         elif not needs_loss:
             return None
         if has_scaler:
