@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_bigopt.checks import check_instance
 from lightning_bigopt.engine.capability import Capability
@@ -64,6 +64,7 @@ class GradientClipping(Capability):
         self.needs_horizon = rule.needs_horizon  # for a scheduled threshold
         self._resolved = rule
         self._names: tuple[str, ...] = ()
+        self._parameters: dict[str, list[tuple[str, nn.Parameter]]] = {}
         self.reset()
 
     def check_fit(self, fit: Fit) -> None:
@@ -95,7 +96,7 @@ class GradientClipping(Capability):
 
     def start(self, fit: Fit) -> None:
         """Resolves the durations of a scheduled threshold on the horizon."""
-        self._names = fit.parameter_names()
+        self._names, self._parameters = fit.parameter_names(), {}
         horizon = fit.clock.horizon
         self._resolved = self.rule if horizon is None else self.rule.resolve(horizon)
 
@@ -108,6 +109,7 @@ class GradientClipping(Capability):
         state = self._states.get(update.label)
         if state is None:
             state = self._states[update.label] = self._resolved.initial_state()
+        self._forget_replaced(update, state)
         context = ClipContext(
             parameters=update.parameters,
             norms=update.norms_after_guard if self.rule.norm_order is not None else None,
@@ -121,6 +123,17 @@ class GradientClipping(Capability):
         statistics = self._statistics.setdefault(update.label, {})
         for group, decision in update.decision.each_group():
             statistics.setdefault(group, ClipStatistics()).add(decision)
+
+    def _forget_replaced(self, update: Update, state: RuleState) -> None:
+        """Removes the history of parameters whose tensors have been replaced from the state."""
+        before = self._parameters.get(update.label)
+        if before is update.parameters:  # a new list is made when a parameter changes
+            return
+        self._parameters[update.label] = update.parameters
+        tensors = dict(before or ())
+        replaced = {n for n, p in update.parameters if n in tensors and tensors[n] is not p}
+        if replaced:
+            self._resolved.forget(replaced, state)
 
     def metrics(self, fit: Fit) -> Mapping[str, float | Tensor]:
         """Returns the fraction of updates that were clipped since the last logged update."""
@@ -142,6 +155,7 @@ class GradientClipping(Capability):
 
     def end(self, fit: Fit) -> None:
         """Logs how often clipping acted, with advice on the threshold."""
+        self._parameters = {}
         rules = dict(self.rule.pairs) if isinstance(self.rule, Groups) else {"": self.rule}
         for (label, group), report in self.reports().items():
             names = "".join(f", {name}" for name in (label, group) if name)

@@ -14,6 +14,7 @@ from lightning_bigopt.engine.clock import Clock
 from lightning_bigopt.engine.snapshot import Snapshot
 from lightning_bigopt.engine.stage import Fit, Stages, overriding
 from lightning_bigopt.engine.step import StepHooks
+from lightning_bigopt.engine.update_check import UpdateCheck
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 from lightning_bigopt.trainer_access import strategies
 
@@ -90,7 +91,7 @@ class Engine(StepHooks):
             module=pl_module,
             clock=self.clock,
             groups=optimizer_setup.group_schedule(trainer),
-            optimizers=list(trainer.optimizers),
+            known_optimizers=list(trainer.optimizers),
             start_clock=self._start_clock,
             rewrite_groups=self._rewrite_groups,
             finish_batch=self.finish_batch,
@@ -155,7 +156,8 @@ class Engine(StepHooks):
         optimizer_setup.adopt_values(fit.trainer, fit.groups)  # of a learning-rate finder
         fit.shard_group = strategies.shard_group(fit.trainer)
         self._counter = BatchCounter(fit.trainer, self.clock.settings)
-        self._first_step = fit.trainer.global_step
+        fit.optimizers.start([optimizer for _, optimizer in fit.groups])
+        self._update_check = UpdateCheck(fit.trainer, list(fit.groups))
         for capability in self._stages["start"]:
             capability.start(fit)
         fit.groups.write(self.clock.progress())

@@ -15,13 +15,8 @@ from lightning_bigopt.batching.global_window import MicroBatch
 from lightning_bigopt.engine.budget import Simulate
 from lightning_bigopt.engine.clock import Clock
 from lightning_bigopt.engine.clock_settings import ClockSettings
-from lightning_bigopt.engine.update import (
-    OptimizerInfo,
-    OptimizerInfos,
-    Rejection,
-    Restorable,
-    Update,
-)
+from lightning_bigopt.engine.optimizer_info import OptimizerInfo, OptimizerInfos
+from lightning_bigopt.engine.update import Rejection, Restorable, Update
 from lightning_bigopt.optimizers.group_schedule import GroupSchedule
 from lightning_bigopt.parameters import parameter_names
 
@@ -45,7 +40,7 @@ class Fit:
         module: The module that is trained.
         clock: The counts of consumed data, and the horizon.
         groups: Writes the fields of the parameter groups.
-        optimizers: The optimizers of the Trainer, as last seen.
+        known_optimizers: The optimizers of the Trainer, as last seen.
         shard_group: Process group over which plain parameters are flat shards (FSDP1); set from
             ``start`` on.
         capabilities: The capabilities of the fit, ordered by rank.
@@ -55,13 +50,16 @@ class Fit:
         rewrite_groups: Writes the parameter groups again, after an adjustment has changed.
         finish_batch: Ends a batch that Lightning has counted, before state is saved.
         take_snapshot: Takes a snapshot of everything that training changes.
+
+    Attributes:
+        optimizers: The parameters of each optimizer.
     """
 
     trainer: Trainer
     module: LightningModule
     clock: Clock
     groups: GroupSchedule
-    optimizers: list[Optimizer]
+    known_optimizers: list[Optimizer]
     controls_steps: bool = False
     has_started: bool = False
     capabilities: list[Stages] = field(default_factory=list)
@@ -70,12 +68,15 @@ class Fit:
     rewrite_groups: Callable[[], None]
     finish_batch: Callable[[], None]
     take_snapshot: Callable[[], Restorable]
-    _optimizers: OptimizerInfos = field(default_factory=OptimizerInfos)
+    optimizers: OptimizerInfos = field(init=False)
     _names: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        self.optimizers = OptimizerInfos(self.trainer, self.module)
 
     def optimizer_info(self, optimizer: Optimizer) -> OptimizerInfo:
         """Returns the label of an optimizer, and its parameters with their names."""
-        return self._optimizers.find(self.trainer, self.module, optimizer)
+        return self.optimizers.find(optimizer)
 
     def parameter_names(self) -> tuple[str, ...]:
         """Returns the names of all parameters of the module; they are collected once per fit."""

@@ -14,6 +14,7 @@ from lightning_bigopt.engine.batch_counter import BatchCounter
 from lightning_bigopt.engine.clock import Clock
 from lightning_bigopt.engine.stage import Batch, Fit, Stages, overriding
 from lightning_bigopt.engine.update import Restorable, Update
+from lightning_bigopt.engine.update_check import UpdateCheck
 from lightning_bigopt.gradients.apply import clear_
 from lightning_bigopt.gradients.optimizer_step import step_control
 from lightning_bigopt.gradients.skip import skip_update_
@@ -43,21 +44,22 @@ class StepHooks(Callback):
 
     def _clear_fit(self) -> None:
         self._stages: dict[str, list[Stages]] = {}
-        self._has_update_stages = False
+        self._update_names: list[str] = []  # the capabilities that act on updates
         self._counter: BatchCounter | None = None
         self._batch: Batch | None = None
         self._batch_has_ended = self._batch_has_loss = False
         self._processed = 0
         self._epoch_is_new = False
         self._clock_runs = False
-        self._first_step: int | None = None
+        self._update_check: UpdateCheck | None = None
         self._listed: list[object] = []  # the callbacks at the start of the last window
         self._roll_back: Restorable | None = None
 
     def _set_capabilities(self, fit: Fit, capabilities: list[Stages]) -> None:
         fit.capabilities[:] = capabilities
         self._stages = overriding(capabilities)
-        self._has_update_stages = any(self._stages[name] for name in _UPDATE_STAGES)
+        on_updates = [c for name in _UPDATE_STAGES for c in self._stages[name]]
+        self._update_names = list(dict.fromkeys(type(c).__name__ for c in on_updates))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins an epoch, which may have new loaders."""
@@ -129,7 +131,6 @@ class StepHooks(Callback):
         fit, stages = self._fit, self._stages
         if fit is None:
             return
-        self._first_step = None  # this hook runs, so that _check_hook_reached is not needed
         self._follow_changes(fit)
         update = self._new_update(fit, optimizer)
         if update is None:
@@ -154,20 +155,25 @@ class StepHooks(Callback):
 
     def _new_update(self, fit: Fit, optimizer: Optimizer) -> Update | None:
         """Creates the update; None if Lightning will skip it, or there are no gradients."""
-        if not self._has_update_stages:
+        if not self._update_names:
             return None
-        trainer = fit.trainer
+        trainer, check = fit.trainer, self._update_check
+        if check is not None:
+            check.called(optimizer)
         has_scaler = precision.gradient_scaler(trainer) is not None
-        info = fit.optimizer_info(optimizer)
-        if has_scaler and fit.module.automatic_optimization:
+        needs_loss = has_scaler and fit.module.automatic_optimization
+        if needs_loss and not self._batch_has_loss:
             # training_step may return None for the last micro-batch of a window. With a GradScaler
             # Lightning then skips the update, even if earlier micro-batches have left gradients.
             # Those are not unscaled, and must not reach norms or histories.
-            if not self._batch_has_loss:
-                return None
-        elif fit.shard_group is None and all(p.grad is None for _, p in info.parameters):
-            # Not under FSDP1: a process with empty shards has no gradients, but must take part in
-            # the collectives.
+            return None
+        info = fit.optimizer_info(optimizer)
+        # Under FSDP1 a process with empty shards has no gradients, but takes part in collectives.
+        has_gradient = any(p.grad is not None for _, p in info.parameters)
+        if has_gradient or fit.shard_group is not None:
+            if check is not None:
+                check.reached(optimizer)
+        elif not needs_loss:
             return None
         if has_scaler:
             precision.unscale_gradients_(trainer, optimizer)
@@ -237,8 +243,9 @@ class StepHooks(Callback):
         closes = batch.closes_window = loop.closes_window(fit.trainer)
         clock.end_batch(closes_window=closes)
         self._counter.end_batch(closes_window=closes)
-        if self._first_step is not None and self._has_update_stages:
-            _check_hook_reached(fit, self._first_step)
+        if self._update_check is not None and self._update_names:
+            trained = self._batch_has_loss or not fit.module.automatic_optimization
+            self._update_check.end_batch(self._update_names, closes_window=closes and trained)
         for capability in self._stages["end_batch"]:
             capability.end_batch(batch)
         if not closes:
@@ -261,6 +268,10 @@ class StepHooks(Callback):
         self._counter.end_epoch()
         if self.clock.budget_exhausted:
             trainer.should_stop = True  # the epoch may have ended before its announced length
+        if self._update_check is not None and self._update_names:
+            self._update_check.end_epoch(self._update_names)
+        if self._fit.shard_group is None:
+            self._fit.optimizers.check_module()
         for capability in self._stages["end_epoch"]:
             capability.end_epoch(self._fit)
 
@@ -275,11 +286,11 @@ class StepHooks(Callback):
     def _follow_changes(self, fit: Fit) -> None:
         """Follows replaced optimizers, new groups, and values that other code has written."""
         trainer, groups = fit.trainer, fit.groups
-        is_replaced = fit.optimizers != trainer.optimizers
+        is_replaced = fit.known_optimizers != trainer.optimizers
         if not (is_replaced or self._epoch_is_new or groups.was_changed()):
             return
         if is_replaced:
-            fit.optimizers = list(trainer.optimizers)
+            fit.known_optimizers = list(trainer.optimizers)
             optimizer_setup.follow_optimizers(trainer, groups)
             for capability in fit.capabilities:
                 capability.check_optimizers(fit)
@@ -290,20 +301,6 @@ class StepHooks(Callback):
     def _rewrite_groups(self) -> None:
         if self._fit is not None and self._clock_runs:
             self._fit.groups.write(self.clock.update_progress)
-
-
-def _check_hook_reached(fit: Fit, first_step: int) -> None:
-    """Raises if an update was made without a call of ``on_before_optimizer_step``.
-
-    Raises:
-        RuntimeError: If ``global_step`` has increased since ``first_step``.
-    """
-    if fit.trainer.global_step > first_step:
-        raise RuntimeError(
-            "on_before_optimizer_step must be called for every update, got an update without it "
-            f"(strategy {type(fit.trainer.strategy).__name__}); call super() in overridden hooks, "
-            "or remove the callbacks of lightning_bigopt"
-        )
 
 
 def _log_without_monitor(fit: Fit) -> None:

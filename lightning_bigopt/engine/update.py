@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -15,49 +15,9 @@ from lightning_bigopt.gradients.apply import scale_
 from lightning_bigopt.gradients.clip_decision import ClipDecision
 from lightning_bigopt.gradients.gradient_norms import GradientNorms
 from lightning_bigopt.gradients.measure import measure
-from lightning_bigopt.optimizers.names import optimizer_label, unwrapped
-from lightning_bigopt.parameters import named_parameters
+from lightning_bigopt.optimizers.names import unwrapped
 
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
-
-__all__ = ["OptimizerInfo", "OptimizerInfos", "Rejection", "Restorable", "Update"]
-
-
-class OptimizerInfo(NamedTuple):
-    """An optimizer with its label and the names of its parameters.
-
-    Attributes:
-        optimizer: The optimizer.
-        parameters: Names and parameters, each tensor once, in the order of the groups.
-        label: Name of the optimizer; empty if there is only one.
-    """
-
-    optimizer: Optimizer
-    parameters: list[tuple[str, nn.Parameter]]
-    label: str
-
-
-class OptimizerInfos:
-    """Caches labels and parameter names, until the parameters of an optimizer change."""
-
-    def __init__(self) -> None:
-        self._cache: dict[int, tuple[list[int], OptimizerInfo]] = {}
-
-    def find(
-        self, trainer: Trainer, module: LightningModule, optimizer: Optimizer
-    ) -> OptimizerInfo:
-        """Returns the label of an optimizer and the names of its current parameters."""
-        # The identities and not the number, because a parameter may be replaced by another one, as
-        # when an embedding is resized.
-        identities = [id(p) for group in optimizer.param_groups for p in group["params"]]
-        cached = self._cache.get(id(optimizer))
-        if cached is not None and cached[1].optimizer is optimizer and cached[0] == identities:
-            return cached[1]
-        label = optimizer_label(trainer.optimizers, unwrapped(optimizer))
-        info = OptimizerInfo(optimizer, named_parameters(module, optimizer), label)
-        self._cache[id(optimizer)] = identities, info
-        return info
+__all__ = ["Rejection", "Restorable", "Update"]
 
 
 class Restorable(Protocol):

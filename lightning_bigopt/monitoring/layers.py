@@ -163,6 +163,7 @@ class LayerMonitor:
         self._before: list[Tensor] = []
         self._weights = torch.empty(0)
         self._sizes: Tensor | None = None
+        self._shapes: list[torch.Size] = []
         self._tags: dict[LayerValue, list[str]] = {}
 
     @torch.no_grad()
@@ -187,6 +188,9 @@ class LayerMonitor:
         if self._grouping is None or self._grouping.names != norms.names:
             self._grouping, self._sizes = _Grouping.of(norms, self.layers), None
             self._tags = {}
+        shapes = [parameter.shape for parameter in norms.parameters]
+        if shapes != self._shapes:  # a parameter was replaced, such as a resized embedding
+            self._shapes, self._sizes = shapes, None
         grouping, self._norms = self._grouping, norms
         shards = [shard_groups(p) or ((group,) if group else ()) for p in norms.parameters]
         if "grad_norm" in self.values:

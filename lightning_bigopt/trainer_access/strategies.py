@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 __all__ = [
+    "averages_initial_parameters",
     "data_parallel_size",
     "data_rank",
     "is_deepspeed",
@@ -70,6 +71,11 @@ def is_deepspeed(trainer: Trainer) -> bool:
 def shards_gradients(trainer: Trainer) -> bool:
     """Returns whether every backward pass averages over the processes, also while accumulating."""
     return isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
+
+
+def averages_initial_parameters(trainer: Trainer) -> bool:
+    """Returns whether DDP averages the gradients of those parameters that it was given."""
+    return isinstance(trainer.strategy, DDPStrategy) and trainer.world_size > 1
 
 
 def shard_group(trainer: Trainer) -> ProcessGroup | None:

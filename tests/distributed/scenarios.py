@@ -305,6 +305,13 @@ def schedules(out: Path) -> Any:
     return {name: getattr(schedule_scenarios, name)(out) for name in names}
 
 
+def gradients(out: Path) -> Any:
+    """Runs the scenarios of ``gradient_scenarios``, which imports this module."""
+    from tests.distributed import gradient_scenarios
+
+    return {name: getattr(gradient_scenarios, name)(out) for name in gradient_scenarios.NAMES}
+
+
 def monitored(out: Path) -> Any:
     """Returns the values that the monitor logs of layers, and the processes that wrote files."""
     found = {}
@@ -340,5 +347,6 @@ NAMES = [
     "guarded",
     "flat_shards",
     "schedules",
+    "gradients",
     "monitored",
 ]

@@ -75,13 +75,10 @@ def test_accumulation_that_another_callback_changes_is_reported_once() -> None:
         callbacks=[LearningRateScheduler(Linear()), Accumulates()],
     )
     module = Probe(lr=1.0)
-    with pytest.warns(UserWarning) as found:
+    with pytest.warns(UserWarning, match="^accumulate_grad_batches is 4 in epoch 2, but") as found:
         trainer.fit(module, loader(16, 2))
-    messages = [str(warning.message) for warning in found]
-    assert len(messages) == 1
-    assert messages[0].startswith(
-        "accumulate_grad_batches is 4 in epoch 2, but the run was planned"
-    )
+    texts = [str(warning.message) for warning in found]
+    assert sum("accumulate_grad_batches" in text for text in texts) == 1
     # Under max_epochs the fraction is right for any accumulation.
     starts = [*range(16), 16, 20, 24, 28]
     assert module.lrs == pytest.approx([1 - start / 32 for start in starts])

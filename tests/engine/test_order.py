@@ -106,7 +106,7 @@ class Run:
             module=self.module,
             clock=self.engine.clock,
             groups=GroupSchedule([("", self.optimizer)]),
-            optimizers=[self.optimizer],
+            known_optimizers=[self.optimizer],
             start_clock=lambda: self.engine.clock,
             rewrite_groups=lambda: None,
             finish_batch=self.engine.finish_batch,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 
 import pytest
@@ -157,6 +158,25 @@ def test_step_that_did_not_run_is_not_corrected_later():
     before = ours[0].detach().clone()
     optimizer.step()
     torch.testing.assert_close(ours[0].detach(), before - 0.001)
+
+
+def test_replaced_parameters_leave_no_copies():
+    """As when the points of Gaussian splatting are split and removed every hundred updates."""
+    optimizer = torch.optim.SGD(parameters(shapes=((),)), lr=0.1)
+
+    def step(size):
+        weight = nn.Parameter(torch.ones(size))
+        optimizer.param_groups[0]["params"] = [weight]
+        weight.grad = torch.ones(size)
+        clip_gradients_([weight], MaxUpdateRatio(0.01), optimizer=optimizer)
+        optimizer.step()
+        assert (weight.detach() - 1).norm() == pytest.approx(0.01 * size**0.5, rel=1e-3)
+
+    for size in range(101, 111):
+        step(size)
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if type(o) is torch.Tensor]
+    assert sum(tensor.shape in {(size,) for size in range(101, 110)} for tensor in tensors) == 0
 
 
 def test_parameters_without_gradient_are_not_copied():

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_bigopt.gradients.actions import Backoff
+from lightning_bigopt.gradients.detectors import NormSpike
 from lightning_bigopt.gradients.guard import Detector, DetectorState
 
 __all__ = ["GuardState"]
@@ -39,6 +40,13 @@ class GuardState:
     def histories(self, record: Mapping[str, Any]) -> list[DetectorState]:
         """Returns the histories of a record, in the order of the detectors."""
         return [record["detectors"][key] for key in self._keys]
+
+    def typical_norm(self, record: Mapping[str, Any], norm: float) -> float | None:
+        """Returns the typical norm of the first NormSpike that rejects a norm; None without one."""
+        for detector, state in zip(self._detectors, self.histories(record), strict=True):
+            if isinstance(detector, NormSpike) and detector.check(norm, state) is not None:
+                return detector.typical(state)
+        return None
 
     def _new_record(self) -> dict[str, Any]:
         states = (detector.initial_state() for detector in self._detectors)

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_bigopt.callbacks.step_guard.buffer_snapshot import BufferSnapshot
+from lightning_bigopt.callbacks.step_guard.conflicts import check_conflicts
 from lightning_bigopt.callbacks.step_guard.guard_state import GuardState
 from lightning_bigopt.callbacks.step_guard.rejection_report import (
     RejectedUpdate,
@@ -27,9 +28,8 @@ from lightning_bigopt.gradients.detectors import NonFinite, NormSpike
 from lightning_bigopt.gradients.guard import Detector, Quantity, Verdict, inspect, record
 from lightning_bigopt.gradients.norm_kernels import accumulation_dtype
 from lightning_bigopt.monitoring.tags import tag_name
-from lightning_bigopt.optimizers.names import is_opacus_optimizer
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
-from lightning_bigopt.trainer_access import precision, strategies
+from lightning_bigopt.trainer_access import precision
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -118,23 +118,7 @@ class StepGuard(Capability):
 
     def check_fit(self, fit: Fit) -> None:
         """Raises for optimizers whose step cannot be skipped, and a Backoff without scheduler."""
-        if strategies.is_deepspeed(fit.trainer):
-            raise ValueError(
-                "strategy must not be DeepSpeed with StepGuard, got "
-                f"{type(fit.trainer.strategy).__name__}, which steps itself; remove StepGuard"
-            )
-        for optimizer in fit.trainer.optimizers:
-            if is_opacus_optimizer(optimizer):
-                raise ValueError(
-                    "optimizer must not be an optimizer of Opacus with StepGuard, got "
-                    f"{type(optimizer).__name__}: skipping updates depending on their data breaks "
-                    "the privacy accounting; remove StepGuard"
-                )
-            if isinstance(optimizer, torch.optim.LBFGS):
-                raise ValueError(
-                    "optimizer must compute one gradient per update with StepGuard, got LBFGS, "
-                    "which computes several; remove StepGuard"
-                )
+        check_conflicts(fit.trainer)
         if self._backoffs and LEARNING_RATE not in fit.owners():
             raise ValueError(
                 "callbacks must contain a LearningRateScheduler with Backoff, got none; add "
@@ -206,13 +190,15 @@ class StepGuard(Capability):
         numbers = [total.to(like), overflow]
         if any(detector.quantity == "loss" for detector in self.detectors):
             numbers += self._window.weighted_loss(like)
-        # One all-reduce and one transfer for all numbers. Each process has computed the norm, and
-        # the last bits may differ; the mean is the same everywhere, and so is the decision.
+        # One all-reduce and one transfer for all numbers. The decision is made on the mean of the
+        # norms of all processes, so that it is the same everywhere. Clipping reads the norm of this
+        # process, which is another one if the processes keep their own gradients (local SGD).
         summed = trainer.strategy.reduce(torch.stack(numbers), reduce_op="sum")
-        norm, overflows, *loss = (number / trainer.world_size for number in summed.tolist())
+        own, *sums = torch.cat([numbers[0].view(1), summed]).tolist()
+        norm, overflows, *loss = (number / trainer.world_size for number in sums)
         if overflows > 0:
             return None
-        update.norms.take_value(norm)
+        update.norms.take_value(own)
         readings: dict[Quantity, float] = {"norm": norm}
         if loss and loss[1] != 0:
             readings["loss"] = loss[0] / loss[1]
@@ -225,13 +211,14 @@ class StepGuard(Capability):
         states = self._state.histories(guarded)
         verdict = inspect(self.detectors, states, readings)
         # Before the reading enters the histories, which it would change.
-        factor = None if verdict is None else self._median_factor(states, readings["norm"], verdict)
+        norm = readings["norm"]
+        factor = None if verdict is None else self._median_factor(guarded, norm, update, verdict)
         record(self.detectors, states, readings, verdict)
         if verdict is None:
             guarded["consecutive"] = 0
             self._state.recover_learning_rate()
             return None
-        self._reject(trainer, update, guarded, verdict, readings["norm"])
+        self._reject(trainer, update, guarded, verdict, norm)
         if factor is not None:
             update.shrink_(factor)
             return None
@@ -262,16 +249,18 @@ class StepGuard(Capability):
         self._state.lower_learning_rate()
 
     def _median_factor(
-        self, states: Sequence[dict[str, Any]], norm: float, verdict: Verdict
+        self, guarded: dict[str, Any], norm: float, update: Update, verdict: Verdict
     ) -> float | None:
-        """Returns ClipToMedian's factor on the gradient; None to skip the update."""
+        """Returns ClipToMedian's factor on the gradient of this process; None to skip the update.
+
+        It is None on all processes or on none.
+        """
         if verdict.quantity != "norm" or not self._clips_to_median:
             return None
-        for detector, state in zip(self.detectors, states, strict=True):
-            if isinstance(detector, NormSpike) and detector.check(norm, state) is not None:
-                typical = detector.typical(state)
-                return None if typical is None else typical / norm
-        return None
+        typical, own = self._state.typical_norm(guarded, norm), update.norms.value
+        if typical is None:
+            return None
+        return min(1.0, typical / own) if own else 1.0
 
     def metrics(self, fit: Fit) -> Mapping[str, float | Tensor]:
         """Returns the number of skipped updates, and of rejections by detector."""

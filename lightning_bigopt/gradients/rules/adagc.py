@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import KW_ONLY, dataclass
 
 import torch
@@ -69,6 +70,12 @@ class AdaGC(ClippingRule):
     def initial_state(self) -> RuleState:
         """Returns the state without any parameters."""
         return {"updates": 0, "names": [], "gamma": torch.zeros(0)}
+
+    def forget(self, names: Collection[str], state: RuleState) -> None:
+        """Removes gamma of replaced parameters, which start again with their first norm."""
+        kept = [index for index, name in enumerate(state["names"]) if name not in names]
+        state["names"] = [state["names"][index] for index in kept]
+        state["gamma"] = state["gamma"][kept]
 
     @torch.no_grad()
     def decide(self, context: ClipContext, state: RuleState) -> ClipDecision:

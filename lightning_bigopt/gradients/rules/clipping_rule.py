@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -136,6 +136,9 @@ class ClippingRule(ABC):
     def resolve(self, horizon: Horizon) -> ClippingRule:
         """Returns the rule with all durations converted to fractions of a horizon."""
         return self
+
+    def forget(self, names: Collection[str], state: RuleState) -> None:  # noqa: B027
+        """Removes the history of parameters that other tensors have replaced from the state."""
 
     @abstractmethod
     def decide(self, context: ClipContext, state: RuleState) -> ClipDecision:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from lightning_bigopt.durations.horizon import Horizon
@@ -82,6 +82,12 @@ class Groups(ClippingRule):
         """Returns the groups with every schedule resolved on a horizon."""
         resolved = ((p, None if rule is None else rule.resolve(horizon)) for p, rule in self.pairs)
         return replace(self, rules=tuple(resolved))
+
+    def forget(self, names: Collection[str], state: RuleState) -> None:
+        """Removes the history of replaced parameters from the state of each rule."""
+        for pattern, rule in self.pairs:
+            if rule is not None:
+                rule.forget(names, state[pattern])
 
     def decide(self, context: ClipContext, state: RuleState) -> ClipDecision:
         """Decides for each pattern separately; the decisions are in ``by_pattern``."""

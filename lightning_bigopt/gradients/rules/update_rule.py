@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, _foreach_sub, nn
 from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_bigopt.gradients.clip_decision import ClipDecision
 from lightning_bigopt.gradients.rules.clipping_rule import ClipContext, ClippingRule, RuleState
@@ -24,7 +25,8 @@ __all__ = ["UpdateRule", "chunks", "whole_norms"]
 # Largest number of elements in temporary tensors; on a CPU they should fit into the cache.
 _CHUNK = {"cpu": 1 << 20}
 _CHUNK_ELSEWHERE = 1 << 24
-_copies: WeakKeyDictionary[Optimizer, dict[int, Tensor]] = WeakKeyDictionary()
+# By parameter, so that the copy of a parameter that is replaced is freed with it.
+_copies: WeakKeyDictionary[Optimizer, WeakTensorKeyDictionary] = WeakKeyDictionary()
 
 
 class UpdateRule(ClippingRule):
@@ -121,17 +123,17 @@ def whole_norms(norms: Tensor, parameters: Sequence[nn.Parameter], *, times: int
 
 def _copy(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     """Copies the weights into memory that is reused in the next update."""
-    kept = _copies.setdefault(optimizer, {})
+    kept = _copies.setdefault(optimizer, WeakTensorKeyDictionary())
     weights = [to_local(parameter) for parameter in parameters]
     copies = []
     for parameter, weight in zip(parameters, weights, strict=True):
-        copy = kept.get(id(parameter))
+        copy: Tensor | None = kept.get(parameter)  # type: ignore[no-untyped-call]
         if copy is None or (copy.shape, copy.dtype, copy.device) != (
             weight.shape,
             weight.dtype,
             weight.device,
         ):
-            copy = kept[id(parameter)] = torch.empty_like(weight)
+            copy = kept[parameter] = torch.empty_like(weight)
         copies.append(copy)
     if copies:
         with torch.no_grad():

@@ -1,0 +1,110 @@
+"""Unusual gradients on two processes: not averaged, of replaced parameters."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import post_localSGD_hook as local_sgd
+
+from lightning_bigopt import ClipToMedian, GradientClipping, NormClip, NormSpike, StepGuard, ZClip
+from lightning_bigopt.engine.capability import Capability
+from tests.distributed.scenarios import Sharded, fit, in_order, weights
+from tests.helpers import Probe, full, loader
+
+
+class Own(Probe):
+    """Keeps the norm of the gradient of this process after clipping."""
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        grads = [full(p.grad) for p in self.net.parameters() if p.grad is not None]
+        self.norms.append(float(torch.stack([g.norm() for g in grads]).norm()))
+
+
+class LocalSGD(Own):
+    """Every process keeps its own gradient, as in the local phase of post-local SGD."""
+
+    spike = False
+
+    def on_fit_start(self) -> None:
+        alone, _ = torch.distributed.new_subgroups(1)
+        state = local_sgd.PostLocalSGDState(None, alone, start_localSGD_iter=0)
+        self.trainer.strategy.model.register_comm_hook(state, local_sgd.post_localSGD_hook)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y, index = batch
+        loss = self.loss(x, y / (index + 1).unsqueeze(1))  # targets of equal size
+        return loss * 100 if self.spike and self.global_rank and batch_idx == 6 else loss
+
+
+class Unclipped(Capability):
+    """Keeps the norm of this process, before clipping."""
+
+    owns, rank = "test", 30
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+
+    def needs_norms(self, update: Any) -> bool:
+        self.norms.append(update.measure().value)
+        return False
+
+
+def local_gradients(out: Path) -> Any:
+    """Clips gradients that the processes do not average, with and without a guard."""
+    found = {}
+    rules = {"fixed": NormClip(max_norm=0.5), "adaptive": ZClip(warmup=2, z_threshold=0.1)}
+    for name, rule in rules.items():
+        for guards in ([], [StepGuard()]):
+            model, before = LocalSGD(lr=0.01), Unclipped()
+            fit("ddp", model, loader(32, 2), *guards, GradientClipping(rule), before, max_epochs=1)
+            key = f"{name} {'with' if guards else 'without'} guard"
+            found[key] = {"before": before.norms, "after": model.norms, "weights": weights(model)}
+    model, before = LocalSGD(lr=0.01), Unclipped()
+    model.spike = True
+    guard = StepGuard([NormSpike(armed=3)], actions=[ClipToMedian()])
+    fit("ddp", model, loader(32, 2), guard, before, max_epochs=1)
+    rejected = [r.update for r in guard.rejections]
+    found["spike"] = {"before": before.norms, "after": model.norms, "rejected": rejected}
+    return found
+
+
+class Replaces(Own):
+    """Replaces a parameter after the second update, in the module and in the optimizer."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        if self.trainer.global_step == 2:
+            old = self.net[2].weight
+            self.net[2].weight = nn.Parameter(full(old.detach()).clone())
+            (group,) = self.trainer.optimizers[0].param_groups
+            group["params"] = [self.net[2].weight if p is old else p for p in group["params"]]
+
+
+class ShardedReplaces(Sharded, Replaces):
+    """The same under FSDP2."""
+
+    on_before_optimizer_step = Own.on_before_optimizer_step
+
+
+def replaced(out: Path) -> Any:
+    """Collects the warnings about a replaced parameter."""
+    found = {}
+    for name in ("ddp", "fsdp2"):
+        model = (Replaces if name == "ddp" else ShardedReplaces)(lr=0.01)
+        options: dict[str, Any] = {"max_epochs": 1, "use_distributed_sampler": False}
+        if name == "ddp":
+            options["strategy"] = DDPStrategy(find_unused_parameters=True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            data = loader(32, 4, sampler=in_order(32))
+            fit(name, model, data, GradientClipping(NormClip(max_norm=0.5)), **options)
+        texts = [str(one.message) for one in caught]
+        found[name] = [text for text in texts if "got new ones" in text]
+    return found
+
+
+NAMES = ["local_gradients", "replaced"]

@@ -1,0 +1,56 @@
+"""Unusual gradients on two processes: not averaged, of replaced parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.timeout(600),
+]  # the first test starts the processes
+
+
+def test_each_process_is_clipped_by_the_norm_of_its_own_gradient(two_processes: Any) -> None:
+    for result in two_processes("gradients"):
+        for guard in ("with", "without"):
+            found = result["local_gradients"][f"fixed {guard} guard"]
+            assert found["after"] == pytest.approx([min(0.5, n) for n in found["before"]], rel=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["fixed", "adaptive"])
+def test_a_guard_that_rejects_nothing_does_not_change_clipping(
+    two_processes: Any, rule: str
+) -> None:
+    first, second = (result["local_gradients"] for result in two_processes("gradients"))
+    for found in (first, second):
+        assert found[f"{rule} with guard"] == found[f"{rule} without guard"]
+    norms = [found[f"{rule} with guard"]["before"] for found in (first, second)]
+    assert norms[0] != pytest.approx(norms[1], rel=0.01)  # the gradients are not averaged
+
+
+def test_clip_to_median_scales_each_process_by_its_own_norm(two_processes: Any) -> None:
+    first, second = (result["local_gradients"]["spike"] for result in two_processes("gradients"))
+    assert first["rejected"] == second["rejected"] == [6]
+    # The history holds the mean norm of both processes.
+    means = sorted((a + b) / 2 for a, b in zip(first["before"][:6], second["before"], strict=False))
+    median = (means[2] * means[3]) ** 0.5  # of logarithms
+    for found in (first, second):
+        assert found["after"][6] == pytest.approx(min(median, found["before"][6]), rel=1e-4)
+        assert found["after"][:6] == pytest.approx(found["before"][:6], rel=1e-5)
+    assert second["before"][6] > 20 * median
+
+
+@pytest.mark.parametrize(
+    ("strategy", "text"),
+    [("ddp", "DDP does not average their gradients"), ("fsdp2", "under FSDP2 a parameter cannot")],
+)
+def test_a_parameter_that_the_strategy_does_not_know_is_reported(
+    two_processes: Any, strategy: str, text: str
+) -> None:
+    first, second = (result["replaced"][strategy] for result in two_processes("gradients"))
+    (warning,) = first
+    assert text in warning
+    assert ("net.2.weight" if strategy == "ddp" else "group0.2") in warning
+    assert second == []  # only the first process warns
