@@ -9,8 +9,9 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from lightning_bigopt.batching.copyable_iterator import CopyableIterator
 from lightning_bigopt.batching.global_window import GlobalWindow, MicroBatch
-from lightning_bigopt.batching.randomness import SampleStreams, mixed_seed
+from lightning_bigopt.batching.randomness import SampleStreams, mixed_seed, permutation
 from lightning_bigopt.checks import check_between, check_choice, check_count
 
 __all__ = ["GlobalBatchLoader"]
@@ -274,7 +275,12 @@ class GlobalBatchLoader:
             position += samples
 
     def __iter__(self) -> Iterator[Any]:
-        """Yields the micro-batches of this process for the rest of the epoch."""
+        """Returns an iterator over the micro-batches of this process in the rest of the epoch."""
+        # Lightning calls iter() once before the sizes are known, to test that the loader is
+        # iterable. In a generator, nothing runs before the first batch is requested.
+        return CopyableIterator(self._micro_batches())
+
+    def _micro_batches(self) -> Iterator[Any]:
         if self.position >= self.samples:
             self.end_epoch()
         # A new dict, because the generator of an earlier iter() may still write to the old one.
@@ -284,8 +290,6 @@ class GlobalBatchLoader:
             dataset = SampleStreams(dataset, seed=mixed_seed(self.seed, self.epoch))
         workers = torch.Generator()
         workers.manual_seed(mixed_seed(self.seed, self.epoch, self.position, self.rank))
-        # Lightning calls iter() once before the sizes are known, to test that the loader is
-        # iterable. In a generator, nothing runs before the first batch is requested.
         yield from DataLoader(
             dataset,
             batch_sampler=self._index_batches(self._yielded),
@@ -297,7 +301,10 @@ class GlobalBatchLoader:
 
     def _index_batches(self, yielded: dict[int, _Yielded]) -> Iterator[list[int]]:
         """Yields the dataset indices of each micro-batch, and records them in ``yielded``."""
-        order, number = self._order(), 0
+        seed, number = mixed_seed(self.seed, self.epoch), 0
+        order: Sequence[int] = range(self.samples)
+        if self.shuffle == "permute":
+            order = permutation(self.samples, seed=seed)
         for window in self._windows():
             position, samples, accumulate = window
             # Every R-th sample, so that the shares of the processes differ by one sample at most.
@@ -310,11 +317,3 @@ class GlobalBatchLoader:
                 yielded.pop(number - _MAX_YIELDED, None)
                 yield mine[start:stop] or [order[position]]
                 start, number = stop, number + 1
-
-    def _order(self) -> Sequence[int]:
-        if self.shuffle == "sequential":
-            return range(self.samples)
-        generator = torch.Generator()
-        generator.manual_seed(mixed_seed(self.seed, self.epoch))
-        order: list[int] = torch.randperm(self.samples, generator=generator).tolist()
-        return order

@@ -14,6 +14,7 @@ import torch
 __all__ = [
     "SampleStreams",
     "mixed_seed",
+    "permutation",
     "preserve_random_state",
     "random_state",
     "set_random_state",
@@ -142,3 +143,16 @@ class SampleStreams:
         if numpy is not None:
             numpy.random.seed(seed & 0xFFFFFFFF)  # NumPy accepts 32 bits only
         return self.dataset[index]
+
+
+def permutation(count: int, *, seed: int) -> list[int]:
+    """Returns the numbers from 0 to ``count - 1`` in an order that depends on the seed alone.
+
+    Example:
+        >>> sorted(permutation(4, seed=1)), permutation(4, seed=1) == permutation(4, seed=1)
+        ([0, 1, 2, 3], True)
+    """
+    generator = torch.Generator()
+    generator.manual_seed(seed)
+    order: list[int] = torch.randperm(count, generator=generator).tolist()
+    return order

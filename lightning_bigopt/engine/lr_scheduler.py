@@ -55,6 +55,14 @@ class LightningLRScheduler(LRScheduler):
         """Replaces the base learning rates; allowed at any time in a run."""
         self._groups.set_bases("lr", self._index, bases)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles of a Trainer hold the base learning rates, and not the schedules and
+        # adjustments of the fit, which may be functions of any kind.
+        bases = GroupSchedule([("", self.optimizer)])
+        bases.claim("lr")
+        bases.set_bases("lr", 0, self.bases)
+        return {**vars(self), "_groups": bases, "_index": 0}
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the base learning rates."""
         return {"version": 1, "last_epoch": self.last_epoch, "base_lrs": self.bases}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import repeat
 
@@ -53,7 +53,20 @@ def prepare_exact_loader(
         loader.micro_batch_size = min(loader.micro_batch_size, max_micro_batch_size)
     world = strategies.data_parallel_size(trainer)
     loader.set_rank(rank=strategies.data_rank(trainer), world_size=world)
-    loader.set_batch_sizes(partial(_batch_sizes, fit, policy, loader, world))
+    loader.set_batch_sizes(_BatchSizes(partial(_batch_sizes, fit, policy, loader, world)))
+
+
+class _BatchSizes:
+    """A function for ``set_batch_sizes``; copies of a loader have none until their next fit."""
+
+    def __init__(self, sizes: Callable[[], Iterable[int]]) -> None:
+        self._sizes = sizes
+
+    def __call__(self) -> Iterable[int]:
+        return self._sizes()
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # copied as None: a copy must not contain the fit
 
 
 def _batch_sizes(
