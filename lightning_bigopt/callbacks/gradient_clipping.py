@@ -54,6 +54,7 @@ class GradientClipping(Capability):
 
     owns = "gradient clipping"
     rank = 50
+    needs_samples = None
 
     def __init__(self, rule: ClippingRule) -> None:
         check_instance("rule", rule, ClippingRule, hint="try NormClip(max_norm=1.0)")
@@ -70,7 +71,8 @@ class GradientClipping(Capability):
     def check_fit(self, fit: Fit) -> None:
         """Raises if anything else clips gradients."""
         trainer = fit.trainer
-        if trainer.gradient_clip_val is not None:
+        # Lightning does not clip at 0 either.
+        if trainer.gradient_clip_val is not None and trainer.gradient_clip_val > 0:
             raise ValueError(
                 "gradient_clip_val must be None with GradientClipping, got "
                 f"{trainer.gradient_clip_val}; keep one of them"

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_bigopt.callbacks.resume_report import report_changes
+from lightning_bigopt.callbacks.resume_report import is_resumed, report_changes
 from lightning_bigopt.callbacks.schedules import GroupSchedules
 from lightning_bigopt.checks import check_between, check_choice, check_non_negative
 from lightning_bigopt.durations.duration import DurationLike
@@ -79,7 +79,7 @@ class LearningRateScheduler(Capability):
 
     owns = LEARNING_RATE
     rank = 20
-    needs_horizon = True
+    needs_samples = None
 
     def __init__(
         self,
@@ -121,6 +121,7 @@ class LearningRateScheduler(Capability):
         self.settings = ClockSettings(
             budget=budget, samples=samples, tokens=tokens, on_resume=on_resume, cooldown=cooldown
         )
+        self.needs_horizon = self._schedules.need_horizon or cooldown is not None
         self._saved: dict[str, Any] | None = None
         self._before: list[float] = []
 
@@ -160,7 +161,7 @@ class LearningRateScheduler(Capability):
                 "module_scheduler='replace'"
             )
         initial = schedulers.initial_lrs(trainer)
-        schedulers.remove_schedulers(trainer)
+        fit.scheduler_names = schedulers.remove_schedulers(trainer)
         fit.groups.claim("lr", base=self.base_lr)
         for index, (_, optimizer) in enumerate(fit.groups):
             if id(optimizer) in initial:
@@ -195,8 +196,7 @@ class LearningRateScheduler(Capability):
     def announce(self, fit: Fit) -> None:
         """Logs the differences between a resumed run and its checkpoint."""
         saved, self._saved = self._saved, None
-        # Not the path alone: LearningRateFinder sets it too, at update 0.
-        if fit.trainer.ckpt_path is None or not fit.clock.fraction:
+        if not is_resumed(fit):
             return
         schedulers_of_fit = _lightning_schedulers(fit)
         restored = [s.restored_bases for s in schedulers_of_fit if s.restored_bases is not None]
@@ -208,7 +208,7 @@ class LearningRateScheduler(Capability):
                 "base_lrs": [scheduler.bases for scheduler in schedulers_of_fit],
             },
             clock=fit.clock,
-            rates=list(zip(self._before, rates, strict=True)),
+            values=list(zip(self._before, rates, strict=True)),
             is_foreign=any(scheduler.is_foreign for scheduler in schedulers_of_fit),
         )
 

@@ -80,6 +80,7 @@ class OptimizationMonitor(Capability):
     owns = "monitor"
     rank = 90
     logs_all_metrics = True
+    needs_step_hook = False
 
     def __init__(
         self,
@@ -108,6 +109,7 @@ class OptimizationMonitor(Capability):
         self.layers = layers
         self.report = report
         self.settings = ClockSettings(samples=samples, tokens=tokens)
+        self.needs_samples = "required" if x_axis == "samples" else "optional"
         self.reset()
 
     def reset(self) -> None:
@@ -117,7 +119,7 @@ class OptimizationMonitor(Capability):
         self._timer = StepTimer()
         self._bar_is_empty = True
         self._due = self._stepped = False
-        self._micro_size = 0
+        self._micro_size: int | None = None
 
     def __repr__(self) -> str:
         return f"OptimizationMonitor(every={self.every!r})"
@@ -243,24 +245,26 @@ class OptimizationMonitor(Capability):
         if not trainer.is_global_zero:
             return
         clock = fit.clock
-        values.add("batch/global_size", float(clock.window_samples))
+        if batch.samples is not None:
+            values.add("batch/global_size", float(clock.window_samples))
         fetched = values.fetch()
         loggers.show_on_progress_bar(trainer, _for_progress_bar(fetched))
         if due:
             # After the transfer, which waits for the GPU: the events of its updates are complete.
             times = MetricBuffer()
-            self._timer.report(samples=clock.samples, tokens=clock.tokens, into=times)
+            counted = None if batch.samples is None else clock.samples
+            self._timer.report(samples=counted, tokens=clock.tokens, into=times)
             fetched.update(times.fetch())
             logging.log_values(fit, fetched, self.x_axis)
 
     def metrics(self, fit: Fit) -> Mapping[str, float | Tensor]:
         """Returns sizes of the batch, and samples and tokens consumed by the run."""
         clock = fit.clock
-        values = {
-            "batch/micro_size": float(self._micro_size),
-            "batch/accumulate": float(clock.window_batches),
-            "progress/samples": float(clock.samples),
-        }
+        values = {"batch/accumulate": float(clock.window_batches)}
+        if self._micro_size is not None:
+            values["batch/micro_size"] = float(self._micro_size)
+        if clock.samples_are_known:
+            values["progress/samples"] = float(clock.samples)
         if clock.settings.tokens is not None:
             values["progress/tokens"] = float(clock.tokens)
         return values
@@ -277,8 +281,9 @@ class OptimizationMonitor(Capability):
 def _for_progress_bar(values: Mapping[str, float]) -> dict[str, float]:
     shown = {
         "grad_norm": next(v for k, v in values.items() if k.startswith("grad_norm/total")),
-        "global_batch": values["batch/global_size"],
     }
+    if "batch/global_size" in values:
+        shown["global_batch"] = values["batch/global_size"]
     rate = next((v for k, v in values.items() if k.startswith("optim/lr")), None)
     if rate is not None:
         shown = {"lr": rate, **shown}

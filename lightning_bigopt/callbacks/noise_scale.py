@@ -82,6 +82,7 @@ class GradientNoiseScale(Capability):
 
     owns = "noise scale"
     rank = 60
+    needs_samples = "required"
     logs_without_monitor = True
 
     def __init__(self, *, decay: float = 0.99, minimum_updates: int = 16) -> None:
@@ -147,7 +148,7 @@ class GradientNoiseScale(Capability):
             norm = measure(parameters, process_group=fit.shard_group).total.double()
             length = int(fit.trainer.accumulate_grad_batches)
             square = (norm * length / precision.loss_scale(fit.trainer)) ** 2
-            self._part = _Part(square, float(first.samples), float(first.loss_factor))
+            self._part = _Part(square, float(first.counted_samples), float(first.loss_factor))
         # When a window accumulates, DDP reduces the sum over its micro-batches: the hook does not
         # see the gradient of a single one.
         if self._local is not None and not batch.opens_window:
@@ -178,7 +179,7 @@ class GradientNoiseScale(Capability):
         if part is None:
             assert self._local is not None  # needs_norms
             square = self._local.take() / precision.loss_scale(trainer) ** 2
-            part = _Part(square, float(batch.samples), float(batch.loss_factor))
+            part = _Part(square, float(batch.counted_samples), float(batch.loss_factor))
         self._part = self._whole = None
         self._update(batch.fit, part, whole)
 

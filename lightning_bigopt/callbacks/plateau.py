@@ -60,6 +60,7 @@ class ReduceOnPlateau(Capability):
 
     owns = "plateau"
     rank = 21
+    needs_samples = None
 
     def __init__(
         self,

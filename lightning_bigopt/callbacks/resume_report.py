@@ -10,10 +10,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_bigopt.engine.budget import describe_budget
 from lightning_bigopt.engine.clock import Clock
+from lightning_bigopt.engine.stage import Fit
 
-__all__ = ["differences", "report_changes"]
+__all__ = ["differences", "is_resumed", "report_changes"]
 
-# Relative difference from which on a learning rate is reported as a jump.
+# Relative difference from which on a value is reported as a jump.
 _JUMP = 0.01
 
 
@@ -39,49 +40,64 @@ def differences(
             yield f"{under}{name}: {_format(old)} → {_format(new)}"
 
 
+def is_resumed(fit: Fit) -> bool:
+    """Returns whether the fit continues a run from a checkpoint."""
+    # Not the path alone: LearningRateFinder sets it too, at update 0.
+    share = fit.clock.fraction
+    has_consumed = bool(fit.clock.batches) if math.isnan(share) else share > 0
+    return fit.trainer.ckpt_path is not None and has_consumed
+
+
 def report_changes(
     saved: Mapping[str, Any] | None,
     used: Mapping[str, Any],
     *,
     clock: Clock,
-    rates: Sequence[tuple[float, float]],
-    is_foreign: bool,
+    values: Sequence[tuple[float, float]],
+    is_foreign: bool = False,
+    scheduler: str = "LearningRateScheduler",
+    quantity: str = "learning rate",
+    bases: str = "base_lrs",
+    with_budget: bool = True,
 ) -> None:
-    """Logs the differences from the checkpoint, and warns if the learning rate jumps.
+    """Logs the differences from the checkpoint, and warns if the scheduled value jumps.
 
     Args:
-        saved: Schedules and base learning rates of the checkpoint; None if it was saved without
-            LearningRateScheduler.
-        used: Schedules and base learning rates of this fit.
+        saved: Schedules and base values of the checkpoint; None if it was saved without the
+            scheduler.
+        used: Schedules and base values of this fit.
         clock: The clock, after its start.
-        rates: For each parameter group the learning rate of the next update: in the checkpoint, and
-            in this fit.
+        values: For each parameter group the value of the next update: in the checkpoint, and in
+            this fit.
         is_foreign: Whether the checkpoint has the state of another scheduler; a warning has then
             been given.
+        scheduler: Name of the scheduler.
+        quantity: Name of the scheduled value.
+        bases: Key of the base values in ``saved`` and ``used``.
+        with_budget: Whether to log a change of the budget, and a cooldown. Only one scheduler of a
+            fit does.
     """
-    lines = list(_changes(saved, used, clock))
+    lines = [] if saved is None else list(differences(saved, used))
+    of_budget = list(_budget_changes(clock))
     if saved is None and not is_foreign:
         share = clock.fraction
+        at = "" if math.isnan(share) else f" at {share:.1%} of this Trainer's budget"
         rank_zero_warn(
-            "The checkpoint was written without LearningRateScheduler: the schedule continues at "
-            f"{share:.1%} of this Trainer's budget, with the configured base learning rates "
-            f"({_format(used['base_lrs'])})."
+            f"The checkpoint was written without {scheduler}: the schedule continues{at}, with the "
+            f"configured base values of the {quantity} ({_format(used[bases])})."
         )
-    if lines:
-        rank_zero_info("Changes since the checkpoint:\n" + "\n".join(f"  {x}" for x in lines))
-    jumps = [(a, b) for a, b in rates if not math.isclose(a, b, rel_tol=_JUMP)]
-    if lines and jumps:
+    logged = lines + of_budget * with_budget
+    if logged:
+        rank_zero_info("Changes since the checkpoint:\n" + "\n".join(f"  {x}" for x in logged))
+    jumps = [(a, b) for a, b in values if not math.isclose(a, b, rel_tol=_JUMP)]
+    if (lines or of_budget) and jumps:
         listed = ", ".join(
             f"{a:g} → {b:g}" + (f" (× {b / a:.3g})" if a else "") for a, b in dict.fromkeys(jumps)
         )
-        rank_zero_warn(f"The learning rate jumps when the run is resumed: {listed}.")
+        rank_zero_warn(f"The {quantity} jumps when the run is resumed: {listed}.")
 
 
-def _changes(
-    saved: Mapping[str, Any] | None, used: Mapping[str, Any], clock: Clock
-) -> Iterator[str]:
-    if saved is not None:
-        yield from differences(saved, used)
+def _budget_changes(clock: Clock) -> Iterator[str]:
     before, now = clock.checkpoint_horizon, clock.horizon
     if before is not None and now is not None:
         old, new = map(describe_budget, (before, now))

@@ -38,6 +38,12 @@ class GroupSchedules:
         self._of_group: dict[str | None, Schedule] = {}
         self._of_optimizer: dict[str, Schedule] = {}
 
+    @property
+    def need_horizon(self) -> bool:
+        """Whether the factor of a schedule depends on the fraction of the budget."""
+        schedules = (self._schedule, *self._groups.values(), *self._optimizers.values())
+        return not all(schedule.is_constant for schedule in schedules)
+
     def resolve(
         self,
         fit: Fit,
@@ -66,9 +72,10 @@ class GroupSchedules:
         labels = {label for label, _ in fit.groups if label}
         _check_known("optimizers", "one of several optimizers", self._optimizers, labels)
         horizon, cooldown = fit.clock.horizon, fit.clock.cooldown
-        assert horizon is not None  # the capability sets needs_horizon
 
         def resolved(schedule: Schedule) -> Schedule:
+            if horizon is None:  # all schedules are constant, see need_horizon
+                return schedule
             result = schedule.resolve(horizon)
             if cooldown is None:
                 return result

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
-__all__ = ["BatchAmounts", "RunAmounts"]
+__all__ = ["BatchAmounts", "NeedsSamples", "RunAmounts"]
+
+NeedsSamples: TypeAlias = Literal["required", "optional"] | None
+"""Whether the samples of every batch must be counted, are counted if possible, or not at all."""
 
 
 class BatchAmounts(NamedTuple):
     """The amounts that one loader batch consumes.
 
     Attributes:
-        samples: Samples over all processes.
+        samples: Samples over all processes; 0 if they are not counted.
         tokens: Tokens over all processes; 0 if they are not counted.
         batches: Loader batches of one process.
     """

@@ -9,7 +9,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["BatchCount", "BatchWeight", "count", "count_rows", "named_function", "weigh"]
+__all__ = [
+    "BatchCount",
+    "BatchWeight",
+    "count",
+    "count_rows",
+    "named_function",
+    "uncountable",
+    "weigh",
+]
 
 BatchCount: TypeAlias = str | Callable[[Any], int | Tensor] | None
 BatchWeight: TypeAlias = str | Callable[[Any], float | Tensor] | None
@@ -73,12 +81,15 @@ def count(batch: Any, how: BatchCount, *, name: str) -> int:
         >>> count({"ids": torch.zeros(4, 7)}, "ids", name="tokens")
         28
     """
-    if how is None:
-        return count_rows(batch)
+    rows = batch
     if name == "samples" and isinstance(how, str):
-        field = _field(batch, how, name)
-        return count_rows(field)
-    return int(weigh(batch, how, name=name))
+        rows, how = _field(batch, how, name), None
+    if how is not None:
+        return int(weigh(batch, how, name=name))
+    samples = count_rows(rows)
+    if samples is None:
+        raise uncountable(rows)
+    return samples
 
 
 def weigh(batch: Any, how: BatchWeight, *, name: str) -> float | Tensor:
@@ -122,22 +133,32 @@ def _field(batch: Any, how: str, name: str) -> Any:
         ) from error
 
 
-def count_rows(batch: Any) -> int:
+def count_rows(batch: Any) -> int | None:
     """Returns the size of the first dimension of the first tensor in a batch.
 
-    Raises:
-        ValueError: If the batch holds no tensor with a dimension.
+    Returns:
+        The size; None if the batch holds no tensor with a dimension.
 
     Example:
         >>> count_rows({"name": ["a", "b"], "image": torch.zeros(2, 3)})
         2
+        >>> count_rows(["a", "b"]) is None
+        True
     """
     for leaf in (batch,) if isinstance(batch, Tensor) else _leaves(batch):
         if leaf.ndim:
             return int(leaf.shape[0])
-    raise ValueError(
-        f"samples must be given for batches without a tensor, got a {type(batch).__name__}; pass "
-        "samples=a function of the batch"
+    return None
+
+
+def uncountable(batch: Any) -> ValueError:
+    """Returns the error for a batch whose samples are needed, and whose rows are unknown.
+
+    With several processes the batch of another process may be the one without a tensor.
+    """
+    return ValueError(
+        "samples must be given for batches without a tensor, got a batch of "
+        f"{type(batch).__name__}; pass samples=a function of the batch"
     )
 
 

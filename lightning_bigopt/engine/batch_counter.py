@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_bigopt.batching.exact_loader import GlobalBatchLoader
 from lightning_bigopt.batching.global_window import MicroBatch
-from lightning_bigopt.engine.amounts import BatchAmounts
-from lightning_bigopt.engine.batch_contents import count
-from lightning_bigopt.engine.clock_settings import ClockSettings
+from lightning_bigopt.engine.amounts import BatchAmounts, NeedsSamples
+from lightning_bigopt.engine.batch_contents import count, count_rows, uncountable
+from lightning_bigopt.engine.clock import Clock
 from lightning_bigopt.trainer_access import loaders, loop, strategies
 
 if TYPE_CHECKING:
@@ -22,22 +25,39 @@ class BatchCounter:
 
     The sizes of a :class:`GlobalBatchLoader` are known in advance. A loader with a ``batch_size``
     has full batches except for the last of an epoch. Otherwise each batch is counted and summed
-    over the processes.
+    over the processes, if a capability or the budget needs it.
 
     Args:
         trainer: The Trainer, from ``on_train_start`` on.
-        settings: The functions or fields that count samples and tokens.
+        clock: The clock with the functions or fields that count samples and tokens.
+        needs_samples: Whether samples must be counted, or are counted if possible.
 
     Attributes:
         micro_batch: The current micro-batch of a GlobalBatchLoader; None for other loaders.
-        samples: Samples of this process in the current batch.
+        samples: Samples of this process in the current batch; None if they are not counted.
+
+    Raises:
+        ValueError: If samples or tokens must be counted, and ``training_step`` takes
+            ``dataloader_iter``.
     """
 
-    def __init__(self, trainer: Trainer, settings: ClockSettings) -> None:
-        self._settings = settings
+    def __init__(self, trainer: Trainer, clock: Clock, *, needs_samples: NeedsSamples) -> None:
+        self._clock, self._settings, self._needs = clock, clock.settings, needs_samples
+        self._sees_batches = not loop.uses_dataloader_iter(trainer)
         self.micro_batch: MicroBatch | None = None
-        self.samples = 0
+        self.samples: int | None = 0
         self.begin_epoch(trainer)
+        if not self._sees_batches:
+            self._check_dataloader_iter()
+
+    def _check_dataloader_iter(self) -> None:
+        """Raises if anything needs the batches that ``training_step`` fetches itself."""
+        if self._settings.tokens is not None or self._needs == "required":
+            unit = "samples" if self._needs == "required" else "tokens"
+            raise ValueError(
+                f"training_step must take a batch for {unit} to be counted, got one that takes "
+                "dataloader_iter; write training_step(self, batch, batch_idx)"
+            )
 
     def begin_epoch(self, trainer: Trainer) -> None:
         """Reads the sizes of the loaders, because every epoch may have new loaders."""
@@ -46,7 +66,7 @@ class BatchCounter:
         self._first_index: int | None = None
         self.micro_batch = None
         full, last = loaders.micro_batch_size(trainer), None
-        if self._settings.samples is None and full is not None:
+        if self._settings.samples is None and full is not None and self._sees_batches:
             last = loaders.last_batch_samples(trainer)
         self._sizes = None if full is None or last is None else (full, last)
 
@@ -60,14 +80,15 @@ class BatchCounter:
 
         Returns:
             The samples and tokens over all processes.
+
+        Raises:
+            ValueError: If the samples must be counted, and cannot be on one of the processes.
         """
-        self.samples = total = 0
-        if batch is not None:
-            total = self._count_samples(trainer, batch, index)
+        total = self._count_samples(trainer, batch, index)
         tokens = 0
         if self._settings.tokens is not None:
             # A repeated sample of a GlobalBatchLoader, which does not count, has no tokens either.
-            local = count(batch, self._settings.tokens, name="tokens") if self.samples else 0
+            local = count(batch, self._settings.tokens, name="tokens") if self.samples != 0 else 0
             tokens = round(strategies.sum_over_data(trainer, local))
         return BatchAmounts(total, tokens)
 
@@ -82,24 +103,48 @@ class BatchCounter:
             self.samples = self.micro_batch.samples
             return self.micro_batch.global_samples
         if self._sizes is None:
-            # Summed, because the clock must be equal on all processes: a policy would otherwise
-            # plan windows of different lengths, and the collectives of the processes would not
-            # match.
-            self.samples = count(batch, self._settings.samples, name="samples")
-            return self._sum_over_processes(trainer)
+            return self._count_contents(trainer, batch)
+        if batch is None:
+            self.samples = 0
+            return 0
         full, last = self._sizes
         differs = last != full or self._world > 1
         if differs and loop.is_last_batch(trainer):
             # With a sampler of the user's own the shards of the processes may differ in length.
             self.samples = last
-            return self._sum_over_processes(trainer)
+            return round(strategies.sum_over_data(trainer, last))
         self.samples = full
         return full * self._world
 
-    def _sum_over_processes(self, trainer: Trainer) -> int:
-        if self._world == 1:
-            return self.samples
-        return round(strategies.sum_over_data(trainer, self.samples))
+    def _count_contents(self, trainer: Trainer, batch: Any) -> int:
+        """Counts the rows of the batch, or calls the user's function, where samples are needed."""
+        if self._needs is not None:
+            self.samples = self._local_samples(batch)
+            # Summed, because the clock must be equal on all processes: a policy would otherwise
+            # plan windows of different lengths, and the collectives of the processes would not
+            # match. A NaN of one process makes the sum NaN, and what follows equal, on all.
+            local = math.nan if self.samples is None else float(self.samples)
+            total = strategies.sum_over_data(trainer, local)
+            if not math.isnan(total):
+                return round(total)
+            if self._needs == "required":
+                raise uncountable(batch)
+            rank_zero_info(
+                "The samples of the batches cannot be counted, and are left out of the log. Pass "
+                "samples=a function of the batch to count them."
+            )
+            self._needs = None
+        self.samples, self._clock.samples_are_known = None, False
+        return 0
+
+    def _local_samples(self, batch: Any) -> int | None:
+        if not self._sees_batches:
+            return None
+        if batch is None:
+            return 0
+        if self._settings.samples is None:
+            return count_rows(batch)
+        return count(batch, self._settings.samples, name="samples")
 
     def end_batch(self, *, closes_window: bool) -> None:
         """Advances a GlobalBatchLoader when an update has been trained."""

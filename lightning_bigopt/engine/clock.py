@@ -12,9 +12,9 @@ from lightning_bigopt.engine.amounts import BatchAmounts, RunAmounts
 from lightning_bigopt.engine.budget import Simulate
 from lightning_bigopt.engine.clock_settings import ClockSettings
 from lightning_bigopt.engine.epoch_position import EpochPosition
-from lightning_bigopt.engine.horizon_state import horizon_from_state, horizon_to_state
+from lightning_bigopt.engine.horizon_state import horizon_from_state, horizon_to_state, pair
 from lightning_bigopt.engine.training_time import TrainingTime
-from lightning_bigopt.trainer_access import loaders, loop, strategies
+from lightning_bigopt.trainer_access import loaders, loop
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -41,6 +41,7 @@ class Clock:
         tokens: Tokens over all processes in these batches.
         epoch: The position in the current epoch.
         window_is_open: Whether an accumulation window has begun and not ended.
+        samples_are_known: Whether the samples of every batch of the run were counted.
     """
 
     version = 1
@@ -53,6 +54,7 @@ class Clock:
         self.batches = self.samples = self.tokens = 0
         self.epoch = EpochPosition()
         self.window_is_open = False
+        self.samples_are_known = True
         self._pending = BatchAmounts(0, batches=0)
         self._opened = RunAmounts()  # at the start of the current window
         self._closed: tuple[int, ...] = (0, 0, 0)  # batches, samples, tokens at the last window end
@@ -122,9 +124,8 @@ class Clock:
         self.batches, self.samples, self.tokens = map(int, counts)
         self._closed = tuple(map(int, restored["closed"]))
         self.checkpoint_horizon = horizon_from_state(restored["horizon"])
-        seen, cooldown = restored.get("seen_length"), restored.get("cooldown")
-        self.epoch.seen = None if seen is None else (seen[0], seen[1])
-        self.cooldown = None if cooldown is None else (cooldown[0], cooldown[1])
+        self.epoch.seen = pair(restored.get("seen_length"))
+        self.cooldown = pair(restored.get("cooldown"))
 
     def _restore(self, trainer: Trainer) -> Horizon | None:
         """Restores the counts of a checkpoint, and returns its horizon."""
@@ -135,9 +136,8 @@ class Clock:
             self._load_counts(restored, of_closed=loaders.exact_loader(trainer) is not None)
         elif trainer.global_step and not self.batches:
             # The checkpoint was written without this package.
-            self.batches = loop.fetched_batches(trainer, loop.epoch_batches(trainer) or 0)
-            each = (loaders.micro_batch_size(trainer) or 0) * strategies.data_parallel_size(trainer)
-            self.samples = self.batches * each
+            self.batches, samples = loaders.consumed(trainer)
+            self.samples, self.samples_are_known = samples or 0, samples is not None
         self.epoch.begin(trainer)
         if trainer.ckpt_path is not None:
             # Not after an interrupted fit: Lightning begins the epoch again, but has the counts.

@@ -111,7 +111,7 @@ class Engine(StepHooks):
         )
         # In on_fit_start, because Lightning restores the states of schedulers after it, and before
         # on_train_start.
-        optimizer_setup.install(trainer, self._fit.groups, controls_steps=self._fit.controls_steps)
+        optimizer_setup.install(self._fit)
 
     def _collect(self, trainer: Trainer) -> list[Stages]:
         listed = [c for c in trainer_callbacks.callbacks_of(trainer) if isinstance(c, Stages)]
@@ -151,13 +151,22 @@ class Engine(StepHooks):
     def _needs_horizon(self, fit: Fit) -> bool:
         return self.needs_horizon or any(c.needs_horizon for c in fit.capabilities)
 
+    def _counts_updates(self) -> bool:
+        """Returns whether a capability uses a budget in updates."""
+        fit, horizon = self._fit, self.clock.horizon
+        in_steps = horizon is not None and horizon.clock == "steps"
+        return in_steps and fit is not None and self._needs_horizon(fit)
+
     def _start(self, fit: Fit) -> None:
         self._start_clock()
         optimizer_setup.adopt_values(fit.trainer, fit.groups)  # of a learning-rate finder
         fit.shard_group = strategies.shard_group(fit.trainer)
-        self._counter = BatchCounter(fit.trainer, self.clock.settings)
+        needs = fit_setup.needs_samples(fit)
+        self._counter = BatchCounter(fit.trainer, self.clock, needs_samples=needs)
         fit.optimizers.start([optimizer for _, optimizer in fit.groups])
-        self._update_check = UpdateCheck(fit.trainer, list(fit.groups))
+        # Under automatic optimization Lightning counts an update in any case.
+        if self._updating or not fit.module.automatic_optimization:
+            self._update_check = UpdateCheck(fit.trainer, counts_updates=self._counts_updates)
         for capability in self._stages["start"]:
             capability.start(fit)
         fit.groups.write(self.clock.progress())
@@ -173,8 +182,7 @@ class Engine(StepHooks):
         assert fit is not None  # set in on_fit_start
         if not self._clock_runs:
             loaded, self._loaded = self._loaded, None
-            fit_setup.restore(fit, loaded)
-            needed = self._needs_horizon(fit)
+            needed = fit_setup.restore(fit, loaded) or self._needs_horizon(fit)
             fit_setup.start_clock(fit, self._stages["simulator"], needs_horizon=needed)
             self._clock_runs = True
         return self.clock
@@ -214,6 +222,8 @@ class Engine(StepHooks):
             capability.fit = None
         fit_setup.uninstall(fit)
         optimizer_setup.uninstall(fit.groups)
+        if self._update_check is not None:
+            self._update_check.remove()
         self.clock.stop()
         self._clear_fit()
 
@@ -267,6 +277,7 @@ class Engine(StepHooks):
         return {
             "version": self.version,
             "clock": self.clock.state_dict(),
+            "samples_are_known": self.clock.samples_are_known,
             **(self._idle_state if self._fit is None else self._fit_state(self._fit)),
         }
 

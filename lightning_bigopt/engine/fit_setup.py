@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from lightning_bigopt.engine.amounts import NeedsSamples
 from lightning_bigopt.engine.batch_source import simulate_constant
 from lightning_bigopt.engine.stage import Fit, Stages
 from lightning_bigopt.trainer_access import loaders, saved_weights
@@ -13,6 +14,7 @@ __all__ = [
     "check",
     "check_version",
     "install",
+    "needs_samples",
     "restore",
     "saved_bases",
     "start_clock",
@@ -81,12 +83,15 @@ def uninstall(fit: Fit) -> None:
     saved_weights.restore_saved_weights(fit.trainer)
 
 
-def restore(fit: Fit, loaded: dict[str, Any] | None) -> None:
+def restore(fit: Fit, loaded: dict[str, Any] | None) -> bool:
     """Applies loaded state to the clock, the parameter groups and the capabilities.
 
     Args:
         fit: The fit.
         loaded: The state of the engine; None without a checkpoint, or for one without an engine.
+
+    Returns:
+        Whether the learning rates continue a cooldown, which needs the horizon.
     """
     clock = None if loaded is None else loaded["clock"]
     for capability in fit.capabilities:
@@ -97,10 +102,14 @@ def restore(fit: Fit, loaded: dict[str, Any] | None) -> None:
     if clock is not None:
         fit.clock.load_state_dict(clock)
     if loaded is not None:
+        fit.restored_bases.update(loaded["groups"])
         fit.groups.load_state_dict(loaded["groups"])
+        fit.clock.samples_are_known = loaded.get("samples_are_known", True)
     if loaded is not None or fit.trainer.ckpt_path is not None:
         # The optimizers hold the values of the checkpoint, not those that were configured.
         fit.groups.restore_written({} if loaded is None else loaded.get("written", {}))
+    cooldown = fit.clock.cooldown if clock is None else clock.get("cooldown")
+    return cooldown is not None and "lr" in fit.groups
 
 
 def start_clock(fit: Fit, simulators: Sequence[Stages], *, needs_horizon: bool) -> None:
@@ -116,6 +125,29 @@ def start_clock(fit: Fit, simulators: Sequence[Stages], *, needs_horizon: bool) 
     """
     simulate = simulators[0].simulator(fit) if simulators else simulate_constant(fit.trainer)
     fit.clock.start(fit.trainer, simulate, horizon="required" if needs_horizon else "optional")
+
+
+def needs_samples(fit: Fit) -> NeedsSamples:
+    """Returns whether the samples of every batch must be counted, or are counted if possible.
+
+    Args:
+        fit: The fit, after :func:`start_clock`.
+
+    Raises:
+        ValueError: If the budget is in samples, and the run has consumed batches without counting.
+    """
+    clock = fit.clock
+    in_samples = clock.horizon is not None and clock.horizon.clock == "samples"
+    if in_samples and not clock.samples_are_known:
+        raise ValueError(
+            "samples must be counted from the beginning of a run with a budget in samples, got a "
+            "checkpoint of a run that did not count them; give the budget in steps or epochs"
+        )
+    needs = {capability.needs_samples for capability in fit.capabilities}
+    # A function or field that the user gives is always called, and its errors are not hidden.
+    if in_samples or clock.settings.samples is not None or "required" in needs:
+        return "required"
+    return "optional" if "optional" in needs else None
 
 
 def saved_bases(fit: Fit) -> dict[str, list[list[float]]]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.durations.progress import Span
 
-__all__ = ["horizon_from_state", "horizon_to_state"]
+__all__ = ["horizon_from_state", "horizon_to_state", "pair"]
 
 
 def horizon_to_state(horizon: Horizon) -> dict[str, Any]:
@@ -36,3 +37,13 @@ def horizon_from_state(state: dict[str, Any] | None) -> Horizon | None:
         epochs = state["budget"] / state["batches_per_epoch"]  # version 0.1
     others = tuple(filter(None, map(horizon_from_state, state.get("others", []))))
     return Horizon(**{**state, "spans": spans, "epochs": epochs, "others": others})
+
+
+def pair(state: Sequence[Any] | None) -> tuple[Any, Any] | None:
+    """Returns the two values of a list in a checkpoint as a tuple; None for None.
+
+    Example:
+        >>> pair([0.5, 0.1]), pair(None)
+        ((0.5, 0.1), None)
+    """
+    return None if state is None else (state[0], state[1])

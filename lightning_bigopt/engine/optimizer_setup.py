@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -44,21 +44,26 @@ def _separate_tensors(optimizers: Sequence[Optimizer]) -> None:
                 seen.add(id(value))
 
 
-def install(trainer: Trainer, groups: GroupSchedule, *, controls_steps: bool) -> None:
-    """Installs step controls, and registers the schedulers that Lightning saves and shows.
+class _Fit(Protocol):
+    """The attributes of a fit that :func:`install` reads."""
 
-    Args:
-        trainer: The Trainer.
-        groups: The schedule of its parameter groups.
-        controls_steps: Whether a capability may skip an optimizer's step, or act after it.
-    """
-    for index, (label, optimizer) in enumerate(groups):
-        if controls_steps:
+    trainer: Trainer
+    groups: GroupSchedule
+    controls_steps: bool
+    scheduler_names: dict[int, str]
+
+
+def install(fit: _Fit) -> None:
+    """Installs step controls, and registers the schedulers that Lightning saves and shows."""
+    groups = fit.groups
+    for index, (_, optimizer) in enumerate(groups):
+        if fit.controls_steps:
             # Before the first step, because a step that is already running cannot be controlled.
             step_control(optimizer)
         if "lr" in groups:
             scheduler = LightningLRScheduler(optimizer, groups, index=index)
-            schedulers.add_scheduler(trainer, scheduler, name=label or None)
+            name = fit.scheduler_names.get(id(optimizer))
+            schedulers.add_scheduler(fit.trainer, scheduler, name=name)
 
 
 def uninstall(groups: GroupSchedule, *, keep: Sequence[Optimizer] = ()) -> None:

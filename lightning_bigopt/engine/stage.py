@@ -12,10 +12,12 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from lightning_bigopt.batching.global_window import MicroBatch
+from lightning_bigopt.engine.amounts import NeedsSamples
 from lightning_bigopt.engine.budget import Simulate
 from lightning_bigopt.engine.clock import Clock
 from lightning_bigopt.engine.clock_settings import ClockSettings
 from lightning_bigopt.engine.optimizer_info import OptimizerInfo, OptimizerInfos
+from lightning_bigopt.engine.saved_state import SavedState
 from lightning_bigopt.engine.update import Rejection, Restorable, Update
 from lightning_bigopt.optimizers.group_schedule import GroupSchedule
 from lightning_bigopt.parameters import parameter_names
@@ -43,6 +45,10 @@ class Fit:
         known_optimizers: The optimizers of the Trainer, as last seen.
         shard_group: Process group over which plain parameters are flat shards (FSDP1); set from
             ``start`` on.
+        restored_bases: Base values of the checkpoint by field, for each optimizer and group; empty
+            without a checkpoint. Those of the learning rate are in Lightning's schedulers.
+        scheduler_names: Names that the module gave to the schedulers that are replaced, by id of
+            the optimizer; LearningRateMonitor shows them.
         capabilities: The capabilities of the fit, ordered by rank.
         controls_steps: Whether a capability may skip an optimizer's step, or act after it.
         has_started: Whether the capabilities have started: all state is restored.
@@ -64,6 +70,8 @@ class Fit:
     has_started: bool = False
     capabilities: list[Stages] = field(default_factory=list)
     shard_group: ProcessGroup | None = None
+    restored_bases: dict[str, list[list[float]]] = field(default_factory=dict)
+    scheduler_names: dict[int, str] = field(default_factory=dict)
     start_clock: Callable[[], Clock]
     rewrite_groups: Callable[[], None]
     finish_batch: Callable[[], None]
@@ -128,7 +136,7 @@ class Batch:
         data: The batch, on the device.
         index: Index of the batch in the epoch.
         opens_window: Whether the batch is the first of its accumulation window.
-        samples: Samples of this process in the batch.
+        samples: Samples of this process in the batch; None if they are not counted.
         micro_batch: The micro-batch of a GlobalBatchLoader; None for other loaders.
 
     Attributes:
@@ -140,13 +148,19 @@ class Batch:
     data: Any
     index: int
     opens_window: bool
-    samples: int
+    samples: int | None
     micro_batch: MicroBatch | None
     loss_factor: float | Tensor = 1.0
     closes_window: bool = False
 
+    @property
+    def counted_samples(self) -> int:
+        """:attr:`samples`, for capabilities with ``needs_samples="required"``."""
+        assert self.samples is not None  # else the engine has raised
+        return self.samples
 
-class Stages:
+
+class Stages(SavedState):
     """The stages of a fit. A capability overrides those that it needs; the engine skips the others.
 
     The engine calls a stage of all capabilities in ascending order of :attr:`rank`, independent of
@@ -162,6 +176,10 @@ class Stages:
         requires: Classes of other capabilities that the Trainer must have.
         settings: Settings of the clock that the capability gives.
         needs_horizon: Whether the length of the run must be known.
+        needs_samples: ``"required"`` if the fit must not train without counting the samples of
+            every batch, ``"optional"`` to count them where it is possible, or None.
+        needs_step_hook: Whether a capability with stages of an update does not allow updates for
+            which Lightning does not call its hook before an optimizer's step.
         norm_order: Order of the norms to measure; None if the capability does not choose it.
         logs_all_metrics: Whether the capability logs the metrics of all capabilities.
         logs_without_monitor: Whether the metrics are logged if no capability logs all metrics.
@@ -174,6 +192,8 @@ class Stages:
     requires: tuple[type[Stages], ...] = ()
     settings: ClockSettings = ClockSettings()
     needs_horizon: bool = False
+    needs_samples: NeedsSamples = "optional"
+    needs_step_hook: ClassVar[bool] = True
     norm_order: float | None = None
     logs_all_metrics: ClassVar[bool] = False
     logs_without_monitor: ClassVar[bool] = False
@@ -285,27 +305,6 @@ class Stages:
         :func:`~lightning_bigopt.trainer_access.saved_weights.with_second_weights` adds them.
         """
         return state_dict
-
-    # ------------------------------------------------------------------------------------ state
-
-    def take_loaded_state(self) -> dict[str, Any] | None:
-        """Returns the loaded state that has not been applied yet, and clears it."""
-        return None
-
-    def saved_state(self) -> dict[str, Any]:
-        """Returns the state that training changes, as plain numbers, strings and tensors."""
-        return {}
-
-    def load_saved_state(self, state: dict[str, Any]) -> None:
-        """Restores the result of :meth:`saved_state`; called before :meth:`start`."""
-
-    def snapshot(self) -> dict[str, Any]:
-        """Returns the state that :meth:`restore` needs."""
-        return self.saved_state()
-
-    def restore(self, snapshot: dict[str, Any]) -> None:
-        """Restores the state at the time of :meth:`snapshot`, within the same fit."""
-        self.load_saved_state(snapshot)
 
 
 def overriding(capabilities: Sequence[Stages]) -> dict[str, list[Stages]]:

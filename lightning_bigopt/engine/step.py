@@ -44,7 +44,7 @@ class StepHooks(Callback):
 
     def _clear_fit(self) -> None:
         self._stages: dict[str, list[Stages]] = {}
-        self._update_names: list[str] = []  # the capabilities that act on updates
+        self._updating: list[Stages] = []  # the capabilities that act on updates
         self._counter: BatchCounter | None = None
         self._batch: Batch | None = None
         self._batch_has_ended = self._batch_has_loss = False
@@ -59,7 +59,7 @@ class StepHooks(Callback):
         fit.capabilities[:] = capabilities
         self._stages = overriding(capabilities)
         on_updates = [c for name in _UPDATE_STAGES for c in self._stages[name]]
-        self._update_names = list(dict.fromkeys(type(c).__name__ for c in on_updates))
+        self._updating = list(dict.fromkeys(on_updates))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins an epoch, which may have new loaders."""
@@ -98,6 +98,8 @@ class StepHooks(Callback):
         )
         self._batch_has_ended = self._batch_has_loss = False
         self._processed = loop.processed_batches(trainer)
+        if self._update_check is not None:
+            self._update_check.begin_batch(fit.groups.optimizers)
         for capability in self._stages["begin_batch"]:
             capability.begin_batch(self._batch)
         for capability in self._stages["weigh_loss"]:
@@ -155,11 +157,12 @@ class StepHooks(Callback):
 
     def _new_update(self, fit: Fit, optimizer: Optimizer) -> Update | None:
         """Creates the update; None if Lightning will skip it, or there are no gradients."""
-        if not self._update_names:
-            return None
-        trainer, check = fit.trainer, self._update_check
+        check = self._update_check
         if check is not None:
             check.called(optimizer)
+        if not self._updating:
+            return None
+        trainer = fit.trainer
         has_scaler = precision.gradient_scaler(trainer) is not None
         needs_loss = has_scaler and fit.module.automatic_optimization
         if needs_loss and not self._batch_has_loss:
@@ -243,9 +246,9 @@ class StepHooks(Callback):
         closes = batch.closes_window = loop.closes_window(fit.trainer)
         clock.end_batch(closes_window=closes)
         self._counter.end_batch(closes_window=closes)
-        if self._update_check is not None and self._update_names:
+        if self._update_check is not None:
             trained = self._batch_has_loss or not fit.module.automatic_optimization
-            self._update_check.end_batch(self._update_names, closes_window=closes and trained)
+            self._update_check.end_batch(self._updating, closes_window=closes and trained)
         for capability in self._stages["end_batch"]:
             capability.end_batch(batch)
         if not closes:
@@ -268,8 +271,8 @@ class StepHooks(Callback):
         self._counter.end_epoch()
         if self.clock.budget_exhausted:
             trainer.should_stop = True  # the epoch may have ended before its announced length
-        if self._update_check is not None and self._update_names:
-            self._update_check.end_epoch(self._update_names)
+        if self._update_check is not None:
+            self._update_check.end_epoch(self._updating)
         if self._fit.shard_group is None:
             self._fit.optimizers.check_module()
         for capability in self._stages["end_epoch"]:
@@ -294,7 +297,7 @@ class StepHooks(Callback):
             optimizer_setup.follow_optimizers(trainer, groups)
             for capability in fit.capabilities:
                 capability.check_optimizers(fit)
-            optimizer_setup.install(trainer, groups, controls_steps=fit.controls_steps)
+            optimizer_setup.install(fit)
         optimizer_setup.adopt_values(trainer, groups, epoch_is_new=self._epoch_is_new)
         self._rewrite_groups()
 

@@ -175,7 +175,7 @@ def write_end(fit: Fit) -> None:
     trainer = fit.trainer
     metrics = {
         name: float(value)
-        for name, value in trainer.callback_metrics.items()
+        for name, value in loggers.finished_metrics(trainer).items()
         if math.isfinite(float(value))
     }
     writers = loggers.tensorboard_writers(trainer)

@@ -82,23 +82,25 @@ class StepTimer:
         self._reported += paused
         self._marks.clear()  # the time between events before and after the pause includes it
 
-    def report(self, *, samples: int, tokens: int, into: MetricBuffer) -> None:
+    def report(self, *, samples: int | None, tokens: int, into: MetricBuffer) -> None:
         """Adds rates and times since the last report to a buffer.
 
         On a GPU call it after a transfer from the device: the events of earlier updates have then
         completed.
 
         Args:
-            samples: Samples consumed so far, over all processes.
+            samples: Samples consumed so far, over all processes; None if they are not counted.
             tokens: Tokens consumed so far, over all processes; 0 if they are not counted.
             into: Buffer that receives the values.
         """
         now = perf_counter()
         seconds, self._reported = max(now - self._reported, 1e-9), now
-        into.add("throughput/samples_per_second", (samples - self._samples) / seconds)
+        if samples is not None:
+            into.add("throughput/samples_per_second", (samples - self._samples) / seconds)
+            self._samples = samples
         if tokens:
             into.add("throughput/tokens_per_second", (tokens - self._tokens) / seconds)
-        self._samples, self._tokens = samples, tokens
+        self._tokens = tokens
         times = sorted(self._step_times())
         if times:
             into.add("time/step_median", times[len(times) // 2])

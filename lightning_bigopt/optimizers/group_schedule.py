@@ -315,6 +315,6 @@ def _values(claim: FieldClaim, index: int, groups: int, progress: Progress) -> I
             value = adjustment(value, progress)
         if claim.maximum is not None:
             value = min(value, claim.maximum)
-        if claim.minimum is not None and (schedule is None or fraction >= schedule.warmup_end()):
+        if claim.minimum is not None and not (schedule and fraction < schedule.warmup_end()):
             value = max(value, claim.minimum)
         yield value

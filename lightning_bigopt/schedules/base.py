@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -55,12 +56,15 @@ class Schedule(ABC):
         """Returns the factor at a fraction of the budget; flat beyond 1.
 
         Args:
-            fraction: Fraction of the budget consumed, non-negative.
+            fraction: Fraction of the budget consumed, non-negative. NaN, the fraction of an unknown
+                budget, is allowed for a constant schedule.
 
         Raises:
             ValueError: If ``fraction`` is negative, or a duration has not been resolved.
         """
-        if not fraction >= 0.0:  # also raises for NaN
+        if not fraction >= 0.0:  # also true for NaN
+            if math.isnan(fraction) and self.is_constant:
+                return self.factor(0.0)
             raise ValueError(
                 f"fraction must be non-negative, got {fraction!r}; divide the amount consumed by "
                 "the budget"
@@ -70,6 +74,14 @@ class Schedule(ABC):
     @abstractmethod
     def factor(self, fraction: float) -> float:
         """Returns the factor at a ``fraction`` in [0, 1]; custom schedules implement it."""
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the factor never changes, so that the length of the run may be unknown.
+
+        Custom schedules whose factor does not depend on the fraction may override it.
+        """
+        return False
 
     def values(self, total_steps: int, *, base: float | None = None) -> list[float]:
         """Returns the factors of updates 0 … T-1 of a run with a constant batch size.

@@ -142,6 +142,11 @@ class Product(Schedule):
         """Evaluates the formula above; ``fraction`` in [0, 1]."""
         return math.prod([schedule.factor(fraction) for schedule in self.schedules])
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether all schedules are constant."""
+        return all(schedule.is_constant for schedule in self.schedules)
+
     def resolve(self, horizon: Horizon) -> Schedule:
         """Resolves every schedule on the whole horizon.
 
@@ -226,6 +231,11 @@ class Clamp(Schedule):
         if self.high is not None:
             factor = min(factor, self.high)
         return factor
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the inner schedule is constant."""
+        return self.schedule.is_constant
 
     def resolve(self, horizon: Horizon) -> Schedule:
         """Resolves the inner schedule.

@@ -42,6 +42,11 @@ class Constant(Schedule):
         """Evaluates the formula above; ``fraction`` in [0, 1]."""
         return self.level
 
+    @property
+    def is_constant(self) -> bool:
+        """True: the length of the run may be unknown."""
+        return True
+
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(Schedule):

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import BatchSampler
 
 from lightning_bigopt.batching.exact_loader import GlobalBatchLoader
-from lightning_bigopt.trainer_access.loop import epoch_batches, ready_batches
+from lightning_bigopt.trainer_access.loop import epoch_batches, fetched_batches, ready_batches
 from lightning_bigopt.trainer_access.strategies import data_parallel_size
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
 
 __all__ = [
+    "consumed",
     "epoch_samples",
     "exact_loader",
     "last_batch_samples",
@@ -117,6 +118,16 @@ def epoch_samples(trainer: Trainer) -> int | None:
     if size is None or last is None or batches is None:
         return None
     return (size * (batches - 1) + last) * data_parallel_size(trainer)
+
+
+def consumed(trainer: Trainer) -> tuple[int, int | None]:
+    """Returns the batches and samples that a run without this package has consumed.
+
+    Full batches are assumed. The samples are None if the loader has no ``batch_size``.
+    """
+    batches = fetched_batches(trainer, epoch_batches(trainer) or 0)
+    each = micro_batch_size(trainer)
+    return batches, None if each is None else batches * each * data_parallel_size(trainer)
 
 
 def restart_epoch(trainer: Trainer) -> None:

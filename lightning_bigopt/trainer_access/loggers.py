@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from torch import Tensor
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from torch.utils.tensorboard import SummaryWriter
 
 __all__ = [
+    "finished_metrics",
     "hp_metric_hides_metrics",
     "log_folder",
     "log_metrics",
@@ -43,6 +45,15 @@ def log_metrics(logger: Logger, values: Mapping[str, float], *, step: int) -> No
     logger.log_metrics(dict(values), step=step)
     if isinstance(logger, CSVLogger):
         logger.save()  # it buffers 100 steps, which a killed run would lose
+
+
+def finished_metrics(trainer: Trainer) -> dict[str, Tensor]:
+    """Returns ``trainer.callback_metrics`` without those of a batch or epoch that has not ended.
+
+    The public property adds what the module has logged so far, and keeps it: after an error these
+    metrics would belong to an unfinished batch.
+    """
+    return dict(trainer._logger_connector._callback_metrics)
 
 
 def tensorboard_writers(trainer: Trainer) -> dict[Logger, tuple[SummaryWriter, str]]:
@@ -97,4 +108,5 @@ def show_on_progress_bar(trainer: Trainer, values: Mapping[str, float]) -> None:
             name: str(value) if isinstance(value, int) else f"{value:.3g}"
             for name, value in shown.items()
         }
-    trainer.progress_bar_metrics.update(shown)
+    # Not the public property, which first computes the metrics of the batch again.
+    trainer._logger_connector._progress_bar_metrics.update(shown)

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -32,6 +33,7 @@ __all__ = [
     "should_log",
     "time_is_over",
     "timer_seconds",
+    "uses_dataloader_iter",
 ]
 
 
@@ -65,6 +67,15 @@ def time_is_over(trainer: Trainer) -> bool:
 
 def _timers(trainer: Trainer) -> list[Timer]:
     return [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+
+
+def uses_dataloader_iter(trainer: Trainer) -> bool:
+    """Returns whether ``training_step`` takes ``dataloader_iter`` and fetches batches itself.
+
+    The hooks before ``training_step`` then receive the batch before, or None. Valid from
+    ``on_train_start`` on.
+    """
+    return isinstance(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher)
 
 
 def ready_batches(trainer: Trainer) -> int:

@@ -31,11 +31,22 @@ def add_scheduler(trainer: Trainer, scheduler: LRScheduler, *, name: str | None)
     )
 
 
-def remove_schedulers(trainer: Trainer, kind: type = object) -> None:
-    """Removes the registered schedulers of a class, for this fit."""
-    trainer.strategy.lr_scheduler_configs = [
-        config for config in trainer.lr_scheduler_configs if not isinstance(config.scheduler, kind)
-    ]
+def remove_schedulers(trainer: Trainer, kind: type = object) -> dict[int, str]:
+    """Removes the registered schedulers of a class, for this fit.
+
+    Returns:
+        The names of these schedulers in LearningRateMonitor, by id of the optimizer; schedulers
+        without a name are left out.
+    """
+    kept: list[LRSchedulerConfig] = []
+    names: dict[int, str] = {}
+    for config in trainer.lr_scheduler_configs:
+        if not isinstance(config.scheduler, kind):
+            kept.append(config)
+        elif config.name is not None and hasattr(config.scheduler, "optimizer"):
+            names.setdefault(id(unwrapped(config.scheduler.optimizer)), config.name)
+    trainer.strategy.lr_scheduler_configs = kept
+    return names
 
 
 def initial_lrs(trainer: Trainer) -> dict[int, list[float]]:

@@ -185,6 +185,16 @@ def test_mixin_clips_under_manual_optimization(rule: ClippingRule) -> None:
         assert not torch.equal(mine, start)
 
 
+@pytest.mark.parametrize("off", [None, 0, 0.0])
+def test_clip_value_that_is_off_in_lightning_is_no_conflict(off: Any) -> None:
+    clipped, bare = Probe(), Probe()
+    rule = GradientClipping(NormClip(max_norm=1e9))
+    fit(clipped, loader(8, 2), rule, max_epochs=1, gradient_clip_val=off)
+    fit(bare, loader(8, 2), max_epochs=1, gradient_clip_val=off)
+    for mine, other in zip(clipped.parameters(), bare.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
 def test_second_source_of_clipping_raises_at_fit_start() -> None:
     with pytest.raises(ValueError, match=r"gradient_clip_val must be None.*got 1.0"):
         fit(

@@ -359,3 +359,39 @@ def test_state_is_plain_data(tmp_path: Path) -> None:
         4,
         3,
     )  # one update came after the last logged one
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), KeyboardInterrupt()])
+@pytest.mark.parametrize("hook", ["on_before_optimizer_step", "on_train_batch_end"])
+@pytest.mark.parametrize("batch", [0, 2])
+def test_metrics_after_an_error_are_those_without_the_package(
+    error: BaseException, hook: str, batch: int, tmp_path: Path
+) -> None:
+    """Metrics of the batch in which an error is raised do not stay in ``callback_metrics``."""
+
+    class Fails(L.Callback):
+        def fail(self, trainer: Any) -> None:
+            if trainer.fit_loop.epoch_loop.batch_progress.current.ready == batch + 1:
+                raise error
+
+    setattr(Fails, hook, lambda self, trainer, *arguments: self.fail(trainer))
+
+    class Logs(Blocks):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log_dict({"at": float(batch_idx), "bar": 1.0 + batch_idx}, prog_bar=True)
+            return super().training_step(batch, batch_idx)
+
+    found = []
+    for callbacks in ([], [LearningRateScheduler(Linear()), OptimizationMonitor(), StepGuard()]):
+        logger = TensorBoardLogger(tmp_path)
+        trainer = L.Trainer(
+            **{**QUIET, "logger": logger, "max_epochs": 1}, callbacks=[Fails(), *callbacks]
+        )
+        with pytest.raises((type(error), SystemExit)):
+            trainer.fit(Logs(lr=0.01), loader(16, 4))
+        connector = trainer._logger_connector
+        bar = {k: v for k, v in connector._progress_bar_metrics.items() if k in ("at", "bar")}
+        found.append((dict(connector._callback_metrics), dict(connector._logged_metrics), bar))
+    bare, ours = found
+    assert ours == bare
+    assert ("at" in bare[0]) is bool(batch)

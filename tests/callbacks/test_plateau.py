@@ -14,13 +14,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_bigopt import (
+    Clamp,
     Constant,
     LearningRateScheduler,
     Linear,
+    Product,
     ReduceOnPlateau,
     WarmupCosine,
 )
-from tests.helpers import QUIET, Probe, ResumableLoader, loader
+from tests.helpers import QUIET, Probe, ResumableLoader, SaveAt, loader
 
 METRICS = [5.0, 4.0, 4.0, 4.5, 3.9999, 3.0, 3.5, 3.5, 3.5, 3.5, 2.0, 2.0, 2.0, 2.0]
 OPTIONS: dict[str, Any] = {"factor": 0.5, "patience": 1, "threshold": 1e-3, "cooldown": 1}
@@ -235,3 +237,98 @@ def test_copies_and_pickles_keep_the_state() -> None:
 def test_invalid_arguments_raise_with_their_names(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ReduceOnPlateau("val_loss", **options)
+
+
+# ------------------------------------------------------------------ runs of unknown length
+
+
+class Endless:
+    """A loader without a length."""
+
+    batch_size = 2
+
+    def __iter__(self) -> Any:
+        return iter(list(ResumableLoader(8, 2)))
+
+
+class StopsAt(L.Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Any, *arguments: Any) -> None:
+        trainer.should_stop = trainer.global_step >= self.step
+
+
+@pytest.mark.parametrize("kind", ["no limit", "no length"])
+@pytest.mark.parametrize(
+    "schedule",
+    [Constant(), Constant(0.5), Product([Constant(0.5), Constant()]), Clamp(Constant(), high=0.5)],
+    ids=repr,
+)
+def test_constant_schedule_needs_no_length_of_the_run(kind: str, schedule: Any) -> None:
+    """The learning rates are those of torch's ReduceLROnPlateau, on the schedule's level."""
+    level, steps = schedule(0.0), 4 * len(METRICS)
+    options: dict[str, Any] = {"max_epochs": -1, "max_steps": -1}
+    data: Any = ResumableLoader(8, 2)
+    if kind == "no length":
+        options, data = {"max_epochs": len(METRICS)}, Endless()
+    module = LogsGivenMetric(lr=0.8)
+    plateau = ReduceOnPlateau("val_loss", **OPTIONS)
+    bounds = LearningRateScheduler(schedule, min_lr=0.15, max_lr=0.7)
+    trainer = L.Trainer(**QUIET, **options, callbacks=[bounds, plateau, StopsAt(steps)])
+    trainer.fit(module, data, loader(2, 2))
+    reference = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.8 * level)
+    torch_plateau = ReduceLROnPlateau(reference, **OPTIONS, eps=0.0)
+    expected = []
+    for metric in METRICS:
+        rate = reference.param_groups[0]["lr"]
+        expected += [max(min(rate, 0.7), 0.15)] * 4
+        torch_plateau.step(metric)
+    assert module.lrs == pytest.approx(expected)
+    assert min(expected) == 0.15
+
+
+def test_schedule_that_depends_on_the_end_still_needs_it() -> None:
+    product = Product([Constant(), Linear()])
+    for scheduler in (
+        LearningRateScheduler(product),
+        LearningRateScheduler(Constant(), groups={"decay": Linear()}),
+        LearningRateScheduler(Constant(), on_resume="cooldown", cooldown="20%"),
+    ):
+        module = Probe()
+        with pytest.raises(ValueError, match="the length of the training must be known"):
+            fit(module, scheduler, max_epochs=-1, max_steps=-1, validation=False)
+        assert module.lrs == []
+
+
+def test_resume_of_a_constant_schedule_without_limits_to_the_bit(tmp_path: Path) -> None:
+    def run(ckpt: Any, *more: Any) -> Any:
+        module = LogsGivenMetric(lr=0.8)
+        plateau = ReduceOnPlateau("val_loss", **OPTIONS)
+        scheduler = LearningRateScheduler(Constant(0.5))
+        options = {"max_epochs": -1, "max_steps": -1, "enable_checkpointing": bool(more)}
+        fit(module, scheduler, plateau, StopsAt(56), *more, ckpt=ckpt, **options)
+        return module
+
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    straight = run(None, checkpoint)
+    resumed = run(tmp_path / "step=30.ckpt")
+    assert resumed.lrs == straight.lrs[30:]
+    for mine, other in zip(resumed.parameters(), straight.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_checkpoint_in_a_cooldown_continues_it_with_a_constant_schedule(tmp_path: Path) -> None:
+    def run(scheduler: Any, ckpt: Any, *more: Any) -> Probe:
+        module = Probe(lr=1.0)
+        fit(module, scheduler, *more, ckpt=ckpt, validation=False, max_epochs=5)
+        return module
+
+    run(LearningRateScheduler(Constant()), None, SaveAt(tmp_path / "10", 10))
+    branch = LearningRateScheduler(
+        Constant(), on_resume="cooldown", cooldown="8 steps", cooldown_shape="linear"
+    )
+    straight = run(branch, tmp_path / "10", SaveAt(tmp_path / "13", 13))
+    resumed = run(LearningRateScheduler(Constant(), cooldown_shape="linear"), tmp_path / "13")
+    assert straight.lrs == pytest.approx([1 - t / 8 for t in range(8)])
+    assert resumed.lrs == straight.lrs[3:]

@@ -31,7 +31,9 @@ from lightning_bigopt import (
     StepGuard,
 )
 from lightning_bigopt.engine.capability import Capability
+from lightning_bigopt.engine.engine import Engine
 from lightning_bigopt.reporting.runs import read_run
+from lightning_bigopt.trainer_access import strategies
 from tests.bad_batches import KINDS, BadBatchModule
 from tests.helpers import QUIET, Probe, Regression, ResumableLoader, cpu_precision, full, loader
 
@@ -340,6 +342,58 @@ def monitored(out: Path) -> Any:
     return found
 
 
+class AnyBatch(Probe):
+    """Trains on batches of tensors or texts alike."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.net(torch.ones(2, 4)).square().mean()
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.lrs.append(optimizer.param_groups[0]["lr"])
+
+
+def uncounted(out: Path) -> Any:
+    """Counts the samples of batches of which one process has one without a tensor."""
+    text_on_one = [torch.ones(2), torch.ones(3), torch.ones(1), torch.ones(2)]
+    if os.environ["RANK"] == "1":
+        text_on_one[2] = "text"  # type: ignore[call-overload]
+    found: dict[str, Any] = {}
+    for case, callbacks in {
+        "needed by none": [LearningRateScheduler(Linear())],
+        "optional": [LearningRateScheduler(Linear()), OptimizationMonitor(), StepGuard()],
+        "required": [LearningRateScheduler(Linear(), budget="100 samples")],
+    }.items():
+        reduced: list[float] = []
+        keep = strategies.sum_over_data
+        strategies.sum_over_data = lambda trainer, value, keep=keep, reduced=reduced: (
+            reduced.append(value) or keep(trainer, value)
+        )
+        model = AnyBatch()
+        try:
+            trainer = fit("ddp", model, Batches(text_on_one), *callbacks, max_epochs=2)
+            clock = next(c for c in trainer.callbacks if isinstance(c, Engine)).clock
+            found[case] = {"known": clock.samples_are_known, "samples": clock.samples}
+        except ValueError as error:
+            found[case] = {"error": str(error)}
+        finally:
+            strategies.sum_over_data = keep
+        found[case] |= {"rates": model.lrs, "collectives": len(reduced)}
+    return found
+
+
+class Batches:
+    """A loader without a ``batch_size``."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+
 NAMES = [
     "gradient_means",
     "global_norms",
@@ -349,4 +403,5 @@ NAMES = [
     "schedules",
     "gradients",
     "monitored",
+    "uncounted",
 ]

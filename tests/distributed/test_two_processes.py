@@ -83,3 +83,16 @@ def test_resume_is_exact(two_processes: Any, name: str, step: str) -> None:
         assert resumed[0] == lrs[int(step) :]
         assert resumed[1] == windows[int(step) :]
         assert resumed[2] == weights
+
+
+def test_a_batch_that_one_process_cannot_count_is_uncounted_on_both(two_processes: Any) -> None:
+    for result in two_processes("uncounted"):
+        # No collective for samples that nobody needs.
+        assert result["needed by none"]["collectives"] == 0
+        assert result["needed by none"]["rates"] == [0.05 * (1 - t / 8) for t in range(8)]
+        optional = result["optional"]
+        assert (optional["known"], optional["samples"]) == (False, 10)
+        assert optional["rates"] == result["needed by none"]["rates"]
+        assert optional["collectives"] == 3
+        assert "samples must be given for batches without a tensor" in result["required"]["error"]
+        assert len(result["required"]["rates"]) == 2

@@ -24,7 +24,9 @@ class FakeTrainer:
         self.progress = SimpleNamespace(ready=0, started=0, processed=0)
         epoch_loop = SimpleNamespace(batch_progress=SimpleNamespace(current=self.progress))
         epochs = SimpleNamespace(current=SimpleNamespace(processed=0))
-        self.fit_loop = SimpleNamespace(epoch_loop=epoch_loop, epoch_progress=epochs)
+        self.fit_loop = SimpleNamespace(
+            epoch_loop=epoch_loop, epoch_progress=epochs, _data_fetcher=None
+        )
         self.num_training_batches = batches
         self.accumulate_grad_batches = accumulate
         self.is_last_batch = False
@@ -114,7 +116,7 @@ class Run:
         )
         self.engine._fit = fit
         self.engine.clock._trainer = self.trainer
-        self.engine._counter = BatchCounter(self.trainer, self.engine.clock.settings)
+        self.engine._counter = BatchCounter(self.trainer, self.engine.clock, needs_samples=None)
         self.engine._set_capabilities(fit, sorted(stages, key=lambda stage: stage.rank))
         step_control(self.optimizer)
 

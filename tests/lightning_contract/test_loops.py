@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
@@ -187,6 +188,62 @@ def test_the_logger_connector_holds_the_metrics_of_the_trainer() -> None:
     assert "loss" in one.logged_metrics
     vars(one._logger_connector).update(before)
     assert one.callback_metrics == one.logged_metrics == {}
+
+
+@asserts("_callback_metrics", "_progress_bar_metrics")
+def test_public_metrics_add_those_of_a_batch_that_has_not_ended() -> None:
+    """The final metrics of a run must not contain those of a batch in which an error was raised.
+
+    The progress bar of the monitor writes to the same dictionary as the public property returns.
+    """
+
+    class Fails(Small):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            raise ZeroDivisionError
+
+    one = trainer()
+    with pytest.raises(ZeroDivisionError):
+        one.fit(Fails(), batches())
+    assert one._logger_connector._callback_metrics == {}
+
+    class Reads(L.Callback):
+        def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+            seen.append("loss" in trainer.callback_metrics)
+
+    seen: list[bool] = []
+    other = trainer(Reads())
+    with pytest.raises(ZeroDivisionError):
+        other.fit(Fails(), batches())
+    assert seen == [True]
+    assert "loss" in other._logger_connector._callback_metrics
+    assert other.progress_bar_metrics is other._logger_connector._progress_bar_metrics
+
+
+@asserts("_DataLoaderIterDataFetcher")
+@pytest.mark.filterwarnings("ignore:(Found|You are using the) `dataloader_iter`")
+@pytest.mark.parametrize("fetches", [True, False])
+def test_the_fetcher_of_a_step_that_fetches_has_its_own_class(fetches: bool) -> None:
+    """Hooks before such a step receive the batch before, whose samples are not those to count."""
+
+    class Fetches(Small):
+        def training_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]
+            batch, _, _ = next(dataloader_iter)
+            return self.layer(batch).square().mean()
+
+    class Looks(L.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            seen.append(isinstance(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher))
+
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+            received.append(batch)
+
+    seen: list[bool] = []
+    received: list[Any] = []
+    trainer(Looks()).fit((Fetches if fetches else Small)(), batches())
+    assert seen == [fetches]
+    assert (received[0] is None) is fetches
+    if fetches:
+        assert float(received[1]) == 0.0  # the first batch, before the second is trained
 
 
 @asserts("_accelerator_connector")

@@ -101,6 +101,7 @@ class BatchSizeScheduler(Capability):
 
     owns = "batch size"
     rank = 10
+    needs_samples = "required"
     logs_without_monitor = True
 
     def __init__(

@@ -58,8 +58,8 @@ class LossWeights:
         """Adds the weight of the current batch to the sum, and returns the factor on its loss."""
         if self.weight is None:
             micro = batch.micro_batch
-            self._sum = self._sum + batch.samples
-            return batch.samples / self._full if micro is None else micro.weight
+            self._sum = self._sum + batch.counted_samples
+            return batch.counted_samples / self._full if micro is None else micro.weight
         # GlobalBatchLoader repeats a sample, with weight 0, on a process that has fewer samples of
         # the window than micro-batches.
         is_filler = batch.micro_batch is not None and not batch.samples

@@ -175,7 +175,8 @@ class WindowRecorder:
         self._window.append(
             _MicroBatch(
                 index=batch.index,
-                samples=batch.samples,
+                # Batches that are not counted have equal weights.
+                samples=1 if batch.samples is None else batch.samples,
                 loss=loss,
                 data=self._data,
                 random=self._random,

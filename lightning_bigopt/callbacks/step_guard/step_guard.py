@@ -109,6 +109,9 @@ class StepGuard(Capability):
         self._limit = min([max_consecutive, *limits])
         self._backoffs = [action for action in self.actions if isinstance(action, Backoff)]
         self._clips_to_median = any(isinstance(action, ClipToMedian) for action in self.actions)
+        # The loss of a window is the mean over its samples.
+        reads_loss = any(detector.quantity == "loss" for detector in self.detectors)
+        self.needs_samples = "optional" if reads_loss or forensics is not None else None
         self._window = WindowRecorder(None if forensics is None else fspath(forensics))
         self._buffers = BufferSnapshot()
         self._state = GuardState(self.detectors, self._backoffs)

@@ -1,0 +1,30 @@
+"""The state of a capability: what a checkpoint saves, and what a rollback restores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["SavedState"]
+
+
+class SavedState:
+    """The methods through which the state of a capability is saved and restored."""
+
+    def take_loaded_state(self) -> dict[str, Any] | None:
+        """Returns the loaded state that has not been applied yet, and clears it."""
+        return None
+
+    def saved_state(self) -> dict[str, Any]:
+        """Returns the state that training changes, as plain numbers, strings and tensors."""
+        return {}
+
+    def load_saved_state(self, state: dict[str, Any]) -> None:
+        """Restores the result of :meth:`saved_state`; called before :meth:`start`."""
+
+    def snapshot(self) -> dict[str, Any]:
+        """Returns the state that :meth:`restore` needs."""
+        return self.saved_state()
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Restores the state at the time of :meth:`snapshot`, within the same fit."""
+        self.load_saved_state(snapshot)
