@@ -19,7 +19,7 @@ from lightning_bigopt import (
     Linear,
     WarmupCosine,
 )
-from tests.helpers import QUIET, FieldRecorder, Probe, ResumableLoader, loader
+from tests.helpers import QUIET, FieldRecorder, Probe, ResumableLoader, SaveAt, loader
 
 DOWN = Linear(start=1.0, end=0.0)
 
@@ -168,3 +168,86 @@ def test_value_is_written_at_every_update_of_an_accumulated_run() -> None:
     )
     trainer.fit(module, loader(10, 2))
     assert module.seen == [0.8 * (1 - consumed / 5) for consumed in (0, 2, 4)]
+
+
+# -------------------------------------------------------------- base values after a resume
+
+
+def decayed(weight_decay: float) -> FieldRecorder:
+    return FieldRecorder("weight_decay", weight_decay=weight_decay)
+
+
+def saved(tmp_path: Path, *callbacks: Any) -> Path:
+    """Fits with weight decay 0.4 over 8 updates, and saves after update 2."""
+    path = tmp_path / "2.ckpt"
+    fit(decayed(0.4), *callbacks, SaveAt(path, 2), max_steps=8)
+    return path
+
+
+def reports(caplog: pytest.LogCaptureFixture) -> list[str]:
+    messages = [record.getMessage() for record in caplog.records]
+    return [message for message in messages if "Changes since" in message]
+
+
+@pytest.mark.parametrize(("base", "used"), [("checkpoint", 0.4), ("config", 1.2)])
+def test_base_values_of_checkpoint_or_config(
+    tmp_path: Path, base: Any, used: float, info_log: Any
+) -> None:
+    path = saved(tmp_path, HyperparameterScheduler("weight_decay", DOWN))
+    module = decayed(1.2)
+    scheduler = HyperparameterScheduler("weight_decay", DOWN, base=base)
+    if base == "config":
+        with pytest.warns(UserWarning, match=r"weight_decay jumps when .*: 0\.3 → 0\.9 \(× 3\)"):
+            fit(module, scheduler, ckpt=path, max_steps=8)
+        assert "weight_decay bases: 0.4 → 1.2" in "".join(reports(info_log))
+    else:
+        fit(module, scheduler, ckpt=path, max_steps=8)
+        assert not reports(info_log)
+    assert module.seen == pytest.approx([used * (1 - t / 8) for t in range(2, 8)], abs=1e-12)
+
+
+def test_config_base_values_of_two_resumes_equal_a_run_with_them(tmp_path: Path) -> None:
+    path, later = saved(tmp_path, HyperparameterScheduler("weight_decay", DOWN)), tmp_path / "4"
+    with pytest.warns(UserWarning, match="weight_decay jumps"):
+        fit(
+            decayed(1.2),
+            HyperparameterScheduler("weight_decay", DOWN, base="config"),
+            SaveAt(later, 4),
+            ckpt=path,
+            max_steps=8,
+        )
+    module = decayed(7.0)
+    fit(module, HyperparameterScheduler("weight_decay", DOWN), ckpt=later, max_steps=8)
+    assert module.seen == [1.2 * (1 - t / 8) for t in range(4, 8)]
+
+
+def test_changed_schedule_and_budget_are_reported_once(tmp_path: Path, info_log: Any) -> None:
+    momentum = HyperparameterScheduler("momentum", Constant())
+    path = saved(tmp_path, HyperparameterScheduler("weight_decay", DOWN), momentum)
+    schedulers = [
+        HyperparameterScheduler("weight_decay", Constant(0.5), on_resume="extend"),
+        HyperparameterScheduler("momentum", Constant(), on_resume="extend"),
+    ]
+    with pytest.warns(UserWarning, match=r"weight_decay jumps when .*: 0\.3 → 0\.2"):
+        fit(decayed(0.4), *schedulers, ckpt=path, max_steps=16)
+    assert not [text for text in reports(info_log) if "momentum" in text]
+    (text,) = [text for text in reports(info_log) if "weight_decay" in text]
+    assert "weight_decay schedule: Linear(start=1.0, end=0.0) → Constant(level=0.5)" in text
+    assert sum("budget: 8 steps → 16 steps" in report for report in reports(info_log)) == 1
+
+
+def test_checkpoint_without_the_scheduler_is_named(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    module = decayed(0.8)
+    message = (
+        r"without HyperparameterScheduler\('weight_decay'\): the schedule continues at 25\.0% of .*"
+        r"base values of the weight_decay \(0\.8\)"
+    )
+    with pytest.warns(UserWarning, match=message):
+        fit(module, HyperparameterScheduler("weight_decay", DOWN), ckpt=path, max_steps=8)
+    assert module.seen == pytest.approx([0.8 * (1 - t / 8) for t in range(2, 8)], abs=1e-12)
+
+
+def test_unknown_base_raises() -> None:
+    with pytest.raises(ValueError, match="base must be 'checkpoint' or 'config', got 'user'"):
+        HyperparameterScheduler("momentum", DOWN, base="user")  # type: ignore[arg-type]
