@@ -17,7 +17,7 @@ import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = [
-    *(f"{name}.md" for name in ("index", "start", "errors", "algorithms")),
+    *(f"{name}.md" for name in ("index", "start", "errors", "algorithms", "guides/workflows")),
     *(
         f"recipes/{name}.md"
         for name in ("huggingface_trainer", "timm", "megatron", "gpt", "resnet", "speech")
