@@ -12,8 +12,8 @@ from lightning_bigopt.engine.batch_contents import BatchCount
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.clock_settings import ClockSettings, OnResume
 from lightning_bigopt.engine.stage import LEARNING_RATE, Fit
+from lightning_bigopt.optimizers.field_claim import BaseOwner
 from lightning_bigopt.optimizers.group_field import GroupField
-from lightning_bigopt.optimizers.group_schedule import BaseOwner
 from lightning_bigopt.schedules.base import Schedule
 
 __all__ = ["HyperparameterScheduler"]

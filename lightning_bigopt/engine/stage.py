@@ -309,7 +309,8 @@ class Stages(SavedState):
 
 def overriding(capabilities: Sequence[Stages]) -> dict[str, list[Stages]]:
     """Returns the capabilities that override each stage, in their order."""
-    stages = [name for name, value in vars(Stages).items() if callable(value) and name[0] != "_"]
+    methods = {**vars(Stages), **vars(SavedState)}
+    stages = [name for name, value in methods.items() if callable(value) and name[0] != "_"]
     return {
         stage: [c for c in capabilities if getattr(type(c), stage) is not getattr(Stages, stage)]
         for stage in stages

@@ -14,13 +14,13 @@ from torch import Tensor
 from lightning_bigopt import BatchSizeScheduler, ConstantBatchSize, GlobalBatchLoader
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.engine.capability import Capability
-from lightning_bigopt.engine.stage import Batch, Fit, Stages
+from lightning_bigopt.engine.stage import Batch, Fit, overriding
 from lightning_bigopt.engine.update import Rejection, Update
 from tests.helpers import QUIET, Probe, Regression, ResumableLoader, loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 
-EVERY = [name for name, value in vars(Stages).items() if callable(value) and name[0] != "_"]
+EVERY = list(overriding([]))
 # Called where something else asks for them: a monitor, a snapshot, a Trainer that is not the first.
 ON_DEMAND = {"metrics", "specification", "snapshot", "restore", "reset"}
 
