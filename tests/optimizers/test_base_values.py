@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import lightning as L
@@ -75,6 +76,17 @@ def test_optimizer_that_outlives_a_fit_starts_at_its_base_again() -> None:
         module.rates.clear()
         fit(module, LearningRateScheduler(Linear()))
         assert module.rates == pytest.approx(RIGHT)
+
+
+def test_a_line_says_which_base_is_used(caplog: pytest.LogCaptureFixture) -> None:
+    module = Keeps()
+    with caplog.at_level(logging.INFO):
+        fit(module, LearningRateScheduler(Linear()), max_steps=2)
+        assert not [text for text in caplog.messages if "base learning rates" in text]
+        fit(module, LearningRateScheduler(Linear()))
+    (line,) = [text for text in caplog.messages if "base learning rates" in text]
+    assert line.startswith("The base learning rates of AdamW are [0.1], before an earlier fit or ")
+    assert line.endswith("changed them to [0.0].")
 
 
 def test_same_trainer_fits_again_with_the_same_optimizer() -> None:
