@@ -31,7 +31,9 @@ class GradientClipping(Capability):
     The norm is the global norm on one device and under DDP, FSDP1 and FSDP2, in 32-true, bf16-mixed
     and 16-mixed precision. It is measured once per update, in float32, and shared with all other
     callbacks. A fused optimizer receives the coefficient and scales the gradient inside its kernel.
-    Several optimizers are clipped separately.
+    Several optimizers (manual optimization) are each clipped by their own norm when they step. For
+    one norm over all of them call :func:`~lightning_bigopt.gradients.clip_gradients_` after the
+    backward pass instead.
 
     Args:
         rule: The clipping rule.

@@ -52,8 +52,9 @@ class OptimizationMonitor(Capability):
             all.
         histograms_every: Write histograms of all gradients to TensorBoard every n-th update, which
             copies them to the host; None for no histograms.
-        x_axis: Unit of the steps in all loggers: ``"updates"`` as Lightning counts them,
-            ``"samples"`` or ``"tokens"``.
+        x_axis: Unit of the steps in all loggers: ``"updates"``, the batches that have made an
+            update as Lightning counts them, from 0; ``"samples"`` or ``"tokens"``, those consumed
+            by the run up to the end of the update, over all processes.
         samples: Counts the samples of a batch (a function, or the name of a field); None for the
             batch size of the loader.
         tokens: Counts the tokens of a batch: a function, or the name of an ids or mask field.
@@ -65,10 +66,13 @@ class OptimizationMonitor(Capability):
         ``global_batch`` and ``skipped`` on the progress bar. With several optimizers the tags
         contain the names of their classes.
 
+    Samples that cannot be counted, as of a batch of strings, are left out of the log.
+
     Raises:
         ValueError: If an argument is out of range; at fit start if ``report`` is a folder, or there
             is no logger to read from; at train start if ``x_axis`` is tokens and no callback counts
-            them, or a pattern matches no parameter.
+            them, or a pattern matches no parameter; at the first batch if ``x_axis`` is samples and
+            they cannot be counted.
         ImportError: At fit start for ``report`` without matplotlib or jinja2.
 
     Example:

@@ -45,7 +45,8 @@ class StepGuard(Capability):
     A skipped update leaves parameters, optimizer state and step counters unchanged bit for bit. Its
     data counts as consumed: ``global_step``, the learning-rate schedule and the clock advance.
     Under 16-mixed the GradScaler handles overflows: it skips the update and lowers its scale, and
-    the guard does not count it.
+    the guard does not count it. Several optimizers (manual optimization) are inspected separately,
+    each with its own history: the others step if the update of one is skipped.
 
     Costs one transfer to the host per update, which is shared with the adaptive clipping rules,
     and with several processes one all-reduce of at most four numbers.
