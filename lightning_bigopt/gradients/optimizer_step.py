@@ -20,6 +20,7 @@ from lightning_bigopt.gradients.group_settings import (
     restore_settings_,
     save_settings,
 )
+from lightning_bigopt.optimizers.names import unwrapped
 
 __all__ = ["StepControl", "installed_step_control", "step_control"]
 
@@ -80,7 +81,8 @@ class StepControl:
         self._previous: Callable[..., Any] | None = attributes.get("step")
         self._replacement = self._replace(self._previous or type(optimizer).step)
         self._hook: RemovableHandle | None = None
-        with suppress(AttributeError):  # the optimizer of Opacus does not call Optimizer.__init__
+        # The optimizer of Opacus and some that contain another one do not call Optimizer.__init__.
+        with suppress(AttributeError, TypeError):
             self._hook = optimizer.register_step_post_hook(_after_any_step)
         attributes[_ATTRIBUTE] = self
         # A bound method, because torch's LRScheduler reads ``step.__func__``.
@@ -287,12 +289,12 @@ def step_control(optimizer: Optimizer) -> StepControl:
         >>> step_control(optimizer) is step_control(optimizer)
         True
     """
-    return installed_step_control(optimizer) or StepControl(_unwrapped(optimizer))
+    return installed_step_control(optimizer) or StepControl(unwrapped(optimizer))
 
 
 def installed_step_control(optimizer: Optimizer) -> StepControl | None:
     """Returns the step control of an optimizer; None if none is installed."""
-    control: StepControl | None = vars(_unwrapped(optimizer)).get(_ATTRIBUTE)
+    control: StepControl | None = vars(unwrapped(optimizer)).get(_ATTRIBUTE)
     return control
 
 
@@ -308,10 +310,3 @@ def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
 
 def _has_gradients(optimizer: Optimizer) -> bool:
     return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
-
-
-def _unwrapped(optimizer: Any) -> Optimizer:
-    # Lightning's wrapper is not an Optimizer; attributes set on it do not reach the optimizer.
-    is_wrapper = not isinstance(optimizer, Optimizer)
-    inner: Optimizer = getattr(optimizer, "optimizer", optimizer) if is_wrapper else optimizer
-    return inner

@@ -9,9 +9,26 @@ from torch.optim import Optimizer
 
 __all__ = ["group_names", "is_opacus_optimizer", "optimizer_label", "unwrapped"]
 
+_LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")
+
 
 def unwrapped(optimizer: Any) -> Optimizer:
-    """Returns the torch optimizer inside Lightning's wrapper; other optimizers unchanged."""
+    """Returns the optimizer inside Lightning's wrapper, or inside one that is not an Optimizer.
+
+    An optimizer that contains another one, such as Lookahead, makes steps of its own and is
+    returned unchanged.
+
+    Example:
+        >>> import torch
+        >>> from lightning.pytorch.core.optimizer import LightningOptimizer
+        >>> inner = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1)
+        >>> unwrapped(LightningOptimizer(inner)) is inner
+        True
+    """
+    # Lightning's wrapper has a class that is derived from the class of the optimizer inside.
+    is_lightnings = type(optimizer).__module__.split(".")[0] in _LIGHTNING
+    if isinstance(optimizer, Optimizer) and not is_lightnings:
+        return optimizer
     inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
     return inner
 

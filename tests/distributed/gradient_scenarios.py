@@ -10,8 +10,18 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import post_localSGD_hook as local_sgd
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from lightning_bigopt import ClipToMedian, GradientClipping, NormClip, NormSpike, StepGuard, ZClip
+from lightning_bigopt import (
+    ClipToMedian,
+    GradientClipping,
+    MaxUpdateRatio,
+    NormClip,
+    NormSpike,
+    StepGuard,
+    UpdateClip,
+    ZClip,
+)
 from lightning_bigopt.engine.capability import Capability
 from tests.distributed.scenarios import Sharded, fit, in_order, weights
 from tests.helpers import Probe, full, loader
@@ -107,4 +117,30 @@ def replaced(out: Path) -> Any:
     return found
 
 
-NAMES = ["local_gradients", "replaced"]
+class Partitioned(Own):
+    """Every process keeps the moments of a part of the parameters."""
+
+    def configure_optimizers(self) -> Any:
+        return ZeroRedundancyOptimizer(self.parameters(), torch.optim.AdamW, lr=0.5)
+
+    def on_train_start(self) -> None:
+        self.ratios: list[float] = []
+        self.before = weights(self)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        before, self.before = torch.tensor(self.before), weights(self)
+        self.ratios.append(float((torch.tensor(self.before) - before).norm() / before.norm()))
+
+
+def partitioned(out: Path) -> Any:
+    """Limits updates whose moments are not in the state of the optimizer."""
+    data, model = loader(32, 4), Partitioned()
+    fit("ddp", model, data, GradientClipping(MaxUpdateRatio(0.01)), max_epochs=1)
+    try:
+        fit("ddp", Partitioned(), data, GradientClipping(UpdateClip()), max_epochs=1)
+    except ValueError as error:
+        return {"ratios": model.ratios, "weights": weights(model), "error": str(error)}
+    return None
+
+
+NAMES = ["local_gradients", "replaced", "partitioned"]

@@ -54,3 +54,10 @@ def test_a_parameter_that_the_strategy_does_not_know_is_reported(
     assert text in warning
     assert ("net.2.weight" if strategy == "ddp" else "group0.2") in warning
     assert second == []  # only the first process warns
+
+
+def test_zero_redundancy_optimizer_is_limited_by_its_weights_or_refused(two_processes: Any) -> None:
+    first, second = (result["partitioned"] for result in two_processes("gradients"))
+    assert first == second
+    assert first["ratios"] == pytest.approx([0.01] * 4, rel=0.1)
+    assert "got ZeroRedundancyOptimizer, which has changed a parameter without" in first["error"]

@@ -267,6 +267,34 @@ def test_update_clip_with_adamax_raises():
         clip_gradients_([weight], UpdateClip(), optimizer=optimizer)
 
 
+def test_update_clip_with_quantized_moments_raises():
+    """As torchao's AdamW8bit keeps them, in a subclass of Tensor with few operations."""
+
+    class Quantized(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, operation, types, arguments=(), keywords=None):
+            raise NotImplementedError(operation)
+
+        def __tensor_flatten__(self):
+            return ["codes", "scale"], None
+
+    class AdamW8bit(torch.optim.AdamW):
+        def step(self, closure=None):
+            super().step(closure)
+            for state in self.state.values():
+                state["exp_avg_sq"] = torch.Tensor._make_wrapper_subclass(Quantized, (2,))
+
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    optimizer = AdamW8bit([weight])
+    clip_gradients_([weight], UpdateClip(), optimizer=optimizer)
+    message = "got AdamW8bit, which keeps Quantized; use MaxUpdateRatio"
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    with pytest.raises(ValueError, match=message):
+        clip_gradients_([weight], UpdateClip(), optimizer=optimizer)
+
+
 def test_sparse_gradients():
     layer = nn.Embedding(4, 3, sparse=True)
     layer(torch.tensor([1, 2])).sum().backward()

@@ -36,7 +36,8 @@ class UpdateClip(UpdateRule):
 
     Raises:
         ValueError: If ``max_rms`` is not positive and finite; at the first update if the optimizer
-            is not of the Adam family (with ``betas``, ``eps`` and ``exp_avg_sq``).
+            is not of the Adam family (with ``betas``, ``eps`` and ``exp_avg_sq``), or after it if
+            its moments are elsewhere (ZeroRedundancyOptimizer, Lookahead) or quantized.
 
     Example:
         >>> UpdateClip()
@@ -74,11 +75,25 @@ class UpdateClip(UpdateRule):
         norms = []
         for indices in chunks(before):
             chosen = [parameters[index] for index in indices]
+            _check_states(optimizer, chosen, [before[index] for index in indices])
             norms.append(local_norms(_ratios(optimizer, chosen, settings), 2.0))
         whole = whole_norms(torch.cat(norms), parameters)
         sizes = [p.numel() * (2 if p.is_complex() else 1) for p in parameters]
         roots = [self.max_rms * max(size, 1) ** 0.5 for size in sizes]
         return torch.stack([root / norm for root, norm in zip(roots, whole.unbind(), strict=True)])
+
+
+def _check_states(
+    optimizer: Optimizer, parameters: Sequence[nn.Parameter], before: Sequence[Tensor]
+) -> None:
+    """Raises if a parameter without a state has changed: its moments must be elsewhere."""
+    for parameter, old in zip(parameters, before, strict=True):
+        if not optimizer.state.get(parameter) and not torch.equal(to_local(parameter), old):
+            raise ValueError(
+                "optimizer must keep exp_avg_sq and step in its state for UpdateClip, got "
+                f"{type(optimizer).__name__}, which has changed a parameter without a state; use "
+                "MaxUpdateRatio"
+            )
 
 
 def _ratios(
@@ -112,6 +127,13 @@ def _second_moment(state: dict[str, Any], optimizer: Optimizer) -> Tensor:
             f"{type(optimizer).__name__}, which keeps {', '.join(state)}; use MaxUpdateRatio"
         )
     moment: Tensor = state.get("max_exp_avg_sq", state["exp_avg_sq"])  # with amsgrad the maximum
+    if hasattr(to_local(moment), "__tensor_flatten__"):  # a tensor that is made of others
+        # Small moments are rounded to zero in 8 bits, and the ratio to them would be too large.
+        raise ValueError(
+            "optimizer must keep exp_avg_sq in plain tensors for UpdateClip, got "
+            f"{type(optimizer).__name__}, which keeps {type(to_local(moment)).__name__}; use "
+            "MaxUpdateRatio"
+        )
     return moment
 
 
