@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_bigopt.engine.lr_scheduler import LightningLRScheduler
-from lightning_bigopt.gradients.optimizer_step import step_control
+from lightning_bigopt.gradients.optimizer_step import installed_step_control, step_control
 from lightning_bigopt.optimizers.base_values import remember_bases
 from lightning_bigopt.optimizers.group_schedule import GroupSchedule
 from lightning_bigopt.optimizers.names import optimizer_label, unwrapped
@@ -19,7 +19,17 @@ from lightning_bigopt.trainer_access import callbacks, schedulers
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-__all__ = ["adopt_values", "follow_optimizers", "group_schedule", "install", "uninstall"]
+__all__ = [
+    "adopt_values",
+    "check_hook_reached",
+    "follow_optimizers",
+    "group_schedule",
+    "install",
+    "repeated_evaluation",
+    "repeated_evaluations",
+    "restore_repeated_evaluations",
+    "uninstall",
+]
 
 
 def group_schedule(trainer: Trainer) -> GroupSchedule:
@@ -50,12 +60,14 @@ def install(trainer: Trainer, groups: GroupSchedule, *, controls_steps: bool) ->
     Args:
         trainer: The Trainer.
         groups: The schedule of its parameter groups.
-        controls_steps: Whether a capability may skip an optimizer's step, or act after it.
+        controls_steps: Whether a capability has a stage of an update.
     """
     for index, (label, optimizer) in enumerate(groups):
-        if controls_steps:
-            # Before the first step, because a step that is already running cannot be controlled.
-            step_control(optimizer)
+        # Before the first step, because a step that is already running cannot be controlled. A step
+        # that was replaced may be compiled: the control evaluates the closure, with the hooks of
+        # all callbacks, outside of it.
+        if controls_steps or "step" in vars(optimizer):
+            step_control(optimizer).evaluations.are_undone = False
         if "lr" in groups:
             scheduler = LightningLRScheduler(optimizer, groups, index=index)
             schedulers.add_scheduler(trainer, scheduler, name=label or None)
@@ -110,3 +122,47 @@ def adopt_values(trainer: Trainer, groups: GroupSchedule, *, epoch_is_new: bool 
             f"Other code has changed {foreign}. This is the new base value, which the schedule "
             "multiplies."
         )
+
+
+def check_hook_reached(trainer: Trainer, first_step: int) -> None:
+    """Raises if an update was made without a call of ``on_before_optimizer_step``.
+
+    Raises:
+        RuntimeError: If ``global_step`` has increased since ``first_step``.
+    """
+    if trainer.global_step > first_step:
+        raise RuntimeError(
+            "on_before_optimizer_step must be called for every update, got an update without it "
+            f"(strategy {type(trainer.strategy).__name__}); call super() in overridden hooks, "
+            "or remove the callbacks of lightning_bigopt"
+        )
+
+
+def repeated_evaluation(trainer: Trainer, optimizer: Optimizer) -> ValueError:
+    """Creates the error for a repeated evaluation of the closure in an accumulation window.
+
+    Lightning's closure computes the gradient of the last batch only, and adds it to the gradients
+    of the evaluations before.
+    """
+    return ValueError(
+        "accumulation windows must have one batch with an optimizer that evaluates its closure "
+        f"several times per step, got {int(trainer.accumulate_grad_batches)} batches and "
+        f"{type(unwrapped(optimizer)).__name__}; use larger batches instead of accumulation"
+    )
+
+
+def repeated_evaluations(groups: GroupSchedule) -> list[bool | None]:
+    """Returns for each optimizer whether it evaluates its closure several times; None if unknown.
+
+    It is saved, so that the first step of a resumed run can be undone, or needs no copies.
+    """
+    controls = [installed_step_control(optimizer) for _, optimizer in groups]
+    return [None if control is None else control.evaluations.repeat for control in controls]
+
+
+def restore_repeated_evaluations(groups: GroupSchedule, saved: Sequence[bool | None]) -> None:
+    """Restores the result of :func:`repeated_evaluations`."""
+    for (_, optimizer), repeat in zip(groups, saved, strict=False):  # optimizers may be new
+        control = installed_step_control(optimizer)
+        if control is not None:
+            control.evaluations.repeat = repeat

@@ -16,7 +16,6 @@ from lightning_bigopt.engine.stage import Batch, Fit, Stages, overriding
 from lightning_bigopt.engine.update import Restorable, Update
 from lightning_bigopt.gradients.apply import clear_
 from lightning_bigopt.gradients.optimizer_step import step_control
-from lightning_bigopt.gradients.skip import skip_update_
 from lightning_bigopt.trainer_access import loggers, loop, precision
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ class StepHooks(Callback):
 
     def _clear_fit(self) -> None:
         self._stages: dict[str, list[Stages]] = {}
-        self._has_update_stages = False
+        self._has_update_stages = self._may_reject = False
         self._counter: BatchCounter | None = None
         self._batch: Batch | None = None
         self._batch_has_ended = self._batch_has_loss = False
@@ -58,6 +57,7 @@ class StepHooks(Callback):
         fit.capabilities[:] = capabilities
         self._stages = overriding(capabilities)
         self._has_update_stages = any(self._stages[name] for name in _UPDATE_STAGES)
+        self._may_reject = any(capability.may_reject for capability in self._stages["decide"])
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins an epoch, which may have new loaders."""
@@ -129,14 +129,11 @@ class StepHooks(Callback):
         fit, stages = self._fit, self._stages
         if fit is None:
             return
-        self._first_step = None  # this hook runs, so that _check_hook_reached is not needed
+        self._first_step = None  # this hook runs, so that check_hook_reached is not needed
         self._follow_changes(fit)
         update = self._new_update(fit, optimizer)
         if update is None:
             return
-        # A GradScaler may have skipped the previous step, whose after_step calls still wait, and
-        # LBFGS evaluates its closure several times in one step.
-        clear_(optimizer)
         for capability in stages["rescale"]:
             capability.rescale(update)
         # After rescaling and before any stage that changes gradients: all capabilities read the
@@ -148,7 +145,7 @@ class StepHooks(Callback):
         if update.rejection is None:
             for capability in stages["clip"]:
                 capability.clip(update)
-        for capability in stages["observe"]:
+        for capability in [] if update.is_repeated else stages["observe"]:
             capability.observe(update)
         self._control_step(update)
 
@@ -157,6 +154,17 @@ class StepHooks(Callback):
         if not self._has_update_stages:
             return None
         trainer = fit.trainer
+        # A GradScaler may have skipped the previous step, whose after_step calls still wait, and
+        # LBFGS evaluates its closure several times in one step.
+        clear_(optimizer)
+        evaluations = step_control(optimizer).evaluations
+        is_repeated = evaluations.number > 1
+        accumulates = fit.module.automatic_optimization and not (
+            self._batch is None or self._batch.opens_window
+        )
+        evaluations.are_undone = self._may_reject or accumulates
+        if is_repeated and accumulates:
+            raise optimizer_setup.repeated_evaluation(trainer, optimizer)
         has_scaler = precision.gradient_scaler(trainer) is not None
         info = fit.optimizer_info(optimizer)
         if has_scaler and fit.module.automatic_optimization:
@@ -179,6 +187,7 @@ class StepHooks(Callback):
             norm_order=next((c.norm_order for c in fit.capabilities if c.norm_order), 2.0),
             shard_group=fit.shard_group,
             scaler_skips_overflow=has_scaler,
+            is_repeated=is_repeated,
             announce_rejection=self._announce_rejection,
         )
 
@@ -189,7 +198,9 @@ class StepHooks(Callback):
     def _control_step(self, update: Update) -> None:
         """Makes the optimizer skip a rejected update, or run ``after_step`` after its step."""
         if update.rejection is not None:
-            skip_update_(update.optimizer)
+            for _, parameter in update.parameters:
+                parameter.grad = None
+            step_control(update.optimizer).skip_next()
             self._roll_back = update.rejection.roll_back
             return
         for capability in self._stages["after_step"]:
@@ -234,7 +245,7 @@ class StepHooks(Callback):
         clock.end_batch(closes_window=closes)
         self._counter.end_batch(closes_window=closes)
         if self._first_step is not None and self._has_update_stages:
-            _check_hook_reached(fit, self._first_step)
+            optimizer_setup.check_hook_reached(fit.trainer, self._first_step)
         for capability in self._stages["end_batch"]:
             capability.end_batch(batch)
         if not closes:
@@ -290,20 +301,6 @@ class StepHooks(Callback):
     def _rewrite_groups(self) -> None:
         if self._fit is not None and self._clock_runs:
             self._fit.groups.write(self.clock.update_progress)
-
-
-def _check_hook_reached(fit: Fit, first_step: int) -> None:
-    """Raises if an update was made without a call of ``on_before_optimizer_step``.
-
-    Raises:
-        RuntimeError: If ``global_step`` has increased since ``first_step``.
-    """
-    if fit.trainer.global_step > first_step:
-        raise RuntimeError(
-            "on_before_optimizer_step must be called for every update, got an update without it "
-            f"(strategy {type(fit.trainer.strategy).__name__}); call super() in overridden hooks, "
-            "or remove the callbacks of lightning_bigopt"
-        )
 
 
 def _log_without_monitor(fit: Fit) -> None:

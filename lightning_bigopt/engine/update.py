@@ -92,6 +92,8 @@ class Update:
         norm_order: Order of :attr:`norms`: 1, 2 or ``inf``.
         shard_group: Process group over which plain parameters are flat shards (FSDP1), or None.
         scaler_skips_overflow: Whether a GradScaler skips updates with non-finite gradients.
+        is_repeated: Whether the optimizer evaluates its closure again in the same step, at other
+            weights, as SAM and LBFGS do.
         announce_rejection: Calls the stage ``observe_rejection`` of all capabilities.
 
     Attributes:
@@ -106,6 +108,7 @@ class Update:
     norm_order: float
     shard_group: ProcessGroup | None
     scaler_skips_overflow: bool
+    is_repeated: bool = False
     announce_rejection: Callable[[Update, str], None]
     rejection: Rejection | None = None
     decision: ClipDecision | None = None

@@ -10,8 +10,26 @@ from torch.optim import Optimizer
 __all__ = ["group_names", "is_opacus_optimizer", "optimizer_label", "unwrapped"]
 
 
+# Of the wrappers of Lightning and Fabric. Their classes are also subclasses of the wrapped class.
+_WRAPPERS = frozenset(
+    {
+        "lightning.fabric.wrappers",
+        "lightning.pytorch.core.optimizer",
+        "lightning_fabric.wrappers",
+        "pytorch_lightning.core.optimizer",
+    }
+)
+
+
 def unwrapped(optimizer: Any) -> Optimizer:
-    """Returns the torch optimizer inside Lightning's wrapper; other optimizers unchanged."""
+    """Returns the torch optimizer inside a wrapper of Lightning or Fabric.
+
+    Other optimizers are returned unchanged, also those that wrap another one, as Lookahead does:
+    their step is the step of the fit.
+    """
+    kind = type(optimizer)
+    if issubclass(kind, Optimizer) and not any(c.__module__ in _WRAPPERS for c in kind.__mro__):
+        return optimizer  # type: ignore[no-any-return]
     inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
     return inner
 
