@@ -85,6 +85,7 @@ class OptimizationMonitor(Capability):
     rank = 90
     logs_all_metrics = True
     needs_step_hook = False
+    may_reject = False
 
     def __init__(
         self,
@@ -177,7 +178,8 @@ class OptimizationMonitor(Capability):
     def decide(self, update: Update) -> Rejection | None:
         """Writes histograms of the gradients of an accepted update, before they are clipped."""
         assert self.fit is not None  # set by the engine
-        if self.histograms_every and self._is_due(self.fit.trainer, self.histograms_every):
+        every = None if update.is_repeated else self.histograms_every
+        if every and self._is_due(self.fit.trainer, every):
             logging.write_histograms(self.fit, update, self.x_axis)
         return None
 

@@ -33,7 +33,8 @@ class Engine(StepHooks):
         ``clock``: the counts and the horizon; ``groups``: the base values of scheduled fields other
         than the learning rate, whose base values are in the checkpoint's ``lr_schedulers``;
         ``written``: the last values of all scheduled fields;
-        ``loader``: epoch and position of a GlobalBatchLoader.
+        ``loader``: epoch and position of a GlobalBatchLoader;
+        ``repeat``: whether each optimizer evaluates its closure several times per step.
     """
 
     version = 2
@@ -46,7 +47,12 @@ class Engine(StepHooks):
         self._run = object()  # identifies a run: capabilities of another run are reset
         self._loaded: dict[str, Any] | None = None
         # The state that is saved after a fit, and the loader's also before the first batch.
-        self._idle_state: dict[str, Any] = {"groups": {}, "written": {}, "loader": None}
+        self._idle_state: dict[str, Any] = {
+            "groups": {},
+            "written": {},
+            "loader": None,
+            "repeat": [],
+        }
         self._last_trainer: weakref.ref[Trainer] | None = None
         self._evaluated: list[Stages] = []  # the capabilities that an evaluation has begun with
 
@@ -101,9 +107,7 @@ class Engine(StepHooks):
         # new capabilities, because mixins make new callbacks for a new module.
         self._set_capabilities(self._fit, self._collect(trainer))
         fit_setup.check(self._fit, self._run)
-        self._fit.controls_steps = any(
-            self._stages[name] for name in ("decide", "clip", "after_step")
-        )
+        self._fit.controls_steps = bool(self._updating)
         fit_setup.install(
             self._fit,
             receive_loader=self._receive_loader if self._stages["loader_ready"] else None,
@@ -284,8 +288,12 @@ class Engine(StepHooks):
     def _fit_state(self, fit: Fit) -> dict[str, Any]:
         counter = self._counter
         loader = self._idle_state["loader"] if counter is None else counter.loader_state()
-        bases, written = fit_setup.saved_bases(fit), fit.groups.written()
-        return {"groups": bases, "written": written, "loader": loader}
+        return {
+            "groups": fit_setup.saved_bases(fit),
+            "written": fit.groups.written(),
+            "loader": loader,
+            "repeat": optimizer_setup.repeated_evaluations(fit.groups),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Stores the state of a checkpoint until training starts; applies it at once after that.

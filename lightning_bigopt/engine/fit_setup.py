@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_bigopt.engine.amounts import NeedsSamples
 from lightning_bigopt.engine.batch_source import simulate_constant
+from lightning_bigopt.engine.optimizer_setup import restore_repeated_evaluations
 from lightning_bigopt.engine.stage import Fit, Stages
 from lightning_bigopt.trainer_access import loaders, saved_weights
 
@@ -105,6 +106,7 @@ def restore(fit: Fit, loaded: dict[str, Any] | None) -> bool:
         fit.restored_bases.update(loaded["groups"])
         fit.groups.load_state_dict(loaded["groups"])
         fit.clock.samples_are_known = loaded.get("samples_are_known", True)
+        restore_repeated_evaluations(fit.groups, loaded.get("repeat", ()))
     if loaded is not None or fit.trainer.ckpt_path is not None:
         # The optimizers hold the values of the checkpoint, not those that were configured.
         fit.groups.restore_written({} if loaded is None else loaded.get("written", {}))

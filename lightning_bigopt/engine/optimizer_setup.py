@@ -10,16 +10,26 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_bigopt.engine.lr_scheduler import LightningLRScheduler
-from lightning_bigopt.gradients.optimizer_step import step_control
+from lightning_bigopt.gradients.optimizer_step import installed_step_control, step_control
 from lightning_bigopt.optimizers.base_values import remember_bases
 from lightning_bigopt.optimizers.group_schedule import GroupSchedule
 from lightning_bigopt.optimizers.names import optimizer_label, unwrapped
 from lightning_bigopt.trainer_access import callbacks, schedulers
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["adopt_values", "follow_optimizers", "group_schedule", "install", "uninstall"]
+__all__ = [
+    "adopt_values",
+    "begin_evaluation",
+    "check_hook_reached",
+    "follow_optimizers",
+    "group_schedule",
+    "install",
+    "repeated_evaluations",
+    "restore_repeated_evaluations",
+    "uninstall",
+]
 
 
 def group_schedule(trainer: Trainer) -> GroupSchedule:
@@ -45,9 +55,10 @@ def _separate_tensors(optimizers: Sequence[Optimizer]) -> None:
 
 
 class _Fit(Protocol):
-    """The attributes of a fit that :func:`install` reads."""
+    """The attributes of a fit that this module reads."""
 
     trainer: Trainer
+    module: LightningModule
     groups: GroupSchedule
     controls_steps: bool
     scheduler_names: dict[int, str]
@@ -57,9 +68,11 @@ def install(fit: _Fit) -> None:
     """Installs step controls, and registers the schedulers that Lightning saves and shows."""
     groups = fit.groups
     for index, (_, optimizer) in enumerate(groups):
-        if fit.controls_steps:
-            # Before the first step, because a step that is already running cannot be controlled.
-            step_control(optimizer)
+        # Before the first step, because a step that is already running cannot be controlled. A step
+        # that was replaced may be compiled: the control evaluates the closure, with the hooks of
+        # all callbacks, outside of it.
+        if fit.controls_steps or "step" in vars(optimizer):
+            step_control(optimizer).evaluations.are_undone = False
         if "lr" in groups:
             scheduler = LightningLRScheduler(optimizer, groups, index=index)
             name = fit.scheduler_names.get(id(optimizer))
@@ -115,3 +128,65 @@ def adopt_values(trainer: Trainer, groups: GroupSchedule, *, epoch_is_new: bool 
             f"Other code has changed {foreign}. This is the new base value, which the schedule "
             "multiplies."
         )
+
+
+def check_hook_reached(trainer: Trainer, first_step: int) -> None:
+    """Raises if an update was made without a call of ``on_before_optimizer_step``.
+
+    Raises:
+        RuntimeError: If ``global_step`` has increased since ``first_step``.
+    """
+    if trainer.global_step > first_step:
+        raise RuntimeError(
+            "on_before_optimizer_step must be called for every update, got an update without it "
+            f"(strategy {type(trainer.strategy).__name__}); call super() in overridden hooks, "
+            "or remove the callbacks of lightning_bigopt"
+        )
+
+
+def begin_evaluation(
+    fit: _Fit, optimizer: Optimizer, *, may_reject: bool, accumulates: bool
+) -> bool:
+    """Prepares for an evaluation of the closure, which may be one of several in a step.
+
+    Args:
+        fit: The fit.
+        optimizer: The optimizer that steps.
+        may_reject: Whether a capability may reject the evaluation.
+        accumulates: Whether the window has earlier batches.
+
+    Returns:
+        Whether the step has evaluated the closure before.
+
+    Raises:
+        ValueError: If it has, in an accumulation window. Lightning's closure computes the gradient
+            of the last batch only, and adds it to the gradients of the evaluations before.
+    """
+    accumulates = accumulates and fit.module.automatic_optimization
+    evaluations = step_control(optimizer).evaluations
+    evaluations.are_undone = may_reject or accumulates
+    is_repeated = evaluations.number > 1
+    if is_repeated and accumulates:
+        raise ValueError(
+            "accumulation windows must have one batch with an optimizer that evaluates its closure "
+            f"several times per step, got {int(fit.trainer.accumulate_grad_batches)} batches and "
+            f"{type(unwrapped(optimizer)).__name__}; use larger batches instead of accumulation"
+        )
+    return is_repeated
+
+
+def repeated_evaluations(groups: GroupSchedule) -> list[bool | None]:
+    """Returns for each optimizer whether it evaluates its closure several times; None if unknown.
+
+    It is saved, so that the first step of a resumed run can be undone, or needs no copies.
+    """
+    controls = [installed_step_control(optimizer) for _, optimizer in groups]
+    return [None if control is None else control.evaluations.repeat for control in controls]
+
+
+def restore_repeated_evaluations(groups: GroupSchedule, saved: Sequence[bool | None]) -> None:
+    """Restores the result of :func:`repeated_evaluations`."""
+    for (_, optimizer), repeat in zip(groups, saved, strict=False):  # optimizers may be new
+        control = installed_step_control(optimizer)
+        if control is not None:
+            control.evaluations.repeat = repeat

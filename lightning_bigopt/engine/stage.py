@@ -50,7 +50,7 @@ class Fit:
         scheduler_names: Names that the module gave to the schedulers that are replaced, by id of
             the optimizer; LearningRateMonitor shows them.
         capabilities: The capabilities of the fit, ordered by rank.
-        controls_steps: Whether a capability may skip an optimizer's step, or act after it.
+        controls_steps: Whether a capability has a stage of an update.
         has_started: Whether the capabilities have started: all state is restored.
         start_clock: Starts the clock if it has not started, and returns it.
         rewrite_groups: Writes the parameter groups again, after an adjustment has changed.
@@ -164,7 +164,8 @@ class Stages(SavedState):
     """The stages of a fit. A capability overrides those that it needs; the engine skips the others.
 
     The engine calls a stage of all capabilities in ascending order of :attr:`rank`, independent of
-    the order of the Trainer's callbacks. A step runs::
+    the order of the Trainer's callbacks. An optimizer that evaluates its closure again in the same
+    step repeats ``observe_loss`` to ``clip``. A step runs::
 
         begin_batch → weigh_loss → observe_loss → rescale → needs_norms → decide → clip → observe
         → [the optimizer's step] → after_step → end_batch
@@ -183,6 +184,7 @@ class Stages(SavedState):
         norm_order: Order of the norms to measure; None if the capability does not choose it.
         logs_all_metrics: Whether the capability logs the metrics of all capabilities.
         logs_without_monitor: Whether the metrics are logged if no capability logs all metrics.
+        may_reject: Whether :meth:`decide` may reject updates.
         fit: The current fit; None between fits.
         run: Identifies the last run; a capability is reset for another run.
     """
@@ -197,6 +199,7 @@ class Stages(SavedState):
     norm_order: float | None = None
     logs_all_metrics: ClassVar[bool] = False
     logs_without_monitor: ClassVar[bool] = False
+    may_reject: ClassVar[bool] = True
     fit: Fit | None = None
     run: object | None = None
 
@@ -266,7 +269,7 @@ class Stages(SavedState):
         """Clips the gradients of an accepted update."""
 
     def observe(self, update: Update) -> None:
-        """Reads the gradients and settings of the update; also called if it is rejected."""
+        """Reads gradients and settings of the first evaluation; also called if it is rejected."""
 
     def after_step(self, update: Update) -> None:
         """Reads the changed weights after the optimizer's step; not called after a rejection.

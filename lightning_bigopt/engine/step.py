@@ -17,7 +17,6 @@ from lightning_bigopt.engine.update import Restorable, Update
 from lightning_bigopt.engine.update_check import UpdateCheck
 from lightning_bigopt.gradients.apply import clear_
 from lightning_bigopt.gradients.optimizer_step import step_control
-from lightning_bigopt.gradients.skip import skip_update_
 from lightning_bigopt.trainer_access import loggers, loop, precision
 
 if TYPE_CHECKING:
@@ -45,12 +44,11 @@ class StepHooks(Callback):
     def _clear_fit(self) -> None:
         self._stages: dict[str, list[Stages]] = {}
         self._updating: list[Stages] = []  # the capabilities that act on updates
+        self._may_reject = self._epoch_is_new = self._clock_runs = False
         self._counter: BatchCounter | None = None
         self._batch: Batch | None = None
         self._batch_has_ended = self._batch_has_loss = False
         self._processed = 0
-        self._epoch_is_new = False
-        self._clock_runs = False
         self._update_check: UpdateCheck | None = None
         self._listed: list[object] = []  # the callbacks at the start of the last window
         self._roll_back: Restorable | None = None
@@ -58,8 +56,8 @@ class StepHooks(Callback):
     def _set_capabilities(self, fit: Fit, capabilities: list[Stages]) -> None:
         fit.capabilities[:] = capabilities
         self._stages = overriding(capabilities)
-        on_updates = [c for name in _UPDATE_STAGES for c in self._stages[name]]
-        self._updating = list(dict.fromkeys(on_updates))
+        self._updating = list(dict.fromkeys(c for n in _UPDATE_STAGES for c in self._stages[n]))
+        self._may_reject = any(capability.may_reject for capability in self._stages["decide"])
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins an epoch, which may have new loaders."""
@@ -137,13 +135,9 @@ class StepHooks(Callback):
         update = self._new_update(fit, optimizer)
         if update is None:
             return
-        # A GradScaler may have skipped the previous step, whose after_step calls still wait, and
-        # LBFGS evaluates its closure several times in one step.
-        clear_(optimizer)
         for capability in stages["rescale"]:
             capability.rescale(update)
-        # After rescaling and before any stage that changes gradients: all capabilities read the
-        # same norms.
+        # After rescaling and before any other change: all capabilities read the same norms.
         if any(capability.needs_norms(update) for capability in stages["needs_norms"]):
             update.measure()
         for capability in stages["decide"]:
@@ -151,7 +145,7 @@ class StepHooks(Callback):
         if update.rejection is None:
             for capability in stages["clip"]:
                 capability.clip(update)
-        for capability in stages["observe"]:
+        for capability in [] if update.is_repeated else stages["observe"]:
             capability.observe(update)
         self._control_step(update)
 
@@ -162,8 +156,14 @@ class StepHooks(Callback):
             check.called(optimizer)
         if not self._updating:
             return None
-        trainer = fit.trainer
-        has_scaler = precision.gradient_scaler(trainer) is not None
+        # A GradScaler may have skipped the previous step, whose after_step calls still wait, and
+        # LBFGS evaluates its closure several times in one step.
+        clear_(optimizer)
+        accumulates = self._batch is not None and not self._batch.opens_window
+        is_repeated = optimizer_setup.begin_evaluation(
+            fit, optimizer, may_reject=self._may_reject, accumulates=accumulates
+        )
+        has_scaler = precision.gradient_scaler(fit.trainer) is not None
         needs_loss = has_scaler and fit.module.automatic_optimization
         if needs_loss and not self._batch_has_loss:
             # training_step may return None for the last micro-batch of a window. With a GradScaler
@@ -179,7 +179,7 @@ class StepHooks(Callback):
         elif not needs_loss:
             return None
         if has_scaler:
-            precision.unscale_gradients_(trainer, optimizer)
+            precision.unscale_gradients_(fit.trainer, optimizer)
         return Update(
             optimizer=optimizer,
             parameters=info.parameters,
@@ -188,6 +188,7 @@ class StepHooks(Callback):
             norm_order=next((c.norm_order for c in fit.capabilities if c.norm_order), 2.0),
             shard_group=fit.shard_group,
             scaler_skips_overflow=has_scaler,
+            is_repeated=is_repeated,
             announce_rejection=self._announce_rejection,
         )
 
@@ -198,7 +199,8 @@ class StepHooks(Callback):
     def _control_step(self, update: Update) -> None:
         """Makes the optimizer skip a rejected update, or run ``after_step`` after its step."""
         if update.rejection is not None:
-            skip_update_(update.optimizer)
+            update.drop_gradients_()
+            step_control(update.optimizer).skip_next()
             self._roll_back = update.rejection.roll_back
             return
         for capability in self._stages["after_step"]:
@@ -315,6 +317,4 @@ def _log_without_monitor(fit: Fit) -> None:
     if not logged or not loop.should_log(trainer):
         return
     values = {tag: float(v) for c in logged for tag, v in c.metrics(fit).items()}
-    if values and trainer.is_global_zero:
-        for logger in trainer.loggers:
-            loggers.log_metrics(logger, values, step=loop.batches_that_stepped(trainer))
+    loggers.log_to_all(trainer, values, step=loop.batches_that_stepped(trainer))

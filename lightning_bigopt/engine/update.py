@@ -52,6 +52,8 @@ class Update:
         norm_order: Order of :attr:`norms`: 1, 2 or ``inf``.
         shard_group: Process group over which plain parameters are flat shards (FSDP1), or None.
         scaler_skips_overflow: Whether a GradScaler skips updates with non-finite gradients.
+        is_repeated: Whether the optimizer evaluates its closure again in the same step, at other
+            weights, as SAM and LBFGS do.
         announce_rejection: Calls the stage ``observe_rejection`` of all capabilities.
 
     Attributes:
@@ -66,6 +68,7 @@ class Update:
     norm_order: float
     shard_group: ProcessGroup | None
     scaler_skips_overflow: bool
+    is_repeated: bool = False
     announce_rejection: Callable[[Update, str], None]
     rejection: Rejection | None = None
     decision: ClipDecision | None = None
@@ -109,6 +112,11 @@ class Update:
     def norms_after_guard(self) -> GradientNorms:
         """The norms of the gradients after :meth:`shrink_`, which clipping reads."""
         return self._shrunk or self.norms
+
+    def drop_gradients_(self) -> None:
+        """Sets all gradients to None."""
+        for _, parameter in self.parameters:
+            parameter.grad = None
 
     def shrink_(self, factor: float) -> None:
         """Multiplies the gradients by a factor in place; :attr:`norms` does not change."""

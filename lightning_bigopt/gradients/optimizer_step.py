@@ -6,26 +6,20 @@ import functools
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from operator import attrgetter
 from types import MethodType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_bigopt.gradients.group_settings import (
-    GroupSettings,
-    restore_settings_,
-    save_settings,
-)
+from lightning_bigopt.gradients.evaluations import Evaluations, StepStopped, has_gradients
 from lightning_bigopt.optimizers.names import unwrapped
+from lightning_bigopt.optimizers.object_snapshot import ObjectSnapshot
 
 __all__ = ["StepControl", "installed_step_control", "step_control"]
 
 _ATTRIBUTE = "_bigopt_step_control"
-_version = attrgetter("_version")
 
 
 @dataclass
@@ -34,12 +28,13 @@ class _Skip:
 
     Args:
         unless_gradients: Whether a step with gradients is made anyway.
-        settings: The settings of the parameter groups before the step.
+        snapshot: Restores the optimizer after a step that was running when the control was
+            installed; None if no such step is possible.
         is_over: Whether the step has ended, perhaps only the step of a parent class.
     """
 
     unless_gradients: bool
-    settings: GroupSettings
+    snapshot: ObjectSnapshot | None
     is_over: bool = False
 
 
@@ -47,18 +42,20 @@ class StepControl:
     """Replaces ``step`` of one optimizer until :meth:`remove`; created by :func:`step_control`.
 
     The replacement evaluates a closure before it calls the original step, so that a skip decided in
-    the closure takes effect before the optimizer changes anything. The original receives a closure
-    that returns this result at its first call, and evaluates the user's closure at later calls. An
-    optimizer that changes the weights before its first evaluation, such as SAM, is detected in its
-    first step; from then on it evaluates the closure itself.
+    the closure takes effect before the optimizer changes anything. If an optimizer such as SAM or
+    LBFGS evaluates the closure again, and the step is skipped in that evaluation, everything that
+    the optimizer has changed is restored. This needs a copy of weights and optimizer state, made in
+    the first step, and from the first repeated evaluation on in every step.
 
     Everything that is pending for a step is cleared after it, even if the step raises.
 
     Attributes:
         optimizer: The optimizer.
+        evaluations: The evaluations of the closure in the current step.
 
     Example:
-        >>> weight = nn.Parameter(torch.ones(1))
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.ones(1))
         >>> optimizer = torch.optim.SGD([weight], lr=0.1)
         >>> weight.grad = torch.ones(1)
         >>> control = step_control(optimizer)
@@ -72,8 +69,8 @@ class StepControl:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self._is_running = False
-        self._evaluates_first = True
+        self.evaluations = Evaluations(optimizer, self._is_skipped)
+        self._is_running = self._has_run = False
         self._skip: _Skip | None = None
         self._after: list[Callable[[], None]] = []
         self._scale: dict[str, Tensor] = {}
@@ -95,18 +92,19 @@ class StepControl:
     def skip_next(self, *, unless_gradients: bool = False) -> None:
         """Skips the current or next step. Does not synchronize.
 
-        The original step is not called: parameters, state, groups and attributes of any optimizer
-        do not change. A closure is evaluated and its result returned. The optimizer's step hooks do
-        not run.
+        Parameters, state, groups and attributes of any optimizer do not change: the original step
+        is not called, or undone if it is already running. A closure is evaluated and its result
+        returned. The optimizer's step hooks do not run.
 
-        If the original step is already running, as in the closure in which the control is
-        installed, only :func:`~lightning_bigopt.gradients.skip_update_` can skip it.
+        If the control is installed in the closure of a running step, that step ends, with the
+        gradients that the parameters have then, and everything is restored afterwards.
 
         Args:
             unless_gradients: Whether to make the step if a parameter has a gradient by then.
 
         Example:
-            >>> weight = nn.Parameter(torch.ones(1))
+            >>> import torch
+            >>> weight = torch.nn.Parameter(torch.ones(1))
             >>> optimizer = torch.optim.AdamW([weight], weight_decay=0.1)
             >>> weight.grad = torch.ones(1)
             >>> step_control(optimizer).skip_next()
@@ -114,13 +112,17 @@ class StepControl:
             >>> weight.data, len(optimizer.state)
             (tensor([1.]), 0)
         """
-        self._skip = _Skip(unless_gradients, save_settings(self.optimizer))
+        # Only the step in whose closure the control was installed is not controlled.
+        may_be_late = not self._has_run
+        snapshot = ObjectSnapshot(self.optimizer, gradients=False) if may_be_late else None
+        self._skip = _Skip(unless_gradients, snapshot)
 
     def after_step(self, run: Callable[[], None]) -> None:
         """Runs a function once, after the next step; never if that step is skipped.
 
         Example:
-            >>> optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+            >>> import torch
+            >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
             >>> step_control(optimizer).after_step(lambda: print("stepped"))
             >>> for _ in range(2):
             ...     optimizer.step()
@@ -157,7 +159,8 @@ class StepControl:
         of this control, which it may call, only calls the original.
 
         Example:
-            >>> optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+            >>> import torch
+            >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
             >>> step_control(optimizer).remove()
             >>> "step" in vars(optimizer)
             False
@@ -183,13 +186,14 @@ class StepControl:
                 return type(optimizer).step(optimizer, *args, **kwargs)
             if self._is_running or vars(optimizer).get(_ATTRIBUTE) is not self:
                 return self._call_original(args, kwargs)
-            self._is_running = True
+            self._is_running = self._has_run = True
             try:
                 result = self._step(args, kwargs)
                 self._leave_scale_to_grad_scaler()
                 return result
             finally:
                 self._is_running = False
+                self.evaluations.end()
                 self.clear()
 
         return step
@@ -197,58 +201,45 @@ class StepControl:
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._skip is not None and self._skip.is_over:
             self._skip = None
-        result = None
+        result, evaluations = None, self.evaluations
         closure = args[0] if args else kwargs.get("closure")
-        if callable(closure) and (self._evaluates_first or self._skip is not None):
-            with torch.enable_grad():
-                result = closure()
-            replay = self._replay(closure, result)
+        if callable(closure):
+            result = evaluations.begin(closure, before_step=self._skip is not None)
             if args:
-                args = (replay, *args[1:])
+                args = (evaluations.replay, *args[1:])
             else:
-                kwargs = {**kwargs, "closure": replay}
-        skip = self._skip
-        if skip is not None and not (skip.unless_gradients and _has_gradients(self.optimizer)):
-            if hasattr(self._replacement, "_wrapped_by_lr_sched"):
-                # LRScheduler warns if it is stepped before the first step of the optimizer.
-                vars(self.optimizer)["_opt_called"] = True
-            return result
+                kwargs = {**kwargs, "closure": evaluations.replay}
+        if self._is_skipped():
+            return self._skipped(result)
         self._skip = None
-        result = self._call_original(args, kwargs)
-        self._finish()
+        if not callable(closure):
+            result = self._call_original(args, kwargs)
+        else:
+            try:
+                result = evaluations.run(lambda: self._call_original(args, kwargs), result)
+            except StepStopped:
+                return self._skipped(result)
+        self._run_after()
         return result
 
-    def _replay(self, closure: Callable[[], Any], result: Any) -> Callable[[], Any]:
-        """Returns a closure whose first call returns ``result``, unless weights have changed."""
-        parameters = _parameters(self.optimizer)
-        versions = list(map(_version, parameters))
-        had_gradients = _has_gradients(self.optimizer)
-        results = [result]
+    def _is_skipped(self) -> bool:
+        skip = self._skip
+        return skip is not None and not (skip.unless_gradients and has_gradients(self.optimizer))
 
-        def evaluate() -> Any:
-            if results:
-                first = results.pop()
-                is_unchanged = versions == list(map(_version, parameters))
-                if is_unchanged and _has_gradients(self.optimizer) == had_gradients:
-                    return first
-                self._evaluates_first = False
-            return closure()
-
-        return evaluate
+    def _skipped(self, result: Any) -> Any:
+        if hasattr(self._replacement, "_wrapped_by_lr_sched"):
+            # LRScheduler warns if it is stepped before the first step of the optimizer.
+            vars(self.optimizer)["_opt_called"] = True
+        return result
 
     def _call_original(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._previous is not None:
             return self._previous(*args, **kwargs)
         return type(self.optimizer).step(self.optimizer, *args, **kwargs)
 
-    def _finish(self) -> None:
-        if self._skip is not None and not _has_gradients(self.optimizer):
-            # The step was already running when it was skipped: it changed no parameters without
-            # gradients, but may have changed counters in the groups.
-            restore_settings_(self._skip.settings)
-        else:
-            for run in self._after:
-                run()
+    def _run_after(self) -> None:
+        for run in self._after:
+            run()
 
     def finish_unwrapped_step(self) -> None:
         """Ends a step that started before the replacement; called by the optimizer's hook."""
@@ -256,11 +247,14 @@ class StepControl:
             return
         skip = self._skip
         try:
-            self._finish()
+            if skip is not None and skip.snapshot is not None:
+                skip.snapshot.restore()
+            else:
+                self._run_after()
             self._leave_scale_to_grad_scaler()
         finally:
             self.clear()
-        if skip is not None and not _has_gradients(self.optimizer):
+        if skip is not None and skip.snapshot is not None:
             # The hook runs twice for a subclass whose step calls the step of its parent.
             skip.is_over = True
             self._skip = skip
@@ -285,7 +279,8 @@ def step_control(optimizer: Optimizer) -> StepControl:
         optimizer: The optimizer, or Lightning's wrapper of it.
 
     Example:
-        >>> optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
         >>> step_control(optimizer) is step_control(optimizer)
         True
     """
@@ -302,11 +297,3 @@ def _after_any_step(optimizer: Optimizer, *_: Any) -> None:
     control = installed_step_control(optimizer)
     if control is not None:
         control.finish_unwrapped_step()
-
-
-def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _has_gradients(optimizer: Optimizer) -> bool:
-    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])

@@ -24,9 +24,8 @@ def skip_update_(optimizer: Optimizer, parameters: Iterable[nn.Parameter] | None
     If a GradScaler skips the step as well, the skip does not apply to the next step with gradients.
 
     If the first call for an optimizer is made inside the closure of a running step, that step
-    continues with gradients of None, for which the optimizers of torch do nothing; counters in its
-    parameter groups are restored after it. Call :func:`step_control` before the first step to avoid
-    this.
+    continues with gradients of None, and everything is restored after it. Call :func:`step_control`
+    before the first step to avoid this: a few optimizers fail without gradients.
 
     Args:
         optimizer: The optimizer that is about to step.

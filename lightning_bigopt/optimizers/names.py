@@ -9,26 +9,27 @@ from torch.optim import Optimizer
 
 __all__ = ["group_names", "is_opacus_optimizer", "optimizer_label", "unwrapped"]
 
-_LIGHTNING = ("lightning", "lightning_fabric", "pytorch_lightning")
+
+# Of the wrappers of Lightning and Fabric. Their classes are also subclasses of the wrapped class.
+_WRAPPERS = frozenset(
+    {
+        "lightning.fabric.wrappers",
+        "lightning.pytorch.core.optimizer",
+        "lightning_fabric.wrappers",
+        "pytorch_lightning.core.optimizer",
+    }
+)
 
 
 def unwrapped(optimizer: Any) -> Optimizer:
-    """Returns the optimizer inside Lightning's wrapper, or inside one that is not an Optimizer.
+    """Returns the torch optimizer inside a wrapper of Lightning or Fabric.
 
-    An optimizer that contains another one, such as Lookahead, makes steps of its own and is
-    returned unchanged.
-
-    Example:
-        >>> import torch
-        >>> from lightning.pytorch.core.optimizer import LightningOptimizer
-        >>> inner = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1)
-        >>> unwrapped(LightningOptimizer(inner)) is inner
-        True
+    Other optimizers are returned unchanged, also those that wrap another one, as Lookahead does:
+    their step is the step of the fit.
     """
-    # Lightning's wrapper has a class that is derived from the class of the optimizer inside.
-    is_lightnings = type(optimizer).__module__.split(".")[0] in _LIGHTNING
-    if isinstance(optimizer, Optimizer) and not is_lightnings:
-        return optimizer
+    kind = type(optimizer)
+    if issubclass(kind, Optimizer) and not any(c.__module__ in _WRAPPERS for c in kind.__mro__):
+        return optimizer  # type: ignore[no-any-return]
     inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
     return inner
 

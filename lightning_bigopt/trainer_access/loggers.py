@@ -18,6 +18,7 @@ __all__ = [
     "hp_metric_hides_metrics",
     "log_folder",
     "log_metrics",
+    "log_to_all",
     "show_on_progress_bar",
     "tensorboard_writers",
 ]
@@ -45,6 +46,13 @@ def log_metrics(logger: Logger, values: Mapping[str, float], *, step: int) -> No
     logger.log_metrics(dict(values), step=step)
     if isinstance(logger, CSVLogger):
         logger.save()  # it buffers 100 steps, which a killed run would lose
+
+
+def log_to_all(trainer: Trainer, values: Mapping[str, float], *, step: int) -> None:
+    """Logs values with every logger, on process 0."""
+    if values and trainer.is_global_zero:
+        for logger in trainer.loggers:
+            log_metrics(logger, values, step=step)
 
 
 def finished_metrics(trainer: Trainer) -> dict[str, Tensor]:

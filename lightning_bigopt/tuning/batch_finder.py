@@ -19,8 +19,8 @@ from lightning_bigopt.batching.exact_loader import GlobalBatchLoader
 from lightning_bigopt.batching.micro_batch_search import MicroBatchSearch, search_micro_batch_size
 from lightning_bigopt.checks import check_between, check_choice
 from lightning_bigopt.optimizers.names import unwrapped
+from lightning_bigopt.optimizers.object_snapshot import ObjectSnapshot
 from lightning_bigopt.trainer_access import loaders, strategies
-from lightning_bigopt.tuning.object_snapshot import ObjectSnapshot
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

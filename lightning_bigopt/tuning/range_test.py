@@ -14,12 +14,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_bigopt.checks import check_between, check_choice, check_count
 from lightning_bigopt.engine.engine import Engine
+from lightning_bigopt.optimizers.object_snapshot import ObjectSnapshot
 from lightning_bigopt.removed import RemovedAttribute
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 from lightning_bigopt.trainer_access import loop, trial_runs
 from lightning_bigopt.tuning.base_rates import BaseRates
 from lightning_bigopt.tuning.curve import RangeTest, exponential_rates
-from lightning_bigopt.tuning.object_snapshot import ObjectSnapshot
 from lightning_bigopt.tuning.sweep import Sweep, callbacks_affecting_gradients
 
 __all__ = ["LearningRateRangeTest", "learning_rate_range_test"]

@@ -20,6 +20,7 @@ from lightning_bigopt import (
     BatchSizeScheduler,
     BatchSizeSteps,
     GradientClipping,
+    GradientNoiseScale,
     Groups,
     LearningRateScheduler,
     Linear,
@@ -35,7 +36,10 @@ from lightning_bigopt.engine.engine import Engine
 from lightning_bigopt.reporting.runs import read_run
 from lightning_bigopt.trainer_access import strategies
 from tests.bad_batches import KINDS, BadBatchModule
+from tests.gradients.step_problems import ClosureSam
 from tests.helpers import QUIET, Probe, Regression, ResumableLoader, cpu_precision, full, loader
+from tests.repeated_evaluations import OPTIMIZERS as REPEATED
+from tests.repeated_evaluations import Evaluated, without
 
 POLICY = BatchSizeSteps(
     {
@@ -219,6 +223,37 @@ def guarded(out: Path) -> Any:
     return found
 
 
+class ShardedEvaluated(Evaluated, Sharded):
+    """Evaluated under FSDP2."""
+
+
+def repeated(out: Path) -> Any:
+    """Trains SAM with a NaN in second evaluations of the second process only."""
+    found: dict[str, Any] = {}
+    bad, size = {(0, 1): math.nan, (3, 0): math.nan, (4, 1): math.inf}, 16
+    for name in ("ddp", "fsdp2"):
+        build = Evaluated if name == "ddp" else ShardedEvaluated
+        guard = StepGuard([NonFinite()])
+        model = build(bad, rank=1, **REPEATED["SAM"])
+        options = {"max_epochs": 1, "use_distributed_sampler": False}
+        fit(name, model, ResumableLoader(size, 2), guard, **options)
+        plain = build(**REPEATED["SAM"])
+        fit(name, plain, without(size, {0, 3, 4}), **options)
+        found[name] = {
+            "rejected": [r.update for r in guard.rejections],
+            "weights": weights(model),
+            "plain": weights(plain),
+        }
+    # Without steps, SAM's first gradients are those of SGD.
+    for label, optimizer in (("SAM", ClosureSam), ("SGD", torch.optim.SGD)):
+        noise = GradientNoiseScale(minimum_updates=2)
+        model = Evaluated(optimizer=optimizer, lr=0.0)
+        data = loader(size, 2, sampler=in_order(size))
+        fit("ddp", model, data, noise, max_epochs=1, use_distributed_sampler=False)
+        found[f"noise {label}"] = noise.saved_state()["estimator"]
+    return found
+
+
 class FlatShards(FSDPStrategy):
     """FSDP1 on the CPU, which Lightning does not allow."""
 
@@ -399,6 +434,7 @@ NAMES = [
     "global_norms",
     "resume",
     "guarded",
+    "repeated",
     "flat_shards",
     "schedules",
     "gradients",

@@ -112,3 +112,18 @@ def test_fsdp1_clips_and_guards_by_the_global_norm(
     assert first["norms"] == pytest.approx(totals.norms, rel=1e-5, nan_ok=True)
     flat = torch.cat([p.detach().flatten() for p in model.net.parameters()]).tolist()
     assert first["weights"] == pytest.approx(flat, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_repeated_evaluation_that_is_bad_on_one_process_is_undone_on_both(
+    strategy: str, two_processes: Any
+) -> None:
+    first, second = (result[strategy] for result in two_processes("repeated"))
+    assert first["rejected"] == second["rejected"] == [0, 3, 4]
+    assert first["weights"] == second["weights"] == first["plain"]
+
+
+def test_noise_scale_reads_the_first_evaluation_of_an_update(two_processes: Any) -> None:
+    for result in two_processes("repeated"):
+        assert result["noise SAM"] == result["noise SGD"]
+        assert result["noise SAM"]["updates"] == 4

@@ -8,6 +8,8 @@ import schedulefree
 import torch
 from torch import nn
 
+from tests.helpers import full
+
 
 class Counting(torch.optim.SGD):
     """Counts its steps in an attribute, in its groups and in its state, and calls its parent."""
@@ -63,6 +65,95 @@ class Sam(torch.optim.SGD):
         return loss
 
 
+class ClosureSam(torch.optim.SGD):
+    """SAM (Foret et al., ICLR 2021): both gradients are those of the closure.
+
+    It keeps the weights of the first evaluation in its state, and counts in its groups and in an
+    attribute between the evaluations.
+    """
+
+    def __init__(self, params, lr=0.05, rho=0.05, momentum=0.9):
+        super().__init__(params, lr, momentum=momentum)
+        self.rho, self.perturbed = rho, 0
+
+    @torch.no_grad()
+    def step(self, closure):
+        evaluate = torch.enable_grad()(closure)
+        loss = evaluate()
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        norm = torch.stack([full(p.grad.norm()) for p in parameters]).norm()
+        for p in parameters:
+            self.state[p]["old"] = p.clone()
+            p.add_(p.grad, alpha=self.rho / (norm + 1e-12).item())
+        self.perturbed += 1
+        for group in self.param_groups:
+            group["perturbed"] = group.get("perturbed", 0) + 1
+        evaluate()
+        for p in parameters:
+            p.copy_(self.state[p]["old"])
+        super().step()
+        return loss
+
+
+class SometimesTwice(ClosureSam):
+    """Evaluates once in its first step, and twice afterwards."""
+
+    steps = 0
+
+    def step(self, closure):
+        self.steps += 1
+        return torch.optim.SGD.step(self, closure) if self.steps == 1 else super().step(closure)
+
+
+class FailsWithoutGradients(torch.optim.SGD):
+    """Reads all gradients, as some optimizers do after their first step."""
+
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        assert all((p.grad * 1).isfinite().all() for g in self.param_groups for p in g["params"])
+        super().step()
+        return loss
+
+
+class OwnSchedule(torch.optim.SGD):
+    """Keeps a schedule in its groups and a tensor in an attribute."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr)
+        self.seen = torch.zeros(2)
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["lr"] *= 0.9
+            group["history"] = [*group.get("history", []), group["lr"]]
+        self.seen += 1
+        return super().step(closure)
+
+
+class Wrapper(torch.optim.Optimizer):
+    """Wraps an optimizer, counts its steps, and does not call ``Optimizer.__init__``."""
+
+    def __init__(self, params):
+        self.optimizer = torch.optim.AdamW(params, lr=0.1)
+        self.defaults, self.steps = self.optimizer.defaults, 0
+
+    param_groups = property(lambda self: self.optimizer.param_groups)
+    state = property(lambda self: self.optimizer.state)
+
+    def state_dict(self):
+        return self.optimizer.state_dict()
+
+    def zero_grad(self, set_to_none=True):
+        self.optimizer.zero_grad(set_to_none)
+
+    def step(self, closure=None):
+        self.steps += 1
+        loss = self.optimizer.step(closure)
+        for group in self.param_groups:
+            torch._foreach_mul_([p.data for p in group["params"]], 0.99)
+        return loss
+
+
 class PlainDict(torch.optim.SGD):
     """Copies and pickles its whole ``__dict__``."""
 
@@ -82,8 +173,13 @@ OPTIMIZERS = {
     "schedulefree": lambda p: schedulefree.AdamWScheduleFree(p, lr=0.1, warmup_steps=3),
     "counting": Counting,
     "zero-filling": ZeroFilling,
+    "fails without gradients": FailsWithoutGradients,
+    "own schedule": OwnSchedule,
+    "wrapper": Wrapper,
+    "SAM": ClosureSam,
 }
-ONCE = [kind for kind in OPTIMIZERS if kind != "LBFGS"]
+SEVERAL = ["LBFGS", "SAM"]
+ONCE = [kind for kind in OPTIMIZERS if kind not in SEVERAL]
 
 
 class Problem:
@@ -113,7 +209,7 @@ class Problem:
         attributes = {
             name: value
             for name, value in vars(self.optimizer).items()
-            if name not in {"param_groups", "state", "step"} and not name.startswith("_")
+            if name not in {"param_groups", "state", "step", "optimizer"} and name[0] != "_"
         }
         return copy.deepcopy(
             ([p.detach() for p in self.parameters], self.optimizer.state_dict(), attributes)

@@ -204,8 +204,14 @@ def test_skip_inside_a_running_step_restores_the_groups():
 
 # ------------------------------------------------------- installed while the original is running
 
+# Their steps change something before the closure, in which the control is installed, or end with an
+# error without gradients.
+CHANGED_BEFORE_THE_CLOSURE = {"LBFGS", "SAM", "own schedule", "wrapper", "fails without gradients"}
 
-@pytest.mark.parametrize("kind", ["SGD", "AdamW", "AdamW fused", "NAdam", "schedulefree"])
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in OPTIMIZERS if kind not in CHANGED_BEFORE_THE_CLOSURE]
+)
 def test_first_skip_inside_the_closure_changes_no_bit(kind):
     problem = Problem(OPTIMIZERS[kind])
     before = problem.everything()

@@ -12,6 +12,8 @@ import weakref
 
 import pytest
 import torch
+from lightning import Fabric
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
 
 from lightning_bigopt.gradients import (
@@ -281,6 +283,25 @@ def test_wrapper_that_is_no_optimizer_is_unwrapped():
     assert "grad_scale" not in vars(problem.optimizer)
     wrapper.step()
     assert_same_bits(problem.everything(), before)
+
+
+@pytest.mark.parametrize(
+    "wrap", [LightningOptimizer, lambda o: Fabric(accelerator="cpu").setup_optimizers(o)]
+)
+def test_wrappers_of_lightning_and_fabric_are_unwrapped(wrap):
+    """They are subclasses of the class that they wrap."""
+    problem = Problem(OPTIMIZERS["AdamW fused"])
+    wrapper = wrap(problem.optimizer)
+    assert isinstance(wrapper, torch.optim.AdamW)
+    assert step_control(wrapper) is step_control(problem.optimizer)
+    problem.backward()
+    clip_gradients_(problem.parameters, NormClip(0.1), optimizer=wrapper)
+    assert "grad_scale" in vars(problem.optimizer)
+
+
+def test_optimizer_that_wraps_another_is_controlled_itself():
+    problem = Problem(OPTIMIZERS["wrapper"])
+    assert step_control(problem.optimizer).optimizer is problem.optimizer
 
 
 def test_optimizer_without_hooks():

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from lightning_bigopt.optimizers.names import is_opacus_optimizer
 from lightning_bigopt.trainer_access import strategies
 
@@ -19,7 +17,7 @@ def check_conflicts(trainer: Trainer) -> None:
     """Raises for a strategy or an optimizer whose step cannot be skipped.
 
     Raises:
-        ValueError: With DeepSpeed, LBFGS or an optimizer of Opacus.
+        ValueError: With DeepSpeed or an optimizer of Opacus.
     """
     if strategies.is_deepspeed(trainer):
         raise ValueError(
@@ -32,9 +30,4 @@ def check_conflicts(trainer: Trainer) -> None:
                 "optimizer must not be an optimizer of Opacus with StepGuard, got "
                 f"{type(optimizer).__name__}: skipping updates depending on their data breaks "
                 "the privacy accounting; remove StepGuard"
-            )
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise ValueError(
-                "optimizer must compute one gradient per update with StepGuard, got LBFGS, "
-                "which computes several; remove StepGuard"
             )

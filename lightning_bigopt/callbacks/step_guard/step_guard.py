@@ -66,8 +66,8 @@ class StepGuard(Capability):
         of each rejection as text in TensorBoard.
 
     Raises:
-        ValueError: At fit start with DeepSpeed, with LBFGS, with an optimizer of Opacus, and for
-            a :class:`~lightning_bigopt.gradients.Backoff` without a LearningRateScheduler.
+        ValueError: At fit start with DeepSpeed, with an optimizer of Opacus, and for a
+            :class:`~lightning_bigopt.gradients.Backoff` without a LearningRateScheduler.
         RuntimeError: After ``max_consecutive`` rejections in a row.
 
     State:
@@ -117,6 +117,7 @@ class StepGuard(Capability):
         self._buffers = BufferSnapshot()
         self._state = GuardState(self.detectors, self._backoffs)
         self._rejections: deque[RejectedUpdate] = deque(maxlen=_MAX_REJECTIONS)
+        self._accepts = False  # the last decision
 
     # ---------------------------------------------------------------------------- lifetime
 
@@ -173,7 +174,7 @@ class StepGuard(Capability):
         """Reads the norm, and the loss if a detector uses it, and decides. Synchronizes."""
         assert self.fit is not None  # set by the engine
         readings = self._read(self.fit.trainer, update)
-        rejection = None
+        rejection, self._accepts = None, False
         if readings is None:
             # The GradScaler skips this update. Its finite statistics are kept, as they would be
             # without the guard; a NaN among them would stay forever.
@@ -182,6 +183,12 @@ class StepGuard(Capability):
             rejection = self._inspect(self.fit.trainer, update, readings)
         self._window.close()
         return rejection
+
+    def after_step(self, update: Update) -> None:
+        """Ends a series of rejections. Not earlier: a repeated evaluation may be rejected."""
+        if self._accepts:
+            self._state.of_optimizer(update.label)["consecutive"] = 0
+            self._state.recover_learning_rate()
 
     def _read(self, trainer: Trainer, update: Update) -> dict[Quantity, float] | None:
         """Returns norm and loss, equal on all processes; None after an overflow of the scaler."""
@@ -218,9 +225,8 @@ class StepGuard(Capability):
         norm = readings["norm"]
         factor = None if verdict is None else self._median_factor(guarded, norm, update, verdict)
         record(self.detectors, states, readings, verdict)
+        self._accepts = verdict is None
         if verdict is None:
-            guarded["consecutive"] = 0
-            self._state.recover_learning_rate()
             return None
         self._reject(trainer, update, guarded, verdict, norm)
         if factor is not None:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_bigopt.gradients.clip_decision import ClipDecision
+from lightning_bigopt.gradients.optimizer_step import installed_step_control
 from lightning_bigopt.gradients.rules.clipping_rule import ClipContext, ClippingRule, RuleState
 from lightning_bigopt.gradients.sharding import (
     reduce_norms,
@@ -124,6 +125,11 @@ def whole_norms(norms: Tensor, parameters: Sequence[nn.Parameter], *, times: int
 def _copy(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     """Copies the weights into memory that is reused in the next update."""
     kept = _copies.setdefault(optimizer, WeakTensorKeyDictionary())
+    control = installed_step_control(optimizer)
+    is_repeated = control is not None and control.evaluations.number > 1
+    if is_repeated and all(parameter in kept for parameter in parameters):
+        # The step began at the weights of its first evaluation.
+        return [kept[parameter] for parameter in parameters]
     weights = [to_local(parameter) for parameter in parameters]
     copies = []
     for parameter, weight in zip(parameters, weights, strict=True):

@@ -415,11 +415,6 @@ def test_optimizer_of_opacus_raises(monkeypatch: pytest.MonkeyPatch) -> None:
             fit(Probe(optimizer=kind), GradientClipping(NormClip()))
 
 
-def test_lbfgs_raises() -> None:
-    with pytest.raises(ValueError, match="LBFGS"):
-        fit(Probe(optimizer=torch.optim.LBFGS), StepGuard())
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

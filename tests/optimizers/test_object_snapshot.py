@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torchmetrics import MeanMetric
 
-from lightning_bigopt.tuning.object_snapshot import ObjectSnapshot
+from lightning_bigopt.optimizers.object_snapshot import ObjectSnapshot
 
 
 class ChangesEverything(nn.Module):

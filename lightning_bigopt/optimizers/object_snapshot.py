@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.optim import Optimizer
 
 __all__ = ["ObjectSnapshot"]
 
@@ -19,13 +21,15 @@ __all__ = ["ObjectSnapshot"]
 class ObjectSnapshot:
     """Saves the attributes of objects and, recursively, the items of their containers.
 
-    The contents of tensors and NumPy arrays and the states of random generators are copied. Any
+    The contents of tensors and NumPy arrays and the states of random generators are copied, those
+    of DTensors as local shards. Optimizers within the objects, as in a wrapper, are saved, too. Any
     other value is saved by reference. Everything is restored in place: parameters, optimizer states
     and learning-rate tensors stay the same objects, so that references to them remain valid.
 
     Args:
         objects: The objects, such as modules and optimizers.
         device: Device of the copies of tensors; None for the device of each tensor.
+        gradients: Whether gradients are saved and restored.
 
     Example:
         >>> layer = torch.nn.Linear(2, 1)
@@ -38,8 +42,8 @@ class ObjectSnapshot:
         (True, True, False)
     """
 
-    def __init__(self, *objects: object, device: str | None = None) -> None:
-        self._device = device
+    def __init__(self, *objects: object, device: str | None = None, gradients: bool = True) -> None:
+        self._device, self._saves_gradients = device, gradients
         # By id, because dicts and lists are not hashable. The references keep the objects alive:
         # Python may give the id of a deleted object to a new one.
         self._seen: dict[int, object] = {}
@@ -48,9 +52,9 @@ class ObjectSnapshot:
             self._save(vars(item))
 
     def restore(self) -> None:
-        """Restores everything that was saved; may be called once."""
-        while self._undo:
-            self._undo.pop()()
+        """Restores everything that was saved; may be called several times."""
+        for undo in reversed(self._undo):
+            undo()
 
     def _save(self, value: Any) -> None:
         if id(value) in self._seen:  # shared objects, and cycles such as parent modules
@@ -67,18 +71,20 @@ class ObjectSnapshot:
         if isinstance(value, list | tuple | deque | set):
             for item in list(value):
                 self._save(item)
+        elif isinstance(value, Optimizer):
+            self._save(vars(value))
 
     def _save_tensor(self, tensor: Tensor) -> None:
         if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
             return  # the parameter of a lazy module has no content yet
-        content = tensor.detach().to(self._device or tensor.device, copy=True)
-        gradient = tensor.grad if tensor.is_leaf else None
+        content = _local(tensor).to(self._device or tensor.device, copy=True)
+        gradient = tensor.grad if self._saves_gradients and tensor.is_leaf else None
 
         def undo() -> None:
             # In place, so that optimizers and views still refer to the restored tensor.
             with torch.no_grad():
-                tensor.detach().copy_(content)
-            if tensor.is_leaf:
+                _local(tensor).copy_(content)
+            if self._saves_gradients and tensor.is_leaf:
                 tensor.grad = gradient
 
         self._undo.append(undo)
@@ -94,6 +100,11 @@ class ObjectSnapshot:
         self._undo.append(undo)
         for item in items.values():
             self._save(item)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    detached = tensor.detach()
+    return detached.to_local() if isinstance(detached, DTensor) else detached
 
 
 def _undo_of(value: Any) -> Callable[[], object] | None:
