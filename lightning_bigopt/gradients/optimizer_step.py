@@ -217,7 +217,12 @@ class StepControl:
         else:
             try:
                 result = evaluations.run(lambda: self._call_original(args, kwargs), result)
-            except StepStopped:
+            except BaseException as error:
+                # The restored attributes may contain the scale of the first evaluation.
+                for name in ("grad_scale", "found_inf"):
+                    vars(self.optimizer).pop(name, None)
+                if not isinstance(error, StepStopped):
+                    raise
                 return self._skipped(result)
         self._run_after()
         return result

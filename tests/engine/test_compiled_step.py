@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +32,7 @@ from lightning_bigopt import (
 )
 from tests.bad_batches import BadBatchModule
 from tests.helpers import Probe, ResumableLoader, cpu_precision, fit
+from tests.repeated_evaluations import OPTIMIZERS, Evaluated, without
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 
@@ -89,6 +91,18 @@ class CompiledBad(BadBatchModule, Compiled):
     on_before_optimizer_step = BadBatchModule.on_before_optimizer_step
 
 
+class CompiledEvaluated(Evaluated):
+    """SAM with a compiled step."""
+
+    def __init__(self, bad: dict[tuple[int, int], float]) -> None:
+        super().__init__(bad, **OPTIMIZERS["SAM"])
+
+    def configure_optimizers(self) -> Any:
+        optimizer: Any = super().configure_optimizers()
+        optimizer.step = torch.compile(optimizer.step, backend="eager")
+        return optimizer
+
+
 def weights(module: Any) -> list[Tensor]:
     return [parameter.detach() for parameter in module.parameters()]
 
@@ -140,6 +154,16 @@ def test_skip_of_a_compiled_step_changes_nothing(precision: str) -> None:
     fit(module, ResumableLoader(16, 2), guard, max_epochs=1, **cpu_precision(precision))
     assert [rejected.update for rejected in guard.rejections] == [3, 6]
     assert module.changed == [update not in {3, 6} for update in range(8)]
+
+
+@pytest.mark.slow
+def test_compiled_step_that_is_rejected_in_a_repeated_evaluation_is_undone() -> None:
+    torch._dynamo.reset()
+    bad = {(0, 1): math.nan, (3, 1): math.nan}
+    compiled, plain = CompiledEvaluated(bad), Evaluated(**OPTIMIZERS["SAM"])
+    fit(compiled, ResumableLoader(12, 2), StepGuard(), max_epochs=1)
+    fit(plain, without(12, {0, 3}), max_epochs=1)
+    assert_close(compiled, plain)
 
 
 @pytest.mark.slow

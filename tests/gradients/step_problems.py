@@ -72,8 +72,8 @@ class ClosureSam(torch.optim.SGD):
     attribute between the evaluations.
     """
 
-    def __init__(self, params, lr=0.05, rho=0.05, momentum=0.9):
-        super().__init__(params, lr, momentum=momentum)
+    def __init__(self, params, lr=0.05, rho=0.05, momentum=0.9, fused=None):
+        super().__init__(params, lr, momentum=momentum, fused=fused)
         self.rho, self.perturbed = rho, 0
 
     @torch.no_grad()

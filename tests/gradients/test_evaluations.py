@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
-from lightning_bigopt.gradients import MaxUpdateRatio, clip_gradients_, skip_update_, step_control
+from lightning_bigopt.gradients import (
+    MaxUpdateRatio,
+    NormClip,
+    clip_gradients_,
+    skip_update_,
+    step_control,
+)
 from tests.gradients.step_problems import (
     OPTIMIZERS,
     SEVERAL,
@@ -76,6 +84,33 @@ def test_error_in_a_repeated_evaluation_changes_no_bit(kind, error):
     with pytest.raises(type(error)):
         problem.optimizer.step(closure_that_skips(problem, at=2, error=error))
     assert_same_bits(problem.everything(), before)
+
+
+@pytest.mark.parametrize("how", ["skip", "error"])
+def test_scale_of_the_first_evaluation_is_removed(how):
+    """The kernel of a fused optimizer clips; the attributes for it must not return."""
+    problem = Problem(lambda p: ClosureSam(p, fused=True))
+    control = step_control(problem.optimizer)
+    evaluations = []
+
+    def closure():
+        loss = problem.closure()
+        evaluations.append(loss)
+        if len(evaluations) == 1:
+            clip_gradients_(problem.parameters, NormClip(0.1), optimizer=problem.optimizer)
+            assert "grad_scale" in vars(problem.optimizer)
+        elif how == "error":
+            raise ValueError
+        else:
+            control.clear()
+            control.skip_next()
+        return loss
+
+    before = problem.everything()
+    with pytest.raises(ValueError) if how == "error" else contextlib.nullcontext():
+        problem.optimizer.step(closure)
+    assert_same_bits(problem.everything(), before)
+    assert not {"grad_scale", "found_inf"} & vars(problem.optimizer).keys()
 
 
 def test_functions_after_the_step_do_not_run_if_a_repeated_evaluation_skips_it():
