@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_bigopt.batching.randomness import random_state
 from lightning_bigopt.engine.stage import Batch
 from lightning_bigopt.engine.update import Update
 from lightning_bigopt.gradients.gradient_norms import GradientNorms
 from lightning_bigopt.gradients.guard import Verdict
+from lightning_bigopt.gradients.sharding import to_local
+from lightning_bigopt.parameters import plain_name
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 
 if TYPE_CHECKING:
@@ -125,9 +128,28 @@ def too_many_rejections(
             f"The last checkpoint before them is {checkpoint}; resume from it with a lower "
             "learning rate or other data"
         )
+    spoiled = _tensors_with_nan(trainer.lightning_module)
+    if spoiled:
+        names = ", ".join(spoiled[:_MAX_NAMES]) + (", …" if len(spoiled) > _MAX_NAMES else "")
+        hint = (
+            f"{names} contains NaN, so that every update is rejected at any learning rate; find "
+            "where the forward pass writes it"
+        )
+        if checkpoint is not None:
+            hint += f", and resume from {checkpoint}, the last checkpoint before"
     return RuntimeError(
         f"updates must not be rejected {limit} times in a row, got: {rejected} {hint}"
     )
+
+
+def _tensors_with_nan(module: nn.Module) -> list[str]:
+    """Returns the names of parameters and buffers that contain a NaN on this process."""
+    # An infinity may be intended, as in a mask.
+    return [
+        plain_name(name)
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+        if not is_lazy(tensor) and bool(to_local(tensor.detach()).isnan().any())
+    ]
 
 
 @dataclass(kw_only=True)
