@@ -11,7 +11,6 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import post_localSGD_hook as local_sgd
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from lightning_bigopt import (
     ClipToMedian,
@@ -124,6 +123,8 @@ class Partitioned(Own):
     """Every process keeps the moments of a part of the parameters."""
 
     def configure_optimizers(self) -> Any:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # its import warns
+
         return ZeroRedundancyOptimizer(self.parameters(), torch.optim.AdamW, lr=0.5)
 
     def on_train_start(self) -> None:

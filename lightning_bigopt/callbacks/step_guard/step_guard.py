@@ -14,11 +14,8 @@ from torch import Tensor
 from lightning_bigopt.callbacks.step_guard.buffer_snapshot import BufferSnapshot
 from lightning_bigopt.callbacks.step_guard.conflicts import check_conflicts
 from lightning_bigopt.callbacks.step_guard.guard_state import GuardState
-from lightning_bigopt.callbacks.step_guard.rejection_report import (
-    RejectedUpdate,
-    WindowRecorder,
-    too_many_rejections,
-)
+from lightning_bigopt.callbacks.step_guard.rejection_report import RejectedUpdate, WindowRecorder
+from lightning_bigopt.callbacks.step_guard.too_many_rejections import too_many_rejections
 from lightning_bigopt.checks import check_count
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.stage import LEARNING_RATE, Batch, Fit
