@@ -31,8 +31,8 @@ _UNITS: dict[str, Unit] = {
 }
 _TIMES = {
     **dict.fromkeys(("s", "sec", "second", "seconds"), 1),
-    **dict.fromkeys(("min", "minute", "minutes"), 60),
-    **dict.fromkeys(("h", "hour", "hours"), 3600),
+    **dict.fromkeys(("min", "mins", "minute", "minutes"), 60),
+    **dict.fromkeys(("h", "hr", "hrs", "hour", "hours"), 3600),
     **dict.fromkeys(("day", "days"), 86_400),
 }
 """Words for times, in seconds."""
@@ -40,7 +40,7 @@ _TIMES = {
 _NUMBER = r"[+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?"
 _PATTERN = re.compile(rf"\s*({_NUMBER})\s*([KMBT]?)\s*([a-z]+|%)?\s*")
 _POWERS = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
-_FORMS = "'10%', '500 steps', '3 epochs', '1e6 samples', '2e9 tokens' or '2B tokens'"
+_FORMS = "'10%', '500 steps', '3 epochs', '1e6 samples', '2e9 tokens' or '10 min'"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from lightning_bigopt.checks import check_non_negative, check_positive
 from lightning_bigopt.durations.duration import Clock, Duration, DurationLike
@@ -146,6 +146,8 @@ class Horizon:
         length = Duration.parse(duration, name=name)
         if length.unit == "fraction":
             return length.value
+        if length.unit == "seconds" != self.clock and self.overlong == "compress":
+            return 1.0
         clock, value = self._countable(length, name)
         if clock == self.clock:
             return value / self.budget
@@ -282,9 +284,7 @@ class Horizon:
         Raises:
             ValueError: If there is no such unit.
         """
-        if length.unit == "fraction":
-            return self.clock, length.value * self.budget
-        clock: Clock = "batches" if length.unit == "epochs" else length.unit
+        clock = cast("Clock", "batches" if length.unit == "epochs" else length.unit)
         value = length.value
         if length.unit == "epochs" and self.samples_per_epoch is not None:
             clock, value = "samples", value * self.samples_per_epoch

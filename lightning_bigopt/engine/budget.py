@@ -54,12 +54,8 @@ def resolve_horizon(trainer: Trainer, budget: str | None, simulate: Simulate | N
         ValueError: If no limit of the run can be counted, several limits cannot be compared, or the
             Trainer would train on beyond an explicit budget.
     """
-    if budget is not None and (trainer.min_steps or trainer.min_epochs):
-        raise ValueError(
-            "the Trainer must not have min_steps or min_epochs with budget=, because it would "
-            f"train on beyond the budget of {budget!r}, got min_steps={trainer.min_steps} and "
-            f"min_epochs={trainer.min_epochs}; remove them"
-        )
+    if budget is not None:
+        _check_no_minimum(trainer, f"budget={budget!r}")
     exact = loaders.exact_loader(trainer)
     samples = None if exact is None else exact.samples
     batches = loop.epoch_batches(trainer) if exact is None else None
@@ -93,6 +89,15 @@ def resolve_horizon(trainer: Trainer, budget: str | None, simulate: Simulate | N
     return replace(run, batches_per_epoch=batches, samples_per_epoch=samples, overlong=overlong)
 
 
+def _check_no_minimum(trainer: Trainer, limit: str) -> None:
+    if trainer.min_steps or trainer.min_epochs:
+        raise ValueError(
+            f"the Trainer must not have min_steps or min_epochs with {limit}, because it would "
+            f"train on beyond it, got min_steps={trainer.min_steps} and "
+            f"min_epochs={trainer.min_epochs}; remove them"
+        )
+
+
 def _limits(
     trainer: Trainer, budget: str | None, *, batches: int | None, samples: int | None
 ) -> list[_Limit]:
@@ -118,6 +123,7 @@ def _limits(
             limits.append(_Limit(length.unit, length.value))
     allowed = loop.max_seconds(trainer)
     if not limits and allowed is not None:
+        _check_no_minimum(trainer, f"max_time of {allowed:g} seconds as the only limit")
         # Only then: a job's safety limit must not make learning rates depend on the machine.
         limits.append(_Limit("seconds", allowed))
     return [limit for limit in limits if limit.amount > 0]
@@ -166,7 +172,7 @@ def warn_of_time_limit(trainer: Trainer, horizon: Horizon) -> None:
         rank_zero_info(
             f"max_time may end the run before the schedules do, which follow the budget of "
             f"{describe_budget(horizon)}. To follow the time, pass budget='{allowed:g} seconds' to "
-            "LearningRateScheduler."
+            "the scheduler."
         )
 
 
@@ -181,8 +187,8 @@ def report_time_limit(trainer: Trainer, horizon: Horizon, *, fraction: float) ->
     if fraction < 1 and horizon.clock != "seconds" and loop.time_is_over(trainer):
         rank_zero_warn(
             f"max_time ended the run at {fraction:.0%} of the budget of {describe_budget(horizon)}"
-            ", before the end of its schedules. Resume the checkpoint, or pass budget= a time to "
-            "LearningRateScheduler."
+            ", before the end of its schedules. Resume from a checkpoint, or pass a time as "
+            "budget= to the scheduler."
         )
 
 

@@ -83,7 +83,6 @@ class Clock:
         """
         self._trainer = trainer
         self.drop_batch()
-        self.epoch.start_fit(trainer)
         kept = self._restore(trainer)
         try:
             own = budget.resolve_horizon(trainer, self.settings.budget, simulate)
@@ -138,7 +137,7 @@ class Clock:
             # The checkpoint was written without this package.
             self.batches, samples = loaders.consumed(trainer)
             self.samples, self.samples_are_known = samples or 0, samples is not None
-        self.epoch.begin(trainer)
+        self.epoch.start_fit(trainer)
         if trainer.ckpt_path is not None:
             # Not after an interrupted fit: Lightning begins the epoch again, but has the counts.
             self.epoch.batches = loop.resumed_batches(trainer)

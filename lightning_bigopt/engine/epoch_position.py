@@ -29,17 +29,20 @@ class EpochPosition:
     def __init__(self) -> None:
         self.length: int | None = None
         self.batches = 0
+        self.has_begun = False  # whether the hook at the start of the epoch was called
         self.seen: tuple[int | None, int] | None = None
         self._accumulation: dict[int, int] = {}  # from each epoch on; empty after a warning
 
     def start_fit(self, trainer: Trainer) -> None:
-        """Reads the planned accumulation of the fit."""
+        """Reads the planned accumulation, and the length of the first epoch or of its rest."""
         self._accumulation = callbacks.accumulation_schedule(trainer)
+        self.begin(trainer)
+        self.has_begun = False
 
     def begin(self, trainer: Trainer) -> None:
         """Reads the length of an epoch that begins, because every epoch may have a new loader."""
         announced = loop.epoch_batches(trainer)
-        self.length, self.batches = announced, 0
+        self.length, self.batches, self.has_begun = announced, 0, True
         if self.seen is not None and self.seen[0] == announced:
             self.length = self.seen[1]
 
@@ -58,7 +61,7 @@ class EpochPosition:
         is_shorter = announced is None or self.batches < announced
         if self.batches and is_shorter and loop.epoch_is_exhausted(trainer, self.batches):
             self.seen = announced, self.batches
-        self.batches = 0
+        self.batches, self.has_begun = 0, False
         self._check_accumulation(trainer)
 
     def _check_accumulation(self, trainer: Trainer) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_bigopt.engine.lr_scheduler import LightningLRScheduler
@@ -39,19 +38,7 @@ def group_schedule(trainer: Trainer) -> GroupSchedule:
 
 def _labeled_optimizers(trainer: Trainer) -> list[tuple[str, Optimizer]]:
     optimizers = [unwrapped(optimizer) for optimizer in trainer.optimizers]
-    _separate_tensors(optimizers)
     return [(optimizer_label(optimizers, one), one) for one in optimizers]
-
-
-def _separate_tensors(optimizers: Sequence[Optimizer]) -> None:
-    """Gives each group its own tensors: a value is written in place, and would reach all groups."""
-    seen: set[int] = set()
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        for name, value in group.items():
-            if isinstance(value, Tensor):
-                if id(value) in seen:
-                    group[name] = value.clone()
-                seen.add(id(value))
 
 
 class _Fit(Protocol):
@@ -119,10 +106,15 @@ def adopt_values(trainer: Trainer, groups: GroupSchedule, *, epoch_is_new: bool 
     Raises:
         ValueError: If other code writes a field for every update.
     """
-    if epoch_is_new and callbacks.find_callback(trainer, callbacks.BackboneFinetuning) is not None:
-        # It computes the learning rate of the backbone from that of the head, which is scheduled.
-        # As a base value it would be multiplied by the schedule again.
-        groups.forget_written()
+    finetuning = callbacks.find_callback(trainer, callbacks.BackboneFinetuning)
+    if (
+        epoch_is_new
+        and finetuning is not None
+        and trainer.current_epoch > finetuning.unfreeze_backbone_at_epoch
+    ):
+        # It writes the learning rate of the last group, the backbone, and computes it from that of
+        # the head, which is scheduled. As a base it would be multiplied by the schedule again.
+        groups.forget_written(only_last_lr=True)
     for foreign in groups.adopt():
         rank_zero_info(
             f"Other code has changed {foreign}. This is the new base value, which the schedule "

@@ -79,6 +79,10 @@ class StepHooks(Callback):
             return
         assert self._counter is not None  # set in on_train_start
         trainer = fit.trainer
+        if not clock.epoch.has_begun:  # Lightning omits on_train_epoch_start after a resume
+            clock.epoch.begin(trainer)
+            self._counter.begin_epoch(trainer)
+            self._epoch_is_new = True
         opens_window = not clock.window_is_open
         if opens_window:
             # Only here: removing a capability in the middle of a window would change the
@@ -119,8 +123,7 @@ class StepHooks(Callback):
             for capability in self._stages["observe_loss"]:
                 capability.observe_loss(batch, plain)
         factor = batch.loss_factor
-        # A hook on the loss needs no patch of backward, and nothing has to be undone. For a loss
-        # without a gradient no hook is registered, so that backward raises its usual error.
+        # A hook on the loss needs no patch. Without a gradient, backward raises its usual error.
         if (isinstance(factor, Tensor) or factor != 1) and loss.requires_grad:
             loss.register_hook(lambda gradient: gradient * factor)  # type: ignore[no-untyped-call]
 
@@ -213,8 +216,7 @@ class StepHooks(Callback):
         if self._fit is None:
             return
         if self._batch is None:
-            # Lightning does not call on_train_batch_start if the loader yields None. It skips the
-            # next callback in its list if one removes itself in that hook.
+            # The loader has yielded None, or a callback has removed itself in that hook.
             self.on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self.clock.read_time()
         if not self._batch_has_ended:
@@ -227,14 +229,12 @@ class StepHooks(Callback):
     def finish_batch(self) -> None:
         """Ends a batch that Lightning has counted but the engine has not.
 
-        A callback that precedes the engine may save a checkpoint in ``on_train_batch_end``. The
-        saved states must belong to the update that ``global_step`` counts.
+        A callback may save before: the state must belong to the update that ``global_step`` counts.
         """
         fit, batch = self._fit, self._batch
         if fit is None or batch is None or self._batch_has_ended:
             return
-        # Both conditions: a batch for which on_train_batch_start returned -1 counts as processed,
-        # too, but was never started or trained.
+        # A batch for which on_train_batch_start returned -1 is processed, but was never trained.
         trained = loop.processed_batches(fit.trainer) > self._processed
         if trained and loop.batch_is_processed(fit.trainer):
             self._end_batch()

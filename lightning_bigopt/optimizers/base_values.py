@@ -7,7 +7,13 @@ from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
 
-__all__ = ["ForeignValue", "base_values", "matching_groups", "remember_bases"]
+__all__ = [
+    "ForeignValue",
+    "base_values",
+    "is_loaded_state",
+    "matching_groups",
+    "remember_bases",
+]
 
 _ATTRIBUTE = "_bigopt_bases"
 
@@ -77,10 +83,11 @@ def base_values(optimizer: Optimizer, name: str, values: Sequence[float]) -> lis
     found = list(values)
     for index, group in enumerate(optimizer.param_groups):
         written, base = stored[index] if index < len(stored) else (None, found[index])
-        if found[index] == written:
+        initial = float(group.get("initial_lr", found[index])) if name == "lr" else None
+        if initial is not None and (written is None or (found[index], initial) in stored):
+            found[index] = initial  # also if the groups have other positions now
+        elif found[index] == written:
             found[index] = base
-        elif written is None and name == "lr":
-            found[index] = float(group.get("initial_lr", found[index]))
     return found
 
 
@@ -101,3 +108,22 @@ def matching_groups(
     if any(place is not None for place in places):
         return places
     return [index if index < len(before) else None for index in range(len(now))]
+
+
+def is_loaded_state(
+    before: Sequence[Mapping[str, Any]],
+    now: Sequence[Mapping[str, Any]],
+    bases: Sequence[float] | None,
+) -> bool:
+    """Returns whether ``load_state_dict`` has loaded an earlier state of the same run.
+
+    Its values are those of earlier updates, not new base values.
+
+    Args:
+        before: The former groups.
+        now: The groups.
+        bases: The base learning rates; None if the learning rate is not scheduled.
+    """
+    if any(group is old for group in now for old in before):
+        return False
+    return bases is None or [g.get("initial_lr") for g in now] == list(bases[: len(now)])

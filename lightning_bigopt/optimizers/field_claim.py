@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from torch.optim import Optimizer
 
@@ -15,7 +15,7 @@ from lightning_bigopt.optimizers.base_values import ForeignValue, base_values
 from lightning_bigopt.optimizers.group_field import GroupField
 from lightning_bigopt.optimizers.names import group_names
 
-__all__ = ["Adjustment", "BaseOwner", "FieldClaim", "ScheduleOf"]
+__all__ = ["Adjustment", "BaseOwner", "FieldClaim", "PlannedValue", "ScheduleOf"]
 
 BaseOwner: TypeAlias = Literal["checkpoint", "config"]
 
@@ -32,6 +32,20 @@ ScheduleOf: TypeAlias = Callable[[str | None, str], Factor]
 
 Adjustment: TypeAlias = Callable[[float, Progress], float]
 """Scheduled value and progress at the start of an update → the value to write."""
+
+
+class PlannedValue(NamedTuple):
+    """The value of a field for one group.
+
+    Attributes:
+        optimizer: Label of the optimizer; empty if there is only one.
+        group: Name of the group for tags; empty if there is only one.
+        value: The value.
+    """
+
+    optimizer: str
+    group: str
+    value: float
 
 
 @dataclass
@@ -157,10 +171,10 @@ class FieldClaim:
 
 def _check(found: Sequence[ForeignValue], *, is_repeated: bool) -> None:
     for foreign in found:
-        if not math.isfinite(foreign.value):
+        if not math.isfinite(foreign.value) or (foreign.field == "lr" and foreign.value < 0):
             raise ValueError(
-                f"{foreign.field} must be finite in every parameter group, got {foreign.value}; "
-                f"find the code that changed {foreign}"
+                f"{foreign.field} must be finite and not negative in every parameter group, got "
+                f"{foreign.value}; find the code that changed {foreign}"
             )
     if is_repeated:
         raise ValueError(

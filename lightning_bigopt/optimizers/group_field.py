@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-__all__ = ["GroupField"]
+__all__ = ["GroupField", "separate_tensors"]
 
 
 class GroupField:
@@ -87,3 +88,21 @@ class GroupField:
             parts[self._index] = value
             group[self.key] = type(current)(parts)
         return value
+
+
+def separate_tensors(optimizers: Iterable[Optimizer]) -> None:
+    """Gives each group its own tensors: a value is written in place, and would reach all groups.
+
+    The defaults of an optimizer, which a group that is added later gets, are separated, too.
+    """
+    seen: set[int] = set()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for name, value in group.items():
+                if not isinstance(value, Tensor):
+                    continue
+                if optimizer.defaults.get(name) is value:
+                    optimizer.defaults[name] = group[name].clone()
+                if id(value) in seen:
+                    group[name] = value.clone()
+                seen.add(id(group[name]))

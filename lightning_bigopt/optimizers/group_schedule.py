@@ -4,38 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from operator import attrgetter, is_
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_bigopt.durations.progress import Progress
-from lightning_bigopt.optimizers.base_values import ForeignValue, matching_groups
+from lightning_bigopt.optimizers.base_values import ForeignValue, is_loaded_state, matching_groups
 from lightning_bigopt.optimizers.field_claim import (
     Adjustment,
     BaseOwner,
     FieldClaim,
+    PlannedValue,
     ScheduleOf,
 )
+from lightning_bigopt.optimizers.group_field import separate_tensors
 from lightning_bigopt.optimizers.names import group_names
 
 __all__ = ["GroupSchedule", "PlannedValue"]
 
 _version = attrgetter("_version")
-
-
-class PlannedValue(NamedTuple):
-    """The value of a field for one group.
-
-    Attributes:
-        optimizer: Label of the optimizer; empty if there is only one.
-        group: Name of the group for tags; empty if there is only one.
-        value: The value.
-    """
-
-    optimizer: str
-    group: str
-    value: float
 
 
 class GroupSchedule:
@@ -65,12 +53,13 @@ class GroupSchedule:
 
     def __init__(self, optimizers: Sequence[tuple[str, Optimizer]]) -> None:
         self.optimizers = tuple(optimizers)
+        separate_tensors(optimizer for _, optimizer in self)
         self._groups = [list(optimizer.param_groups) for _, optimizer in self.optimizers]
         self._claims: dict[str, FieldClaim] = {}
         self._released: dict[str, list[list[float]]] = {}  # bases of fields that were claimed
         self._fraction, self._steps = 0.0, 0  # of the last write
         self._update = 0  # counts the updates for which values were written
-        self._has_new_bases = False
+        self._has_new_bases = self._is_restored = False
 
     def claim(self, name: str, *, base: BaseOwner | None = None) -> None:
         """Reads the bases of a field, at the first call.
@@ -202,13 +191,18 @@ class GroupSchedule:
         found: list[ForeignValue] = []
         for claim in self._claims.values():
             found += claim.adopt(self.optimizers, update=self._update)
+        self._is_restored = False
         self._has_new_bases |= bool(found)
         self._mark()
         return found
 
-    def forget_written(self) -> None:
-        """Makes the next :meth:`adopt` accept all current values without making them bases."""
-        self.restore_written({})
+    def forget_written(self, *, only_last_lr: bool = False) -> None:
+        """Makes the next :meth:`adopt` accept current values, perhaps only the last group's lr."""
+        for name, claim in self._claims.items():
+            if not only_last_lr:
+                claim.restore_written([])
+            elif name == "lr":
+                claim.written = [[*written[:-1], None] for written in claim.written]
 
     def follow_optimizers(self, optimizers: Sequence[tuple[str, Optimizer]]) -> None:
         """Continues with other optimizers; new ones bring their own base values.
@@ -234,12 +228,17 @@ class GroupSchedule:
         self._mark()
 
     def _follow_groups(self) -> None:
+        separate_tensors(optimizer for _, optimizer in self)
         for index, (label, optimizer) in enumerate(self.optimizers):
             before, now = self._groups[index], list(optimizer.param_groups)
             places = matching_groups(before, now)
             self._groups[index] = now
+            bases = self.bases("lr")[index] if "lr" in self._claims else None
+            is_loaded = not self._is_restored and is_loaded_state(before, now, bases)
             for claim in self._claims.values():
                 claim.follow_groups(index, label, now, places)
+                if is_loaded:
+                    claim.written[index] = [None] * len(now)
             self._has_new_bases |= None in places
 
     def planned(self, name: str, progress: Progress) -> list[PlannedValue]:
@@ -287,6 +286,7 @@ class GroupSchedule:
 
     def restore_written(self, state: dict[str, list[list[float | None]]]) -> None:
         """Restores the last values of a checkpoint; those of other fields are not known."""
+        self._is_restored = True
         for name, claim in self._claims.items():
             claim.restore_written(state.get(name, []))
 

@@ -79,12 +79,14 @@ class ScheduleLR(LRScheduler):
     def __init__(self, optimizer: Optimizer, schedule: Schedule, horizon: Horizon | int) -> None:
         # LRScheduler.__init__ is not called: it replaces optimizer.step by a wrapper that warns
         # if scheduler.step() is called first.
-        check_instance("schedule", schedule, Schedule, hint="Cosine()")
+        check_instance("schedule", schedule, Schedule, hint="pass Cosine()")
         check_instance(
-            "optimizer", optimizer, Optimizer, hint="torch.optim.AdamW(module.parameters())"
+            "optimizer", optimizer, Optimizer, hint="pass torch.optim.AdamW(module.parameters())"
         )
         if not isinstance(horizon, Horizon):
-            check_count("horizon", horizon, hint="the number of updates, or Horizon.of_steps(1000)")
+            check_count(
+                "horizon", horizon, hint="pass the number of updates, or Horizon.of_steps(1000)"
+            )
             horizon = Horizon.of_steps(horizon)
         self.optimizer = optimizer
         self.schedule = schedule
@@ -157,7 +159,7 @@ class ScheduleLR(LRScheduler):
             ValueError: If the state is not of this class and version, or has another number of
                 parameter groups.
         """
-        if state_dict.get("version") != 1 or "base_lrs" not in state_dict:
+        if state_dict.get("version") != 1 or not {"base_lrs", "last_epoch"} <= state_dict.keys():
             raise ValueError(
                 "state_dict must be that of a ScheduleLR of version 1, got the fields "
                 f"{sorted(map(str, state_dict))}; load it into the scheduler that wrote it"
@@ -170,5 +172,7 @@ class ScheduleLR(LRScheduler):
             )
         self.last_epoch = int(state_dict["last_epoch"])
         self._groups.restore_bases("lr", 0, state_dict["base_lrs"])
-        if self.last_epoch >= 0:  # else another scheduler of a SequentialLR is in use
+        # A restored optimizer has its learning rates, which other schedulers of a ChainedScheduler
+        # may have changed. In a SequentialLR another scheduler may be in use before update 0.
+        if self.last_epoch >= 0 and not self._groups.was_changed():
             self._write()

@@ -49,8 +49,12 @@ def is_unlimited(trainer: Trainer) -> bool:
 
 
 def max_seconds(trainer: Trainer) -> float | None:
-    """Returns the training time after which a Timer ends the fit; None without such a Timer."""
-    limits = [timer._duration for timer in _timers(trainer) if timer._duration is not None]
+    """Returns the training time after which a Timer ends the fit; None without such a Timer.
+
+    A Timer with ``interval="epoch"`` ends it at the end of an epoch, which is no time.
+    """
+    timers = [timer for timer in _timers(trainer) if timer._interval == "step"]
+    limits = [timer._duration for timer in timers if timer._duration is not None]
     return min(limits, default=None)
 
 

@@ -223,11 +223,9 @@ def test_the_largest_share_is_the_same_after_a_resume(tmp_path: Path, at: tuple[
     assert resumed.rates == pytest.approx(straight.rates[done:])
 
 
-@pytest.mark.parametrize(
-    ("hook", "ended"), [("on_train_epoch_end", 1), ("on_train_epoch_start", 2)]
-)
+@pytest.mark.parametrize("hook", ["on_train_epoch_end", "on_train_epoch_start"])
 def test_epoch_that_lightning_continues_after_its_end_is_reported(
-    tmp_path: Path, hook: str, ended: int
+    tmp_path: Path, hook: str
 ) -> None:
     """With max_steps, Lightning trains a fifth batch of four, and one epoch less."""
     path, options = tmp_path / "end.ckpt", {"max_epochs": 3, "max_steps": 30}
@@ -243,6 +241,24 @@ def test_epoch_that_lightning_continues_after_its_end_is_reported(
     resumed = Recorded()
     with pytest.warns(UserWarning, match=r"^Lightning continues an epoch that had .* 4 batches"):
         trainer_of(**options).fit(resumed, batches(4), ckpt_path=path)
-    # What Lightning trains: one more batch after one or two ended epochs, and then epoch 3.
-    right = [1 - ended / 3, *(step / 12 for step in (4, 3, 2, 1))]
-    assert resumed.rates == pytest.approx(right)
+    # What Lightning trains: one batch more than two epochs, and then epoch 3.
+    assert resumed.rates == pytest.approx([4 / 12, *(step / 12 for step in (4, 3, 2, 1))])
+
+
+@pytest.mark.parametrize(("ended", "first"), [(1, 0), (2, 2)])
+def test_resume_after_the_last_batch_of_an_epoch_reads_the_length_of_the_next(
+    tmp_path: Path, ended: int, first: int
+) -> None:
+    """Lightning does not call ``on_train_epoch_start``, and begins a longer epoch at batch 2."""
+    sizes, path = (4, 2, 6), tmp_path / "last.ckpt"
+    options: dict[str, Any] = {"max_epochs": 3, "reload_dataloaders_every_n_epochs": 1}
+    saves = Saves(path, "on_train_batch_end", at=(ended - 1, sizes[ended - 1]))
+    trainer_of(saves, **options).fit(Recorded(sizes))
+    resumed = Recorded(sizes)
+    trainer_of(**options).fit(resumed, ckpt_path=path)
+    shares = [
+        (epoch + batch / sizes[epoch]) / 3
+        for epoch in range(ended, 3)
+        for batch in range(first if epoch == ended else 0, sizes[epoch])
+    ]
+    assert resumed.rates == pytest.approx([1 - share for share in shares])

@@ -249,3 +249,22 @@ def test_plan_says_that_the_number_of_updates_is_unknown(clock: Any) -> None:
     assert any("speed of the machine" in warning for warning in planned.warnings)
     rates = [row.learning_rates["lr"] for row in planned.rows]
     assert rates == pytest.approx([1 - row.fraction for row in planned.rows])
+
+
+@pytest.mark.parametrize("options", [{"min_steps": 20}, {"min_epochs": 2}])
+def test_minimum_beyond_the_time_is_refused(clock: Any, options: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"must not have min_steps or .* max_time of 10"):
+        fit(Recorded(clock), LearningRateScheduler(Linear()), max_time=TEN_SECONDS, **options)
+
+
+def test_timer_that_waits_for_the_end_of_the_epoch_does_not_drive_a_schedule(clock: Any) -> None:
+    timer = Timer(TEN_SECONDS, interval="epoch")
+    with pytest.raises(ValueError, match="the length of the training must be known"):
+        fit(Recorded(clock), timer, LearningRateScheduler(Linear()), max_epochs=-1)
+
+
+def test_fast_dev_run_accepts_times(clock: Any) -> None:
+    schedule = WarmupStableDecay(warmup="2 s", decay="5 s")
+    module = Recorded(clock)
+    fit(module, LearningRateScheduler(schedule), max_time=TEN_SECONDS, fast_dev_run=True)
+    assert len(module.rates) == 1

@@ -183,3 +183,10 @@ def test_a_timer_knows_its_duration_in_seconds(duration: Any) -> None:
     """Schedules over ``max_time`` divide by it; the public names give only what remains of it."""
     assert Timer(duration)._duration == 90.0
     assert Timer()._duration is None
+
+
+@asserts("_interval")
+def test_a_timer_knows_whether_it_ends_a_run_within_an_epoch() -> None:
+    """Only such a Timer drives schedules: the end of an epoch is not known in seconds."""
+    assert Timer("00:00:01:30")._interval == "step"
+    assert Timer("00:00:01:30", interval="epoch")._interval == "epoch"

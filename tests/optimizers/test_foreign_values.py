@@ -6,6 +6,7 @@ computed from the learning rate that was written.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from pathlib import Path
@@ -15,6 +16,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     Callback,
     LearningRateFinder,
     LearningRateMonitor,
@@ -29,6 +31,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bigopt import (
+    Constant,
     GradientClipping,
     HyperparameterScheduler,
     LearningRateScheduler,
@@ -203,7 +206,7 @@ def test_writing_at_every_update_is_refused(before: bool) -> None:
 
 
 def test_a_value_that_is_not_finite_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^lr must be finite in every parameter group, got nan"):
+    with pytest.raises(ValueError, match=r"^lr must be finite and not neg.*, got nan"):
         fit(
             Recorded(),
             LearningRateScheduler(Linear()),
@@ -545,3 +548,84 @@ def test_changed_groups_keep_or_bring_their_own_base(change: str, first: bool) -
         *([pytest.approx([0.1 * f, 0.2 * f]) for f in FACTORS[:4]]),
         *([pytest.approx([base * f for base in bases]) for f in FACTORS[4:]]),
     ]
+
+
+# --------------------------------------------------------------------- found by a second look
+
+
+@pytest.mark.parametrize("shared", ["added group", "assigned"])
+def test_groups_that_begin_to_share_a_tensor_have_values_of_their_own(shared: str) -> None:
+    class Shares(Callback):
+        def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+            (optimizer,) = trainer.optimizers
+            if trainer.current_epoch != 1:
+                return
+            if shared == "added group":  # torch puts the default, the same tensor, into the group
+                optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+            else:
+                rate = torch.tensor(0.5)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+
+    module = Recorded(torch.tensor(0.5))
+    constant = {"bias": Constant()} if shared == "assigned" else None
+    fit(module, LearningRateScheduler(Linear(), groups=constant), Shares())
+    weights = [rates[0] for rates in module.all_rates]
+    assert weights == scaled(0.5)
+    others = [rates[-1] for rates in module.all_rates[4:]]
+    assert others == (scaled(0.5, slice(4, None)) if constant is None else [0.5] * 4)
+
+
+def test_earlier_state_of_the_optimizer_is_no_new_base() -> None:
+    class Back(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 2:
+                self.state = copy.deepcopy(trainer.optimizers[0].state_dict())
+            if trainer.global_step in (5, 6):
+                trainer.optimizers[0].load_state_dict(self.state)
+
+    for first in (True, False):
+        module, back = Recorded(), Back()
+        ours = [
+            LearningRateScheduler(Linear()),
+            HyperparameterScheduler("weight_decay", Linear()),
+        ]
+        trainer = fit(module, *([back, *ours] if first else [*ours, back]))
+        assert module.rates == scaled(0.1)
+        # The value for an update after the end of the budget.
+        assert trainer.optimizers[0].param_groups[0]["weight_decay"] == 0.0
+
+
+def test_value_that_is_written_beside_backbone_finetuning_is_the_base() -> None:
+    module = Recorded()
+    module.backbone = nn.Linear(1, 1)
+    finetuning = BackboneFinetuning(10, verbose=False)
+    writes = WritesOnce("on_train_epoch_start", at=4)
+    fit(module, LearningRateScheduler(Linear()), finetuning, writes)
+    assert module.rates[4:] == scaled(0.4, slice(4, None))
+
+
+@pytest.mark.parametrize("change", ["deleted", "reversed"])
+def test_groups_that_move_between_two_fits_keep_their_bases(change: str) -> None:
+    module = Recorded()
+    optimizer = module.configure_optimizers()
+    optimizer.param_groups[1]["lr"] = 0.3
+    module.configure_optimizers = lambda: optimizer  # type: ignore[method-assign]
+    fit(module, LearningRateScheduler(Linear()))
+    assert [group["lr"] for group in optimizer.param_groups] == [0, 0]
+    if change == "deleted":
+        del optimizer.param_groups[0]
+    else:
+        optimizer.param_groups.reverse()
+    module.rates.clear()
+    fit(module, LearningRateScheduler(Linear()))
+    assert module.rates == scaled(0.3)
+
+
+def test_negative_learning_rate_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^lr must be finite and not negative .*got -1"):
+        fit(
+            Recorded(),
+            LearningRateScheduler(Linear()),
+            WritesOnce("on_train_epoch_start", at=4, value=-1.0),
+        )

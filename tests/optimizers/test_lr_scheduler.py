@@ -367,9 +367,9 @@ def test_last_learning_rates_keep_tensors():
     ("arguments", "message"),
     [
         ((Linear(), torch.nn.Linear(1, 1), 4), r"^optimizer must be an Optimizer, got Linear\("),
-        ((Linear(), sgd(0.4), "4"), r"^horizon must be .*got '4'; the number of updates"),
-        ((Linear(), sgd(0.4), 4.5), r"^horizon must be .*got 4.5; the number of updates"),
-        ((Linear(), sgd(0.4), True), r"^horizon must be .*got True; the number of updates"),
+        ((Linear(), sgd(0.4), "4"), r"^horizon must be .*got '4'; pass the number of updates"),
+        ((Linear(), sgd(0.4), 4.5), r"^horizon must be .*got 4.5; pass the number of updates"),
+        ((Linear(), sgd(0.4), True), r"^horizon must be .*got True; pass the number of updates"),
         (("linear", sgd(0.4), 4), r"^schedule must be a Schedule, got 'linear'"),
     ],
 )
@@ -382,3 +382,24 @@ def test_state_of_another_number_of_groups_is_refused():
     state = linear(sgd(0.4)).state_dict()
     with pytest.raises(ValueError, match=r"base of each of the 2 parameter groups, got base_lrs="):
         linear(sgd(0.4, 0.1)).load_state_dict(state)
+
+
+@pytest.mark.parametrize("stop", range(1, 7))
+def test_first_in_a_chain_resumes_with_its_optimizer(stop: int):
+    def chain(make: Any) -> ChainedScheduler:
+        optimizer = sgd(0.4)
+        return ChainedScheduler([make(optimizer, 8), ExponentialLR(optimizer, 0.5)])
+
+    seen = []
+    for make in (linear, linear_lambda):
+        first, resumed = chain(make), chain(make)
+        run(first, stop)
+        resumed.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+        resumed.load_state_dict(copy.deepcopy(first.state_dict()))
+        seen.append([rate for rates in run(resumed, 8 - stop) for rate in rates])
+    assert seen[0] == pytest.approx(seen[1])
+
+
+def test_state_without_its_update_is_refused():
+    with pytest.raises(ValueError, match="state_dict must be that of a ScheduleLR"):
+        linear(sgd(0.4)).load_state_dict({"version": 1, "base_lrs": [0.4]})
