@@ -109,8 +109,11 @@ class HyperparameterScheduler(Capability):
             return
         restored = fit.restored_bases.get(self.field)
         used: dict[str, Any] = {"bases": fit.groups.bases(self.field)}
-        if saved is None or "schedule" in saved:  # version 0.1 did not save the schedule
+        values = list(zip(self._before, self._values(fit), strict=True))
+        if saved is None or "schedule" in saved:
             used |= self.saved_state()
+        else:
+            values = []  # version 0.1 did not save the schedule, and wrote values later
         schedulers = [c for c in fit.capabilities if isinstance(c, HyperparameterScheduler)]
         report_changes(
             None
@@ -118,7 +121,7 @@ class HyperparameterScheduler(Capability):
             else self._named({**saved, "bases": restored}),
             self._named(used),
             clock=fit.clock,
-            values=list(zip(self._before, self._values(fit), strict=True)),
+            values=values,
             scheduler=f"HyperparameterScheduler({self.field!r})",
             quantity=self.field,
             bases=f"{self.field} bases",

@@ -54,7 +54,8 @@ class StepDetector:
             handle.remove()
         self._handles = []
         for optimizer in optimizers:
-            with suppress(AttributeError):  # an optimizer that does not call Optimizer.__init__
+            # An optimizer that does not call Optimizer.__init__ may have no hooks, or a plain dict.
+            with suppress(AttributeError, TypeError):
                 self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
