@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lightning_bigopt import (
     ClipToMedian,
     GradientClipping,
     MaxUpdateRatio,
+    NonFinite,
     NormClip,
     NormSpike,
     StepGuard,
@@ -32,7 +34,8 @@ class Own(Probe):
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         grads = [full(p.grad) for p in self.net.parameters() if p.grad is not None]
-        self.norms.append(float(torch.stack([g.norm() for g in grads]).norm()))
+        if grads:  # not if the update is rejected
+            self.norms.append(float(torch.stack([g.norm() for g in grads]).norm()))
 
 
 class LocalSGD(Own):
@@ -143,4 +146,30 @@ def partitioned(out: Path) -> Any:
     return None
 
 
-NAMES = ["local_gradients", "replaced", "partitioned"]
+class MovingMean(Own):
+    """A buffer that the forward pass moves; the fourth batch of the second process is a NaN."""
+
+    def __init__(self) -> None:
+        super().__init__(lr=0.01)
+        self.register_buffer("mean", torch.zeros(4))
+        self.means: list[list[float]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y, _ = batch
+        x = x * math.nan if self.global_rank and batch_idx == 3 else x
+        self.mean.lerp_(x.mean(0), 0.1)
+        return self.loss(x - self.mean, y)
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.means.append(self.mean.tolist())
+
+
+def buffers(out: Path) -> Any:
+    """Rejects a batch that spoils a buffer of one process."""
+    model, guard = MovingMean(), StepGuard([NonFinite()])
+    fit("ddp", model, loader(48, 4), guard, max_epochs=1)
+    rejected = [r.update for r in guard.rejections]
+    return {"means": model.means, "rejected": rejected, "end": model.mean.tolist()}
+
+
+NAMES = ["local_gradients", "replaced", "partitioned", "buffers"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -61,3 +62,13 @@ def test_zero_redundancy_optimizer_is_limited_by_its_weights_or_refused(two_proc
     assert first == second
     assert first["ratios"] == pytest.approx([0.01] * 4, rel=0.1)
     assert "got ZeroRedundancyOptimizer, which has changed a parameter without" in first["error"]
+
+
+def test_no_process_keeps_the_buffer_of_a_rejected_batch(two_processes: Any) -> None:
+    results = [result["buffers"] for result in two_processes("gradients")]
+    for found in results:
+        assert found["rejected"] == [3]
+        assert found["means"][4] == found["means"][3]
+        assert found["means"][5] != found["means"][4]
+        assert all(map(math.isfinite, found["end"]))
+    assert results[0]["means"][3] != results[1]["means"][3]  # each from its own data

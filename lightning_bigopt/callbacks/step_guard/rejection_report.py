@@ -16,12 +16,11 @@ from lightning_bigopt.engine.stage import Batch
 from lightning_bigopt.engine.update import Update
 from lightning_bigopt.gradients.gradient_norms import GradientNorms
 from lightning_bigopt.gradients.guard import Verdict
-from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-__all__ = ["RejectedUpdate", "WindowRecorder", "too_many_rejections"]
+__all__ = ["RejectedUpdate", "WindowRecorder"]
 
 _MAX_NAMES = 5
 _MAX_FILES = 20
@@ -99,35 +98,6 @@ class RejectedUpdate:
         if self.file is not None:
             parts.append(f"see {self.file}")
         return "; ".join(parts) + "."
-
-
-def too_many_rejections(
-    trainer: Trainer, rejected: RejectedUpdate, limit: int, checkpoint: str | None
-) -> RuntimeError:
-    """Creates the error that ends a run after too many rejections in a row.
-
-    Args:
-        trainer: The Trainer.
-        rejected: The last rejected update.
-        limit: Number of rejections in a row.
-        checkpoint: Newest checkpoint before the first of them; None if there was none.
-
-    Returns:
-        The error.
-    """
-    # ModelCheckpoint may have deleted the file since. A newer one is as good after skips, which do
-    # not change the weights.
-    if checkpoint is not None and not trainer_callbacks.checkpoint_exists(checkpoint):
-        checkpoint = trainer_callbacks.newest_checkpoint(trainer)
-    hint = "No checkpoint was written before; lower the learning rate, or save more often"
-    if checkpoint is not None:
-        hint = (
-            f"The last checkpoint before them is {checkpoint}; resume from it with a lower "
-            "learning rate or other data"
-        )
-    return RuntimeError(
-        f"updates must not be rejected {limit} times in a row, got: {rejected} {hint}"
-    )
 
 
 @dataclass(kw_only=True)

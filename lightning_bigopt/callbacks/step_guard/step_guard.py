@@ -14,11 +14,8 @@ from torch import Tensor
 from lightning_bigopt.callbacks.step_guard.buffer_snapshot import BufferSnapshot
 from lightning_bigopt.callbacks.step_guard.conflicts import check_conflicts
 from lightning_bigopt.callbacks.step_guard.guard_state import GuardState
-from lightning_bigopt.callbacks.step_guard.rejection_report import (
-    RejectedUpdate,
-    WindowRecorder,
-    too_many_rejections,
-)
+from lightning_bigopt.callbacks.step_guard.rejection_report import RejectedUpdate, WindowRecorder
+from lightning_bigopt.callbacks.step_guard.too_many_rejections import too_many_rejections
 from lightning_bigopt.checks import check_count
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.stage import LEARNING_RATE, Batch, Fit
@@ -42,8 +39,9 @@ _MAX_REJECTIONS = 100
 class StepGuard(Capability):
     """Rejects harmful updates before they are applied, with one decision for all processes.
 
-    A skipped update leaves parameters, optimizer state and step counters unchanged bit for bit. Its
-    data counts as consumed: ``global_step``, the learning-rate schedule and the clock advance.
+    A skipped update leaves parameters, optimizer state and step counters unchanged bit for bit, and
+    the buffers of modules in training mode, such as running statistics and codebooks. Its data
+    counts as consumed: ``global_step``, the learning-rate schedule and the clock advance.
     Under 16-mixed the GradScaler handles overflows: it skips the update and lowers its scale, and
     the guard does not count it.
 
@@ -128,12 +126,15 @@ class StepGuard(Capability):
     def start(self, fit: Fit) -> None:
         """Starts with an empty window: checkpoints contain no gradients."""
         self._window.clear()
-        self._buffers.watch(fit.module)
         if self._backoffs:
             fit.groups.adjust("lr", lambda lr, _: self._state.apply_backoffs(lr), owner=self)
 
+    def begin_epoch(self, fit: Fit) -> None:
+        """Finds the modules whose buffers are saved; they may be others than before."""
+        self._buffers.watch(fit.module)
+
     def begin_batch(self, batch: Batch) -> None:
-        """Saves the running statistics before a window, and the batch if batches are recorded."""
+        """Saves the buffers before a window, and the batch if batches are recorded."""
         if self._window.is_over:
             self._buffers.save()
         self._window.begin(batch)
@@ -171,7 +172,7 @@ class StepGuard(Capability):
         readings = self._read(self.fit.trainer, update)
         rejection = None
         if readings is None:
-            # The GradScaler skips this update. Its finite statistics are kept, as they would be
+            # The GradScaler skips this update. Finite numbers in buffers are kept, as they would be
             # without the guard; a NaN among them would stay forever.
             self._buffers.restore_nonfinite_()
         else:
@@ -218,12 +219,13 @@ class StepGuard(Capability):
             guarded["consecutive"] = 0
             self._state.recover_learning_rate()
             return None
+        if factor is None:
+            self._buffers.restore_()  # first, because too many rejections raise
         self._reject(trainer, update, guarded, verdict, norm)
         if factor is not None:
             update.shrink_(factor)
             return None
         guarded["skipped"] += 1
-        self._buffers.restore_()
         return Rejection(reason=verdict.reason)
 
     def _reject(
