@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_bigopt.gradients.gradient_norms import GradientNorms
 from lightning_bigopt.gradients.measure import norms_of
-from lightning_bigopt.gradients.norm_kernels import accumulation_dtype
+from lightning_bigopt.gradients.norm_kernels import accumulation_dtype, stored_values
 from lightning_bigopt.gradients.sharding import (
     ShardGroups,
     reduce_norms,
@@ -225,7 +225,9 @@ class LayerMonitor:
             self._sizes = grouping.sum(_over_shards(each, shards))
         none = torch.zeros((), dtype=torch.long, device=device)
         counts = [
-            none if p.grad is None else torch.count_nonzero(to_local(p.grad)).to(device)
+            none
+            if p.grad is None
+            else torch.count_nonzero(to_local(stored_values(p.grad))).to(device)
             for p in norms.parameters
         ]
         filled = grouping.sum(_over_shards(torch.stack(counts).to(wide), shards))

@@ -16,6 +16,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from lightning_bigopt import (
     ClipToMedian,
     GradientClipping,
+    GradientNoiseScale,
     MaxUpdateRatio,
     NonFinite,
     NormClip,
@@ -172,4 +173,34 @@ def buffers(out: Path) -> Any:
     return {"means": model.means, "rejected": rejected, "end": model.mean.tolist()}
 
 
-NAMES = ["local_gradients", "replaced", "partitioned", "buffers"]
+class Words(Own):
+    """An embedding with sparse or dense gradients before the network."""
+
+    def __init__(self, *, sparse: bool) -> None:
+        super().__init__(lr=0.01)
+        self.table = nn.Embedding(48, 4, sparse=sparse)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, _, index = batch
+        factor = math.nan if self.global_rank and batch_idx == 3 else 1.0
+        return self.net(x + self.table(index)).square().mean() * factor
+
+
+def sparse(out: Path) -> Any:
+    """Clips, guards and measures sparse gradients that DDP averages, and dense ones."""
+    found = {}
+    for is_sparse in (True, False):
+        model, noise = Words(sparse=is_sparse), GradientNoiseScale(minimum_updates=2)
+        guard, before = StepGuard([NonFinite()]), Unclipped()
+        callbacks = [GradientClipping(NormClip(max_norm=0.05)), guard, noise, before]
+        fit("ddp", model, loader(48, 4), *callbacks, max_epochs=1)
+        found["sparse" if is_sparse else "dense"] = {
+            "norms": before.norms,
+            "rejected": [r.update for r in guard.rejections],
+            "noise": noise.saved_state()["estimator"],
+            "weights": [*weights(model), *model.table.weight.detach().flatten().tolist()],
+        }
+    return found
+
+
+NAMES = ["local_gradients", "replaced", "partitioned", "buffers", "sparse"]
