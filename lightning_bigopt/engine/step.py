@@ -18,7 +18,7 @@ from lightning_bigopt.engine.update_check import UpdateCheck
 from lightning_bigopt.gradients.apply import clear_
 from lightning_bigopt.gradients.optimizer_step import step_control
 from lightning_bigopt.gradients.skip import skip_update_
-from lightning_bigopt.trainer_access import loggers, loop, precision
+from lightning_bigopt.trainer_access import loggers, loop, precision, strategies
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -50,6 +50,7 @@ class StepHooks(Callback):
         self._batch_has_ended = self._batch_has_loss = False
         self._processed = 0
         self._epoch_is_new = False
+        self._is_first_batch = True
         self._clock_runs = False
         self._update_check: UpdateCheck | None = None
         self._listed: list[object] = []  # the callbacks at the start of the last window
@@ -100,6 +101,9 @@ class StepHooks(Callback):
         self._processed = loop.processed_batches(trainer)
         for capability in self._stages["begin_batch"]:
             capability.begin_batch(self._batch)
+        if self._is_first_batch:  # after begin_batch, which may set the length of the window
+            strategies.check_first_window(trainer)
+            self._is_first_batch = False
         for capability in self._stages["weigh_loss"]:
             self._batch.loss_factor *= capability.weigh_loss(self._batch)
         if self._epoch_is_new or fit.groups.has_new_groups():

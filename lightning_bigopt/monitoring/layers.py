@@ -56,18 +56,21 @@ def layer_names(names: Sequence[str], layers: Layers) -> list[str | None]:
     return [None if match is None else labels[match] for match in matches]
 
 
-def check_layers(names: Sequence[str], layers: Layers) -> None:
+def check_layers(
+    names: Sequence[str], layers: Layers, tied: Sequence[tuple[str, str]] = ()
+) -> None:
     """Raises if a pattern matches none of a module's parameters.
 
     Args:
         names: Names of all parameters, including frozen ones and those of other optimizers.
         layers: As for :func:`layer_names`.
+        tied: Other names of some of these parameters, each with the name in ``names``.
 
     Raises:
         ValueError: If a pattern matches no parameter.
     """
     if isinstance(layers, Mapping):
-        check_all_match(tuple(names), tuple(layers.values()))
+        check_all_match(tuple(names), tuple(layers.values()), tuple(tied))
 
 
 def _over_shards(counts: Tensor, shards: Sequence[ShardGroups]) -> Tensor:

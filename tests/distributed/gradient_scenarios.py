@@ -14,9 +14,13 @@ from torch.distributed.algorithms.ddp_comm_hooks import post_localSGD_hook as lo
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from lightning_bigopt import (
+    BatchSizeScheduler,
+    BatchSizeSteps,
     ClipToMedian,
     GradientClipping,
     GradientNoiseScale,
+    LearningRateScheduler,
+    Linear,
     MaxUpdateRatio,
     NonFinite,
     NormClip,
@@ -203,4 +207,25 @@ def sparse(out: Path) -> Any:
     return found
 
 
-NAMES = ["local_gradients", "replaced", "partitioned", "buffers", "sparse"]
+def static_graph(out: Path) -> Any:
+    """Accumulates under DDP with a static graph, from the first window on and after it."""
+    errors = []
+    rate = LearningRateScheduler(Linear(start=1.0, end=0.0))
+    policy = BatchSizeScheduler(BatchSizeSteps({"0%": 16, "50%": 32}))
+    for callback, accumulate in ((rate, 2), (policy, 1)):
+        options: dict[str, Any] = {"strategy": DDPStrategy(static_graph=True), "max_epochs": 1}
+        try:
+            model, data = Own(lr=0.01), loader(32, 4)
+            fit("ddp", model, data, callback, accumulate_grad_batches=accumulate, **options)
+        except ValueError as error:
+            errors.append(str(error))
+    trained = []
+    for strategy in (DDPStrategy(static_graph=True), DDPStrategy()):
+        later = BatchSizeScheduler(BatchSizeSteps({"0%": 8, "1 steps": 16}))
+        model = Own(lr=0.01)
+        fit("ddp", model, loader(48, 4), later, strategy=strategy, max_epochs=2)
+        trained.append(weights(model))
+    return {"errors": errors, "trained": trained}
+
+
+NAMES = ["local_gradients", "replaced", "partitioned", "buffers", "sparse", "static_graph"]

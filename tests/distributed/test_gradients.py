@@ -83,3 +83,14 @@ def test_sparse_gradients_are_treated_as_dense_ones(two_processes: Any) -> None:
         assert sparse["norms"] == pytest.approx(dense["norms"], rel=1e-5, nan_ok=True)
         assert sparse["weights"] == pytest.approx(dense["weights"], rel=1e-5, abs=1e-7)
         assert sparse["noise"] == pytest.approx(dense["noise"], rel=1e-4)
+
+
+def test_static_graph_needs_a_first_window_of_one_micro_batch(two_processes: Any) -> None:
+    for result in two_processes("gradients"):
+        found = result["static_graph"]
+        text = (
+            "must have one micro-batch with DDPStrategy(static_graph=True), got 2; accumulate later"
+        )
+        assert [text in error for error in found["errors"]] == [True, True]
+        static, usual = found["trained"]
+        assert static == pytest.approx(usual, rel=1e-6, abs=1e-7)
