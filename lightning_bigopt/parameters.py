@@ -18,6 +18,7 @@ __all__ = [
     "numbered_prefix",
     "parameter_names",
     "plain_name",
+    "tied_names",
 ]
 
 # Parts that FSDP1, torch.compile and activation checkpointing insert into names.
@@ -39,6 +40,24 @@ def plain_name(name: str) -> str:
 def parameter_names(module: nn.Module) -> tuple[str, ...]:
     """Returns the plain names of all parameters, including frozen ones."""
     return tuple(plain_name(name) for name, _ in module.named_parameters())
+
+
+def tied_names(module: nn.Module) -> tuple[tuple[str, str], ...]:
+    """Returns pairs of the second name of a tied parameter and its first, which is used.
+
+    Example:
+        >>> model = nn.ModuleDict({"embed": nn.Embedding(5, 2), "head": nn.Linear(2, 5)})
+        >>> model["head"].weight = model["embed"].weight
+        >>> parameter_names(model), tied_names(model)
+        (('embed.weight', 'head.bias'), (('head.weight', 'embed.weight'),))
+    """
+    first: dict[int, str] = {}
+    pairs = []
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        known = first.setdefault(id(parameter), name)
+        if known != name:
+            pairs.append((plain_name(name), plain_name(known)))
+    return tuple(pairs)
 
 
 def named_parameters(module: nn.Module, optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
@@ -102,8 +121,15 @@ def first_match(names: tuple[str, ...], patterns: tuple[str, ...]) -> tuple[int 
 
 
 @lru_cache(maxsize=64)
-def check_all_match(names: tuple[str, ...], patterns: tuple[str, ...]) -> None:
+def check_all_match(
+    names: tuple[str, ...], patterns: tuple[str, ...], tied: tuple[tuple[str, str], ...] = ()
+) -> None:
     """Raises unless each pattern is the first match of some name.
+
+    Args:
+        names: Names of parameters.
+        patterns: The patterns.
+        tied: Other names of some of these parameters, as :func:`tied_names` returns them.
 
     Raises:
         ValueError: If a pattern matches no name, or only names that an earlier pattern matches.
@@ -113,9 +139,16 @@ def check_all_match(names: tuple[str, ...], patterns: tuple[str, ...]) -> None:
         if index in used:
             continue
         taken = [name for name in names if fnmatchcase(name, pattern)]
-        why = f"; an earlier pattern matches {taken[0]} first" if taken else ""
+        others = [pair for pair in tied if fnmatchcase(pair[0], pattern)]
+        if taken:
+            why = f"; an earlier pattern matches {taken[0]} first; correct or remove the pattern"
+        elif others:
+            other, first = others[0]
+            why = f"; {other} is tied to {first}: write a pattern for {first}"
+        else:
+            why = "; correct or remove the pattern"
         some = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
         raise ValueError(
             f"every pattern must match a parameter, got {pattern!r}, which matches none of "
-            f"{some or 'no parameters at all'}{why}; correct or remove the pattern"
+            f"{some or 'no parameters at all'}{why}"
         )

@@ -20,6 +20,7 @@ from lightning_bigopt.gradients.rules.clipping_rule import ClipContext, Clipping
 from lightning_bigopt.gradients.rules.rule_groups import Groups
 from lightning_bigopt.monitoring.tags import tag_name
 from lightning_bigopt.optimizers.names import is_opacus_optimizer
+from lightning_bigopt.parameters import tied_names
 from lightning_bigopt.trainer_access import strategies
 
 __all__ = ["GradientClipping"]
@@ -67,6 +68,7 @@ class GradientClipping(Capability):
         self.needs_horizon = rule.needs_horizon  # for a scheduled threshold
         self._resolved = rule
         self._names: tuple[str, ...] = ()
+        self._tied: tuple[tuple[str, str], ...] = ()
         self._parameters: dict[str, list[tuple[str, nn.Parameter]]] = {}
         self.reset()
 
@@ -101,6 +103,7 @@ class GradientClipping(Capability):
     def start(self, fit: Fit) -> None:
         """Resolves the durations of a scheduled threshold on the horizon."""
         self._names, self._parameters = fit.parameter_names(), {}
+        self._tied = tied_names(fit.module)
         horizon = fit.clock.horizon
         self._resolved = self.rule if horizon is None else self.rule.resolve(horizon)
 
@@ -121,6 +124,7 @@ class GradientClipping(Capability):
             fraction=update.progress.fraction,
             process_group=update.shard_group,
             all_names=self._names,
+            tied=self._tied,
         )
         update.decision = self._resolved.decide(context, state)
         apply_(update.decision, optimizer=update.optimizer)

@@ -26,6 +26,7 @@ from lightning_bigopt.monitoring.metric_buffer import MetricBuffer
 from lightning_bigopt.monitoring.step_timer import StepTimer
 from lightning_bigopt.monitoring.tags import tag_name
 from lightning_bigopt.optimizers.names import group_names
+from lightning_bigopt.parameters import tied_names
 from lightning_bigopt.trainer_access import loggers, loop
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ class OptimizationMonitor(Capability):
                 "tokens must be counted for x_axis='tokens', got no callback that counts them; "
                 "pass tokens=a function of the batch, or the name of its ids or mask"
             )
-        check_layers(fit.parameter_names(), self.layers)
+        check_layers(fit.parameter_names(), self.layers, tied_names(fit.module))
         self.reset()
         self._timer.start(
             fit.trainer.strategy.root_device, samples=fit.clock.samples, tokens=fit.clock.tokens

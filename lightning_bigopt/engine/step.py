@@ -100,10 +100,10 @@ class StepHooks(Callback):
         )
         self._batch_has_ended = self._batch_has_loss = False
         self._processed = loop.processed_batches(trainer)
-        if self._update_check is not None:
-            self._update_check.begin_batch(fit.groups.optimizers)
         for capability in self._stages["begin_batch"]:
             capability.begin_batch(self._batch)
+        if self._update_check is not None:  # after begin_batch, which may set the window's length
+            self._update_check.begin_batch(trainer, fit.groups.optimizers)
         for capability in self._stages["weigh_loss"]:
             self._batch.loss_factor *= capability.weigh_loss(self._batch)
         # Callbacks that run after the engine may change groups in on_train_epoch_start.

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_bigopt.engine.step_detector import StepDetector
+from lightning_bigopt.trainer_access import strategies
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -54,16 +55,19 @@ class UpdateCheck:
         """Removes the hooks from the optimizers."""
         self._steps.watch([])
 
-    def begin_batch(self, optimizers: tuple[tuple[str, Optimizer], ...]) -> None:
+    def begin_batch(self, trainer: Trainer, optimizers: tuple[tuple[str, Optimizer], ...]) -> None:
         """Forgets the steps before the batch, such as those of a learning-rate finder's trial.
 
         Args:
+            trainer: The Trainer; its first window is checked.
             optimizers: Label and optimizer, for each optimizer of the fit.
         """
         if optimizers is not self._optimizers:
             self._optimizers = optimizers
             self._steps.watch([optimizer for _, optimizer in optimizers])
         self._steps.clear()
+        if not self._windows:
+            strategies.check_first_window(trainer)
 
     def called(self, optimizer: Optimizer) -> None:
         """Records a call of ``on_before_optimizer_step``."""

@@ -104,7 +104,7 @@ def scale_(gradients: Sequence[Tensor | None], coefficient: Tensor) -> None:
     """Multiplies gradients in place with multi-tensor kernels. Does not synchronize.
 
     Args:
-        gradients: Dense tensors, including DTensors; None is skipped.
+        gradients: Dense tensors, including DTensors, and sparse ones; None is skipped.
         coefficient: Shape ``()`` for one factor, or ``(n,)`` for one factor per gradient; on any
             device.
 
@@ -126,6 +126,10 @@ def scale_(gradients: Sequence[Tensor | None], coefficient: Tensor) -> None:
     kinds: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
     for index, gradient in enumerate(gradients):
         if gradient is None or (numbers is not None and numbers[index] == 1.0):
+            continue
+        if gradient.is_sparse:
+            factor = coefficient if each is None else each[index]
+            gradient.mul_(factor.to(gradient.device, non_blocking=True))
             continue
         local = to_local(gradient)
         tensors, factors = kinds.setdefault((local.device, local.dtype), ([], []))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.futures import Future
 
-from lightning_bigopt.gradients.norm_kernels import accumulation_dtype
+from lightning_bigopt.gradients.norm_kernels import accumulation_dtype, stored_values
 
 __all__ = ["LocalGradientNorm"]
 
@@ -34,11 +34,12 @@ class LocalGradientNorm:
         """Adds a bucket before it is averaged over the processes.
 
         Args:
-            gradient: The bucket, of shape ``(elements,)`` and any floating dtype.
+            gradient: The bucket, of shape ``(elements,)`` and any floating dtype, or a sparse
+                gradient, which has a bucket of its own.
         """
         if not self._is_active:
             return
-        norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(stored_values(gradient), dtype=torch.float32)
         square = norm.to(accumulation_dtype(norm.device)) ** 2
         self._sum = square if self._sum is None else self._sum + square
 

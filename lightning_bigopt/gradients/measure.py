@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from operator import is_
 from typing import cast
 
 import torch
@@ -11,7 +12,12 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from lightning_bigopt.gradients.gradient_norms import GradientNorms, HostNorms, norms_from_tensor
-from lightning_bigopt.gradients.norm_kernels import all_on_cpu, cpu_norms, local_norms
+from lightning_bigopt.gradients.norm_kernels import (
+    all_on_cpu,
+    cpu_norms,
+    local_norms,
+    stored_values,
+)
 from lightning_bigopt.gradients.sharding import (
     ShardGroups,
     reduce_norms,
@@ -35,6 +41,7 @@ def measure(
 ) -> GradientNorms:
     """Computes the norm of each gradient and of all gradients. Does not synchronize with the host.
 
+    A sparse gradient has the norm of its values (:func:`stored_values`).
     Sums are accumulated in float64 if the device supports it (on a CPU over float32 norms of rows),
     so that squares of finite numbers do not overflow. The norms of DTensors, with any mesh and
     placement, are those of the full tensors: this takes one all-reduce of n numbers for each
@@ -54,7 +61,8 @@ def measure(
         The norms of the full gradients, equal on all processes.
 
     Raises:
-        ValueError: If a gradient is sparse or ``norm_type`` is not supported.
+        ValueError: If the layout of a gradient is neither strided nor ``torch.sparse_coo``, or
+            ``norm_type`` is not supported.
 
     Example:
         >>> model = nn.Linear(2, 2)
@@ -68,14 +76,12 @@ def measure(
         # Tied parameters: reversed twice, so that the first name of each is kept, in order.
         pairs = list({id(pair[1]): pair for pair in reversed(pairs)}.values())[::-1]
     gradients = [parameter.grad for _, parameter in pairs]
-    kinds = set(map(type, gradients))
-    if type(None) in kinds:
+    if type(None) in set(map(type, gradients)):
         if process_group is None:
             pairs = [pair for pair in pairs if pair[1].grad is not None]
         else:
             pairs = [pair for pair in pairs if pair[1].requires_grad]
         gradients = [parameter.grad for _, parameter in pairs]
-        kinds.discard(type(None))
     tensors = cast("list[Tensor]", gradients)
     groups: list[ShardGroups] | None = None
     if process_group is not None:
@@ -91,14 +97,26 @@ def measure(
             for tensor, (_, parameter) in zip(tensors, pairs, strict=True)
         ]
     try:
-        if groups is None and kinds <= _PLAIN and all_on_cpu(tensors):
-            return HostNorms(pairs, cpu_norms(tensors, order), order)
-        return norms_from_tensor(pairs, _norms_of(tensors, order, groups), order)
+        return _measured(pairs, tensors, order, groups)
     except (NotImplementedError, RuntimeError):
-        # The kernels raise for sparse tensors, but do not name the parameter. Checking only now
-        # saves a pass over all tensors in every update.
-        check_dense(pairs, tensors)
-        raise
+        # The kernels raise for sparse tensors. Checking only now saves a pass over all tensors in
+        # every update.
+        values = [stored_values(tensor) for tensor in tensors]
+        check_dense(pairs, values)
+        if all(map(is_, values, tensors)):
+            raise
+        return _measured(pairs, values, order, groups)
+
+
+def _measured(
+    pairs: Sequence[tuple[str, nn.Parameter]],
+    tensors: Sequence[Tensor],
+    order: float,
+    groups: Sequence[ShardGroups] | None,
+) -> GradientNorms:
+    if groups is None and set(map(type, tensors)) <= _PLAIN and all_on_cpu(tensors):
+        return HostNorms(pairs, cpu_norms(tensors, order), order)
+    return norms_from_tensor(pairs, _norms_of(tensors, order, groups), order)
 
 
 @torch.no_grad()

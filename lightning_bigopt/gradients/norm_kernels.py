@@ -9,7 +9,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor, _foreach_norm
 
-__all__ = ["accumulation_dtype", "all_on_cpu", "cpu_norms", "local_norms"]
+__all__ = ["accumulation_dtype", "all_on_cpu", "cpu_norms", "local_norms", "stored_values"]
 
 # torch sums a float32 vector on the CPU with few partial sums: the norm of 25M equal numbers is off
 # by 1 %. Norms of rows of this length, combined in float64, are exact to 1e-6 and 1.7 times as
@@ -34,6 +34,19 @@ def accumulation_dtype(device: torch.device) -> torch.dtype:
         torch.float64
     """
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def stored_values(gradient: Tensor) -> Tensor:
+    """Returns the values of a sparse gradient, each position once; a dense one unchanged.
+
+    The positions of a sparse gradient may repeat; adding their values up synchronizes on a GPU.
+
+    Example:
+        >>> gradient = torch.sparse_coo_tensor([[0, 2, 0]], [1.0, 5.0, 2.0], (4,))
+        >>> stored_values(gradient)
+        tensor([3., 5.])
+    """
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 def all_on_cpu(tensors: Sequence[Tensor]) -> bool:

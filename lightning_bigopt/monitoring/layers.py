@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_bigopt.gradients.gradient_norms import GradientNorms
 from lightning_bigopt.gradients.measure import norms_of
-from lightning_bigopt.gradients.norm_kernels import accumulation_dtype
+from lightning_bigopt.gradients.norm_kernels import accumulation_dtype, stored_values
 from lightning_bigopt.gradients.sharding import (
     ShardGroups,
     reduce_norms,
@@ -56,18 +56,21 @@ def layer_names(names: Sequence[str], layers: Layers) -> list[str | None]:
     return [None if match is None else labels[match] for match in matches]
 
 
-def check_layers(names: Sequence[str], layers: Layers) -> None:
+def check_layers(
+    names: Sequence[str], layers: Layers, tied: Sequence[tuple[str, str]] = ()
+) -> None:
     """Raises if a pattern matches none of a module's parameters.
 
     Args:
         names: Names of all parameters, including frozen ones and those of other optimizers.
         layers: As for :func:`layer_names`.
+        tied: Other names of some of these parameters, each with the name in ``names``.
 
     Raises:
         ValueError: If a pattern matches no parameter.
     """
     if isinstance(layers, Mapping):
-        check_all_match(tuple(names), tuple(layers.values()))
+        check_all_match(tuple(names), tuple(layers.values()), tuple(tied))
 
 
 def _over_shards(counts: Tensor, shards: Sequence[ShardGroups]) -> Tensor:
@@ -225,7 +228,9 @@ class LayerMonitor:
             self._sizes = grouping.sum(_over_shards(each, shards))
         none = torch.zeros((), dtype=torch.long, device=device)
         counts = [
-            none if p.grad is None else torch.count_nonzero(to_local(p.grad)).to(device)
+            none
+            if p.grad is None
+            else torch.count_nonzero(to_local(stored_values(p.grad))).to(device)
             for p in norms.parameters
         ]
         filled = grouping.sum(_over_shards(torch.stack(counts).to(wide), shards))

@@ -124,7 +124,7 @@ def write_histograms(fit: Fit, update: Update, axis: XAxis) -> None:
         gradient = parameter.grad
         if gradient is None:
             continue
-        full = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+        full = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.to_dense()
         # NumPy cannot compute a histogram of values that are not finite.
         if trainer.is_global_zero and full.numel() and bool(full.isfinite().all()):
             for writer, prefix in loggers.tensorboard_writers(trainer).values():

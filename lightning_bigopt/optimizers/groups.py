@@ -15,6 +15,7 @@ from lightning_bigopt.parameters import (
     first_match,
     numbered_prefix,
     plain_name,
+    tied_names,
 )
 
 __all__ = ["parameter_groups"]
@@ -92,7 +93,8 @@ def parameter_groups(
             "module must have a parameter to train, got none that requires a gradient; unfreeze one"
         )
     names, patterns = tuple(parameters), as_patterns(no_decay)
-    check_all_match(names, patterns)
+    tied = tied_names(module)
+    check_all_match(names, patterns, tied)
     excluded = first_match(names, patterns)
     decays = [
         match is None and parameter.ndim > 1 and name.rpartition(".")[2] != "bias"
@@ -104,7 +106,7 @@ def parameter_groups(
             f"for {names[0]} and others; under FSDP1, whose shards are flat, make the groups by "
             "name"
         )
-    depths = [0] * len(names) if layer_decay is None else _depths(names, layers)
+    depths = [0] * len(names) if layer_decay is None else _depths(names, layers, tied)
     groups: dict[str, dict[str, Any]] = {}
     for depth in range(max(depths) + 1):
         for label, decaying in (("decay", True), ("no_decay", False)):
@@ -125,14 +127,18 @@ def parameter_groups(
     return list(groups.values())
 
 
-def _depths(names: tuple[str, ...], layers: Literal["blocks"] | Sequence[str]) -> list[int]:
+def _depths(
+    names: tuple[str, ...],
+    layers: Literal["blocks"] | Sequence[str],
+    tied: tuple[tuple[str, str], ...],
+) -> list[int]:
     """Returns the layer of each parameter, counted from the input."""
     if layers == "blocks":
         return [
             index for index, (_, run) in enumerate(groupby(names, key=numbered_prefix)) for _ in run
         ]
     patterns = as_patterns(layers)
-    check_all_match(names, patterns)
+    check_all_match(names, patterns, tied)
     depths = []
     for name, match in zip(names, first_match(names, patterns), strict=True):
         if match is None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "averages_initial_parameters",
+    "check_first_window",
     "data_parallel_size",
     "data_rank",
     "is_deepspeed",
@@ -76,6 +77,24 @@ def shards_gradients(trainer: Trainer) -> bool:
 def averages_initial_parameters(trainer: Trainer) -> bool:
     """Returns whether DDP averages the gradients of those parameters that it was given."""
     return isinstance(trainer.strategy, DDPStrategy) and trainer.world_size > 1
+
+
+def check_first_window(trainer: Trainer) -> None:
+    """Raises if the first accumulation window of a fit does not fit the strategy.
+
+    Raises:
+        ValueError: If DDP has a static graph and the window has several micro-batches: DDP records
+            the graph in the first backward pass, and must reduce the gradients in it.
+    """
+    if not isinstance(trainer.strategy, DDPStrategy):
+        return
+    length = int(trainer.accumulate_grad_batches)
+    if length > 1 and getattr(trainer.strategy.model, "static_graph", False):
+        raise ValueError(
+            "the first update of a fit must have one micro-batch with "
+            f"DDPStrategy(static_graph=True), got {length}; accumulate later, as with "
+            f"GradientAccumulationScheduler({{0: 1, 1: {length}}}), or remove static_graph"
+        )
 
 
 def shard_group(trainer: Trainer) -> ProcessGroup | None:

@@ -13,8 +13,13 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import post_localSGD_hook as local_sgd
 
 from lightning_bigopt import (
+    BatchSizeScheduler,
+    BatchSizeSteps,
     ClipToMedian,
     GradientClipping,
+    GradientNoiseScale,
+    LearningRateScheduler,
+    Linear,
     MaxUpdateRatio,
     NonFinite,
     NormClip,
@@ -173,4 +178,55 @@ def buffers(out: Path) -> Any:
     return {"means": model.means, "rejected": rejected, "end": model.mean.tolist()}
 
 
-NAMES = ["local_gradients", "replaced", "partitioned", "buffers"]
+class Words(Own):
+    """An embedding with sparse or dense gradients before the network."""
+
+    def __init__(self, *, sparse: bool) -> None:
+        super().__init__(lr=0.01)
+        self.table = nn.Embedding(48, 4, sparse=sparse)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, _, index = batch
+        factor = math.nan if self.global_rank and batch_idx == 3 else 1.0
+        return self.net(x + self.table(index)).square().mean() * factor
+
+
+def sparse(out: Path) -> Any:
+    """Clips, guards and measures sparse gradients that DDP averages, and dense ones."""
+    found = {}
+    for is_sparse in (True, False):
+        model, noise = Words(sparse=is_sparse), GradientNoiseScale(minimum_updates=2)
+        guard, before = StepGuard([NonFinite()]), Unclipped()
+        callbacks = [GradientClipping(NormClip(max_norm=0.05)), guard, noise, before]
+        fit("ddp", model, loader(48, 4), *callbacks, max_epochs=1)
+        found["sparse" if is_sparse else "dense"] = {
+            "norms": before.norms,
+            "rejected": [r.update for r in guard.rejections],
+            "noise": noise.saved_state()["estimator"],
+            "weights": [*weights(model), *model.table.weight.detach().flatten().tolist()],
+        }
+    return found
+
+
+def static_graph(out: Path) -> Any:
+    """Accumulates under DDP with a static graph, from the first window on and after it."""
+    errors = []
+    rate = LearningRateScheduler(Linear(start=1.0, end=0.0))
+    policy = BatchSizeScheduler(BatchSizeSteps({"0%": 16, "50%": 32}))
+    for callback, accumulate in ((rate, 2), (policy, 1)):
+        options: dict[str, Any] = {"strategy": DDPStrategy(static_graph=True), "max_epochs": 1}
+        try:
+            model, data = Own(lr=0.01), loader(32, 4)
+            fit("ddp", model, data, callback, accumulate_grad_batches=accumulate, **options)
+        except ValueError as error:
+            errors.append(str(error))
+    trained = []
+    for strategy in (DDPStrategy(static_graph=True), DDPStrategy()):
+        later = BatchSizeScheduler(BatchSizeSteps({"0%": 8, "1 steps": 16}))
+        model = Own(lr=0.01)
+        fit("ddp", model, loader(48, 4), later, strategy=strategy, max_epochs=2)
+        trained.append(weights(model))
+    return {"errors": errors, "trained": trained}
+
+
+NAMES = ["local_gradients", "replaced", "partitioned", "buffers", "sparse", "static_graph"]

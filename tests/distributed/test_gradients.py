@@ -72,3 +72,25 @@ def test_no_process_keeps_the_buffer_of_a_rejected_batch(two_processes: Any) -> 
         assert found["means"][5] != found["means"][4]
         assert all(map(math.isfinite, found["end"]))
     assert results[0]["means"][3] != results[1]["means"][3]  # each from its own data
+
+
+def test_sparse_gradients_are_treated_as_dense_ones(two_processes: Any) -> None:
+    first, second = (result["sparse"] for result in two_processes("gradients"))
+    assert first["sparse"]["weights"] == second["sparse"]["weights"]
+    for found in (first, second):
+        sparse, dense = found["sparse"], found["dense"]
+        assert sparse["rejected"] == dense["rejected"] == [3]
+        assert sparse["norms"] == pytest.approx(dense["norms"], rel=1e-5, nan_ok=True)
+        assert sparse["weights"] == pytest.approx(dense["weights"], rel=1e-5, abs=1e-7)
+        assert sparse["noise"] == pytest.approx(dense["noise"], rel=1e-4)
+
+
+def test_static_graph_needs_a_first_window_of_one_micro_batch(two_processes: Any) -> None:
+    for result in two_processes("gradients"):
+        found = result["static_graph"]
+        text = (
+            "must have one micro-batch with DDPStrategy(static_graph=True), got 2; accumulate later"
+        )
+        assert [text in error for error in found["errors"]] == [True, True]
+        static, usual = found["trained"]
+        assert static == pytest.approx(usual, rel=1e-6, abs=1e-7)

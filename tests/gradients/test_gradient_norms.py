@@ -151,11 +151,33 @@ def test_complex_and_non_contiguous_gradients():
         torch.testing.assert_close(found, torch.tensor(truth), rtol=1e-6, atol=0)
 
 
-def test_sparse_gradient_raises_with_its_name():
-    layer = nn.Embedding(4, 2, sparse=True)
-    layer(torch.tensor([1])).sum().backward()
-    with pytest.raises(ValueError, match=r"gradient of weight must be dense.*sparse=False"):
-        measure(list(layer.named_parameters()))
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("count", "rows"), [(1, 50), (9, 50), (1, 40_000)])
+def test_norm_of_sparse_gradients_is_that_of_dense_ones(order, dtype, count, rows):
+    """With repeated positions, whose values are added up, and with none."""
+    weights = {}
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        layers = [nn.Embedding(rows, 4, sparse=sparse, dtype=dtype) for _ in range(count)]
+        other = nn.Linear(4, 2, dtype=dtype)
+        indices = torch.randint(rows, (2, 30)).repeat(1, 2)
+        loss = sum((other(layer(indices)) ** 2).sum() for layer in layers)
+        (loss + layers[0](indices[:, :0]).sum()).backward()
+        weights[sparse] = named(*[p.grad for layer in (*layers, other) for p in layer.parameters()])
+    found, truth = (measure(weights[sparse], norm_type=order) for sparse in (True, False))
+    assert weights[True][0][1].grad.is_sparse
+    rtol = 1e-5 if dtype == torch.float32 else 2e-2  # the sums are rounded in another order
+    torch.testing.assert_close(found.per_tensor, truth.per_tensor, rtol=rtol, atol=0)
+    assert found.value == pytest.approx(truth.value, rel=rtol)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_other_layout_raises_with_its_name():
+    weight = nn.Parameter(torch.ones(2, 2).to_sparse_csr())
+    weight.grad = torch.ones(2, 2).to_sparse_csr()
+    with pytest.raises(ValueError, match=r"gradient of w must be dense.*sparse_csr"):
+        measure([("w", weight)])
 
 
 @pytest.mark.parametrize("order", [0.0, 3.0, -1.0, math.nan])

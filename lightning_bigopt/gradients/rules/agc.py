@@ -21,7 +21,7 @@ from lightning_bigopt.gradients.sharding import (
     shard_groups,
     to_local,
 )
-from lightning_bigopt.parameters import as_patterns, check_all_match, first_match
+from lightning_bigopt.parameters import as_patterns, first_match
 
 __all__ = ["AGC"]
 
@@ -82,7 +82,7 @@ class AGC(ClippingRule):
                 "use FSDP2 (ModelParallelStrategy) or a rule on norms"
             )
         patterns = as_patterns(self.exclude)
-        check_all_match(context.known_names(), patterns)
+        context.check_patterns(patterns)
         named = context.with_gradients()
         matches = first_match(tuple(name for name, _ in named), patterns)
         chosen = [p for (_, p), match in zip(named, matches, strict=True) if match is None]

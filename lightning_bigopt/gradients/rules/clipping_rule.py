@@ -17,6 +17,7 @@ from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.gradients.clip_decision import ClipDecision
 from lightning_bigopt.gradients.gradient_norms import GradientNorms
 from lightning_bigopt.gradients.measure import check_dense, measure
+from lightning_bigopt.parameters import check_all_match
 from lightning_bigopt.removed import RemovedAttribute
 
 __all__ = [
@@ -45,6 +46,7 @@ class ClipContext:
         is_sharded: As in :func:`~lightning_bigopt.gradients.measure`.
         all_names: The names that patterns must match, if ``parameters`` has only some of the
             module's parameters.
+        tied: Other names of some parameters, for messages about patterns.
 
     Example:
         >>> weight = nn.Parameter(torch.zeros(2))
@@ -60,12 +62,17 @@ class ClipContext:
     process_group: ProcessGroup | None = None
     is_sharded: Callable[[nn.Parameter], bool] | None = None
     all_names: Sequence[str] | None = None
+    tied: Sequence[tuple[str, str]] = ()
 
     def known_names(self) -> tuple[str, ...]:
         """Returns the names that patterns must match."""
         if self.all_names is not None:
             return tuple(self.all_names)
         return tuple(name for name, _ in self.parameters)
+
+    def check_patterns(self, patterns: Sequence[str]) -> None:
+        """Raises a ValueError unless each pattern is the first match of some parameter."""
+        check_all_match(self.known_names(), tuple(patterns), tuple(self.tied))
 
     def norms_of_type(self, norm_type: float = 2.0) -> GradientNorms:
         """Returns norms of an order: :attr:`norms` if they have this order, else measured ones."""

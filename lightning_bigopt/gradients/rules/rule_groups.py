@@ -9,7 +9,7 @@ from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.gradients.clip_decision import ClipDecision
 from lightning_bigopt.gradients.gradient_norms import GradientNorms
 from lightning_bigopt.gradients.rules.clipping_rule import ClipContext, ClippingRule, RuleState
-from lightning_bigopt.parameters import check_all_match, first_match
+from lightning_bigopt.parameters import first_match
 
 __all__ = ["Groups"]
 
@@ -91,7 +91,7 @@ class Groups(ClippingRule):
 
     def decide(self, context: ClipContext, state: RuleState) -> ClipDecision:
         """Decides for each pattern separately; the decisions are in ``by_pattern``."""
-        check_all_match(context.known_names(), self.patterns)
+        context.check_patterns(self.patterns)
         order = self.norm_order
         norms = None if order is None else context.norms_of_type(order)
         matches = first_match(tuple(name for name, _ in context.parameters), self.patterns)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_bigopt.checks import check_positive
 from lightning_bigopt.gradients.clip_decision import ClipDecision
+from lightning_bigopt.gradients.norm_kernels import stored_values
 from lightning_bigopt.gradients.rules.clipping_rule import ClipContext, ClippingRule, RuleState
 from lightning_bigopt.gradients.sharding import redistribute_like_parameter_, to_local
 
@@ -46,7 +47,7 @@ class ValueClip(ClippingRule):
 
     def decide(self, context: ClipContext, state: RuleState) -> ClipDecision:
         """Decides to clamp the gradients; does not synchronize."""
-        named = context.with_gradients()
+        named = context.with_gradients(sparse="allowed")
         parameters = [parameter for _, parameter in named]
         if any(parameter.is_complex() for parameter in parameters):
             name = next(name for name, parameter in named if parameter.is_complex())
@@ -63,7 +64,10 @@ class ValueClip(ClippingRule):
 def _clamp_(parameters: list[nn.Parameter], limit: float) -> None:
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for parameter in parameters:
-        local = to_local(redistribute_like_parameter_(parameter))
+        gradient = redistribute_like_parameter_(parameter)
+        if gradient.is_sparse:  # the limit holds for the sum of the values of a position
+            parameter.grad = gradient = gradient.coalesce()
+        local = to_local(stored_values(gradient))
         kinds.setdefault((local.device, local.dtype), []).append(local)
     for tensors in kinds.values():
         torch._foreach_clamp_min_(tensors, -limit)
