@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_bigopt.reporting.charts import new_picture
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -138,6 +136,8 @@ class TrainingPlan:
                 f"path must be the name of a file, got the folder {str(target)!r}; write "
                 f"{str(target / 'plan.png')!r}"
             )
+        from lightning_bigopt.reporting.charts import new_picture  # drawing is rare
+
         figure = new_picture(lambda axes: self._paint(axes[0]))
         target.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(target, dpi=120)
