@@ -42,7 +42,8 @@ def stored_values(gradient: Tensor) -> Tensor:
     The positions of a sparse gradient may repeat; adding their values up synchronizes on a GPU.
 
     Example:
-        >>> gradient = torch.sparse_coo_tensor([[0, 2, 0]], [1.0, 5.0, 2.0], (4,))
+        >>> indices, values = torch.tensor([[0, 2, 0]]), torch.tensor([1.0, 5.0, 2.0])
+        >>> gradient = torch.sparse_coo_tensor(indices, values, (4,), check_invariants=True)
         >>> stored_values(gradient)
         tensor([3., 5.])
     """
