@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = [
     "adopt_values",
     "begin_evaluation",
-    "check_hook_reached",
     "follow_optimizers",
     "group_schedule",
     "install",
@@ -119,20 +118,6 @@ def adopt_values(trainer: Trainer, groups: GroupSchedule, *, epoch_is_new: bool 
         rank_zero_info(
             f"Other code has changed {foreign}. This is the new base value, which the schedule "
             "multiplies."
-        )
-
-
-def check_hook_reached(trainer: Trainer, first_step: int) -> None:
-    """Raises if an update was made without a call of ``on_before_optimizer_step``.
-
-    Raises:
-        RuntimeError: If ``global_step`` has increased since ``first_step``.
-    """
-    if trainer.global_step > first_step:
-        raise RuntimeError(
-            "on_before_optimizer_step must be called for every update, got an update without it "
-            f"(strategy {type(trainer.strategy).__name__}); call super() in overridden hooks, "
-            "or remove the callbacks of lightning_bigopt"
         )
 
 

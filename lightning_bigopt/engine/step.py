@@ -103,7 +103,7 @@ class StepHooks(Callback):
         for capability in self._stages["begin_batch"]:
             capability.begin_batch(self._batch)
         if self._update_check is not None:  # after begin_batch, which may set the window's length
-            self._update_check.begin_batch(trainer, fit.groups.optimizers)
+            self._update_check.begin_batch(fit.groups.optimizers)
         for capability in self._stages["weigh_loss"]:
             self._batch.loss_factor *= capability.weigh_loss(self._batch)
         # Callbacks that run after the engine may change groups in on_train_epoch_start.

@@ -35,12 +35,7 @@ class UpdateCheck:
         counts_updates: Returns whether a schedule counts the updates that Lightning counts.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        *,
-        counts_updates: Callable[[], bool],
-    ) -> None:
+    def __init__(self, trainer: Trainer, *, counts_updates: Callable[[], bool]) -> None:
         self._trainer = trainer
         self._optimizers: tuple[tuple[str, Optimizer], ...] = ()
         self._counts_updates = counts_updates
@@ -55,11 +50,12 @@ class UpdateCheck:
         """Removes the hooks from the optimizers."""
         self._steps.watch([])
 
-    def begin_batch(self, trainer: Trainer, optimizers: tuple[tuple[str, Optimizer], ...]) -> None:
+    def begin_batch(self, optimizers: tuple[tuple[str, Optimizer], ...]) -> None:
         """Forgets the steps before the batch, such as those of a learning-rate finder's trial.
 
+        Checks the length of the first window.
+
         Args:
-            trainer: The Trainer; its first window is checked.
             optimizers: Label and optimizer, for each optimizer of the fit.
         """
         if optimizers is not self._optimizers:
@@ -67,7 +63,7 @@ class UpdateCheck:
             self._steps.watch([optimizer for _, optimizer in optimizers])
         self._steps.clear()
         if not self._windows:
-            strategies.check_first_window(trainer)
+            strategies.check_first_window(self._trainer)
 
     def called(self, optimizer: Optimizer) -> None:
         """Records a call of ``on_before_optimizer_step``."""

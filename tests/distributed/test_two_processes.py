@@ -87,7 +87,7 @@ def test_resume_is_exact(two_processes: Any, name: str, step: str) -> None:
 
 def test_a_batch_that_one_process_cannot_count_is_uncounted_on_both(two_processes: Any) -> None:
     for result in two_processes("uncounted"):
-        # No collective for samples that nobody needs.
+        # No collective operation for samples that no capability needs.
         assert result["needed by none"]["collectives"] == 0
         assert result["needed by none"]["rates"] == [0.05 * (1 - t / 8) for t in range(8)]
         optional = result["optional"]

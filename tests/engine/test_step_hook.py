@@ -128,7 +128,7 @@ def test_clipping_and_guard_refuse_a_step_that_they_do_not_see(way: str, callbac
 
 
 def test_schedulers_and_monitor_do_not_need_the_hook() -> None:
-    """Under max_epochs the schedule counts batches, whoever steps the optimizers."""
+    """Under max_epochs the schedule counts batches and not the steps of the optimizers."""
     module = Manual("plain")
     schedulers = LearningRateScheduler(Linear()), HyperparameterScheduler("momentum", Linear())
     with warnings.catch_warnings():
