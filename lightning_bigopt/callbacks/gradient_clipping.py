@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
-from lightning_bigopt.checks import check_instance
+from lightning_bigopt.checks import check_choice, check_instance
 from lightning_bigopt.engine.capability import Capability
-from lightning_bigopt.engine.stage import Fit
+from lightning_bigopt.engine.stage import Batch, Fit
 from lightning_bigopt.engine.update import Update
 from lightning_bigopt.gradients.apply import apply_
+from lightning_bigopt.gradients.clip_decision import ClipDecision
 from lightning_bigopt.gradients.clip_statistics import ClipReport, ClipStatistics, advice
+from lightning_bigopt.gradients.gradient_norms import GradientNorms
+from lightning_bigopt.gradients.measure import measure
 from lightning_bigopt.gradients.rules.clipping_rule import ClipContext, ClippingRule, RuleState
 from lightning_bigopt.gradients.rules.rule_groups import Groups
+from lightning_bigopt.gradients.shared_decision import SharedDecision, joint_norms
 from lightning_bigopt.monitoring.tags import tag_name
 from lightning_bigopt.optimizers.names import is_opacus_optimizer
 from lightning_bigopt.parameters import tied_names
-from lightning_bigopt.trainer_access import strategies
+from lightning_bigopt.trainer_access import precision, strategies
 
-__all__ = ["GradientClipping"]
+__all__ = ["ClippingScope", "GradientClipping"]
+
+ClippingScope: TypeAlias = Literal["optimizer", "all"]
+_NamedParameters: TypeAlias = list[tuple[str, nn.Parameter]]
 
 
 class GradientClipping(Capability):
@@ -32,36 +39,59 @@ class GradientClipping(Capability):
     The norm is the global norm on one device and under DDP, FSDP1 and FSDP2, in 32-true, bf16-mixed
     and 16-mixed precision. It is measured once per update, in float32, and shared with all other
     callbacks. A fused optimizer receives the coefficient and scales the gradient inside its kernel.
-    Several optimizers (manual optimization) are each clipped by their own norm when they step. For
-    one norm over all of them call :func:`~lightning_bigopt.gradients.clip_gradients_` after the
-    backward pass instead.
+    Several optimizers (manual optimization) are each clipped by their own norm when they step, or
+    with ``scope="all"`` by one norm over the gradients of all optimizers.
 
     Args:
         rule: The clipping rule.
+        scope: ``"optimizer"`` gives each optimizer a norm, a decision and a state of its own.
+            ``"all"`` makes one decision for all optimizers of the Trainer when the first of them
+            steps, and applies its coefficient to the gradients of each optimizer when that one
+            steps. All backward passes must run before the first step of the batch. Every gradient
+            that is not None by then counts, also an old one that has not been set to zero; the
+            gradients of an optimizer with a NaN or an infinity do not. Without several optimizers
+            both are the same.
 
     Raises:
-        ValueError: At fit start with ``Trainer(gradient_clip_val=)``, a module that overrides
-            ``configure_gradient_clipping``, an optimizer of Opacus, or DeepSpeed.
+        ValueError: If ``scope="all"`` is used with a rule that has no common coefficient, such as
+            :class:`AGC` or :class:`ValueClip`. At fit start with ``Trainer(gradient_clip_val=)``, a
+            module that overrides ``configure_gradient_clipping``, an optimizer of Opacus, or
+            DeepSpeed; with ``scope="all"``, several optimizers and a GradScaler. In a step with
+            ``scope="all"`` if a gradient has changed since the first step of the batch.
 
     Logs:
-        With an OptimizationMonitor ``clip/coefficient``, ``clip/threshold`` and ``clip/fraction``.
+        With an OptimizationMonitor ``clip/coefficient``, ``clip/threshold`` and ``clip/fraction``;
+        for several optimizers with ``scope="all"`` also ``grad_norm/total`` of all of them.
 
     State:
-        ``rule``: the state of the rule for each optimizer; ``audit``: counts of clipped updates.
+        ``rule``: the state of the rule for each optimizer, or one with ``scope="all"``; ``audit``:
+        counts of clipped updates.
 
     Example:
         >>> from lightning_bigopt import GradientClipping, NormClip
         >>> GradientClipping(NormClip(max_norm=1.0))
         GradientClipping(NormClip(...))
+
+        One norm over a generator's and an encoder's gradient, whose optimizers step together:
+
+        >>> GradientClipping(NormClip(max_norm=1.0), scope="all")
+        GradientClipping(NormClip(...), scope='all')
     """
 
     owns = "gradient clipping"
     rank = 50
     needs_samples = None
 
-    def __init__(self, rule: ClippingRule) -> None:
+    def __init__(self, rule: ClippingRule, *, scope: ClippingScope = "optimizer") -> None:
         check_instance("rule", rule, ClippingRule, hint="try NormClip(max_norm=1.0)")
-        self.rule = rule
+        check_choice("scope", scope, ClippingScope)
+        if scope == "all" and not rule.uses_total_norm:
+            raise ValueError(
+                "rule must have one coefficient for all gradients with scope='all', got "
+                f"{type(rule).__name__}; use NormClip, AutoClip or ZClip, or scope='optimizer' (a "
+                "rule of your own sets uses_total_norm = True)"
+            )
+        self.rule, self.scope = rule, scope
         # The engine measures norms of one order, which all capabilities share. Rules without norms
         # have the order None.
         self.norm_order = rule.norm_order or 2.0
@@ -69,7 +99,10 @@ class GradientClipping(Capability):
         self._resolved = rule
         self._names: tuple[str, ...] = ()
         self._tied: tuple[tuple[str, str], ...] = ()
-        self._parameters: dict[str, list[tuple[str, nn.Parameter]]] = {}
+        self._parameters: dict[str, _NamedParameters] = {}
+        self._shared: SharedDecision | None = None
+        self._stepped: set[int] = set()  # the optimizers that have reached it
+        self._joint_norms: GradientNorms | None = None
         self.reset()
 
     def check_fit(self, fit: Fit) -> None:
@@ -100,6 +133,19 @@ class GradientClipping(Capability):
                     "scales its noise by that limit; set its max_grad_norm"
                 )
 
+    def check_optimizers(self, fit: Fit) -> None:
+        """Raises if several optimizers share a norm under a GradScaler."""
+        if self._is_shared(fit) and precision.gradient_scaler(fit.trainer) is not None:
+            raise ValueError(
+                "precision must not be 16-mixed with GradientClipping(scope='all') and several "
+                "optimizers, got a GradScaler, which unscales the gradients of an optimizer only "
+                "when that one steps; use bf16-mixed, or scope='optimizer'"
+            )
+
+    def _is_shared(self, fit: Fit) -> bool:
+        """Returns whether several optimizers share a norm."""
+        return self.scope == "all" and len(fit.trainer.optimizers) > 1
+
     def start(self, fit: Fit) -> None:
         """Resolves the durations of a scheduled threshold on the horizon."""
         self._names, self._parameters = fit.parameter_names(), {}
@@ -111,28 +157,74 @@ class GradientClipping(Capability):
         """Returns whether the rule reads norms of whole tensors."""
         return self.rule.norm_order is not None
 
+    def rescale(self, update: Update) -> None:
+        """Checks that no gradient has changed since the shared decision."""
+        if id(update.optimizer) in self._stepped:  # the next step of the same optimizer
+            self._end_decision()
+        self._stepped.add(id(update.optimizer))
+        if self._shared is not None:  # checked before a StepGuard scales or drops gradients
+            self._shared.check(update.parameters)
+
     def clip(self, update: Update) -> None:
         """Decides by the rule, applies the decision, and counts it."""
-        state = self._states.get(update.label)
-        if state is None:
-            state = self._states[update.label] = self._resolved.initial_state()
-        self._forget_replaced(update, state)
+        if self.fit is not None and self._is_shared(self.fit):
+            if self._shared is None:
+                self._shared = self._decide_for_all(self.fit, update)
+            update.decision = self._shared.clip_(update.optimizer, update.norms_after_guard)
+            return
+        self._forget_replaced(update)
+        norms = update.norms_after_guard if self.rule.norm_order is not None else None
+        update.decision = self._decide(update, update.label, update.parameters, norms)
+        apply_(update.decision, optimizer=update.optimizer)
+
+    def _decide_for_all(self, fit: Fit, update: Update) -> SharedDecision:
+        """Decides on the gradients of all optimizers, before the first of them steps."""
+        parameters, parts = list(update.parameters), [update.norms_after_guard]
+        known = {id(parameter) for _, parameter in parameters}
+        for optimizer in fit.trainer.optimizers:
+            # A parameter of several optimizers counts once.
+            others = [p for p in fit.optimizer_info(optimizer).parameters if id(p[1]) not in known]
+            if others:
+                order, group = update.norm_order, update.shard_group
+                parts.append(measure(others, norm_type=order, process_group=group))
+            parameters += others
+            known.update(id(parameter) for _, parameter in others)
+        self._joint_norms = joint_norms(parts)
+        return SharedDecision(self._decide(update, "", parameters, self._joint_norms), parameters)
+
+    def _decide(
+        self, update: Update, label: str, parameters: _NamedParameters, norms: GradientNorms | None
+    ) -> ClipDecision:
+        """Decides on parameters with one state of the rule, and counts the decision."""
         context = ClipContext(
-            parameters=update.parameters,
-            norms=update.norms_after_guard if self.rule.norm_order is not None else None,
-            optimizer=update.optimizer,
+            parameters=parameters,
+            norms=norms,
+            optimizer=update.optimizer if parameters is update.parameters else None,
             fraction=update.progress.fraction,
             process_group=update.shard_group,
             all_names=self._names,
             tied=self._tied,
         )
-        update.decision = self._resolved.decide(context, state)
-        apply_(update.decision, optimizer=update.optimizer)
-        statistics = self._statistics.setdefault(update.label, {})
-        for group, decision in update.decision.each_group():
-            statistics.setdefault(group, ClipStatistics()).add(decision)
+        decision = self._resolved.decide(context, self._state(label))
+        statistics = self._statistics.setdefault(label, {})
+        for group, part in decision.each_group():
+            statistics.setdefault(group, ClipStatistics()).add(part)
+        return decision
 
-    def _forget_replaced(self, update: Update, state: RuleState) -> None:
+    def _state(self, label: str) -> RuleState:
+        state = self._states.get(label)
+        if state is None:
+            state = self._states[label] = self._resolved.initial_state()
+        return state
+
+    def end_batch(self, batch: Batch) -> None:
+        """Ends the shared decision."""
+        self._end_decision()
+
+    def _end_decision(self) -> None:
+        self._shared, self._stepped = None, set()
+
+    def _forget_replaced(self, update: Update) -> None:
         """Removes the history of parameters whose tensors have been replaced from the state."""
         before = self._parameters.get(update.label)
         if before is update.parameters:  # a new list is made when a parameter changes
@@ -141,16 +233,20 @@ class GradientClipping(Capability):
         tensors = dict(before or ())
         replaced = {n for n, p in update.parameters if n in tensors and tensors[n] is not p}
         if replaced:
-            self._resolved.forget(replaced, state)
+            self._resolved.forget(replaced, self._state(update.label))
 
     def metrics(self, fit: Fit) -> Mapping[str, float | Tensor]:
-        """Returns the fraction of updates that were clipped since the last logged update."""
+        """Returns the fraction of clipped updates since the last logged one, and a joint norm."""
         fractions = {
             tag_name("clip/fraction", label, group): statistics.fraction_since_last_log()
             for label, groups in self._statistics.items()
             for group, statistics in groups.items()
         }
-        return {tag: fraction for tag, fraction in fractions.items() if fraction is not None}
+        values = {tag: fraction for tag, fraction in fractions.items() if fraction is not None}
+        joint, self._joint_norms = self._joint_norms, None
+        if joint is not None:
+            values["grad_norm/total"] = joint.value if joint.is_on_host else joint.total
+        return values
 
     def reports(self) -> dict[tuple[str, str], ClipReport]:
         """Summarizes the clipping so far, by optimizer and group of the rule. Synchronizes."""
@@ -163,7 +259,8 @@ class GradientClipping(Capability):
 
     def end(self, fit: Fit) -> None:
         """Logs how often clipping acted, with advice on the threshold."""
-        self._parameters = {}
+        self._parameters, self._joint_norms = {}, None
+        self._end_decision()
         rules = dict(self.rule.pairs) if isinstance(self.rule, Groups) else {"": self.rule}
         for (label, group), report in self.reports().items():
             names = "".join(f", {name}" for name in (label, group) if name)
@@ -175,8 +272,11 @@ class GradientClipping(Capability):
             )
 
     def specification(self) -> str:
-        """Returns the rule as code."""
-        return repr(self.rule)
+        """Returns the rule as code, with a scope other than the default."""
+        return repr(self.rule) + self._scope_text()
+
+    def _scope_text(self) -> str:
+        return "" if self.scope == "optimizer" else f", scope={self.scope!r}"
 
     def reset(self) -> None:
         """Clears the states of the rule and the counts."""
@@ -202,4 +302,4 @@ class GradientClipping(Capability):
                 self._statistics.setdefault(label, {})[group] = statistics
 
     def __repr__(self) -> str:
-        return f"GradientClipping({type(self.rule).__name__}(...))"
+        return f"GradientClipping({type(self.rule).__name__}(...){self._scope_text()})"

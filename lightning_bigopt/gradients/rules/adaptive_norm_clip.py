@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 from lightning_bigopt.checks import check_between, check_count, check_positive
 from lightning_bigopt.gradients.clip_decision import ClipDecision
@@ -43,6 +44,8 @@ class AutoClip(ClippingRule):
         Seetharaman et al., "AutoClip: Adaptive gradient clipping for source separation
         networks", MLSP 2020.
     """
+
+    uses_total_norm: ClassVar[bool] = True
 
     percentile: float = 10.0
     _: KW_ONLY
@@ -125,6 +128,8 @@ class ZClip(ClippingRule):
     References:
         Kumar et al., "ZClip: Adaptive spike mitigation for LLM pre-training", arXiv:2504.02507.
     """
+
+    uses_total_norm: ClassVar[bool] = True
 
     z_threshold: float = 2.5
     _: KW_ONLY

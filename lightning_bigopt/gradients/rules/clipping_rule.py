@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,10 @@ class ClippingRule(ABC):
     each optimizer, which :meth:`initial_state` creates. :meth:`decide` is called once for each
     update.
 
+    Attributes:
+        uses_total_norm: Whether the decision is one coefficient, computed from the total norm of
+            the gradients; several optimizers can then share it (``scope="all"``).
+
     Example:
         >>> from lightning_bigopt.gradients import NormClip
         >>> weight = torch.nn.Parameter(torch.zeros(2))
@@ -115,6 +119,8 @@ class ClippingRule(ABC):
         >>> NormClip(max_norm=1.0).decide(context, {}).coefficient
         tensor(0.2000)
     """
+
+    uses_total_norm: ClassVar[bool] = False
 
     measures = RemovedAttribute("0.2", "write norm_order")
 

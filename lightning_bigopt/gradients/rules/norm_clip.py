@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass, replace
+from typing import ClassVar
 
 from lightning_bigopt.checks import check_positive
 from lightning_bigopt.durations.horizon import Horizon
@@ -44,6 +45,8 @@ class NormClip(ClippingRule):
     References:
         Pascanu et al., "On the difficulty of training recurrent neural networks", ICML 2013.
     """
+
+    uses_total_norm: ClassVar[bool] = True
 
     max_norm: float = 1.0
     _: KW_ONLY
