@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.algorithms.ddp_comm_hooks import post_localSGD_hook as local_sgd
 
 from lightning_bigopt import (
+    AutoClip,
     BatchSizeScheduler,
     BatchSizeSteps,
     ClipToMedian,
@@ -229,4 +233,105 @@ def static_graph(out: Path) -> Any:
     return {"errors": errors, "trained": trained}
 
 
-NAMES = ["local_gradients", "replaced", "partitioned", "buffers", "sparse", "static_graph"]
+class TwoOptimizers(Probe):
+    """Two optimizers that step together; keeps torch's norm of all whole gradients."""
+
+    adversarial = False
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        first, second = (self.net[index].parameters() for index in (0, 2))
+        return [
+            torch.optim.SGD(first, lr=0.01, momentum=0.9),
+            torch.optim.AdamW(second, lr=0.01, fused=True),
+        ]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        x, y, index = batch
+        y = y / (index + 1).unsqueeze(1)  # targets of equal size
+        self.manual_backward(nn.functional.mse_loss(self.net(x), y))
+        self.norms.append(self.total())
+        for optimizer in self.optimizers():
+            optimizer.step()
+            if self.adversarial:
+                self.manual_backward(nn.functional.mse_loss(self.net(x), y))
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+
+    def total(self) -> float:
+        found = [full(p.grad) for p in self.net.parameters() if p.grad is not None]
+        return float(nn.utils.get_total_norm(found))
+
+    on_before_optimizer_step = L.LightningModule.on_before_optimizer_step
+
+
+class FlatTwoOptimizers(TwoOptimizers):
+    """The same under FSDP1, where every process has a part of each gradient, or none."""
+
+    def total(self) -> float:
+        found = [p.grad for p in self.net.parameters() if p.grad is not None]
+        squares = nn.utils.get_total_norm(found) ** 2
+        torch.distributed.all_reduce(squares)
+        return float(squares**0.5)
+
+
+class ShardedTwoOptimizers(TwoOptimizers):
+    """The same under FSDP2: each layer is sharded by itself, or both together in one buffer."""
+
+    together = False
+
+    def configure_model(self) -> None:
+        parts = [self.net] if self.together else [self.net[0], self.net[2]]
+        for part in parts:
+            fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+
+class ShardedTogether(ShardedTwoOptimizers):
+    """Both layers in one buffer, whose gradients are views with a common version."""
+
+    together = True
+
+
+SHARED = {
+    "ddp": TwoOptimizers,
+    "ddp views": TwoOptimizers,
+    "fsdp2": ShardedTwoOptimizers,
+    "fsdp2 together": ShardedTogether,
+    "fsdp1": FlatTwoOptimizers,
+}
+
+
+def shared_norm(out: Path) -> Any:
+    """Clips two optimizers by one norm; a backward pass between their steps is an error."""
+    found: dict[str, Any] = {}
+    rules = {"fixed": NormClip(max_norm=0.2), "adaptive": AutoClip(50), "error": NormClip()}
+    for (case, build), (name, rule) in itertools.product(SHARED.items(), rules.items()):
+        model, clipping = build(), GradientClipping(rule, scope="all")
+        model.adversarial = name == "error"
+        options: dict[str, Any] = {"max_epochs": 2, "use_distributed_sampler": False}
+        if case == "ddp views":
+            options["strategy"] = DDPStrategy(gradient_as_bucket_view=True)
+        results = found.setdefault(case, {})
+        try:
+            data = loader(32, 4, sampler=in_order(32))
+            fit(case.split()[0], model, data, clipping, **options)
+        except ValueError as error:
+            results[name] = str(error)
+        else:
+            state = clipping.saved_state()["rule"][""]
+            results[name] = {"weights": weights(model), "torch": model.norms, **state}
+    return found
+
+
+NAMES = [
+    "local_gradients",
+    "replaced",
+    "partitioned",
+    "buffers",
+    "sparse",
+    "static_graph",
+    "shared_norm",
+]

@@ -7,6 +7,12 @@ from typing import Any
 
 import pytest
 
+from lightning_bigopt import AutoClip, GradientClipping, NormClip
+from tests.distributed.gradient_scenarios import TwoOptimizers
+from tests.distributed.scenarios import weights
+from tests.distributed.test_two_processes import BothProcessesInOrder
+from tests.helpers import fit, loader
+
 pytestmark = [
     pytest.mark.distributed,
     pytest.mark.timeout(600),
@@ -94,3 +100,41 @@ def test_static_graph_needs_a_first_window_of_one_micro_batch(two_processes: Any
         assert [text in error for error in found["errors"]] == [True, True]
         static, usual = found["trained"]
         assert static == pytest.approx(usual, rel=1e-6, abs=1e-7)
+
+
+SHARED = ["ddp", "ddp views", "fsdp2", "fsdp2 together"]
+
+
+@pytest.mark.parametrize("case", [*SHARED, "fsdp1"])
+def test_several_optimizers_share_the_norm_of_whole_gradients(
+    two_processes: Any, case: str
+) -> None:
+    first, second = (
+        result["shared_norm"][case]["adaptive"] for result in two_processes("gradients")
+    )
+    assert len(first["norms"]) == 8
+    assert first["norms"] == second["norms"]
+    assert first["norms"] == pytest.approx(first["torch"], rel=1e-6)
+
+
+@pytest.mark.parametrize("case", SHARED)
+@pytest.mark.parametrize(("name", "rule"), [("fixed", NormClip(0.2)), ("adaptive", AutoClip(50))])
+def test_several_optimizers_train_as_on_one_process(
+    two_processes: Any, case: str, name: str, rule: Any
+) -> None:
+    found = two_processes("gradients")[0]["shared_norm"][case][name]
+    alone = TwoOptimizers()
+    data = loader(32, 8, sampler=BothProcessesInOrder(32, 4))
+    fit(alone, data, GradientClipping(rule, scope="all"), max_epochs=2)
+    assert min(found["torch"]) > 0.2
+    assert found["torch"] == pytest.approx(alone.norms, rel=1e-5)
+    assert found["weights"] == pytest.approx(weights(alone), rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("case", [*SHARED, "fsdp1"])
+def test_a_backward_pass_between_the_steps_raises_on_every_process(
+    two_processes: Any, case: str
+) -> None:
+    for result in two_processes("gradients"):
+        error = result["shared_norm"][case]["error"]
+        assert "got another gradient of net.2." in error  # FSDP1: the shard of one process
