@@ -41,6 +41,7 @@ trainer:
           class_path: lightning_bigopt.NormClip
           init_args:
             max_norm: 0.5
+        scope: all
     - class_path: lightning_bigopt.BatchSizeScheduler
       init_args:
         policy:
@@ -103,6 +104,7 @@ def test_saved_config_trains_to_the_same_bits(
     ]
     saved = tmp_path / "config.yaml"
     assert "BatchSizeSteps" in saved.read_text()
+    assert "scope: all" in saved.read_text()
     again = train(saved)
     assert again.seen == first.seen
     assert torch.equal(again.net.weight, first.net.weight)

@@ -72,7 +72,7 @@ class GradientClipping(Capability):
         >>> GradientClipping(NormClip(max_norm=1.0))
         GradientClipping(NormClip(...))
 
-        One norm over a generator's and an encoder's gradient, whose optimizers step together:
+        One norm for several optimizers that step together:
 
         >>> GradientClipping(NormClip(max_norm=1.0), scope="all")
         GradientClipping(NormClip(...), scope='all')
@@ -102,7 +102,7 @@ class GradientClipping(Capability):
         self._parameters: dict[str, _NamedParameters] = {}
         self._shared: SharedDecision | None = None
         self._stepped: set[int] = set()  # the optimizers that have reached it
-        self._joint_norms: GradientNorms | None = None
+        self._joint_norm: float | Tensor | None = None  # of the last shared decision
         self.reset()
 
     def check_fit(self, fit: Fit) -> None:
@@ -189,8 +189,9 @@ class GradientClipping(Capability):
                 parts.append(measure(others, norm_type=order, process_group=group))
             parameters += others
             known.update(id(parameter) for _, parameter in others)
-        self._joint_norms = joint_norms(parts)
-        return SharedDecision(self._decide(update, "", parameters, self._joint_norms), parameters)
+        joint = joint_norms(parts)
+        self._joint_norm = joint.value if joint.is_on_host else joint.total
+        return SharedDecision(self._decide(update, "", parameters, joint), parameters)
 
     def _decide(
         self, update: Update, label: str, parameters: _NamedParameters, norms: GradientNorms | None
@@ -243,9 +244,8 @@ class GradientClipping(Capability):
             for group, statistics in groups.items()
         }
         values = {tag: fraction for tag, fraction in fractions.items() if fraction is not None}
-        joint, self._joint_norms = self._joint_norms, None
-        if joint is not None:
-            values["grad_norm/total"] = joint.value if joint.is_on_host else joint.total
+        if self._joint_norm is not None:
+            values["grad_norm/total"], self._joint_norm = self._joint_norm, None
         return values
 
     def reports(self) -> dict[tuple[str, str], ClipReport]:
@@ -259,7 +259,7 @@ class GradientClipping(Capability):
 
     def end(self, fit: Fit) -> None:
         """Logs how often clipping acted, with advice on the threshold."""
-        self._parameters, self._joint_norms = {}, None
+        self._parameters, self._joint_norm = {}, None
         self._end_decision()
         rules = dict(self.rule.pairs) if isinstance(self.rule, Groups) else {"": self.rule}
         for (label, group), report in self.reports().items():

@@ -26,6 +26,15 @@ class GradientClippingMixin(OwnedCallbackMixin):
         ...         return ValueClip(max_abs=0.5)
         >>> Model().configure_clipping_rule()
         ValueClip(max_abs=0.5)
+
+        With other arguments than the rule, return the callback:
+
+        >>> from lightning_bigopt import GradientClipping, NormClip
+        >>> class TwoOptimizers(GradientClippingMixin, L.LightningModule):
+        ...     def configure_clipping_rule(self):
+        ...         return GradientClipping(NormClip(max_norm=1.0), scope="all")
+        >>> TwoOptimizers().configure_clipping_rule()
+        GradientClipping(NormClip(...), scope='all')
     """
 
     owns = (GradientClipping, "configure_clipping_rule")

@@ -87,7 +87,8 @@ TAGS: tuple[Tag, ...] = (
     _tag(
         "grad_norm/total[/optimizer]",
         "1",
-        "Global norm of the gradient before clipping, of the order that the clipping rule uses.",
+        "Global norm of the gradient before clipping, of the order that the clipping rule uses. "
+        'With GradientClipping(scope="all") also that of several optimizers together.',
     ),
     _tag(
         "clip/coefficient[/optimizer][/group]",

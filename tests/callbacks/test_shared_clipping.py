@@ -21,6 +21,7 @@ from lightning_bigopt import (
     ClipToMedian,
     GradientClipping,
     Groups,
+    Linear,
     MaxUpdateRatio,
     NonFinite,
     NormClip,
@@ -156,6 +157,35 @@ def test_several_backward_passes_before_the_first_step() -> None:
     module = TwoLosses()
     fit(module, GradientClipping(SMALL, scope="all"))
     assert_equal(weights(module), expected(Pair()))
+
+
+def test_a_closure_of_the_first_step_computes_all_gradients() -> None:
+    class Closure(Pair):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            body, head = self.optimizers()
+
+            def closure() -> None:
+                self.manual_backward(self.loss(batch[0], batch[1]))
+
+            body.step(closure=closure)
+            head.step()
+            body.zero_grad()
+            head.zero_grad()
+
+    module = Closure()
+    fit(module, GradientClipping(SMALL, scope="all"))
+    assert_equal(weights(module), expected(Pair()))
+
+
+def test_a_scheduled_threshold_holds_for_all_optimizers() -> None:
+    module = Pair()
+    rule = NormClip(max_norm=0.1, schedule=Linear(start=1.0, end=0.5))
+    fit(module, GradientClipping(rule, scope="all"), max_steps=2 * SIZE // BATCH)
+    pairs = list(zip(module.stepped[::2], module.stepped[1::2], strict=True))
+    totals = [math.hypot(*pair) for pair in pairs]
+    assert totals == sorted(totals, reverse=True)
+    assert totals[0] == pytest.approx(0.1, rel=0.1)
+    assert totals[-1] == pytest.approx(0.05, rel=0.15)
 
 
 def test_accumulated_gradients_count_when_the_optimizers_step() -> None:
@@ -422,8 +452,8 @@ def test_a_grad_scaler_is_refused_with_several_optimizers_only() -> None:
 class BadHead(Pair):
     """Multiplies the gradient of one part by a factor in batch 3."""
 
-    def __init__(self, part: str, factor: float) -> None:
-        super().__init__()
+    def __init__(self, part: str, factor: float, **options: Any) -> None:
+        super().__init__(**options)
         self.part, self.factor = part, factor
         self.total = 0.0
         self.parts: list[tuple[float, float]] = []
@@ -459,6 +489,22 @@ def test_a_guard_rejects_the_step_of_one_optimizer_only(part: str, rejected: int
     assert pairs[3][rejected] == 0.0
     assert pairs[3][1 - rejected] == pytest.approx(0.1, rel=1e-4)
     assert all(p.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize(("part", "bad"), [("body", 0), ("head", 1)])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_fused_kernel_skips_the_optimizer_with_a_gradient_that_is_not_finite(
+    part: str, bad: int, value: float
+) -> None:
+    module = BadHead(part, value, fused=True)
+    fit(module, GradientClipping(SMALL, scope="all"), limit_train_batches=3)
+    before = weights(module)
+    module = BadHead(part, value, fused=True)
+    fit(module, GradientClipping(SMALL, scope="all"), limit_train_batches=4)
+    # Two tensors for each part.
+    same = [torch.equal(a, b) for a, b in zip(weights(module), before, strict=True)]
+    assert same == [bad == 0] * 2 + [bad == 1] * 2
+    assert all(tensor.isfinite().all() for tensor in weights(module))
 
 
 @pytest.mark.parametrize(("part", "bad"), [("body", 0), ("head", 1)])
@@ -573,7 +619,7 @@ def test_nothing_is_kept_after_the_batch() -> None:
     fit(Stops(zeroes=False), clipping)
     with pytest.raises(ValueError, match="got another gradient"):
         fit(Adversarial(SECOND["backward"], zeroes=True), clipping)
-    assert (clipping._shared, clipping._joint_norms) == (None, None)
+    assert (clipping._shared, clipping._joint_norm) == (None, None)
     module = Pair()
     fit(module, clipping)
     assert_equal(weights(module), expected(Pair()))

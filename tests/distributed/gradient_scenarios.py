@@ -12,8 +12,8 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.algorithms.ddp_comm_hooks import post_localSGD_hook as local_sgd
+from torch.distributed.fsdp import fully_shard
 
 from lightning_bigopt import (
     AutoClip,

@@ -123,7 +123,7 @@ def test_a_module_has_a_dictionary_of_its_buffers() -> None:
 
 @asserts("_version")
 def test_a_tensor_counts_its_changes_in_place() -> None:
-    """A step control detects an optimizer that moves the weights before its first evaluation."""
+    """Shows weights that move before an evaluation, and gradients that change after clipping."""
     weight = weight_with_gradient()
     before = weight._version
     weight.sum().backward()
@@ -131,6 +131,20 @@ def test_a_tensor_counts_its_changes_in_place() -> None:
     with torch.no_grad():
         weight.add_(1.0)
     assert weight._version > before
+    gradient = weight.grad
+    assert gradient is not None
+    for change in (
+        lambda: torch._foreach_mul_([gradient], 2.0),
+        lambda: weight.sum().backward(),
+        gradient.zero_,
+    ):
+        before = gradient._version
+        change()
+        assert gradient is weight.grad
+        assert gradient._version > before
+    before = gradient._version
+    assert gradient.norm().isfinite()
+    assert gradient._version == before
 
 
 def tensors(*values: float) -> list[torch.Tensor]:

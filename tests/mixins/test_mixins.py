@@ -19,6 +19,8 @@ from lightning_bigopt import (
     NormClip,
     WarmupCosine,
 )
+from tests.callbacks.test_shared_clipping import Pair
+from tests.callbacks.test_shared_clipping import fit as fit_pair
 from tests.helpers import QUIET, Probe, loader
 
 SCHEDULE = WarmupCosine(warmup="20%", end=0.1)
@@ -82,3 +84,17 @@ def test_module_with_mixins_fits_twice() -> None:
     trainer.fit_loop.max_epochs = 2
     trainer.fit(module, loader(27, 2))
     assert len(module.lrs) == trainer.global_step
+
+
+def test_module_returns_the_callback_with_its_arguments() -> None:
+    class OneNorm(GradientClippingMixin, Pair):
+        def configure_clipping_rule(self) -> GradientClipping:
+            return GradientClipping(NormClip(max_norm=0.1), scope="all")
+
+    mixed, plain, default = OneNorm(), Pair(), Pair()
+    fit_pair(mixed)
+    fit_pair(plain, GradientClipping(NormClip(max_norm=0.1), scope="all"))
+    fit_pair(default, GradientClipping(NormClip(max_norm=0.1)))
+    for mine, theirs in zip(mixed.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert not torch.equal(mixed.head.weight, default.head.weight)
