@@ -307,6 +307,25 @@ def test_a_parameter_of_two_optimizers_counts_once_and_is_clipped_once(
     assert_equal(weights(module), weights(other))
 
 
+def test_a_parameter_of_the_second_and_third_optimizer_counts_once() -> None:
+    class Overlap(Pair):
+        def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+            parts = (self.body, self.head, self.head)
+            return [torch.optim.SGD(part.parameters(), lr=0.1) for part in parts]
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.manual_backward(self.loss(batch[0], batch[1]))
+            norms.append(float(nn.utils.get_total_norm([p.grad for p in self.parameters()])))
+            for optimizer in self.optimizers():
+                optimizer.step()
+            self.zero_grad()
+
+    norms: list[float] = []
+    clipping = GradientClipping(AutoClip(percentile=50), scope="all")
+    fit(Overlap(), clipping)
+    assert clipping.saved_state()["rule"][""]["norms"] == pytest.approx(norms, rel=1e-6)
+
+
 # ---------------------------------------------------------------------- backward pass in between
 
 
