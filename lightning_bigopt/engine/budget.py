@@ -132,7 +132,7 @@ def _limits(
 def _epochs(epochs: float, batches: int | None, samples: int | None) -> list[_Limit]:
     """Converts a number of epochs to samples or batches; empty for a loader without a length."""
     if samples is not None:
-        return [_Limit("samples", epochs * samples)]
+        return [_Limit("samples", epochs * samples, epochs)]
     return [] if batches is None else [_Limit("batches", epochs * batches, epochs)]
 
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_bigopt.batching.window_length import WindowLength
+from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.engine.amounts import RunAmounts
-from lightning_bigopt.trainer_access import callbacks, loop
+from lightning_bigopt.trainer_access import callbacks, loaders, loop
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -17,20 +18,28 @@ __all__ = ["EpochPosition"]
 
 
 class EpochPosition:
-    """The batches of the current epoch, and its expected length.
+    """The amount done of the current epoch, and the expected length of the epoch.
+
+    Both are in batches of one process. With a GlobalBatchLoader, whose batches differ in size, they
+    are in samples of all processes.
 
     Attributes:
-        length: Expected number of batches; None if unknown.
-        batches: Batches that have ended.
-        seen: The announced and the actual length of the last epoch that ended earlier than
-            announced; None if there was none.
+        length: Expected length; None if unknown.
+        done: Amount that has ended.
+        in_samples: Whether both are in samples.
+        has_begun: Whether the hook at the start of the epoch was called.
+        ended: Epochs that had ended before this fit.
+        seen: The announced and the actual number of batches of the last epoch that ended earlier
+            than announced; None if there was none.
     """
 
     def __init__(self) -> None:
         self.length: int | None = None
-        self.batches = 0
-        self.has_begun = False  # whether the hook at the start of the epoch was called
+        self.done = 0
+        self.in_samples = False
+        self.has_begun = False
         self.seen: tuple[int | None, int] | None = None
+        self.ended = 0
         self._accumulation: dict[int, int] = {}  # from each epoch on; empty after a warning
 
     def start_fit(self, trainer: Trainer) -> None:
@@ -38,30 +47,46 @@ class EpochPosition:
         self._accumulation = callbacks.accumulation_schedule(trainer)
         self.begin(trainer)
         self.has_begun = False
+        self.ended = loop.epochs_before_fit(trainer)
+        if trainer.ckpt_path is not None and not self.in_samples:
+            # Not after an interrupted fit: Lightning begins the epoch again, but has the counts.
+            self.done = loop.resumed_batches(trainer)
 
     def begin(self, trainer: Trainer) -> None:
         """Reads the length of an epoch that begins, because every epoch may have a new loader."""
+        self.has_begun = True
+        self.read_exact_loader(trainer)
+        if self.in_samples:
+            return
         announced = loop.epoch_batches(trainer)
-        self.length, self.batches, self.has_begun = announced, 0, True
+        self.length, self.done = announced, 0
         if self.seen is not None and self.seen[0] == announced:
             self.length = self.seen[1]
 
-    def differs(self, planned: int | None, counts: RunAmounts) -> bool:
+    def read_exact_loader(self, trainer: Trainer) -> None:
+        """Reads length and position of a GlobalBatchLoader, which continues within its epoch."""
+        exact = loaders.exact_loader(trainer)
+        self.in_samples = exact is not None
+        if exact is not None:
+            self.length, self.done = exact.samples, exact.position
+
+    def differs(self, horizon: Horizon, counts: RunAmounts) -> bool:
         """Returns whether this epoch, or an earlier one, has another length than planned."""
+        planned, consumed = horizon.batches_per_epoch, counts.batches
+        if self.in_samples:
+            planned, consumed = horizon.samples_per_epoch, counts.samples
         if planned is None or self.length is None:
             return False
-        return self.length != planned or (
-            counts.batches != counts.epochs * planned + counts.epoch_batches
-        )
+        return self.length != planned or consumed != counts.epochs * planned + counts.epoch_done
 
     def end(self, trainer: Trainer) -> None:
         """Ends an epoch; the next one of a loader with the same length is expected to be equal."""
         announced = loop.epoch_batches(trainer)
         # Not a longer one: Lightning may train one batch too many after a resume.
-        is_shorter = announced is None or self.batches < announced
-        if self.batches and is_shorter and loop.epoch_is_exhausted(trainer, self.batches):
-            self.seen = announced, self.batches
-        self.batches, self.has_begun = 0, False
+        is_shorter = not self.in_samples and (announced is None or self.done < announced)
+        if self.done and is_shorter and loop.epoch_is_exhausted(trainer, self.done):
+            self.seen = announced, self.done
+        self.done, self.has_begun = 0, False
         self._check_accumulation(trainer)
 
     def _check_accumulation(self, trainer: Trainer) -> None:

@@ -19,6 +19,7 @@ __all__ = [
     "counters",
     "epoch_batches",
     "epoch_is_exhausted",
+    "epochs_before_fit",
     "fetched_batches",
     "is_fast_dev_run",
     "is_last_batch",
@@ -112,6 +113,25 @@ def processed_epochs(trainer: Trainer) -> int:
     # Not current_epoch, which is one behind in on_train_epoch_end.
     progress: Any = trainer.fit_loop.epoch_progress.current
     return int(progress.processed)
+
+
+def epochs_before_fit(trainer: Trainer) -> int:
+    """Returns the epochs that have ended before this fit; call it before the first batch.
+
+    Lightning counts an epoch whose last batch had ended when the checkpoint was saved just before
+    ``on_train_start``. It fetches a batch of a loader without a length earlier.
+    """
+    epochs: Any = trainer.fit_loop.epoch_progress.total
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress
+    # The condition in _FitLoop.reset.
+    is_counted_later = (
+        trainer.ckpt_path is not None
+        and trainer.fit_loop.restarting
+        and batches.is_last_batch
+        and batches.total.completed == batches.total.processed - 1
+        and epochs.completed == epochs.processed == epochs.started - 1
+    )
+    return processed_epochs(trainer) + is_counted_later
 
 
 def fetched_batches(trainer: Trainer, each: int) -> int:
