@@ -103,7 +103,7 @@ class Clock:
             return
         self.horizon = kept
         if self.cooldown is None:
-            budget.warn_of_other_budget(kept, own)
+            budget.warn_of_other_budget(kept, own, fraction=self.fraction)
 
     def stop(self) -> None:
         """Ends the fit; the counts are kept for a second fit."""

@@ -149,8 +149,10 @@ class Engine(StepHooks):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warns if the run has ended before its schedules."""
         clock = self.clock
-        if self._fit is not None and clock.horizon is not None and self._needs_horizon(self._fit):
-            budget.report_time_limit(trainer, clock.horizon, fraction=clock.fraction)
+        if self._fit is None or clock.horizon is None or clock.cooldown is not None:
+            return
+        if self._needs_horizon(self._fit):
+            budget.report_early_end(trainer, clock.horizon, fraction=clock.fraction)
 
     def _needs_horizon(self, fit: Fit) -> bool:
         return self.needs_horizon or any(c.needs_horizon for c in fit.capabilities)

@@ -28,11 +28,11 @@ __all__ = [
     "next_logger_step",
     "processed_batches",
     "processed_epochs",
+    "reached_limit",
     "ready_batches",
     "restore_counters",
     "resumed_batches",
     "should_log",
-    "time_is_over",
     "timer_seconds",
     "uses_dataloader_iter",
 ]
@@ -64,10 +64,15 @@ def timer_seconds(trainer: Trainer) -> float:
     return max((timer.time_elapsed() for timer in _timers(trainer)), default=0.0)
 
 
-def time_is_over(trainer: Trainer) -> bool:
-    """Returns whether a Timer has reached its duration."""
+def reached_limit(trainer: Trainer) -> str | None:
+    """Returns the name of a limit of the Trainer that the fit has reached; None for no limit."""
     remaining = [timer.time_remaining() for timer in _timers(trainer)]
-    return any(seconds is not None and seconds <= 0 for seconds in remaining)
+    epochs = trainer.max_epochs
+    if any(seconds is not None and seconds <= 0 for seconds in remaining):
+        return "max_time"
+    if epochs is not None and 0 <= epochs <= processed_epochs(trainer):
+        return "max_epochs"
+    return "max_steps" if 0 <= trainer.max_steps <= trainer.global_step else None
 
 
 def _timers(trainer: Trainer) -> list[Timer]:
