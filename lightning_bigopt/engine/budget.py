@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 __all__ = [
     "ROUNDING",
     "Simulate",
+    "announce_limits",
     "describe_budget",
     "report_early_end",
     "resolve_horizon",
-    "warn_of_continued_epoch",
+    "several_optimizers",
     "warn_of_other_budget",
     "warn_of_short_limit",
-    "warn_of_time_limit",
 ]
 
 ROUNDING = 1e-12  # tolerance of comparisons with the end of a cooldown
@@ -157,7 +157,38 @@ def describe_budget(horizon: Horizon) -> str:
     return amount_of(horizon.budget, horizon.clock)
 
 
-def warn_of_continued_epoch(trainer: Trainer) -> None:
+def several_optimizers(count: int, unit: str) -> str:
+    """Describes the durations of a run whose optimizers Lightning counts together.
+
+    Args:
+        count: Number of optimizers.
+        unit: Unit of the budget.
+    """
+    if unit == "steps":
+        return (
+            f"max_steps counts the steps of all {count} optimizers, and manual optimization does "
+            "not say in advance how many each batch makes. The learning rate at each step is "
+            "right. The conversion to samples and epochs assumes one step per batch: write "
+            "durations in steps or percent, or limit the run by max_epochs. If each optimizer "
+            f"steps once per batch, a run of N batches has max_steps={count} * N"
+        )
+    return (
+        f"Lightning counts the steps of all {count} optimizers, and manual optimization does not "
+        "say in advance how many each batch makes. The learning rate at each fraction of the "
+        "budget is right. Updates are counted as one per batch here: write durations in "
+        "epochs or percent"
+    )
+
+
+def announce_limits(trainer: Trainer, horizon: Horizon) -> None:
+    """Logs what the user should know about the limits of the run when it starts."""
+    _warn_of_time_limit(trainer, horizon)
+    _warn_of_continued_epoch(trainer)
+    if len(trainer.optimizers) > 1:
+        rank_zero_info(several_optimizers(len(trainer.optimizers), horizon.clock) + ".")
+
+
+def _warn_of_continued_epoch(trainer: Trainer) -> None:
     """Warns if Lightning continues an epoch that had ended, and trains one epoch less."""
     epochs = trainer.max_epochs
     if epochs is not None and epochs >= 0 and loop.continues_ended_epoch(trainer):
@@ -170,7 +201,7 @@ def warn_of_continued_epoch(trainer: Trainer) -> None:
         )
 
 
-def warn_of_time_limit(trainer: Trainer, horizon: Horizon) -> None:
+def _warn_of_time_limit(trainer: Trainer, horizon: Horizon) -> None:
     """Logs a line if ``max_time`` may end the run before its schedules do."""
     allowed = loop.max_seconds(trainer)
     if allowed is not None and horizon.clock != "seconds":

@@ -141,8 +141,7 @@ class Engine(StepHooks):
             for capability in self._stages["announce"]:
                 capability.announce(self._fit)
             if self.clock.horizon is not None and self._needs_horizon(self._fit):
-                budget.warn_of_time_limit(trainer, self.clock.horizon)
-                budget.warn_of_continued_epoch(trainer)
+                budget.announce_limits(trainer, self.clock.horizon)
             if self.clock.budget_exhausted:
                 trainer.should_stop = True  # a run that has ended is started again
 

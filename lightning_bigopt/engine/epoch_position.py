@@ -89,15 +89,36 @@ class EpochPosition:
         self.done, self.has_begun = 0, False
         self._check_accumulation(trainer)
 
+    def continue_epoch(self, trainer: Trainer) -> None:
+        """Continues an epoch after a resume, for which Lightning omits ``on_train_epoch_start``."""
+        self.begin(trainer)
+        used, planned = self._accumulations(trainer)
+        if used == planned:
+            return
+        self._accumulation = {}  # warned of once
+        rank_zero_warn(
+            f"accumulate_grad_batches is {used} in the rest of epoch {trainer.current_epoch}, but "
+            f"GradientAccumulationScheduler sets {planned}: Lightning does not call it when a run "
+            "resumes within an epoch. Resume from a checkpoint of the end of an epoch, or set "
+            f"trainer.accumulate_grad_batches = {planned} in on_train_start of a callback that is "
+            "listed behind it."
+        )
+
     def _check_accumulation(self, trainer: Trainer) -> None:
-        used, epoch = trainer.accumulate_grad_batches, trainer.current_epoch
-        planned = [length for start, length in self._accumulation.items() if start <= epoch]
-        if not planned or isinstance(used, WindowLength) or used == planned[-1]:
+        used, planned = self._accumulations(trainer)
+        if used == planned:
             return
         self._accumulation = {}
         rank_zero_warn(
-            f"accumulate_grad_batches is {used} in epoch {epoch}, but the run was "
-            f"planned with {planned[-1]}: other code has changed it. Durations of schedules in "
+            f"accumulate_grad_batches is {used} in epoch {trainer.current_epoch}, but the run was "
+            f"planned with {planned}: other code has changed it. Durations of schedules in "
             "steps, epochs or samples may end earlier or later than they say. Use "
             "GradientAccumulationScheduler or BatchSizeScheduler, or write durations in percent."
         )
+
+    def _accumulations(self, trainer: Trainer) -> tuple[int, int]:
+        """Returns the accumulation in this epoch, and the planned one if it is known."""
+        used, epoch = trainer.accumulate_grad_batches, trainer.current_epoch
+        planned = [length for start, length in self._accumulation.items() if start <= epoch]
+        is_known = planned and not isinstance(used, WindowLength)
+        return used, planned[-1] if is_known else used
