@@ -12,9 +12,10 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_bigopt import (
+    BatchSizeRamp,
     BatchSizeScheduler,
     BatchSizeSteps,
     GlobalBatchLoader,
@@ -240,3 +241,59 @@ def train_recorder(folder: Path | None = None, *, ckpt: Any = None, **options: A
     trainer = L.Trainer(**{**QUIET, "max_epochs": 3, "callbacks": callbacks, **options})
     trainer.fit(module, ckpt_path=ckpt, weights_only=True if ckpt else None)
     return module
+
+
+class ExactEpochs(L.LightningModule):
+    """Trains on a GlobalBatchLoader, and records learning rate and samples of every update.
+
+    Args:
+        epochs: Samples in each epoch.
+        micro: Largest number of samples in a micro-batch.
+    """
+
+    def __init__(self, *epochs: int, micro: int = 2) -> None:
+        super().__init__()
+        self.layer, self.epochs, self.micro = nn.Linear(3, 1), epochs, micro
+        self.rates: list[float] = []
+        self.sizes: list[int] = []
+        self.batch_samples = 0
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        self.batch_samples += len(batch[0])
+        return self.layer(batch[0]).square().mean() * 1e-6
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+        optimizer.register_step_pre_hook(self.record)
+        return optimizer
+
+    def record(self, optimizer: Any, *_: Any) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
+        self.sizes.append(self.batch_samples)
+        self.batch_samples = 0
+
+    def train_dataloader(self) -> Any:
+        return exact_loader(
+            self.epochs[min(self.current_epoch, len(self.epochs) - 1)], micro=self.micro
+        )
+
+
+def exact_loader(samples: int, *, micro: int = 2) -> GlobalBatchLoader:
+    return GlobalBatchLoader(TensorDataset(torch.randn(samples, 3)), micro_batch_size=micro)
+
+
+RAMPED = BatchSizeRamp(2, end=8, over="50%", increment=2)
+
+
+def ramped(*epochs: int) -> tuple[list[float], list[int]]:
+    """Returns the learning rates of ``Linear`` and the sizes under ``RAMPED``, by definition."""
+    rates, sizes = [], []
+    for epoch, length in enumerate(epochs):
+        at = 0
+        while at < length:
+            share = (epoch + at / length) / len(epochs)
+            size = min(2 + 2 * int(share * 6 + 1e-9), 8)
+            rates.append(1 - share)
+            sizes.append(min(size, length - at))
+            at += size
+    return rates, sizes

@@ -4,6 +4,7 @@ from lightning_bigopt.batching.batch_plan import BatchPlan, plan_update
 from lightning_bigopt.batching.exact_loader import GlobalBatchLoader
 from lightning_bigopt.batching.global_window import GlobalWindow, MicroBatch
 from lightning_bigopt.batching.micro_batch_search import MicroBatchSearch, search_micro_batch_size
+from lightning_bigopt.batching.planned_sizes import planned_sizes
 from lightning_bigopt.batching.policies.batch_size_policy import (
     BatchContext,
     BatchSizePolicy,
@@ -26,7 +27,7 @@ from lightning_bigopt.batching.scaling_rules import (
     scaled_beta,
     weight_decay_factor,
 )
-from lightning_bigopt.batching.simulation import planned_sizes, simulate, simulate_exact
+from lightning_bigopt.batching.simulation import simulate, simulate_exact
 from lightning_bigopt.batching.window_length import WindowLength
 from lightning_bigopt.gradients.noise_scale import (
     NoiseScaleEstimator,

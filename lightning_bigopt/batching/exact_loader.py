@@ -206,15 +206,16 @@ class GlobalBatchLoader:
             ValueError: If the state is inside an epoch and the number of samples or the seed
                 differs, because the rest of the epoch would hold other samples.
         """
+        is_inside = 0 < state["position"] < state["samples"]
         for name in ("samples", "seed"):
             mine = getattr(self, name)
-            if state[name] != mine and state["position"]:
+            if state[name] != mine and is_inside:
                 raise ValueError(
                     f"{name} must be the checkpoint's {state[name]} to resume inside an epoch, got "
                     f"{mine}; resume from the end of an epoch, or restore {name}"
                 )
         self.epoch, self.position = state["epoch"], state["position"]
-        if self.position >= self.samples:
+        if not is_inside:
             self.end_epoch()
 
     # ------------------------------------------------------------------------------ batches

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator
 
 from lightning_bigopt.batching.epoch_layout import UNBOUNDED, EpochLayout, EqualWindows
 from lightning_bigopt.batching.policies.batch_size_policy import BatchContext, BatchSizePolicy
@@ -99,26 +98,6 @@ class SimulatedRun:
                     limits[count] = thresholds[later]
             width = self._width(steps.sizes[index], policy)
             self._repeat(width, (limits[0], limits[1], limits[2]))
-
-    def start_at(self, progress: Progress, position: int) -> None:
-        """Moves to a position inside an epoch.
-
-        Args:
-            progress: Counts of updates, batches and samples at the position.
-            position: Position in the epoch, in the unit of the layout.
-        """
-        self.steps, self.batches, self.samples = progress.steps, progress.batches, progress.samples
-        self.position = position
-
-    def sizes_in_epoch(self, policy: BatchSizePolicy, context: BatchContext) -> Iterator[int]:
-        """Yields the policy's global batches, in samples, up to the end of the epoch."""
-        while True:
-            size = policy(self.progress(), context=context)
-            yield size
-            _, advance, batches, samples = self.layout.next_windows(size, self.position)
-            self._consume(1, advance, batches, samples)
-            if self.position == 0:
-                return
 
     def _consume(self, number: int, advance: int, batches: int, samples: int) -> None:
         self.steps += number

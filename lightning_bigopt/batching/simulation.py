@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from lightning_bigopt.batching.epoch_layout import EpochLayout, ExactSamples, LoaderBatches
 from lightning_bigopt.batching.policies.batch_size_policy import (
     BatchContext,
@@ -14,9 +12,9 @@ from lightning_bigopt.batching.simulated_run import SimulatedRun
 from lightning_bigopt.checks import check_count, check_positive
 from lightning_bigopt.durations.duration import Clock
 from lightning_bigopt.durations.horizon import Horizon
-from lightning_bigopt.durations.progress import Progress, Span
+from lightning_bigopt.durations.progress import Span
 
-__all__ = ["planned_sizes", "simulate", "simulate_exact"]
+__all__ = ["check_not_adaptive", "depends_on_tokens", "exact_layout", "simulate", "simulate_exact"]
 
 
 def simulate(
@@ -140,7 +138,7 @@ def simulate_exact(
         >>> [(span.updates, span.batches, span.samples) for span in horizon.spans]
         [(1, 2, 7), (1, 1, 3), (1, 2, 7), (1, 1, 3)]
     """
-    layout = _exact_layout(
+    layout = exact_layout(
         clock=clock,
         micro_batch_size=micro_batch_size,
         world_size=world_size,
@@ -154,76 +152,10 @@ def simulate_exact(
     )
 
 
-def planned_sizes(
-    policy: BatchSizePolicy,
-    *,
-    start: Progress,
-    position: int,
-    clock: Clock,
-    budget: float,
-    micro_batch_size: int,
-    world_size: int,
-    samples_per_epoch: int,
-) -> Iterator[int]:
-    """Yields the global batches of the rest of an epoch, for a :class:`GlobalBatchLoader`.
-
-    Args:
-        policy: Policy that sets the global batches; must not be adaptive, because the workers of
-            the loader fetch batches ahead of the training.
-        start: Progress at ``position``.
-        position: Samples of this epoch consumed so far.
-        clock: Unit of the budget; neither ``"batches"`` nor ``"tokens"``.
-        budget: The budget in that unit; positive and finite.
-        micro_batch_size: Largest number of samples in a micro-batch of one process.
-        world_size: Number of processes that see different data.
-        samples_per_epoch: Samples in one pass over the data.
-
-    Yields:
-        One size per update, in samples, as the policy returns it; the last one may exceed the rest
-        of the epoch.
-
-    Raises:
-        ValueError: If the policy is adaptive or reads tokens, ``clock`` is ``"batches"`` or
-            ``"tokens"``, or an argument is out of range.
-
-    Example:
-        >>> from lightning_bigopt.batching import BatchSizeSteps
-        >>> policy = BatchSizeSteps({"0%": 2, "50%": 4})
-        >>> list(
-        ...     planned_sizes(
-        ...         policy,
-        ...         start=Progress(fraction=0.2, steps=1, samples=2),
-        ...         position=2,
-        ...         clock="samples",
-        ...         budget=10,
-        ...         micro_batch_size=2,
-        ...         world_size=1,
-        ...         samples_per_epoch=10,
-        ...     )
-        ... )
-        [2, 2, 4]
-    """
-    layout = _exact_layout(
-        clock=clock,
-        micro_batch_size=micro_batch_size,
-        world_size=world_size,
-        samples_per_epoch=samples_per_epoch,
-    )
-    _check_not_adaptive(policy)
-    if _depends_on_tokens(policy, clock):
-        raise ValueError(
-            "thresholds and budget must not be in tokens with GlobalBatchLoader, whose workers "
-            f"fetch batches before their tokens are counted, got {policy!r} and a budget in "
-            f"{clock}; write them in samples or percent"
-        )
-    run = SimulatedRun(layout, clock=clock, budget=budget)
-    run.start_at(start, position)
-    return run.sizes_in_epoch(policy, BatchContext(samples_per_epoch=samples_per_epoch))
-
-
-def _exact_layout(
+def exact_layout(
     *, clock: Clock, micro_batch_size: int, world_size: int, samples_per_epoch: int
 ) -> ExactSamples:
+    """Returns the layout of an epoch of a GlobalBatchLoader, after checks of its arguments."""
     check_count("micro_batch_size", micro_batch_size, of="samples")
     check_count("world_size", world_size, of="processes")
     check_count("samples_per_epoch", samples_per_epoch, of="samples")
@@ -239,7 +171,8 @@ def _exact_layout(
     )
 
 
-def _check_not_adaptive(policy: BatchSizePolicy) -> None:
+def check_not_adaptive(policy: BatchSizePolicy) -> None:
+    """Raises for a policy that depends on measurements."""
     if policy.adaptive:
         raise ValueError(
             "policy must be known in advance here, got the adaptive "
@@ -248,7 +181,8 @@ def _check_not_adaptive(policy: BatchSizePolicy) -> None:
         )
 
 
-def _depends_on_tokens(policy: BatchSizePolicy, clock: Clock) -> bool:
+def depends_on_tokens(policy: BatchSizePolicy, clock: Clock) -> bool:
+    """Returns whether the batch sizes depend on counts of tokens, which are unknown in advance."""
     return clock == "tokens" or "tokens" in policy.units
 
 
@@ -262,8 +196,8 @@ def _spans(
 ) -> tuple[Span, ...]:
     """Returns the spans of a run from its first update; none if it depends on tokens."""
     check_positive("budget", budget)
-    _check_not_adaptive(policy)
-    if _depends_on_tokens(policy, clock):
+    check_not_adaptive(policy)
+    if depends_on_tokens(policy, clock):
         return ()
     run = SimulatedRun(layout, clock=clock, budget=budget)
     steps = policy.step_function(context=context)

@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 from lightning_bigopt.checks import check_choice, check_count, check_non_negative
 
-__all__ = ["Clock", "Duration", "DurationLike", "Unit"]
+__all__ = ["Clock", "Duration", "DurationLike", "Unit", "amount_of"]
 
 Unit: TypeAlias = Literal["fraction", "steps", "epochs", "samples", "tokens", "seconds"]
 """Units of a duration."""
@@ -145,8 +145,29 @@ class Duration:
     def __str__(self) -> str:
         if self.unit == "fraction":
             return f"{Decimal(repr(float(self.value))).scaleb(2).normalize():f}%"
-        return f"{self.value!r} {self.unit}"
+        return f"{self.value!r} {_noun(self.value, self.unit)}"
 
 
 DurationLike: TypeAlias = Duration | int | float | str
 """Everything that :meth:`Duration.parse` accepts as a duration."""
+
+
+def amount_of(value: float, unit: str) -> str:
+    """Describes an amount, with the unit in the singular for one.
+
+    Args:
+        value: The amount.
+        unit: Name of the unit in the plural.
+
+    Example:
+        >>> amount_of(1, "batches"), amount_of(2_000_000, "steps"), amount_of(1.5, "epochs")
+        ('1 batch', '2000000 steps', '1.5 epochs')
+    """
+    number = f"{value:.0f}" if float(value).is_integer() else f"{value:g}"
+    return f"{number} {_noun(value, unit)}"
+
+
+def _noun(value: float, unit: str) -> str:
+    if value != 1:
+        return unit
+    return unit[:-2] if unit.endswith(("ches", "sses")) else unit[:-1]

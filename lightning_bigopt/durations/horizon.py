@@ -11,7 +11,7 @@ from itertools import accumulate
 from typing import Literal, cast, get_args
 
 from lightning_bigopt.checks import check_non_negative, check_positive
-from lightning_bigopt.durations.duration import Clock, Duration, DurationLike
+from lightning_bigopt.durations.duration import Clock, Duration, DurationLike, amount_of
 from lightning_bigopt.durations.progress import Span
 
 __all__ = ["Horizon"]
@@ -197,7 +197,7 @@ class Horizon:
         parts = " + ".join(f"{n}={str(Duration.parse(d))!r}" for n, d in durations.items())
         raise ValueError(
             f"{' + '.join(durations)} must be at most the whole budget "
-            f"({self.budget:g} {self.clock}), got {parts}; shorten it, or train longer"
+            f"({amount_of(self.budget, self.clock)}), got {parts}; shorten it, or train longer"
         )
 
     def axis(

@@ -33,7 +33,7 @@ class RunAmounts(NamedTuple):
         samples: Samples over all processes.
         tokens: Tokens over all processes.
         epochs: Epochs that have ended.
-        epoch_batches: Batches of the current epoch.
+        epoch_done: Amount of the current epoch, in the unit of :class:`EpochPosition`.
         seconds: Time of training; 0 if the budget is no time.
     """
 
@@ -42,5 +42,5 @@ class RunAmounts(NamedTuple):
     samples: int = 0
     tokens: int = 0
     epochs: int = 0
-    epoch_batches: int = 0
+    epoch_done: int = 0
     seconds: float = 0.0

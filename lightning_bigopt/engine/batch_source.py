@@ -16,6 +16,7 @@ from lightning_bigopt.batching.policies.fixed_batch import ConstantBatchSize
 from lightning_bigopt.batching.policies.steps_and_ramps import BatchSizeSteps
 from lightning_bigopt.batching.simulation import simulate, simulate_exact
 from lightning_bigopt.durations.duration import Clock as ClockUnit
+from lightning_bigopt.durations.duration import amount_of
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.durations.progress import Progress
 from lightning_bigopt.engine.budget import Simulate
@@ -168,8 +169,9 @@ class BatchSource:
         if not self.is_exact:
             return str(plan)
         return (
-            f"{size} exactly, in {plan.accumulate} micro-batches of at most "
-            f"{plan.micro_batch_size} on each of {plan.world_size} processes"
+            f"{size} exactly, in {amount_of(plan.accumulate, 'micro-batches')} of at most "
+            f"{plan.micro_batch_size}"
+            + (f" on each of {plan.world_size} processes" if plan.world_size > 1 else "")
         )
 
 

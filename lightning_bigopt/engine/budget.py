@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_bigopt.durations.duration import Clock as ClockUnit
-from lightning_bigopt.durations.duration import Duration, DurationLike
+from lightning_bigopt.durations.duration import Duration, DurationLike, amount_of
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.trainer_access import loaders, loop
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 __all__ = [
     "ROUNDING",
     "Simulate",
+    "announce_limits",
     "describe_budget",
-    "report_time_limit",
+    "report_early_end",
     "resolve_horizon",
-    "warn_of_continued_epoch",
+    "several_optimizers",
     "warn_of_other_budget",
     "warn_of_short_limit",
-    "warn_of_time_limit",
 ]
 
 ROUNDING = 1e-12  # tolerance of comparisons with the end of a cooldown
@@ -64,7 +64,8 @@ def resolve_horizon(trainer: Trainer, budget: str | None, simulate: Simulate | N
         raise ValueError(
             "the length of the training must be known for a schedule, got max_steps="
             f"{trainer.max_steps}, max_epochs={trainer.max_epochs} and a loader "
-            f"{'without a length' if batches is None else f'of {batches} batches'}; set max_steps, "
+            f"{'without a length' if batches is None else 'of ' + amount_of(batches, 'batches')}; "
+            "set max_steps, "
             "or pass budget='2e6 samples' to the scheduler"
         )
     if simulate is not None:
@@ -77,7 +78,7 @@ def resolve_horizon(trainer: Trainer, budget: str | None, simulate: Simulate | N
     elif len(limits) == 1:
         run = _without_updates(limits[0])
     else:
-        names = ", ".join(f"{limit.amount:g} {limit.unit}" for limit in limits)
+        names = ", ".join(amount_of(limit.amount, limit.unit) for limit in limits)
         raise ValueError(
             "the training must have a single limit with an adaptive batch size, got "
             f"{names}; keep one of them"
@@ -90,11 +91,14 @@ def resolve_horizon(trainer: Trainer, budget: str | None, simulate: Simulate | N
 
 
 def _check_no_minimum(trainer: Trainer, limit: str) -> None:
-    if trainer.min_steps or trainer.min_epochs:
+    minimums = {"min_steps": trainer.min_steps, "min_epochs": trainer.min_epochs}
+    if trainer.min_steps and trainer.min_epochs == 1:
+        del minimums["min_epochs"]  # Lightning sets it beside min_steps
+    found = " and ".join(f"{name}={value}" for name, value in minimums.items() if value)
+    if found:
         raise ValueError(
-            f"the Trainer must not have min_steps or min_epochs with {limit}, because it would "
-            f"train on beyond it, got min_steps={trainer.min_steps} and "
-            f"min_epochs={trainer.min_epochs}; remove them"
+            f"the Trainer must not have a minimum with {limit}, because it would train on beyond "
+            f"it, got {found}; remove {'them' if ' and ' in found else 'it'}"
         )
 
 
@@ -123,7 +127,7 @@ def _limits(
             limits.append(_Limit(length.unit, length.value))
     allowed = loop.max_seconds(trainer)
     if not limits and allowed is not None:
-        _check_no_minimum(trainer, f"max_time of {allowed:g} seconds as the only limit")
+        _check_no_minimum(trainer, f"max_time of {amount_of(allowed, 'seconds')} as the only limit")
         # Only then: a job's safety limit must not make learning rates depend on the machine.
         limits.append(_Limit("seconds", allowed))
     return [limit for limit in limits if limit.amount > 0]
@@ -132,7 +136,7 @@ def _limits(
 def _epochs(epochs: float, batches: int | None, samples: int | None) -> list[_Limit]:
     """Converts a number of epochs to samples or batches; empty for a loader without a length."""
     if samples is not None:
-        return [_Limit("samples", epochs * samples)]
+        return [_Limit("samples", epochs * samples, epochs)]
     return [] if batches is None else [_Limit("batches", epochs * batches, epochs)]
 
 
@@ -149,59 +153,127 @@ def _updates(run: Horizon) -> float:
 def describe_budget(horizon: Horizon) -> str:
     """Returns the budget in the unit in which it was given, such as ``"10 epochs"``."""
     if horizon.epochs is not None:
-        return f"{horizon.epochs:g} epochs"
-    return f"{horizon.budget:g} {horizon.clock}"
+        return amount_of(horizon.epochs, "epochs")
+    return amount_of(horizon.budget, horizon.clock)
 
 
-def warn_of_continued_epoch(trainer: Trainer) -> None:
+def several_optimizers(count: int, unit: str) -> str:
+    """Describes the durations of a run whose optimizers Lightning counts together.
+
+    Args:
+        count: Number of optimizers.
+        unit: Unit of the budget.
+    """
+    if unit == "steps":
+        return (
+            f"max_steps counts the steps of all {count} optimizers, and manual optimization does "
+            "not say in advance how many each batch makes. The learning rate at each step is "
+            "right. The conversion to samples and epochs assumes one step per batch: write "
+            "durations in steps or percent, or limit the run by max_epochs. If each optimizer "
+            f"steps once per batch, a run of N batches has max_steps={count} * N"
+        )
+    return (
+        f"Lightning counts the steps of all {count} optimizers, and manual optimization does not "
+        "say in advance how many each batch makes. The learning rate at each fraction of the "
+        "budget is right. Updates are counted as one per batch here: write durations in "
+        "epochs or percent"
+    )
+
+
+def announce_limits(trainer: Trainer, horizon: Horizon) -> None:
+    """Logs what the user should know about the limits of the run when it starts."""
+    _warn_of_time_limit(trainer, horizon)
+    _warn_of_continued_epoch(trainer)
+    if len(trainer.optimizers) > 1:
+        rank_zero_info(several_optimizers(len(trainer.optimizers), horizon.clock) + ".")
+
+
+def _warn_of_continued_epoch(trainer: Trainer) -> None:
     """Warns if Lightning continues an epoch that had ended, and trains one epoch less."""
     epochs = trainer.max_epochs
     if epochs is not None and epochs >= 0 and loop.continues_ended_epoch(trainer):
+        batches = amount_of(trainer.num_training_batches, "batches")
         rank_zero_warn(
             "Lightning continues an epoch that had ended when the checkpoint was saved: it trains "
-            f"one batch more than the {trainer.num_training_batches:g} batches of the epoch, and "
-            "one epoch less. Resume from a checkpoint that was saved in on_train_batch_end, such "
-            "as by ModelCheckpoint(every_n_train_steps=), or limit the run by max_epochs alone."
+            f"one batch more than the {batches} of the epoch, and one epoch less. Resume "
+            "from a checkpoint that was saved in on_train_batch_end, such as by "
+            "ModelCheckpoint(every_n_train_steps=), or limit the run by max_epochs alone."
         )
 
 
-def warn_of_time_limit(trainer: Trainer, horizon: Horizon) -> None:
+def _warn_of_time_limit(trainer: Trainer, horizon: Horizon) -> None:
     """Logs a line if ``max_time`` may end the run before its schedules do."""
     allowed = loop.max_seconds(trainer)
     if allowed is not None and horizon.clock != "seconds":
         rank_zero_info(
             f"max_time may end the run before the schedules do, which follow the budget of "
-            f"{describe_budget(horizon)}. To follow the time, pass budget='{allowed:g} seconds' to "
-            "the scheduler."
+            f"{describe_budget(horizon)}. To follow the time, pass "
+            f"budget='{amount_of(allowed, 'seconds')}' to the scheduler."
         )
 
 
-def report_time_limit(trainer: Trainer, horizon: Horizon, *, fraction: float) -> None:
-    """Warns if ``max_time`` has ended the run before its schedules.
+def report_early_end(trainer: Trainer, horizon: Horizon, *, fraction: float) -> None:
+    """Warns if a limit that the budget does not follow has ended the run before its schedules.
 
     Args:
         trainer: The Trainer, at the end of the fit.
         horizon: The horizon of the fit.
         fraction: Fraction of the budget consumed.
     """
-    if fraction < 1 and horizon.clock != "seconds" and loop.time_is_over(trainer):
-        rank_zero_warn(
-            f"max_time ended the run at {fraction:.0%} of the budget of {describe_budget(horizon)}"
-            ", before the end of its schedules. Resume from a checkpoint, or pass a time as "
-            "budget= to the scheduler."
-        )
+    limit = loop.reached_limit(trainer)
+    if limit is None or fraction >= 1 - ROUNDING or horizon.clock == "seconds":
+        return
+    way_out = {
+        "max_time": "pass a time as budget= to the scheduler",
+        "max_epochs": "remove max_epochs, or write the length of the run in steps or samples",
+        "max_steps": "raise max_steps",
+    }[limit]
+    rank_zero_warn(
+        f"{limit} ended the run at {fraction:.0%} of the budget of {describe_budget(horizon)}, "
+        f"before the end of its schedules. Resume from a checkpoint, or {way_out}."
+    )
 
 
-def warn_of_other_budget(kept: Horizon, own: Horizon) -> None:
-    """Warns if the budget of a checkpoint that is continued differs from that of the Trainer."""
+def warn_of_other_budget(kept: Horizon, own: Horizon, *, fraction: float) -> None:
+    """Warns if the budget of a checkpoint that is continued differs from that of the Trainer.
+
+    Args:
+        kept: The horizon of the checkpoint.
+        own: The horizon of the Trainer.
+        fraction: Fraction of ``kept`` that is consumed.
+    """
     before, now = describe_budget(kept), describe_budget(own)
     # The same limits may be reached in another order, because epochs have other lengths now.
     if {before, *map(describe_budget, kept.others)} != {now, *map(describe_budget, own.others)}:
         rank_zero_warn(
             f"The checkpoint was trained for {before}, this Trainer is set to {now}. "
-            "on_resume='continue' keeps the checkpoint's horizon; pass on_resume='extend' to "
-            "stretch the schedule to the new one."
+            f"on_resume='continue' keeps the checkpoint's horizon: "
+            f"{_consequence(kept, own, fraction)}. Pass on_resume='extend' to stretch the "
+            f"schedule to {now}."
         )
+
+
+def _consequence(kept: Horizon, own: Horizon, fraction: float) -> str:
+    """Describes a run that follows ``kept``, under a Trainer with the limit ``own``."""
+    before, now = describe_budget(kept), describe_budget(own)
+    if kept.clock == "seconds":
+        if fraction >= 1:
+            return "this time is over, so that no update is trained"
+        return f"the run ends after {before} of training, or after {now} if that is earlier"
+    if fraction >= 1:
+        return (
+            "its schedule has ended, so that every update uses the last learning rate of the "
+            "schedule, which is 0 for most schedules"
+        )
+    same = kept.clock == own.clock and (kept.epochs is None) == (own.epochs is None)
+    ratio = (own.epochs or own.budget) / (kept.epochs or kept.budget)
+    if same and ratio < 1:
+        return f"the run ends at {ratio:.0%} of the schedule"
+    condition = "" if same else f", if {now} are longer"
+    return (
+        f"after {before} every update uses the last learning rate of the schedule{condition}, "
+        "which is 0 for most schedules"
+    )
 
 
 def warn_of_short_limit(
@@ -224,6 +296,6 @@ def warn_of_short_limit(
         return
     if limit < needed * (1 - ROUNDING):
         rank_zero_warn(
-            f"The Trainer stops at {limit:g} {unit}, before the cooldown ends at {needed:g}; raise "
-            f"its limit, or shorten the cooldown of {cooldown!r}."
+            f"The Trainer stops at {amount_of(limit, unit)}, before the cooldown ends at "
+            f"{needed:g}; raise its limit, or shorten the cooldown of {cooldown!r}."
         )

@@ -103,7 +103,7 @@ class Clock:
             return
         self.horizon = kept
         if self.cooldown is None:
-            budget.warn_of_other_budget(kept, own)
+            budget.warn_of_other_budget(kept, own, fraction=self.fraction)
 
     def stop(self) -> None:
         """Ends the fit; the counts are kept for a second fit."""
@@ -138,12 +138,9 @@ class Clock:
             self.batches, samples = loaders.consumed(trainer)
             self.samples, self.samples_are_known = samples or 0, samples is not None
         self.epoch.start_fit(trainer)
-        if trainer.ckpt_path is not None:
-            # Not after an interrupted fit: Lightning begins the epoch again, but has the counts.
-            self.epoch.batches = loop.resumed_batches(trainer)
         self._time.start_fit(trainer, restored, keep=self.settings.budget is not None)
         self._closed = (self.batches, self.samples, self.tokens)
-        self._opened = self._counts()
+        self._opened = self.counts()
         return None if restored is None else self.checkpoint_horizon
 
     @property
@@ -176,9 +173,10 @@ class Clock:
             amounts: The amounts.
             index: Number of batches of this epoch before this one.
         """
-        self.epoch.batches = index
+        if not self.epoch.in_samples:
+            self.epoch.done = index
         if not self.window_is_open:
-            self._opened = self._counts()
+            self._opened = self.counts()
             self.window_is_open = True
         self._pending = amounts
 
@@ -187,7 +185,7 @@ class Clock:
         self.batches += self._pending.batches
         self.samples += self._pending.samples
         self.tokens += self._pending.tokens
-        self.epoch.batches += self._pending.batches
+        self.epoch.done += self._of_epoch(self._pending)
         self._pending = BatchAmounts(0, batches=0)
         if closes_window:
             self.window_is_open = False
@@ -203,17 +201,21 @@ class Clock:
         self._pending = BatchAmounts(0, batches=0)
         self.window_is_open = False
 
-    def _counts(self) -> RunAmounts:
+    def counts(self) -> RunAmounts:
+        """Returns the amounts consumed; pending amounts are included."""
         trainer, pending = self._trainer, self._pending
         return RunAmounts(
             steps=0 if trainer is None else trainer.global_step,
             batches=self.batches + pending.batches,
             samples=self.samples + pending.samples,
             tokens=self.tokens + pending.tokens,
-            epochs=0 if trainer is None else loop.processed_epochs(trainer),
-            epoch_batches=self.epoch.batches + pending.batches,
+            epochs=0 if trainer is None else max(self.epoch.ended, loop.processed_epochs(trainer)),
+            epoch_done=self.epoch.done + self._of_epoch(pending),
             seconds=self._time.seconds,
         )
+
+    def _of_epoch(self, amounts: BatchAmounts) -> int:
+        return amounts.samples if self.epoch.in_samples else amounts.batches
 
     @property
     def window_samples(self) -> int:
@@ -232,12 +234,12 @@ class Clock:
 
         The fraction is NaN if the horizon is unknown.
         """
-        return self._progress_at(self._counts())
+        return self.progress_at(self.counts())
 
     @property
     def window_progress(self) -> Progress:
         """The progress at which the current window began, or else the last one."""
-        return self._progress_at(self._opened)
+        return self.progress_at(self._opened)
 
     @property
     def update_progress(self) -> Progress:
@@ -247,43 +249,41 @@ class Clock:
     @property
     def fraction(self) -> float:
         """The fraction of :meth:`progress`."""
-        return self._fraction_at(self._counts())
+        return self._fraction_at(self.counts())
 
-    def _progress_at(self, counts: RunAmounts) -> Progress:
-        horizon, epochs = self.horizon, 0.0
-        if horizon is not None and horizon.samples_per_epoch:
-            epochs = counts.samples / horizon.samples_per_epoch
-        elif self.epoch.length:
-            epochs = self._epoch_share(counts, 1.0)
+    def progress_at(self, counts: RunAmounts) -> Progress:
+        """Returns the progress at other counts of the current epoch."""
         return Progress(
             fraction=self._fraction_at(counts),
             steps=counts.steps,
             batches=counts.batches,
-            epochs=epochs,
+            epochs=self._epochs_at(counts) if self.epoch.length else 0.0,
             samples=counts.samples,
             tokens=counts.tokens,
             seconds=counts.seconds,
         )
 
     def _fraction_at(self, counts: RunAmounts) -> float:
-        if self.horizon is None:
+        horizon = self.horizon
+        if horizon is None:
             return math.nan
-        share = self._share(self.horizon, counts)
-        if self.horizon.others and self.epoch.differs(self.horizon.batches_per_epoch, counts):
-            share = max(share, *(self._share(other, counts) for other in self.horizon.others))
+        share = self._fraction_of(horizon, counts)
+        if horizon.others and self.epoch.differs(horizon, counts):
+            share = max(share, *(self._fraction_of(other, counts) for other in horizon.others))
         return share
 
-    def _share(self, limit: Horizon, counts: RunAmounts) -> float:
+    def _fraction_of(self, limit: Horizon, counts: RunAmounts) -> float:
         if limit.epochs is not None and self.epoch.length:
-            return self._epoch_share(counts, limit.epochs)
+            return self._epochs_at(counts, of=limit.epochs)
         consumed: float = getattr(counts, limit.clock)
         return consumed / limit.budget
 
-    def _epoch_share(self, counts: RunAmounts, epochs: float) -> float:
+    def _epochs_at(self, counts: RunAmounts, *, of: float = 1.0) -> float:
+        """Returns the epochs consumed, as a fraction of a number of epochs."""
         length = self.epoch.length or 1
         # One division, so that equal epochs give the same fraction as the count of all batches.
-        done = counts.epochs * length + min(counts.epoch_batches, length)
-        return done / (epochs * length)
+        done = counts.epochs * length + min(counts.epoch_done, length)
+        return done / (of * length)
 
     @property
     def budget_exhausted(self) -> bool:
@@ -313,7 +313,7 @@ class Clock:
         self.drop_batch()
         self.batches, self.samples, self.tokens = (int(state[name]) for name in _COUNTS)
         self._closed = (self.batches, self.samples, self.tokens)
-        self._opened = self._counts()
+        self._opened = self.counts()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_trainer": None}  # copies and pickles must not contain the Trainer

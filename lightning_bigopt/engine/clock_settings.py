@@ -46,11 +46,17 @@ class ClockSettings:
 
     def __post_init__(self) -> None:
         if self.budget is not None:
-            unit = Duration.parse(self.budget, name="budget").unit
+            length = Duration.parse(self.budget, name="budget")
+            unit = length.unit
             if unit == "fraction":
                 raise ValueError(
-                    f"budget must be in steps, epochs, samples or tokens, got {self.budget!r}; "
-                    "write '10000 steps'"
+                    "budget must be in steps, epochs, samples, tokens or a time, got "
+                    f"{self.budget!r}; write '10000 steps' or '2 hours'"
+                )
+            if not length.value:
+                raise ValueError(
+                    f"budget must be positive, got {self.budget!r}; write '10000 steps' or "
+                    "'2 hours'"
                 )
             if unit == "tokens" and self.tokens is None:
                 raise ValueError(

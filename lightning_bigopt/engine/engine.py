@@ -141,16 +141,17 @@ class Engine(StepHooks):
             for capability in self._stages["announce"]:
                 capability.announce(self._fit)
             if self.clock.horizon is not None and self._needs_horizon(self._fit):
-                budget.warn_of_time_limit(trainer, self.clock.horizon)
-                budget.warn_of_continued_epoch(trainer)
+                budget.announce_limits(trainer, self.clock.horizon)
             if self.clock.budget_exhausted:
                 trainer.should_stop = True  # a run that has ended is started again
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warns if the run has ended before its schedules."""
         clock = self.clock
-        if self._fit is not None and clock.horizon is not None and self._needs_horizon(self._fit):
-            budget.report_time_limit(trainer, clock.horizon, fraction=clock.fraction)
+        if self._fit is None or clock.horizon is None or clock.cooldown is not None:
+            return
+        if self._needs_horizon(self._fit):
+            budget.report_early_end(trainer, clock.horizon, fraction=clock.fraction)
 
     def _needs_horizon(self, fit: Fit) -> bool:
         return self.needs_horizon or any(c.needs_horizon for c in fit.capabilities)

@@ -32,11 +32,20 @@ def horizon_from_state(state: dict[str, Any] | None) -> Horizon | None:
         Span(updates=updates, batches=batches, samples=samples, tokens=tokens)
         for updates, batches, samples, tokens in state["spans"]
     )
-    epochs = state.get("epochs")
-    if "epochs" not in state and state["clock"] == "batches" and state["batches_per_epoch"]:
-        epochs = state["budget"] / state["batches_per_epoch"]  # version 0.1
+    epochs = state["epochs"] if "epochs" in state else _epochs_of_version_0_1(state)
     others = tuple(filter(None, map(horizon_from_state, state.get("others", []))))
     return Horizon(**{**state, "spans": spans, "epochs": epochs, "others": others})
+
+
+def _epochs_of_version_0_1(state: dict[str, Any]) -> float | None:
+    """Returns the budget in epochs of a state that does not contain it."""
+    if state["clock"] == "batches" and state["batches_per_epoch"]:
+        return float(state["budget"] / state["batches_per_epoch"])
+    if state["clock"] == "samples" and state["samples_per_epoch"]:  # of a GlobalBatchLoader
+        epochs = state["budget"] / state["samples_per_epoch"]
+        # Other numbers of samples were a budget in samples.
+        return float(epochs) if epochs == int(epochs) else None
+    return None
 
 
 def pair(state: Sequence[Any] | None) -> tuple[Any, Any] | None:

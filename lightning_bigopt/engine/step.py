@@ -80,7 +80,7 @@ class StepHooks(Callback):
         assert self._counter is not None  # set in on_train_start
         trainer = fit.trainer
         if not clock.epoch.has_begun:  # Lightning omits on_train_epoch_start after a resume
-            clock.epoch.begin(trainer)
+            clock.epoch.continue_epoch(trainer)
             self._counter.begin_epoch(trainer)
             self._epoch_is_new = True
         opens_window = not clock.window_is_open

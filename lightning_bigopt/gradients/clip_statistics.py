@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_bigopt.durations.duration import amount_of
 from lightning_bigopt.gradients.clip_decision import ClipDecision
 from lightning_bigopt.gradients.rules.adaptive_norm_clip import ZClip
 from lightning_bigopt.gradients.rules.clipping_rule import ClippingRule
@@ -58,7 +59,8 @@ class ClipReport:
         if self.threshold is not None and math.isfinite(self.threshold) and self.median > 0:
             ratio = self.threshold / self.median
             norms = f"threshold {self.threshold:.3g} is {ratio:.1f} × the {norms}"
-        return f"{self.fraction:.1%} of {self.updates} updates clipped; {norms}".replace("%", " %")
+        updates = amount_of(self.updates, "updates")
+        return f"{self.fraction:.1%} of {updates} clipped; {norms}".replace("%", " %")
 
 
 def advice(report: ClipReport, rule: ClippingRule) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.tensor import DTensor
 
+from lightning_bigopt.durations.duration import amount_of
 from lightning_bigopt.engine.stage import Fit
 from lightning_bigopt.engine.update import Update
 from lightning_bigopt.monitoring import tensorboard
@@ -150,7 +151,7 @@ def plan_text(fit: Fit) -> str:
     rows = {owned: f"`{text}`" for owned, text in fit.specifications().items()}
     horizon = fit.clock.horizon
     if horizon is not None:
-        rows["budget"] = f"{horizon.budget:g} {horizon.clock}"
+        rows["budget"] = amount_of(horizon.budget, horizon.clock)
         for unit in ("steps", "samples", "tokens"):
             total = horizon.total(unit)
             if total is not None and unit != horizon.clock:

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_bigopt.checks import check_count, check_instance
+from lightning_bigopt.durations.duration import amount_of
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.durations.progress import Progress
 from lightning_bigopt.optimizers.group_schedule import GroupSchedule
@@ -35,7 +36,7 @@ def as_lr_scheduler(schedule: Schedule, optimizer: Optimizer, horizon: Horizon |
 
     Raises:
         ValueError: If an argument has another type, a duration of the schedule does not fit into
-            the horizon, or the horizon cannot be converted to updates.
+            the horizon, or the number of updates of the horizon is unknown.
 
     Example:
         >>> import torch
@@ -62,7 +63,7 @@ class ScheduleLR(LRScheduler):
 
     Raises:
         ValueError: If an argument has another type, a duration of the schedule does not fit into
-            the horizon, or the horizon cannot be converted to updates.
+            the horizon, or the number of updates of the horizon is unknown.
 
     Example:
         >>> import torch
@@ -88,6 +89,12 @@ class ScheduleLR(LRScheduler):
                 "horizon", horizon, hint="pass the number of updates, or Horizon.of_steps(1000)"
             )
             horizon = Horizon.of_steps(horizon)
+        if horizon.total("steps") is None:
+            raise ValueError(
+                "horizon must have a known number of updates, got a budget of "
+                f"{amount_of(horizon.budget, horizon.clock)} without spans; pass the number of "
+                "updates, or Horizon.of_steps(1000)"
+            )
         self.optimizer = optimizer
         self.schedule = schedule
         self.last_epoch = 0

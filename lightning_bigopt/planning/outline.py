@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from lightning_bigopt.durations.duration import amount_of
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.durations.progress import Progress, Span
 from lightning_bigopt.optimizers.group_schedule import GroupSchedule, PlannedValue
@@ -137,7 +138,7 @@ def describe_batches(
         hidden = len(parts) - _MAX_SIZES
         parts = [*parts[: _MAX_SIZES - 1], f"… {hidden} more …", parts[-1]]
     text = "; ".join([f"Global batch {first}", *parts])
-    return text + (f"; {updates:.0f} updates." if updates else ".")
+    return text + (f"; {amount_of(round(updates), 'updates')}." if updates else ".")
 
 
 def _starts(horizon: Horizon) -> Iterator[tuple[Progress, Span]]:

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any, ClassVar, TypeAlias
 
 from lightning_bigopt.checks import check_non_negative
-from lightning_bigopt.durations.duration import Duration, DurationLike
+from lightning_bigopt.durations.duration import Duration, DurationLike, amount_of
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.schedules.base import Schedule
 from lightning_bigopt.schedules.part_lengths import resolved_share
@@ -91,8 +91,9 @@ class TableSchedule(Schedule):
         latest = max(shares)
         if latest > 1.0 + TOLERANCE and horizon.overlong == "raise":
             raise ValueError(
-                f"{name} must be at most the whole budget ({horizon.budget:g} {horizon.clock}), "
-                f"got {str(pairs[shares.index(latest)][0])!r}; shorten it, or train longer"
+                f"{name} must be at most the whole budget "
+                f"({amount_of(horizon.budget, horizon.clock)}), got "
+                f"{str(pairs[shares.index(latest)][0])!r}; shorten it, or train longer"
             )
         shrink = max(latest, 1.0)
         resolved = [

@@ -95,7 +95,8 @@ def checkpoint_descriptions(callbacks: Sequence[Callback]) -> tuple[str, ...]:
 
 def _interval(callback: ModelCheckpoint) -> str:
     if callback._every_n_train_steps:
-        return f"every {callback._every_n_train_steps} updates"
+        steps = callback._every_n_train_steps
+        return "every update" if steps == 1 else f"every {steps} updates"
     if callback._train_time_interval is not None:
         return f"every {callback._train_time_interval}"
     epochs = callback.every_n_epochs

@@ -19,6 +19,7 @@ __all__ = [
     "counters",
     "epoch_batches",
     "epoch_is_exhausted",
+    "epochs_before_fit",
     "fetched_batches",
     "is_fast_dev_run",
     "is_last_batch",
@@ -27,11 +28,11 @@ __all__ = [
     "next_logger_step",
     "processed_batches",
     "processed_epochs",
+    "reached_limit",
     "ready_batches",
     "restore_counters",
     "resumed_batches",
     "should_log",
-    "time_is_over",
     "timer_seconds",
     "uses_dataloader_iter",
 ]
@@ -63,10 +64,15 @@ def timer_seconds(trainer: Trainer) -> float:
     return max((timer.time_elapsed() for timer in _timers(trainer)), default=0.0)
 
 
-def time_is_over(trainer: Trainer) -> bool:
-    """Returns whether a Timer has reached its duration."""
+def reached_limit(trainer: Trainer) -> str | None:
+    """Returns the name of a limit of the Trainer that the fit has reached; None for no limit."""
     remaining = [timer.time_remaining() for timer in _timers(trainer)]
-    return any(seconds is not None and seconds <= 0 for seconds in remaining)
+    epochs = trainer.max_epochs
+    if any(seconds is not None and seconds <= 0 for seconds in remaining):
+        return "max_time"
+    if epochs is not None and 0 <= epochs <= processed_epochs(trainer):
+        return "max_epochs"
+    return "max_steps" if 0 <= trainer.max_steps <= trainer.global_step else None
 
 
 def _timers(trainer: Trainer) -> list[Timer]:
@@ -112,6 +118,25 @@ def processed_epochs(trainer: Trainer) -> int:
     # Not current_epoch, which is one behind in on_train_epoch_end.
     progress: Any = trainer.fit_loop.epoch_progress.current
     return int(progress.processed)
+
+
+def epochs_before_fit(trainer: Trainer) -> int:
+    """Returns the epochs that have ended before this fit; call it before the first batch.
+
+    Lightning counts an epoch whose last batch had ended when the checkpoint was saved just before
+    ``on_train_start``. It fetches a batch of a loader without a length earlier.
+    """
+    epochs: Any = trainer.fit_loop.epoch_progress.total
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress
+    # The condition in _FitLoop.reset.
+    is_counted_later = (
+        trainer.ckpt_path is not None
+        and trainer.fit_loop.restarting
+        and batches.is_last_batch
+        and batches.total.completed == batches.total.processed - 1
+        and epochs.completed == epochs.processed == epochs.started - 1
+    )
+    return processed_epochs(trainer) + is_counted_later
 
 
 def fetched_batches(trainer: Trainer, each: int) -> int:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_bigopt.callbacks.learning_rate import LearningRateScheduler
 from lightning_bigopt.checks import check_count
 from lightning_bigopt.durations.horizon import Horizon
+from lightning_bigopt.engine.budget import several_optimizers
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.engine import Engine
 from lightning_bigopt.engine.stage import Fit, Stages
@@ -240,10 +241,7 @@ def _warnings(
         if name in _FUSABLE and not any(group.get("fused") for group in optimizer.param_groups):
             yield f"{name} is not fused: pass fused=True to clip inside its kernel"
     if len(optimizers) > 1:
-        yield (
-            f"max_steps counts the steps of all {len(optimizers)} optimizers; the plan assumes one "
-            "step for each accumulation window, so the samples and epochs of its rows may be wrong"
-        )
+        yield several_optimizers(len(optimizers), horizon.clock)
     if not horizon.spans:
         unknown = "updates and samples" if horizon.clock != "samples" else "updates"
         reason = {

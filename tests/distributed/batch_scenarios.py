@@ -24,6 +24,8 @@ from lightning_bigopt import (
     Linear,
 )
 from tests.batch_helpers import (
+    RAMPED,
+    ExactEpochs,
     QuadraticNoise,
     Recorder,
     SaveEvery,
@@ -135,6 +137,24 @@ def exact_loader(out: Path) -> Any:
     return found
 
 
+def exact_epochs(out: Path) -> Any:
+    """Trains on epochs of other sizes with a ramp of the batch size, and resumes in the second."""
+
+    class SavesUpdate(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == 6:
+                trainer.save_checkpoint(out / "epochs.ckpt")
+
+    found = []
+    for ckpt in (None, out / "epochs.ckpt"):
+        model = ExactEpochs(12, 24, 48, micro=1)
+        callbacks = [LearningRateScheduler(Linear()), BatchSizeScheduler(RAMPED), SavesUpdate()]
+        options = {"max_epochs": 3, "reload_dataloaders_every_n_epochs": 1}
+        fit("ddp", model, None, *callbacks, ckpt=ckpt, **options)
+        found.append(model.rates)
+    return found
+
+
 def resume_from_one_process(out: Path) -> Any:
     """Resumes on two processes from checkpoints that one process wrote in the fixture."""
     found = {}
@@ -241,6 +261,7 @@ NAMES = [
     "token_means",
     "exact_order",
     "exact_loader",
+    "exact_epochs",
     "resume_from_one_process",
     "uneven_shards",
     "noise_scales",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.batch_helpers import Noise, QuadraticNoise, Tokens, train_recorder
+from tests.batch_helpers import Noise, QuadraticNoise, Tokens, ramped, train_recorder
 
 pytestmark = pytest.mark.distributed
 
@@ -62,6 +62,15 @@ def test_exact_loader_is_exact_and_resumes_to_the_bit(
             assert resumed["weights"] == found["weights"], number
         # Also inside windows: there are more checkpoints than updates.
         assert len(list(Path(found["folder"]).glob("*.ckpt"))) > len(found["seen"])
+
+
+def test_epochs_of_other_sizes_end_on_the_budget(two_with_batches: Any) -> None:
+    first, second = two_with_batches("exact_epochs")
+    assert first == second
+    straight, resumed = first
+    rates, _ = ramped(12, 24, 48)
+    assert straight == pytest.approx(rates, abs=1e-12)
+    assert resumed == straight[6:]
 
 
 def test_run_on_one_process_resumes_on_two(two_with_batches: Any, one_process: Any) -> None:

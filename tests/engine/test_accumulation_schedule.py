@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -59,6 +61,62 @@ def test_plan_equals_the_run_and_the_schedule_ends_with_it(
     assert found.totals["updates"] == trainer.global_step == len(module.lrs)
     assert [row.learning_rates["lr"] for row in found.rows] == pytest.approx(module.lrs)
     assert 0 < module.lrs[-1] <= 0.25
+
+
+class Saves(L.Callback):
+    """Saves a checkpoint after the third update, in the middle of the second epoch."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 3 and not self.path.exists():
+            trainer.save_checkpoint(self.path)
+
+
+class Sets(L.Callback):
+    """Sets the accumulation of the rest of an epoch, as the warning advises."""
+
+    def on_train_start(self, trainer: Any, *_: Any) -> None:
+        trainer.accumulate_grad_batches = 4
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
+@pytest.mark.parametrize("limits", LIMITS[:2])
+@pytest.mark.parametrize("follows_advice", [False, True])
+def test_resume_within_an_epoch_reports_the_accumulation_that_lightning_does_not_set(
+    tmp_path: Path, limits: dict[str, int], follows_advice: bool
+) -> None:
+    path = tmp_path / "middle.ckpt"
+
+    def trainer_of(*callbacks: Any) -> L.Trainer:
+        accumulation = GradientAccumulationScheduler({0: 4, 2: 1})
+        ours = [LearningRateScheduler(Linear()), accumulation]
+        return L.Trainer(**{**QUIET, **limits}, callbacks=[*ours, *callbacks])
+
+    straight, resumed = Probe(lr=1.0), Probe(lr=1.0)
+    trainer_of(Saves(path)).fit(straight, loader(32, 4))
+    seen: list[int] = []
+
+    class Counts(L.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            seen.append(len(found))
+
+    with warnings.catch_warnings(record=True) as found:
+        warnings.filterwarnings("always", message="accumulate_grad_batches")
+        trainer = trainer_of(*([Sets()] if follows_advice else []), Counts())
+        trainer.fit(resumed, loader(32, 4), ckpt_path=path)
+    texts = [str(warning.message) for warning in found]
+    if follows_advice:
+        assert not texts
+        assert resumed.lrs == straight.lrs[3:]
+        return
+    (text,) = texts
+    assert text.startswith("accumulate_grad_batches is 1 in the rest of epoch 1, but Gradient")
+    assert "sets 4" in text
+    assert seen[0] == 1  # before the first batch is trained
+    # 4 batches of epoch 1 and 16 of later epochs, or up to update 15.
+    assert len(resumed.lrs) == {-1: 20, 15: 12}[limits["max_steps"]]
 
 
 class Accumulates(L.Callback):

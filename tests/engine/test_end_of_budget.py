@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.utils.data import DataLoader, IterableDataset
@@ -266,8 +267,86 @@ def test_run_that_a_cooldown_has_ended_makes_no_further_update(tmp_path: Path) -
         assert not module.lrs
 
 
-@pytest.mark.parametrize("minimum", [{"min_steps": 5}, {"min_epochs": 2}])
-def test_budget_with_a_minimum_of_the_trainer_raises(minimum: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("minimum", "named"),
+    [
+        ({"min_steps": 5}, "got min_steps=5; remove it"),  # Lightning sets min_epochs=1, too
+        ({"min_epochs": 2}, "got min_epochs=2; remove it"),
+        ({"min_epochs": 1}, "got min_epochs=1; remove it"),
+        ({"min_steps": 5, "min_epochs": 2}, "got min_steps=5 and min_epochs=2; remove them"),
+    ],
+)
+def test_budget_with_a_minimum_of_the_trainer_raises(minimum: dict[str, int], named: str) -> None:
     scheduler = LearningRateScheduler(DOWN, budget="8 steps")
-    with pytest.raises(ValueError, match=r"min_steps or min_epochs with budget=.*'8 steps'"):
+    with pytest.raises(ValueError, match=rf"a minimum with budget='8 steps'.*{named}"):
         fit(Probe(), loader(40, 2), scheduler, max_epochs=-1, **minimum)
+
+
+# --------------------------------------------------------------- runs that end before the budget
+
+
+class Stream(IterableDataset[Any]):
+    """Twelve samples without a length."""
+
+    def __iter__(self) -> Any:
+        return iter(Regression(12))
+
+
+def test_max_epochs_that_ends_a_run_without_a_known_length_warns() -> None:
+    module = Probe(lr=1.0)
+    scheduler = LearningRateScheduler(DOWN)
+    match = r"^max_epochs ended the run at 60% of the budget of 20 steps, before the end of its sc"
+    with pytest.warns(UserWarning, match=match) as found:
+        fit(module, DataLoader(Stream(), 2), scheduler, max_steps=20, max_epochs=2)
+    assert module.lrs == [1 - t / 20 for t in range(12)]
+    assert len([w for w in found if "ended the run" in str(w.message)]) == 1
+
+
+def test_max_epochs_that_ends_a_budget_in_tokens_warns() -> None:
+    scheduler = LearningRateScheduler(DOWN, budget="100 tokens", tokens=lambda batch: 2)
+    with pytest.warns(UserWarning, match=r"^max_epochs ended the run at 12% of .* 100 tokens, "):
+        fit(Probe(lr=1.0), loader(12, 2), scheduler, max_epochs=1)
+
+
+def test_run_without_a_known_length_that_max_steps_ends_does_not_warn() -> None:
+    module = Probe(lr=1.0)  # a warning would be an error here
+    fit(module, DataLoader(Stream(), 2), LearningRateScheduler(DOWN), max_steps=8, max_epochs=2)
+    assert module.lrs == [1 - t / 8 for t in range(8)]
+
+
+def test_run_that_a_callback_stops_does_not_warn() -> None:
+    class Stops(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            trainer.should_stop = trainer.global_step == 3
+
+    module = Probe(lr=1.0)
+    fit(module, loader(40, 2), LearningRateScheduler(DOWN), Stops(), max_steps=8)
+    assert len(module.lrs) == 3
+
+
+# ------------------------------------------------------------------------------------- messages
+
+
+@pytest.mark.parametrize("budget", ["0 s", "0 steps", "0 epochs", "0 tokens"])
+def test_budget_of_zero_is_refused(budget: str) -> None:
+    with pytest.raises(ValueError, match=rf"^budget must be positive, got '{budget}'; write"):
+        LearningRateScheduler(DOWN, budget=budget)
+
+
+@pytest.mark.parametrize("budget", ["-2 hours", "-1 steps", "1e999 s"])
+def test_budget_below_zero_or_not_finite_is_refused(budget: str) -> None:
+    match = rf"^budget must be non-negative and finite, got '{budget}'"
+    with pytest.raises(ValueError, match=match):
+        LearningRateScheduler(DOWN, budget=budget)
+
+
+@pytest.mark.parametrize("budget", ["nan s", "nan", "inf hours"])
+def test_budget_that_is_no_number_is_refused(budget: str) -> None:
+    with pytest.raises(ValueError, match=rf"^budget must be a duration such as .* got '{budget}'"):
+        LearningRateScheduler(DOWN, budget=budget)
+
+
+def test_budget_in_percent_is_refused_and_the_message_names_times() -> None:
+    match = r"^budget must be in steps, epochs, samples, tokens or a time, got '50%'; .* '2 hours'"
+    with pytest.raises(ValueError, match=match):
+        LearningRateScheduler(DOWN, budget="50%")

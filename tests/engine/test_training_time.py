@@ -26,7 +26,7 @@ from lightning_bigopt import (
     WarmupStableDecay,
     plan,
 )
-from tests.helpers import QUIET
+from tests.helpers import QUIET, SaveAt
 
 TEN_SECONDS = "00:00:00:10"
 
@@ -243,6 +243,37 @@ def test_more_time_at_a_resume_extends_the_schedule(clock: Any, tmp_path: Path) 
     assert resumed.rates == down(20, start=4, stop=20)
 
 
+@pytest.mark.parametrize("at", [4, 10])
+def test_checkpoint_of_a_time_that_continues_under_max_steps(
+    clock: Any, tmp_path: Path, at: int
+) -> None:
+    path, resumed = tmp_path / "one.ckpt", Recorded(clock)
+    fit(Recorded(clock), LearningRateScheduler(Linear()), SaveAt(path, at), max_time=TEN_SECONDS)
+    outcome = "the run ends after 10 seconds of training, or after 25 steps if that is earlier"
+    if at == 10:
+        outcome = "this time is over, so that no update is trained"
+    match = rf"for 10 seconds, .* set to 25 steps.*: {outcome}\. Pass on_resume='extend'"
+    with pytest.warns(UserWarning, match=match):
+        fit(resumed, LearningRateScheduler(Linear()), ckpt=path, max_steps=25)
+    assert resumed.rates == down(start=at)
+
+
+@pytest.mark.parametrize("at", [4, 10])
+def test_checkpoint_of_max_steps_that_continues_under_a_time(
+    clock: Any, tmp_path: Path, at: int
+) -> None:
+    path, resumed = tmp_path / "one.ckpt", Recorded(clock)
+    fit(Recorded(clock), LearningRateScheduler(Linear()), SaveAt(path, at), max_steps=10)
+    outcome = "after 10 steps every update uses the last .*, if 10 seconds are longer, which is 0"
+    if at == 10:
+        outcome = "its schedule has ended, so that every update uses the last .*, which is 0"
+    match = rf"for 10 steps, .* set to 10 seconds.*: {outcome} for most schedules\. Pass on_resume"
+    with pytest.warns(UserWarning, match=match):
+        fit(resumed, LearningRateScheduler(Linear()), ckpt=path, max_time=TEN_SECONDS)
+    right = [max(0.0, 1 - (at + step) / 10) for step in range(10)]
+    assert resumed.rates == pytest.approx(right, abs=1e-12)
+
+
 def test_plan_says_that_the_number_of_updates_is_unknown(clock: Any) -> None:
     trainer = L.Trainer(**QUIET, max_time=TEN_SECONDS, callbacks=[LearningRateScheduler(Linear())])
     planned = plan(trainer, Recorded(clock))
@@ -253,7 +284,7 @@ def test_plan_says_that_the_number_of_updates_is_unknown(clock: Any) -> None:
 
 @pytest.mark.parametrize("options", [{"min_steps": 20}, {"min_epochs": 2}])
 def test_minimum_beyond_the_time_is_refused(clock: Any, options: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=r"must not have min_steps or .* max_time of 10"):
+    with pytest.raises(ValueError, match=r"must not have a minimum with max_time of 10 seconds"):
         fit(Recorded(clock), LearningRateScheduler(Linear()), max_time=TEN_SECONDS, **options)
 
 

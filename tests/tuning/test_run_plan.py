@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -291,15 +292,53 @@ def test_plan_between_two_fits_does_not_change_the_second_fit() -> None:
     assert str(planned[1]) == str(plain[1])
 
 
-def test_plan_of_several_optimizers_warns() -> None:
-    class SeveralOptimizers(Probe):
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
+class SeveralOptimizers(Probe):
+    """Steps four optimizers in every batch, and records the step and the learning rate before."""
 
-        def configure_optimizers(self) -> Any:
-            return [torch.optim.SGD([p], lr=0.1) for p in self.net.parameters()]
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.seen: dict[int, float] = {}
 
-    trainer = L.Trainer(**QUIET, callbacks=[LearningRateScheduler(Linear())], max_steps=8)
-    found = plan(trainer, SeveralOptimizers(), loader(26, 2))
-    assert any("max_steps counts the steps of all 4 optimizers" in w for w in found.warnings)
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD([p], lr=0.1) for p in self.net.parameters()]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizers = self.optimizers()
+        self.seen[self.trainer.global_step] = optimizers[0].param_groups[0]["lr"]
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Disabled: there are no gradients."""
+
+
+def test_plan_of_several_optimizers_is_right_by_step_and_names_a_way_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    scheduler = LearningRateScheduler(Linear())
+    trainer = L.Trainer(**QUIET, callbacks=[scheduler], max_steps=8)
+    module, data = SeveralOptimizers(), loader(26, 2)
+    found = plan(trainer, module, data)
+    (text,) = [w for w in found.warnings if "max_steps counts the steps of all 4 optimizers" in w]
+    assert "write durations in steps or percent, or limit the run by max_epochs" in text
+    assert "max_steps=4 * N" in text
+    with caplog.at_level(logging.INFO):
+        trainer.fit(module, data)
+    assert any(text in message for message in caplog.messages)
+    planned = {row.update: next(iter(row.learning_rates.values())) for row in found.rows}
+    assert module.seen == pytest.approx({0: 0.1, 4: 0.05})
+    assert module.seen == pytest.approx({step: planned[step] for step in module.seen})
+
+
+def test_plan_of_several_optimizers_under_max_epochs_is_right_by_fraction() -> None:
+    scheduler = LearningRateScheduler(Linear())
+    trainer = L.Trainer(**QUIET, callbacks=[scheduler], max_epochs=2)
+    module, data = SeveralOptimizers(), loader(8, 2)
+    found = plan(trainer, module, data)
+    (text,) = [w for w in found.warnings if "steps of all 4 optimizers" in w]
+    assert text.endswith("write durations in epochs or percent")
+    trainer.fit(module, data)
+    planned = [next(iter(row.learning_rates.values())) for row in found.rows]
+    assert planned == pytest.approx([0.1 * (1 - batch / 8) for batch in range(8)])
+    assert list(module.seen.values()) == pytest.approx(planned)

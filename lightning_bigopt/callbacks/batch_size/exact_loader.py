@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import repeat
 
 from lightning_bigopt.batching.exact_loader import GlobalBatchLoader
+from lightning_bigopt.batching.planned_sizes import sizes_in_epoch
 from lightning_bigopt.batching.policies.batch_size_policy import BatchSizePolicy
-from lightning_bigopt.batching.simulation import planned_sizes
+from lightning_bigopt.durations.progress import Progress
 from lightning_bigopt.engine.stage import Fit
 from lightning_bigopt.trainer_access import loaders, loop, strategies
 
@@ -78,13 +78,23 @@ def _batch_sizes(
     if loop.is_fast_dev_run(fit.trainer):
         # Lightning stops after one batch, which must close its window.
         return repeat(loader.micro_batch_size * world)
-    horizon = clock.horizon
-    return planned_sizes(
+    clock.epoch.read_exact_loader(fit.trainer)  # of a new epoch, whose hooks come later
+    horizon, now = clock.horizon, clock.counts()
+
+    def progress_after(*, steps: int, batches: int, samples: int) -> Progress:
+        ahead = now._replace(
+            steps=now.steps + steps,
+            batches=now.batches + batches,
+            samples=now.samples + samples,
+            epoch_done=now.epoch_done + samples,
+        )
+        return clock.progress_at(ahead)
+
+    return sizes_in_epoch(
         policy,
-        start=clock.progress(),
+        progress_after=progress_after,
         position=loader.position,
         clock="samples" if horizon is None else horizon.clock,
-        budget=float(sys.maxsize) if horizon is None else horizon.budget,
         micro_batch_size=loader.micro_batch_size,
         world_size=world,
         samples_per_epoch=loader.samples,

@@ -17,6 +17,7 @@ from lightning_bigopt.callbacks.step_guard.guard_state import GuardState
 from lightning_bigopt.callbacks.step_guard.rejection_report import RejectedUpdate, WindowRecorder
 from lightning_bigopt.callbacks.step_guard.too_many_rejections import too_many_rejections
 from lightning_bigopt.checks import check_count
+from lightning_bigopt.durations.duration import amount_of
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.stage import LEARNING_RATE, Batch, Fit
 from lightning_bigopt.engine.update import Rejection, Update
@@ -162,8 +163,8 @@ class StepGuard(Capability):
         self._window.clear()
         self._buffers.release()
         if self.rejected:
-            plural = "s" if self.rejected > 1 else ""
-            rank_zero_info(f"StepGuard rejected {self.rejected} update{plural} of this run.")
+            updates = amount_of(self.rejected, "updates")
+            rank_zero_info(f"StepGuard rejected {updates} of this run.")
 
     # ------------------------------------------------------------------------------ decision
 
