@@ -118,7 +118,8 @@ class EpochPosition:
 
     def _accumulations(self, trainer: Trainer) -> tuple[int, int]:
         """Returns the accumulation in this epoch, and the planned one if it is known."""
-        used, epoch = trainer.accumulate_grad_batches, trainer.current_epoch
-        planned = [length for start, length in self._accumulation.items() if start <= epoch]
-        is_known = planned and not isinstance(used, WindowLength)
-        return used, planned[-1] if is_known else used
+        used = trainer.accumulate_grad_batches
+        if not self._accumulation or isinstance(used, WindowLength):
+            return used, used
+        epoch = trainer.current_epoch
+        return used, [n for start, n in self._accumulation.items() if start <= epoch][-1]
