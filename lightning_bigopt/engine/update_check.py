@@ -125,7 +125,8 @@ class UpdateCheck:
         if self._is_over or not self._windows or not capabilities:
             return
         self._is_over = True
-        names = ", ".join(dict.fromkeys(type(capability).__name__ for capability in capabilities))
+        by_rank = sorted(capabilities, key=lambda capability: capability.rank)
+        names = ", ".join(dict.fromkeys(type(capability).__name__ for capability in by_rank))
         for label, optimizer in self._optimizers:
             if id(optimizer) in self._reached:
                 continue
