@@ -262,6 +262,8 @@ class OptimizationMonitor(Capability):
             counted = None if batch.samples is None else clock.samples
             self._timer.report(samples=counted, tokens=clock.tokens, into=times)
             fetched.update(times.fetch())
+            for layers in self._layers.values():
+                fetched.update(layers.update_ratio_quantiles(fetched))
             logging.log_values(fit, fetched, self.x_axis)
 
     def metrics(self, fit: Fit) -> Mapping[str, float | Tensor]:
