@@ -100,8 +100,8 @@ class Demo:
         """Trains all runs, prints the table, and writes the picture."""
         _print(
             f"Trains a GPT of 0.4M parameters {1 + len(BARE_LRS)} times on {self.samples:,} "
-            "samples of Python's own source code: once with the callbacks of lightning_bigopt, then with a "
-            f"bare Trainer and {len(BARE_LRS)} constant learning rates.\n"
+            "samples of Python's own source code:\nonce with the callbacks of lightning_bigopt, "
+            f"then with a bare Trainer and {len(BARE_LRS)} constant learning rates.\n"
             f"This takes about {math.ceil(self.bare_steps / 190)} minutes on two cores. The logs "
             f"are written to {self.logdir}."
         )
