@@ -214,6 +214,7 @@ class BatchSizeScheduler(Capability):
         if len(changes) > 1 or self.policy.adaptive:
             text += self.coupling.advice(fit.groups.optimizers)
         rank_zero_info(text)
+        self._planner.warn_beyond_epoch([size for _, size in changes])
         window, self._restored = self._restored, None
         if window is not None:
             ready = loop.ready_batches(fit.trainer)
