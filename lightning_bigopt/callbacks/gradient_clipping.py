@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_instance
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.stage import Fit
@@ -26,6 +27,7 @@ from lightning_bigopt.trainer_access import strategies
 __all__ = ["GradientClipping"]
 
 
+@explain_arguments
 class GradientClipping(Capability):
     """Clips the gradient of every update by a rule, after reduction and unscaling.
 

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.stage import Batch, Fit
 from lightning_bigopt.engine.update import Update
@@ -44,6 +45,7 @@ class _Part(NamedTuple):
     weight: float
 
 
+@explain_arguments
 class GradientNoiseScale(Capability):
     """Measures the gradient noise scale, an estimate of the critical batch size.
 

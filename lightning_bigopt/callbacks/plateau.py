@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_between, check_choice, check_count
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.stage import LEARNING_RATE, Fit
@@ -23,6 +24,7 @@ ThresholdMode: TypeAlias = Literal["rel", "abs"]
 Check: TypeAlias = Literal["validation", "train_epoch"]
 
 
+@explain_arguments
 class ReduceOnPlateau(Capability):
     """Multiplies the learning rate by ``factor`` when a metric stops improving.
 
