@@ -53,7 +53,12 @@ from lightning_bigopt.gradients import (
 from lightning_bigopt.mixins import (
     BatchSizePolicyMixin,
     GradientClippingMixin,
+    GradientNoiseScaleMixin,
+    HyperparameterScheduleMixin,
     LearningRateScheduleMixin,
+    OptimizationMonitorMixin,
+    ReduceOnPlateauMixin,
+    StepGuardMixin,
 )
 from lightning_bigopt.optimizers import parameter_groups
 from lightning_bigopt.schedules import (
@@ -125,8 +130,10 @@ __all__ = [
     "GradientClipping",
     "GradientClippingMixin",
     "GradientNoiseScale",
+    "GradientNoiseScaleMixin",
     "Groups",
     "Horizon",
+    "HyperparameterScheduleMixin",
     "HyperparameterScheduler",
     "InfiniteSchedule",
     "InverseSquareRoot",
@@ -144,6 +151,7 @@ __all__ = [
     "NormSpike",
     "OneCycle",
     "OptimizationMonitor",
+    "OptimizationMonitorMixin",
     "PerParameterNormClip",
     "PiecewiseLinear",
     "Polynomial",
@@ -152,6 +160,7 @@ __all__ = [
     "Progress",
     "RangeTest",
     "ReduceOnPlateau",
+    "ReduceOnPlateauMixin",
     "Schedule",
     "SchedulePolicy",
     "Seesaw",
@@ -160,6 +169,7 @@ __all__ = [
     "Skip",
     "StepDecay",
     "StepGuard",
+    "StepGuardMixin",
     "TriStage",
     "UpdateClip",
     "ValueClip",

@@ -17,7 +17,11 @@ __all__ = [
     "check_instance",
     "check_non_negative",
     "check_positive",
+    "checked_tuple",
+    "shown",
 ]
+
+_LONGEST_REPR = 120  # characters
 
 
 def check_choice(name: str, value: object, choices: Any, *, hint: str = "") -> None:
@@ -44,7 +48,7 @@ def check_choice(name: str, value: object, choices: Any, *, hint: str = "") -> N
         return
     *first, last = map(repr, allowed)
     listed = f"{', '.join(first)} or {last}" if first else last
-    raise ValueError(f"{name} must be {listed}, got {value!r}{_advice(hint)}")
+    raise ValueError(f"{name} must be {listed}, got {shown(value)}{_advice(hint)}")
 
 
 def check_count(
@@ -75,7 +79,8 @@ def check_count(
         constraint = f"a {'positive' if minimum else 'non-negative'} {noun}"
     else:
         constraint = f"{'a' if of else 'an'} {noun} of at least {minimum}"
-    raise ValueError(f"{name} must be {constraint}, got {value!r}{_advice(hint)}")
+    hint = _without_quotes(value) or hint
+    raise ValueError(f"{name} must be {constraint}, got {shown(value)}{_advice(hint)}")
 
 
 def check_positive(name: str, value: Any, *, hint: str = "") -> None:
@@ -96,7 +101,7 @@ def check_positive(name: str, value: Any, *, hint: str = "") -> None:
 disable clipping
     """
     if not (_is_number(value) and math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be positive and finite, got {value!r}{_advice(hint)}")
+        raise _number_error(name, "positive and finite", value, hint)
 
 
 def check_non_negative(name: str, value: Any, *, hint: str = "") -> None:
@@ -116,7 +121,7 @@ def check_non_negative(name: str, value: Any, *, hint: str = "") -> None:
         ValueError: end must be non-negative and finite, got -0.1
     """
     if not (_is_number(value) and math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be non-negative and finite, got {value!r}{_advice(hint)}")
+        raise _number_error(name, "non-negative and finite", value, hint)
 
 
 def check_between(
@@ -150,7 +155,7 @@ def check_between(
     above = _is_number(value) and (value >= low if ends[0] == "[" else value > low)
     if not (above and (value <= high if ends[1] == "]" else value < high)):
         interval = f"{ends[0]}{low:g}, {high:g}{ends[1]}"
-        raise ValueError(f"{name} must be in {interval}, got {value!r}{_advice(hint)}")
+        raise _number_error(name, f"in {interval}", value, hint)
 
 
 def check_instance(name: str, value: object, kind: type, *, hint: str = "") -> None:
@@ -171,8 +176,74 @@ def check_instance(name: str, value: object, kind: type, *, hint: str = "") -> N
         ValueError: size must be an int, got '32'; write 32
     """
     if not isinstance(value, kind):
-        article = "an" if kind.__name__[0].lower() in "aeiou" else "a"
-        raise ValueError(f"{name} must be {article} {kind.__name__}, got {value!r}{_advice(hint)}")
+        expected = _with_article(kind.__name__)
+        if isinstance(value, type) and issubclass(value, kind):
+            hint = f"write {value.__name__}()"
+        raise ValueError(f"{name} must be {expected}, got {shown(value)}{_advice(hint)}")
+
+
+def checked_tuple(name: str, values: Any, kind: type, *, hint: str = "") -> tuple[Any, ...]:
+    """Returns a sequence as a tuple; raises unless all its elements are instances of a class.
+
+    Args:
+        name: Name of the argument.
+        values: Value of the argument.
+        kind: The class of the elements.
+        hint: Advice at the end of the message, without the semicolon.
+
+    Raises:
+        ValueError: If ``values`` is no sequence, is empty, or has another element.
+
+    Example:
+        >>> checked_tuple("sizes", [1, 2], int)
+        (1, 2)
+        >>> checked_tuple("sizes", 2, int)
+        Traceback (most recent call last):
+        ValueError: sizes must be a list of int objects, got 2; write [2]
+    """
+    if not isinstance(values, Sequence) or isinstance(values, str) or not values:
+        hint = f"write [{shown(values)}]" if isinstance(values, kind) else hint
+        raise ValueError(
+            f"{name} must be a list of {kind.__name__} objects, got {shown(values)}{_advice(hint)}"
+        )
+    for index, value in enumerate(values):
+        check_instance(f"{name}[{index}]", value, kind, hint=hint)
+    return tuple(values)
+
+
+def shown(value: object) -> str:
+    """Returns a short description of a value for a message: its repr, or its class.
+
+    Example:
+        >>> shown("5%"), shown(list(range(100))), shown(int)
+        ("'5%'", 'a list', 'the class int')
+    """
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    text = repr(value)
+    is_short = len(text) <= _LONGEST_REPR and "\n" not in text and " at 0x" not in text
+    return text if is_short else _with_article(type(value).__name__)
+
+
+def _with_article(name: str) -> str:
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
+def _number_error(name: str, constraint: str, value: object, hint: str) -> ValueError:
+    if isinstance(value, str):
+        constraint, hint = f"a number {constraint}", _without_quotes(value) or hint
+        if not constraint.startswith("a number in"):
+            constraint = f"a {constraint.removeprefix('a number ')} number"
+    return ValueError(f"{name} must be {constraint}, got {shown(value)}{_advice(hint)}")
+
+
+def _without_quotes(value: object) -> str:
+    """Returns advice for a number that was passed as a string; empty for any other value."""
+    try:
+        is_quoted = isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
+        return ""
+    return f"write {value} without quotes" if is_quoted else ""
 
 
 def _is_number(value: object) -> bool:

@@ -10,15 +10,15 @@ NAMES = """
     BatchSizeScheduler BatchSizeSteps Chain Clamp ClipToMedian ClippingRule Constant
     ConstantBatchSize Cooldown Cosine CosineWithRestarts Cyclic Detector Duration Exponential
     FullBatch GlobalBatchFinder GlobalBatchLoader GradientClipping GradientClippingMixin
-    GradientNoiseScale Groups Horizon HyperparameterScheduler InfiniteSchedule InverseSquareRoot
-    LearningRateRangeTest
+    GradientNoiseScale GradientNoiseScaleMixin Groups Horizon HyperparameterScheduleMixin
+    HyperparameterScheduler InfiniteSchedule InverseSquareRoot LearningRateRangeTest
     LearningRateScheduleMixin LearningRateScheduler Linear LossSpike MaxUpdateRatio MultiStep Noam
     NoiseScaleBatchSize NonFinite NormClip NormSpike OneCycle OptimizationMonitor
-    PerParameterNormClip PiecewiseLinear Polynomial Power Product Progress REX RangeTest
-    ReduceOnPlateau Schedule SchedulePolicy Seesaw SeesawBatchSize SingleSample Skip StepDecay
-    StepGuard TriStage UpdateClip ValueClip Warmup WarmupConstant WarmupCosine
-    WarmupInverseSquareRoot WarmupLinear WarmupStableDecay ZClip __version__
-    learning_rate_range_test parameter_groups plan replay
+    OptimizationMonitorMixin PerParameterNormClip PiecewiseLinear Polynomial Power Product
+    Progress REX RangeTest ReduceOnPlateau ReduceOnPlateauMixin Schedule SchedulePolicy Seesaw
+    SeesawBatchSize SingleSample Skip StepDecay StepGuard StepGuardMixin TriStage UpdateClip
+    ValueClip Warmup WarmupConstant WarmupCosine WarmupInverseSquareRoot WarmupLinear
+    WarmupStableDecay ZClip __version__ learning_rate_range_test parameter_groups plan replay
 """
 
 

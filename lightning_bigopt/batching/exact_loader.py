@@ -7,9 +7,11 @@ from itertools import repeat
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.batching.copyable_iterator import CopyableIterator
+from lightning_bigopt.batching.dataset_checks import check_dataset
 from lightning_bigopt.batching.global_window import GlobalWindow, MicroBatch
 from lightning_bigopt.batching.randomness import SampleStreams, mixed_seed, permutation
 from lightning_bigopt.checks import check_between, check_choice, check_count
@@ -36,6 +38,7 @@ _RESERVED_OPTIONS = (
 _MAX_YIELDED = 4096  # far more than workers fetch ahead; bounds memory if micro_batch is unused
 
 
+@explain_arguments
 class GlobalBatchLoader:
     """Gives each update its exact global batch, in an order that depends on the seed alone.
 
@@ -101,14 +104,8 @@ class GlobalBatchLoader:
         options: Mapping[str, Any] | None = None,
     ) -> None:
         check_count("micro_batch_size", micro_batch_size, of="samples")
-        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-            raise ValueError(
-                "dataset must have a length and an index with GlobalBatchLoader, got "
-                f"{type(dataset).__name__}; use a DataLoader, which BatchSizeScheduler supports"
-            )
-        self.samples = len(dataset)
-        if not self.samples:
-            raise ValueError("dataset must not be empty, got a length of 0; check its files")
+        check_dataset(dataset)
+        self.samples = len(dataset)  # type: ignore[arg-type]
         check_choice("shuffle", shuffle, ("permute", "sequential"))
         check_choice("randomness", randomness, ("ambient", "sample"))
         reserved = sorted(set(options or {}).intersection(_RESERVED_OPTIONS))

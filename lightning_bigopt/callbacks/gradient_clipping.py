@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_choice, check_instance
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.stage import Batch, Fit
@@ -33,6 +34,7 @@ ClippingScope: TypeAlias = Literal["optimizer", "all"]
 _NamedParameters: TypeAlias = list[tuple[str, nn.Parameter]]
 
 
+@explain_arguments
 class GradientClipping(Capability):
     """Clips the gradient of every update by a rule, after reduction and unscaling.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.callbacks.resume_report import is_resumed, report_changes
 from lightning_bigopt.callbacks.schedules import GroupSchedules
 from lightning_bigopt.checks import check_choice
@@ -19,6 +20,7 @@ from lightning_bigopt.schedules.base import Schedule
 __all__ = ["HyperparameterScheduler"]
 
 
+@explain_arguments
 class HyperparameterScheduler(Capability):
     """Schedules a numeric field of the parameter groups, other than the learning rate.
 

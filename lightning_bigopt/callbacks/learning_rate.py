@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.callbacks.resume_report import is_resumed, report_changes
 from lightning_bigopt.callbacks.schedules import GroupSchedules
 from lightning_bigopt.checks import check_between, check_choice, check_non_negative
@@ -27,6 +28,7 @@ __all__ = ["LearningRateScheduler"]
 ModuleScheduler: TypeAlias = Literal["raise", "replace"]
 
 
+@explain_arguments
 class LearningRateScheduler(Capability):
     """Schedules the learning rate of every parameter group over the budget.
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.callbacks.run_report import (
     check_report,
     check_report_name,
@@ -20,6 +21,7 @@ from lightning_bigopt.engine.stage import Batch, Fit
 from lightning_bigopt.engine.update import Rejection, Update
 from lightning_bigopt.gradients.clip_decision import ClipDecision
 from lightning_bigopt.monitoring import logging
+from lightning_bigopt.monitoring.group_values import hyperparameters_of
 from lightning_bigopt.monitoring.layers import LayerMonitor, LayerValue, check_layers
 from lightning_bigopt.monitoring.logging import XAxis
 from lightning_bigopt.monitoring.metric_buffer import MetricBuffer
@@ -37,6 +39,7 @@ __all__ = ["OptimizationMonitor"]
 _ALL_LAYER_VALUES: tuple[LayerValue, ...] = ("grad_norm", "weight_norm", "update_ratio", "zeros")
 
 
+@explain_arguments
 class OptimizationMonitor(Capability):
     """Logs the values that the updates used, to all loggers and the progress bar.
 
@@ -198,7 +201,7 @@ class OptimizationMonitor(Capability):
         values.add(tag_name("grad_norm/total", label), total)
         groups = update.optimizer.param_groups
         for name, group in zip(group_names(groups), groups, strict=True):
-            for tag, value in _hyperparameters(group).items():
+            for tag, value in hyperparameters_of(group).items():
                 values.add(tag_name(tag, label, name), value)
         if not self._due:
             return
@@ -262,6 +265,8 @@ class OptimizationMonitor(Capability):
             counted = None if batch.samples is None else clock.samples
             self._timer.report(samples=counted, tokens=clock.tokens, into=times)
             fetched.update(times.fetch())
+            for layers in self._layers.values():
+                fetched.update(layers.update_ratio_quantiles(fetched))
             logging.log_values(fit, fetched, self.x_axis)
 
     def metrics(self, fit: Fit) -> Mapping[str, float | Tensor]:
@@ -297,21 +302,3 @@ def _for_progress_bar(values: Mapping[str, float]) -> dict[str, float]:
     if values.get("guard/skipped"):
         shown["skipped"] = values["guard/skipped"]
     return shown
-
-
-def _hyperparameters(group: Mapping[str, Any]) -> dict[str, float | Tensor]:
-    """Returns the values of a parameter group that are logged, by tag."""
-    momentum = group.get("momentum")
-    if momentum is None and group.get("betas"):
-        momentum = group["betas"][0]
-    values = {
-        "optim/lr": group.get("lr"),
-        "optim/weight_decay": group.get("weight_decay"),
-        "optim/momentum": momentum,
-    }
-    # A tensor is cloned: the engine overwrites it for the next update before it is transferred.
-    return {
-        tag: value.detach().clone() if isinstance(value, Tensor) else value
-        for tag, value in values.items()
-        if value is not None  # the lr of Adafactor(relative_step=True), for example
-    }

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.stage import Batch, Fit
 from lightning_bigopt.engine.update import Update
@@ -44,6 +45,7 @@ class _Part(NamedTuple):
     weight: float
 
 
+@explain_arguments
 class GradientNoiseScale(Capability):
     """Measures the gradient noise scale, an estimate of the critical batch size.
 
@@ -164,7 +166,7 @@ class GradientNoiseScale(Capability):
     def rescale(self, update: Update) -> None:
         """Stores the norm of the update, before clipping."""
         if not self.needs_norms(update):
-            self._log_once(f"The gradient noise scale cannot be measured here: {_ONE_SIZE}.")
+            self._log_unless_measured_later()
             return
         self._whole = update.norms.total
         if update.norms.norm_type != 2:
@@ -251,6 +253,14 @@ class GradientNoiseScale(Capability):
             "signal": report.signal,
         }
         return {f"noise_scale/{name}": v for name, v in values.items() if v is not None}
+
+    def _log_unless_measured_later(self) -> None:
+        """Says that no update can be measured, unless one was or an update of the plan can be."""
+        assert self.fit is not None  # set by the engine
+        horizon = self.fit.clock.horizon
+        accumulates_later = horizon is not None and any(span.batches > 1 for span in horizon.spans)
+        if not (self.estimator.updates or accumulates_later):
+            self._log_once(f"The gradient noise scale cannot be measured here: {_ONE_SIZE}.")
 
     def _log_once(self, text: str) -> None:
         """Logs a message once per fit."""

@@ -6,9 +6,10 @@ import math
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_between, check_choice, check_count
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.stage import LEARNING_RATE, Fit
@@ -23,6 +24,7 @@ ThresholdMode: TypeAlias = Literal["rel", "abs"]
 Check: TypeAlias = Literal["validation", "train_epoch"]
 
 
+@explain_arguments
 class ReduceOnPlateau(Capability):
     """Multiplies the learning rate by ``factor`` when a metric stops improving.
 
@@ -102,6 +104,7 @@ class ReduceOnPlateau(Capability):
         # learning rate is the factor, and min_lr is its lower bound.
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         self._plateau = ReduceLROnPlateau(optimizer, **self._options)
+        self._checks: int | None = None  # checks in this fit; None outside a fit that can check
 
     @property
     def factor(self) -> float:
@@ -119,6 +122,23 @@ class ReduceOnPlateau(Capability):
     def start(self, fit: Fit) -> None:
         """Adds the factor to the adjustments of the learning rate."""
         fit.groups.adjust("lr", lambda value, _: value * self.factor, owner=self)
+        self._checks = 0
+        if self.check == "validation" and not fit.trainer.enable_validation:
+            self._checks = None
+            rank_zero_warn(
+                f"ReduceOnPlateau({self.monitor!r}) will never reduce the learning rate, because "
+                "this fit has no validation; pass a validation loader and define validation_step, "
+                "or pass check='train_epoch' to check a metric of the training"
+            )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warns if the metric was never checked."""
+        if self._checks == 0:
+            rank_zero_warn(
+                f"ReduceOnPlateau({self.monitor!r}) has never checked its metric: this fit ended "
+                "before the first check; validate more often (val_check_interval, "
+                "check_val_every_n_epoch)"
+            )
 
     def end_evaluation(self, trainer: Trainer, module: LightningModule) -> None:
         """Checks the metric after a validation."""
@@ -138,6 +158,7 @@ class ReduceOnPlateau(Capability):
         """
         if self.fit is None:  # Trainer.validate
             return
+        self._checks = (self._checks or 0) + 1
         metrics = trainer.callback_metrics
         if self.monitor not in metrics:
             raise ValueError(

@@ -26,6 +26,9 @@ class _OnUpdates(Protocol):
     @property
     def needs_step_hook(self) -> bool: ...
 
+    @property
+    def rank(self) -> int: ...
+
 
 class UpdateCheck:
     """Raises if an update does not call the engine's hook; warns if no gradient reaches it.

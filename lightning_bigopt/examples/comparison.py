@@ -19,20 +19,24 @@ class Run:
 
     Args:
         title: Name of the run in table and picture.
-        lr: Peak learning rate.
         seconds: Wall-clock time of training, without validation.
         scalars: Logged scalars: tag → step → value.
 
     Example:
         >>> norms = {0: 0.5, 1: float("inf")}
-        >>> Run(title="a", lr=0.1, seconds=1, scalars={"grad_norm/total": norms}).non_finite_steps
+        >>> Run(title="a", seconds=1, scalars={"grad_norm/total": norms}).non_finite_steps
         1
     """
 
     title: str
-    lr: float
     seconds: float
     scalars: dict[str, dict[int, float]]
+
+    @property
+    def peak_lr(self) -> float:
+        """Largest learning rate of all updates and parameter groups."""
+        rates = [rate for tag, rate in self.scalars.items() if tag.startswith("optim/lr")]
+        return max(max(by_step.values()) for by_step in rates)
 
     @property
     def validation_loss(self) -> float:
@@ -69,7 +73,7 @@ def markdown_table(runs: Sequence[Run]) -> str:
     """Formats the runs as columns of a Markdown table."""
     rows = [
         ["", *(run.title for run in runs)],
-        ["peak learning rate", *(f"{run.lr:g}" for run in runs)],
+        ["peak learning rate", *(f"{run.peak_lr:.3g}" for run in runs)],
         ["validation loss (nats/byte)", *(f"{run.validation_loss:.3f}" for run in runs)],
         ["optimizer updates", *(str(run.updates) for run in runs)],
         ["samples", *(str(run.samples) for run in runs)],
@@ -101,7 +105,7 @@ def draw_comparison(runs: Sequence[Run], path: Path) -> None:
     (rate, norm), (batch, loss) = panels
     for index, run in reversed(list(enumerate(runs))):
         color = "tab:orange" if index == 0 else str(min(0.1 + 0.25 * index, 0.9))
-        label = f"{run.title}, peak {run.lr:g}"
+        label = f"{run.title}, peak {run.peak_lr:.3g}"
         rate.plot(*_curve(run, "optim/lr/decay"), color=color, label=label)
         norm.plot(*_curve(run, "grad_norm/total"), color=color, linewidth=0.6)
         batch.step(*_curve(run, "batch/global_size"), color=color, where="post")

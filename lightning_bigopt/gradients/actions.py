@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_bigopt.arguments import Specification, explain_arguments
 from lightning_bigopt.checks import check_between, check_count
 from lightning_bigopt.removed import RemovedAttribute
 
 __all__ = ["Abort", "Action", "Backoff", "ClipToMedian", "Skip"]
 
 
-class Action:
+class Action(Specification):
     """Base class of the actions, which are specifications for ``StepGuard``.
 
     ``StepGuard`` implements the four actions of this module; other subclasses have no effect.
@@ -21,9 +22,12 @@ class Action:
         True
     """
 
+    _used_in = "StepGuard(actions=[{}])"
+
     initial_state: Any = RemovedAttribute("0.2", "only Backoff has a state")
 
 
+@explain_arguments
 @dataclass(frozen=True)
 class Skip(Action):
     """Skips the update: parameters and optimizer state do not change.
@@ -37,6 +41,7 @@ class Skip(Action):
     """
 
 
+@explain_arguments
 @dataclass(frozen=True)
 class ClipToMedian(Action):
     """Scales the gradient to the typical norm instead of skipping the update.
@@ -50,6 +55,7 @@ class ClipToMedian(Action):
     """
 
 
+@explain_arguments
 @dataclass(frozen=True)
 class Backoff(Action):
     """Lowers the learning rate after a rejection and raises it again over accepted updates.
@@ -96,6 +102,7 @@ class Backoff(Action):
         state["level"] = min(1.0, state["level"] + (1.0 - self.factor) / self.recover)
 
 
+@explain_arguments
 @dataclass(frozen=True)
 class Abort(Action):
     """Ends the run with an error after several rejections in a row.

@@ -10,6 +10,7 @@ from itertools import pairwise
 from statistics import median
 from typing import ClassVar
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_between, check_count, check_positive
 from lightning_bigopt.gradients.guard import Detector, DetectorState, Quantity, Verdict
 
@@ -19,6 +20,7 @@ __all__ = ["LossSpike", "NonFinite", "NormSpike"]
 _MEDIAN_TO_SIGMA = 1.4826 / math.sqrt(2.0)
 
 
+@explain_arguments
 @dataclass(frozen=True)
 class NonFinite(Detector):
     """Rejects an update with a NaN or an infinity in its gradient. Has no state.
@@ -162,6 +164,7 @@ def spread(scores: Sequence[float]) -> float:
     return _MEDIAN_TO_SIGMA * median(differences) if differences else 0.0
 
 
+@explain_arguments
 @dataclass(frozen=True)
 class NormSpike(_Spike):
     r"""Rejects a gradient norm far above the norms of accepted updates.
@@ -221,6 +224,7 @@ class NormSpike(_Spike):
         return math.exp(min(score, 709.0))  # math.exp raises OverflowError above
 
 
+@explain_arguments
 @dataclass(frozen=True)
 class LossSpike(_Spike):
     """Rejects a loss far above the losses of accepted updates.

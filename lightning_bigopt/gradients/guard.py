@@ -27,6 +27,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
+from lightning_bigopt.arguments import Specification
+
 __all__ = [
     "Detector",
     "DetectorState",
@@ -64,7 +66,7 @@ class Verdict:
     reason: str
 
 
-class Detector(ABC):
+class Detector(Specification, ABC):
     """Checks one number of each update. Subclasses are frozen dataclasses.
 
     Attributes:
@@ -76,6 +78,8 @@ class Detector(ABC):
         >>> NonFinite().quantity
         'norm'
     """
+
+    _used_in = "StepGuard([{}])"
 
     quantity: ClassVar[Quantity] = "norm"
 

@@ -16,6 +16,7 @@ class BatchSizePolicyMixin(OwnedCallbackMixin):
     :meth:`configure_batch_size_policy`; the mixin adds a :class:`BatchSizeScheduler` with it.
 
     Raises:
+        TypeError: If it is listed after LightningModule.
         ValueError: If the Trainer holds a BatchSizeScheduler too.
 
     Example:

@@ -16,6 +16,7 @@ class GradientClippingMixin(OwnedCallbackMixin):
     :meth:`configure_clipping_rule`; the mixin adds a :class:`GradientClipping` with it.
 
     Raises:
+        TypeError: If it is listed after LightningModule.
         ValueError: If the Trainer holds a GradientClipping too.
 
     Example:

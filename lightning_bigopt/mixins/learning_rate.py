@@ -17,6 +17,7 @@ class LearningRateScheduleMixin(OwnedCallbackMixin):
     it.
 
     Raises:
+        TypeError: If it is listed after LightningModule.
         ValueError: If the Trainer holds a LearningRateScheduler too.
 
     Example:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 import torch
@@ -254,6 +255,19 @@ class LayerMonitor:
         if self._before:
             into.add_vector(self._names("update_ratio"), torch.zeros_like(self._weights))
         self._before, self._norms = [], None
+
+    def update_ratio_quantiles(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Returns minimum, median and maximum of the update-to-weight ratios over the layers.
+
+        Args:
+            values: The measured values by tag; ratios that are not finite are left out.
+        """
+        tags = self._tags.get("update_ratio", ())
+        ratios = [values[tag] for tag in tags if math.isfinite(values.get(tag, math.nan))]
+        if not ratios:
+            return {}
+        quantiles = {"min": min(ratios), "median": median(ratios), "max": max(ratios)}
+        return {tag_name("update_ratio", name, self.label): x for name, x in quantiles.items()}
 
     def _names(self, value: LayerValue) -> list[str]:
         assert self._grouping is not None  # measured before

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from weakref import WeakSet
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.tensor import DTensor
@@ -19,6 +19,10 @@ from lightning_bigopt.optimizers.names import group_names
 from lightning_bigopt.planning.outline import planned_updates
 from lightning_bigopt.trainer_access import loggers, loop
 
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+    from torch.utils.tensorboard import SummaryWriter
+
 __all__ = [
     "XAxis",
     "log_values",
@@ -28,6 +32,8 @@ __all__ = [
     "write_rejection",
     "write_start",
 ]
+
+_HINTED: WeakSet[Any] = WeakSet()  # the loggers whose placeholder was reported
 
 XAxis: TypeAlias = Literal["updates", "samples", "tokens"]
 
@@ -50,9 +56,17 @@ def log_values(fit: Fit, values: Mapping[str, float], axis: XAxis) -> None:
             writer, prefix = writers[logger]
             named = {prefix + tag: value for tag, value in values.items()} if prefix else values
             tensorboard.write_scalars(writer, named, step=step)
-            tensorboard.write_dashboard(writer, named, prefix=prefix)
+            _write_dashboard(trainer, writer, named, prefix)
         else:
             loggers.log_metrics(logger, values, step=step)
+
+
+def _write_dashboard(
+    trainer: Trainer, writer: SummaryWriter, tags: Collection[str], prefix: str
+) -> None:
+    """Writes the dashboard for the current tags and those that the module has logged."""
+    of_module = [prefix + tag for tag in loggers.logged_metrics(trainer)]
+    tensorboard.write_dashboard(writer, [*tags, *of_module], prefix=prefix)
 
 
 def write_start(fit: Fit, axis: XAxis) -> None:
@@ -63,11 +77,7 @@ def write_start(fit: Fit, axis: XAxis) -> None:
     trainer = fit.trainer
     if not trainer.is_global_zero:
         return
-    if loggers.hp_metric_hides_metrics(trainer):
-        rank_zero_info(
-            "TensorBoard's HParams tab will show Lightning's placeholder hp_metric and no final "
-            "metrics; pass TensorBoardLogger(..., default_hp_metric=False)."
-        )
+    _hint_at_placeholder(trainer)
     resumed = trainer.global_step > 0
     first = loop.next_logger_step(trainer)
     for writer, prefix in loggers.tensorboard_writers(trainer).values():
@@ -79,6 +89,18 @@ def write_start(fit: Fit, axis: XAxis) -> None:
         curves = [(at, {prefix + tag: v for tag, v in values.items()}) for at, values in planned]
         tensorboard.write_curves(writer, curves)
         tensorboard.write_dashboard(writer, {tag for _, v in curves for tag in v}, prefix=prefix)
+
+
+def _hint_at_placeholder(trainer: Trainer) -> None:
+    """Says once for each logger that Lightning's placeholder replaces the final metrics."""
+    found = [lg for lg in loggers.loggers_with_placeholder(trainer) if lg not in _HINTED]
+    if found:
+        _HINTED.update(found)
+        rank_zero_info(
+            "TensorBoard's HParams tab will show Lightning's placeholder hp_metric instead of the "
+            "final metrics, schedule and clipping rule; pass TensorBoardLogger(..., "
+            "default_hp_metric=False)."
+        )
 
 
 def planned_curves(fit: Fit, axis: XAxis, *, first: int) -> Iterator[tuple[int, dict[str, float]]]:
@@ -172,25 +194,35 @@ def plan_text(fit: Fit) -> str:
 
 
 def write_end(fit: Fit) -> None:
-    """Writes hyperparameters and final metrics for TensorBoard's HParams tab."""
+    """Completes the dashboard, and writes the run's row of TensorBoard's HParams tab.
+
+    The row holds the hyperparameters and the final metrics. Nothing is written if Lightning has
+    already written a row, with its placeholder hp_metric.
+    """
     trainer = fit.trainer
     metrics = {
         name: float(value)
-        for name, value in loggers.finished_metrics(trainer).items()
+        for name, value in loggers.logged_metrics(trainer).items()
         if math.isfinite(float(value))
     }
     writers = loggers.tensorboard_writers(trainer)
-    if not (trainer.is_global_zero and metrics and writers):
+    if not (metrics and writers):
         return
-    values: dict[str, Any] = dict(fit.specifications())
+    # TensorBoard sorts the columns by name, upper case first, and shows the first five at first.
+    values: dict[str, Any] = {
+        owned.capitalize(): text for owned, text in fit.specifications().items()
+    }
     for _, optimizer in fit.groups:
-        values["optimizer"] = type(optimizer).__name__
+        values["Optimizer"] = type(optimizer).__name__
         group = optimizer.param_groups[0]
         rate = group.get("initial_lr", optimizer.defaults.get("lr", group.get("lr")))
         if rate is not None:
-            values["base lr"] = float(rate)
+            values["Base learning rate"] = float(rate)
     values.update(fit.module.hparams)
-    for writer, _ in writers.values():
-        folder = Path(writer.log_dir) / "hyperparameters"
-        tensorboard.write_hyperparameters(folder, values, metrics=metrics)
+    has_row = loggers.loggers_with_placeholder(trainer)
+    for logger, (writer, prefix) in writers.items():
+        _write_dashboard(trainer, writer, (), prefix)
+        if logger not in has_row:
+            named = {prefix + tag: value for tag, value in metrics.items()}
+            tensorboard.write_hyperparameters(writer, values, metrics=named)
         writer.flush()

@@ -124,6 +124,11 @@ TAGS: tuple[Tag, ...] = (
         "divided by their norm before.",
     ),
     _tag(
+        "update_ratio/<quantile>[/optimizer]",
+        "1",
+        "Minimum, median and maximum over the layers of layers/update_ratio.",
+    ),
+    _tag(
         "layers/zeros/<layer>[/optimizer]",
         "1",
         "Fraction of the entries of a layer's gradient that are zero.",

@@ -6,7 +6,6 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -22,14 +21,24 @@ __all__ = [
     "write_scalars",
 ]
 
+# Tags of OptimizationMonitor and of Lightning, and losses.
+_NOT_OF_MODULE = (
+    ".*[Ll]oss|optim/|plan/|grad_norm/|clip/|batch/|noise_scale/|layers/|update_ratio/|guard/"
+    "|progress/|throughput/|time/|memory/|histograms/|lr-|epoch$|hp_metric$"
+)
+
 DASHBOARD: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "training": {
+        "loss, training and validation": (".*[Ll]oss.*",),
+        "other metrics of the module": (f"(?!{_NOT_OF_MODULE}).*",),
+    },
     "optimization": {
         "learning rate, planned and used": ("plan/lr.*", "optim/lr.*"),
         "gradient norm and clip threshold": ("grad_norm/total.*", "clip/threshold.*"),
         "fraction of updates clipped": ("clip/fraction.*",),
         "global batch, planned and used": ("plan/global_size", "batch/global_size"),
         "noise scale, samples": ("noise_scale/simple",),
-        "update-to-weight ratio": ("layers/update_ratio/.*",),
+        "update-to-weight ratio, quantiles over the layers": ("update_ratio/.*",),
         "rejected updates, by detector": ("guard/rejected/.*",),
     },
     "speed": {
@@ -140,34 +149,27 @@ def write_dashboard(writer: SummaryWriter, tags: Collection[str], *, prefix: str
 
 
 def write_hyperparameters(
-    folder: Path, values: Mapping[str, Any], *, metrics: Mapping[str, float]
+    writer: SummaryWriter, values: Mapping[str, Any], *, metrics: Mapping[str, float]
 ) -> None:
-    """Writes hyperparameters and final metrics as a separate run.
+    """Writes a row of TensorBoard's HParams tab.
 
-    TensorBoard reads the hyperparameters of a run only once, and Lightning may have written those
-    of the module, with a metric of -1, before training.
+    TensorBoard reads the row of a run only once, and shows the last logged value of each metric.
 
     Args:
-        folder: Folder of the new run.
+        writer: The writer of the logger.
         values: Hyperparameters by name; values of other types than bool, int, float and str are
             converted to str.
-        metrics: Final metrics by name.
+        metrics: Final values by tag; the tags must be logged in the same run.
     """
-    from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.summary import hparams
 
     plain = {
         key: value if isinstance(value, (bool, int, float, str)) else str(value)
         for key, value in values.items()
     }
-    writer = SummaryWriter(str(folder))
-    try:
-        describe: Any = hparams  # untyped
-        for summary in describe(plain, dict(metrics)):
-            _files(writer).add_summary(summary)
-        write_scalars(writer, metrics, step=0)
-    finally:
-        writer.close()
+    describe: Any = hparams  # untyped
+    for summary in describe(plain, dict(metrics)):
+        _files(writer).add_summary(summary)
 
 
 def _files(writer: Any) -> Any:

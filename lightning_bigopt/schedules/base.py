@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
+from lightning_bigopt.arguments import Specification
 from lightning_bigopt.checks import (
     check_choice,
     check_instance,
@@ -24,7 +25,7 @@ __all__ = ["CooledDown", "Schedule"]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Schedule(ABC):
+class Schedule(Specification, ABC):
     """A pure function from the fraction of the budget spent to a dimensionless factor.
 
     The caller multiplies a base value by the factor, so that one type schedules learning rates,
@@ -43,6 +44,8 @@ class Schedule(ABC):
         >>> Parabola(end=0.2)(0.5)
         0.8
     """
+
+    _used_in = "LearningRateScheduler({})"
 
     _parts: ClassVar[tuple[str, ...]] = ()
     _last: ClassVar[tuple[str, ...]] = ()

@@ -10,6 +10,7 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_choice
 from lightning_bigopt.durations.duration import Duration, DurationLike
 from lightning_bigopt.durations.horizon import Horizon
@@ -29,6 +30,7 @@ class _Piece(NamedTuple):
     scale: float
 
 
+@explain_arguments
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Chain(Schedule):
     r"""Schedules one after another, each over its own part of the budget.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_choice, check_non_negative
 from lightning_bigopt.durations.duration import Duration, DurationLike
 from lightning_bigopt.durations.horizon import Horizon
@@ -18,6 +19,7 @@ from lightning_bigopt.schedules.shapes import COOLDOWNS, WarmupShape, position
 __all__ = ["Clamp", "Product", "Warmup"]
 
 
+@explain_arguments
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Warmup(Schedule):
     r"""A rise from ``start`` to the first factor of ``schedule``, then ``schedule``.
@@ -103,6 +105,7 @@ class Warmup(Schedule):
         return length + self.schedule.warmup_end() * (1.0 - length)
 
 
+@explain_arguments
 @dataclass(frozen=True, kw_only=True)
 class Product(Schedule):
     r"""Several schedules multiplied.
@@ -168,6 +171,7 @@ class Product(Schedule):
         return max(schedule.warmup_end() for schedule in self.schedules)
 
 
+@explain_arguments
 @dataclass(frozen=True, kw_only=True)
 class Clamp(Schedule):
     r"""A schedule limited to a range of factors.

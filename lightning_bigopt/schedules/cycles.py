@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal, TypeAlias
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_between, check_choice, check_non_negative
 from lightning_bigopt.durations.duration import DurationLike
 from lightning_bigopt.schedules.base import Schedule
@@ -20,6 +21,7 @@ __all__ = ["CosineWithRestarts", "Cyclic", "OneCycle"]
 CyclicMode: TypeAlias = Literal["triangular", "triangular2", "exp_range"]
 
 
+@explain_arguments
 @dataclass(frozen=True, kw_only=True, repr=False)
 class OneCycle(Schedule):
     r"""One rise to the peak, then one long fall to far below the start.
@@ -87,6 +89,7 @@ class OneCycle(Schedule):
         return self._length
 
 
+@explain_arguments
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Cyclic(Periodic):
     r"""A triangle wave between ``low`` and the peak.
@@ -150,6 +153,7 @@ class Cyclic(Periodic):
         return self.low + (1.0 - self.low) * height
 
 
+@explain_arguments
 @dataclass(frozen=True, kw_only=True, repr=False)
 class CosineWithRestarts(Periodic):
     r"""Half cosines one after another, each from its peak to ``end``.

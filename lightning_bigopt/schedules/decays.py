@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_choice, check_non_negative, check_positive
 from lightning_bigopt.schedules.base import Schedule
 from lightning_bigopt.schedules.shapes import COOLDOWNS, CooldownShape
@@ -12,6 +13,7 @@ from lightning_bigopt.schedules.shapes import COOLDOWNS, CooldownShape
 __all__ = ["REX", "Constant", "Cooldown", "Cosine", "Linear", "Polynomial"]
 
 
+@explain_arguments
 @dataclass(frozen=True, kw_only=True)
 class Constant(Schedule):
     r"""The same factor throughout.
@@ -48,6 +50,7 @@ class Constant(Schedule):
         return True
 
 
+@explain_arguments
 @dataclass(frozen=True, kw_only=True)
 class Linear(Schedule):
     r"""A straight line from ``start`` to ``end``, flat afterwards.
@@ -83,6 +86,7 @@ class Linear(Schedule):
         return self.start * (1.0 - fraction) + self.end * fraction  # exact at both ends
 
 
+@explain_arguments
 @dataclass(frozen=True, kw_only=True)
 class Cosine(Schedule):
     r"""Half a cosine from ``start`` to ``end``, flat afterwards.
@@ -118,6 +122,7 @@ class Cosine(Schedule):
         return self.end + 0.5 * (self.start - self.end) * (1.0 + math.cos(math.pi * fraction))
 
 
+@explain_arguments
 @dataclass(frozen=True, kw_only=True)
 class Polynomial(Schedule):
     r"""Polynomial decay: a power of the remaining fraction, from 1 to ``end``.
@@ -152,6 +157,7 @@ class Polynomial(Schedule):
         return self.end + (1.0 - self.end) * math.pow(1.0 - fraction, self.power)
 
 
+@explain_arguments
 @dataclass(frozen=True, kw_only=True)
 class REX(Schedule):
     r"""Reflected exponential decay: slow at first, steep at the end.
@@ -185,6 +191,7 @@ class REX(Schedule):
         return self.end + (1.0 - self.end) * remaining / (0.5 + 0.5 * remaining)
 
 
+@explain_arguments
 @dataclass(frozen=True, kw_only=True)
 class Cooldown(Schedule):
     r"""The cooldown of :class:`WarmupStableDecay` on its own, from ``start`` to ``end``.

@@ -9,6 +9,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any, ClassVar, TypeAlias
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_non_negative
 from lightning_bigopt.durations.duration import Duration, DurationLike, amount_of
 from lightning_bigopt.durations.horizon import Horizon
@@ -114,6 +115,7 @@ class TableSchedule(Schedule):
         return end if end < 1.0 - TOLERANCE else 0.0
 
 
+@explain_arguments
 @dataclass(frozen=True, kw_only=True, repr=False)
 class MultiStep(TableSchedule):
     r"""A constant factor from each milestone on; 1 before the first.
@@ -154,6 +156,7 @@ class MultiStep(TableSchedule):
         return {f"stage {i} starts": at for i, at in enumerate(self._columns[0], start=2)}
 
 
+@explain_arguments
 @dataclass(frozen=True, kw_only=True, repr=False)
 class PiecewiseLinear(TableSchedule):
     r"""Straight lines between points, flat before the first and after the last.

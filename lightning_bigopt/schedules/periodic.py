@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_between
 from lightning_bigopt.durations.duration import Duration, DurationLike
 from lightning_bigopt.durations.horizon import Horizon
@@ -116,6 +117,7 @@ class OnAxis(Schedule):
         return target[left] * (1.0 - inside) + target[right] * inside
 
 
+@explain_arguments
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Exponential(Periodic):
     r"""Continuous exponential decay: by the factor ``decay`` in every period.
@@ -155,6 +157,7 @@ class Exponential(Periodic):
         return math.pow(self.decay, fraction / self._period)
 
 
+@explain_arguments
 @dataclass(frozen=True, kw_only=True, repr=False)
 class StepDecay(Periodic):
     r"""Step decay: multiplied by ``decay`` at the end of every period.
@@ -197,6 +200,7 @@ class StepDecay(Periodic):
         return math.pow(self.decay, math.floor(fraction / self._period + TOLERANCE))
 
 
+@explain_arguments
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Power(Periodic):
     r"""A power law of the time since the beginning.
@@ -243,6 +247,7 @@ class Power(Periodic):
         return math.pow(1.0 + fraction / self._period, self.exponent)
 
 
+@explain_arguments
 @dataclass(frozen=True, kw_only=True, repr=False)
 class InverseSquareRoot(Periodic):
     r"""One over the square root of the time since the beginning.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_between, check_choice, check_non_negative
 from lightning_bigopt.durations.duration import DurationLike
 from lightning_bigopt.schedules.base import Schedule
@@ -18,6 +19,7 @@ from lightning_bigopt.schedules.shapes import CooldownShape, WarmupShape, positi
 __all__ = ["InfiniteSchedule", "TriStage", "WarmupStableDecay"]
 
 
+@explain_arguments
 @dataclass(frozen=True, kw_only=True, repr=False)
 class WarmupStableDecay(Recipe):
     r"""A warm-up, the peak, and a cooldown that ends with the budget (WSD, trapezoidal).
@@ -74,6 +76,7 @@ class WarmupStableDecay(Recipe):
         return stable.with_cooldown(1.0 - decay, over=decay, shape=self.cooldown, end=self.end)
 
 
+@explain_arguments
 @dataclass(frozen=True, kw_only=True, repr=False)
 class InfiniteSchedule(Recipe):
     r"""A warm-up, half a cosine to a plateau, the plateau, and optionally a cooldown.
@@ -155,6 +158,7 @@ class InfiniteSchedule(Recipe):
         return {**found, "cooldown starts": 1.0 - length} if length else found
 
 
+@explain_arguments
 @dataclass(frozen=True, kw_only=True, repr=False)
 class TriStage(Schedule):
     r"""A linear rise, the peak, an exponential fall, then flat at ``end``.

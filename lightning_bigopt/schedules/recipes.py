@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_between, check_choice, check_non_negative
 from lightning_bigopt.durations.duration import Duration, DurationLike
 from lightning_bigopt.durations.horizon import Horizon
@@ -81,6 +82,7 @@ class Recipe(Schedule):
         return self._curve.warmup_end()
 
 
+@explain_arguments
 @dataclass(frozen=True, kw_only=True, repr=False)
 class WarmupConstant(Recipe):
     r"""A warm-up, then the peak.
@@ -108,6 +110,7 @@ class WarmupConstant(Recipe):
         return self._warmed_up(Constant())
 
 
+@explain_arguments
 @dataclass(frozen=True, kw_only=True, repr=False)
 class WarmupLinear(Recipe):
     r"""A warm-up, then a straight line to ``end``; to zero by default ("D2Z").
@@ -143,6 +146,7 @@ class WarmupLinear(Recipe):
         return self._warmed_up(Linear(end=self.end))
 
 
+@explain_arguments
 @dataclass(frozen=True, kw_only=True, repr=False)
 class WarmupCosine(Recipe):
     r"""A warm-up, then half a cosine to ``end``.
@@ -181,6 +185,7 @@ class WarmupCosine(Recipe):
         return self._warmed_up(Cosine(end=self.end))
 
 
+@explain_arguments
 @dataclass(frozen=True, kw_only=True, repr=False)
 class WarmupInverseSquareRoot(Recipe):
     r"""A warm-up, then one over the square root of the time since its end.
@@ -241,6 +246,7 @@ class WarmupInverseSquareRoot(Recipe):
         return composed.resolve(horizon)
 
 
+@explain_arguments
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Noam(Schedule):
     r"""The schedule of the Transformer paper, scaled so that its peak is 1.

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_between
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.schedules.base import Schedule, check_schedule
@@ -16,6 +17,7 @@ GRID_POINTS = 1024
 """Intervals of the grid on which the peak is searched; boundaries of the schedule are added."""
 
 
+@explain_arguments
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Seesaw(Schedule):
     r"""The learning-rate half of Seesaw: decays by the square root while the batch grows.

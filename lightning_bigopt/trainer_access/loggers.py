@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 __all__ = [
-    "finished_metrics",
-    "hp_metric_hides_metrics",
     "log_folder",
     "log_metrics",
     "log_to_all",
+    "logged_metrics",
+    "loggers_with_placeholder",
     "show_on_progress_bar",
     "tensorboard_writers",
 ]
@@ -55,13 +55,14 @@ def log_to_all(trainer: Trainer, values: Mapping[str, float], *, step: int) -> N
             log_metrics(logger, values, step=step)
 
 
-def finished_metrics(trainer: Trainer) -> dict[str, Tensor]:
-    """Returns ``trainer.callback_metrics`` without those of a batch or epoch that has not ended.
+def logged_metrics(trainer: Trainer) -> dict[str, Tensor]:
+    """Returns the last values that Lightning has logged, by tag, without the epoch.
 
     The public property adds what the module has logged so far, and keeps it: after an error these
     metrics would belong to an unfinished batch.
     """
-    return dict(trainer._logger_connector._callback_metrics)
+    logged = trainer._logger_connector._logged_metrics
+    return {name: value for name, value in logged.items() if name != "epoch"}
 
 
 def tensorboard_writers(trainer: Trainer) -> dict[Logger, tuple[SummaryWriter, str]]:
@@ -81,20 +82,21 @@ def tensorboard_writers(trainer: Trainer) -> dict[Logger, tuple[SummaryWriter, s
     }
 
 
-def hp_metric_hides_metrics(trainer: Trainer) -> bool:
-    """Returns whether Lightning's placeholder hides final metrics in TensorBoard's HParams tab.
+def loggers_with_placeholder(trainer: Trainer) -> list[Logger]:
+    """Returns the TensorBoardLoggers to which Lightning writes its placeholder ``hp_metric``.
 
-    Lightning writes a row with the single metric ``hp_metric`` if a module or datamodule saves its
-    hyperparameters. TensorBoard takes its columns from the first row of a run.
+    It does if a module or datamodule saves its hyperparameters. TensorBoard reads only the first
+    row of a run in the HParams tab: this one, without final metrics.
     """
-    saving = any(
+    is_saving = any(
         getattr(source, "_log_hyperparams", False) and source.hparams_initial
         for source in (trainer.lightning_module, trainer.datamodule)  # type: ignore[attr-defined]
     )
-    return saving and any(
-        isinstance(logger, TensorBoardLogger) and logger._default_hp_metric
+    return [
+        logger
         for logger in trainer.loggers
-    )
+        if is_saving and isinstance(logger, TensorBoardLogger) and logger._default_hp_metric
+    ]
 
 
 def show_on_progress_bar(trainer: Trainer, values: Mapping[str, float]) -> None:

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.utils.data import default_collate
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.batching.batch_plan import plan_update
 from lightning_bigopt.batching.exact_loader import GlobalBatchLoader
 from lightning_bigopt.batching.micro_batch_search import MicroBatchSearch, search_micro_batch_size
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["GlobalBatchFinder"]
 
 
+@explain_arguments
 class GlobalBatchFinder(Callback):
     """Finds the largest micro-batch that fits into memory, and sets it before training begins.
 

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_deprecation, rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_between, check_choice, check_count
 from lightning_bigopt.engine.engine import Engine
 from lightning_bigopt.optimizers.object_snapshot import ObjectSnapshot
@@ -27,6 +28,7 @@ __all__ = ["LearningRateRangeTest", "learning_rate_range_test"]
 OnResult: TypeAlias = Literal["use", "report"]
 
 
+@explain_arguments
 class LearningRateRangeTest(Callback):
     """Sweeps the learning rate before training starts, and trains with the suggested rate.
 

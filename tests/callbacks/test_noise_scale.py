@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_bigopt import (
     BatchSizeScheduler,
+    BatchSizeSteps,
     ConstantBatchSize,
     GradientClipping,
     GradientNoiseScale,
@@ -74,6 +75,26 @@ def test_one_batch_size_only_gives_no_estimate_and_a_log_line(
     messages = [r.getMessage() for r in caplog.records if "noise scale" in r.getMessage()]
     assert len(messages) == 1
     assert "at one batch size only" in messages[0]
+
+
+def test_batch_that_grows_is_measured_later_without_a_false_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    policy = BatchSizeSteps({"0%": 2, "50%": 8})
+    with caplog.at_level("INFO"):
+        scale = measure(BatchSizeScheduler(policy), max_steps=40)
+    assert scale.estimator.updates == 20
+    assert "cannot be measured" not in caplog.text
+
+
+def test_short_window_at_the_end_of_an_epoch_gives_no_false_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level("INFO"):
+        # Four batches of data: a window of three batches and one of a single batch.
+        scale = measure(accumulate_grad_batches=3, limit_train_batches=4, max_epochs=3)
+    assert scale.estimator.updates == 3
+    assert "cannot be measured" not in caplog.text
 
 
 def test_estimate_within_its_error_is_not_logged_and_a_line_says_why(

@@ -201,6 +201,47 @@ def test_metric_that_is_not_logged_raises_at_the_first_check() -> None:
     assert len(module.lrs) == 4
 
 
+def test_fit_without_validation_warns_before_the_first_batch() -> None:
+    started: list[int] = []
+
+    class Notes(L.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            started.append(len(caught))
+
+    plateau = ReduceOnPlateau("val_loss")
+    with pytest.warns(
+        UserWarning, match=r"never reduce the learning rate.*has no validation"
+    ) as caught:
+        fit(
+            Probe(),
+            LearningRateScheduler(Constant()),
+            plateau,
+            Notes(),
+            validation=False,
+            max_epochs=1,
+        )
+    assert started[0] == len(caught)  # only once
+    assert sum("ReduceOnPlateau" in str(warning.message) for warning in caught) == 1
+
+
+def test_fit_that_ends_before_the_first_validation_warns() -> None:
+    callbacks = [LearningRateScheduler(Constant()), ReduceOnPlateau("val_loss")]
+    with pytest.warns(UserWarning, match=r"has never checked its metric"):
+        fit(LogsGivenMetric(), *callbacks, max_epochs=1, check_val_every_n_epoch=2)
+
+
+def test_metric_of_the_training_needs_no_validation(recwarn: pytest.WarningsRecorder) -> None:
+    class Logs(Probe):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.log("loss", loss)
+            return loss
+
+    plateau = ReduceOnPlateau("loss", check="train_epoch")
+    fit(Logs(), LearningRateScheduler(Constant()), plateau, validation=False, max_epochs=1)
+    assert not [warning for warning in recwarn if "ReduceOnPlateau" in str(warning.message)]
+
+
 def test_missing_learning_rate_scheduler_raises() -> None:
     with pytest.raises(ValueError, match=r"LearningRateScheduler\(Constant\(\)\)"):
         fit(LogsGivenMetric(), ReduceOnPlateau("val_loss"))

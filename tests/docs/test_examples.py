@@ -70,7 +70,7 @@ def test_code_of_the_page_runs_and_gives_the_shown_output(
         caplog.clear()
         capsys.readouterr()
         if block.raises:
-            with pytest.raises((ValueError, RuntimeError)) as caught:
+            with pytest.raises((ValueError, RuntimeError, TypeError)) as caught:
                 run(block, namespace, page=page)
             assert f"{type(caught.value).__name__}: {caught.value}" == block.text
         else:

@@ -20,10 +20,11 @@ PNG = b"\x89PNG\r\n\x1a\n"
 def run(*, losses: dict[int, float], norms: dict[int, float], title: str = "a") -> Run:
     return Run(
         title=title,
-        lr=0.1,
         seconds=2.0,
         scalars={
             "val_loss": losses,
+            "optim/lr/decay": {0: 0.1, 1: 0.0042426},
+            "optim/lr/no_decay": {0: 0.05},
             "grad_norm/total": norms,
             "progress/samples": {step: 32.0 * (step + 1) for step in norms},
         },
@@ -37,6 +38,7 @@ def test_table_has_a_column_for_each_run_and_is_aligned():
     assert len({len(line) for line in lines}) == 1
     cells = {line.split("|")[1].strip(): line.split("|")[2:4] for line in lines}
     assert [cell.strip() for cell in cells["validation loss (nats/byte)"]] == ["1.500", "nan"]
+    assert [cell.strip() for cell in cells["peak learning rate"]] == ["0.1", "0.1"]
     assert [cell.strip() for cell in cells["optimizer updates"]] == ["3", "1"]
     assert [cell.strip() for cell in cells["samples"]] == ["96", "32"]
     assert [cell.strip() for cell in cells["non-finite steps"]] == ["2", "0"]
@@ -81,6 +83,8 @@ def test_command_trains_on_two_processes_and_writes_logs_and_picture(tmp_path: P
     updates = re.search(r"\| optimizer updates \|(.*)\|", re.sub(" +", " ", result.stdout))
     assert updates is not None
     assert updates[1].replace(" ", "") == "6|9|9|9"
+    assert result.stdout.startswith("Trains a GPT of 0.4M parameters 4 times on 288 samples")
+    assert re.sub(" +", "", updates.string).count("|0.00424|0.00") == 1  # lr_scaling="sqrt"
     assert "tensorboard --logdir logs" in result.stdout
     assert (tmp_path / "logs" / "demo.png").read_bytes().startswith(PNG)
     scalars = read_scalars(tmp_path / "logs" / "lightning_bigopt-lr-0.003")

@@ -167,3 +167,42 @@ def test_weights_are_copied_for_logged_updates_only(tmp_path: Path) -> None:
             logger=TensorBoardLogger(tmp_path),
         )
     assert len(copies) == 3
+
+
+@pytest.mark.parametrize("module", [Blocks, TwoOptimizers])
+def test_quantiles_are_those_over_the_layers_of_each_optimizer(
+    module: type[Any], tmp_path: Path
+) -> None:
+    trainer = fit(
+        module(),
+        loader(24, 4),
+        OptimizationMonitor(every=2, layers="parameters"),
+        max_epochs=1,
+        logger=TensorBoardLogger(tmp_path),
+    )
+    logged = curves(trainer)
+    labels = [""] if module is Blocks else ["/SGD", "/AdamW"]
+    for label in labels:
+        of_layers = [
+            points
+            for tag, points in logged.items()
+            if tag.startswith("layers/update_ratio/") and tag.endswith(label)
+        ]
+        assert len(of_layers) >= 2
+        for position, points in enumerate(zip(*of_layers, strict=True)):
+            ratios = torch.tensor([value for _, value in points], dtype=torch.float64)
+            for name, quantile in (("min", 0.0), ("median", 0.5), ("max", 1.0)):
+                step, found = logged[f"update_ratio/{name}{label}"][position]
+                assert step == points[0][0]
+                assert found == pytest.approx(ratios.quantile(quantile).item(), rel=1e-6)
+
+
+def test_no_quantiles_without_update_ratios(tmp_path: Path) -> None:
+    trainer = fit(
+        Blocks(),
+        loader(8, 4),
+        OptimizationMonitor(every=1, per_layer=["grad_norm"]),
+        max_epochs=1,
+        logger=TensorBoardLogger(tmp_path),
+    )
+    assert not [tag for tag in curves(trainer) if tag.startswith("update_ratio")]

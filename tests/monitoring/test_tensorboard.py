@@ -10,7 +10,9 @@ import lightning as L
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import plugin_data_pb2
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_bigopt import GradientClipping, NormClip, OptimizationMonitor, StepGuard
@@ -34,10 +36,24 @@ def train(
     logger: TensorBoardLogger, *callbacks: Any, module: Probe | None = None, **options: Any
 ) -> None:
     trainer = L.Trainer(
-        **{**QUIET, "logger": logger, "max_steps": 4},
+        **{**QUIET, "logger": logger, "max_steps": 4, "log_every_n_steps": 1},
         callbacks=[*callbacks, OptimizationMonitor(every=1, **options)],
     )
     trainer.fit(module or Probe(), loader(16, 2))
+
+
+class LogsMetrics(Probe):
+    """Logs one value under each name."""
+
+    def __init__(self, *names: str, saves: bool = False) -> None:
+        super().__init__()
+        self.logged_names = names or ("train_loss", "accuracy")
+        if saves:
+            self.save_hyperparameters({"width": 3})
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log_dict({name: float(self.global_step) for name in self.logged_names})
+        return super().training_step(batch, batch_idx)
 
 
 ALWAYS = {
@@ -52,7 +68,13 @@ ALWAYS = {
 def test_dashboard_has_only_charts_with_values(tmp_path: Path) -> None:
     few, many = (TensorBoardLogger(tmp_path, version=name) for name in ("few", "many"))
     train(few, layers=None)
-    train(many, GradientClipping(NormClip(max_norm=1.0)), StepGuard(), tokens=lambda batch: 7)
+    train(
+        many,
+        GradientClipping(NormClip(max_norm=1.0)),
+        StepGuard(),
+        tokens=lambda batch: 7,
+        module=LogsMetrics(),
+    )
     assert set(charts_of(few.log_dir)) == ALWAYS
     assert set(charts_of(many.log_dir)) == set(TITLES) - {
         "GPU memory, GiB",
@@ -80,18 +102,93 @@ def test_chart_is_added_with_its_first_value(tmp_path: Path) -> None:
     ("saves", "options", "is_logged"),
     [(True, {}, True), (True, {"default_hp_metric": False}, False), (False, {}, False)],
 )
-def test_hint_to_disable_the_placeholder_metric(
+def test_hint_to_disable_the_placeholder_metric_is_logged_once(
     saves: bool, options: Any, is_logged: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class ModuleWithHyperparameters(Probe):
-        def __init__(self, width: int = 3) -> None:
-            super().__init__()
-            if saves:
-                self.save_hyperparameters()
-
+    logger = TensorBoardLogger(tmp_path, **options)
     with caplog.at_level("INFO"):
-        train(TensorBoardLogger(tmp_path, **options), module=ModuleWithHyperparameters())
-    assert ("default_hp_metric=False" in caplog.text) is is_logged
+        train(logger, module=LogsMetrics(saves=saves))
+        train(logger, module=LogsMetrics(saves=saves))
+    assert caplog.text.count("default_hp_metric=False") == is_logged
+
+
+def rows_of(folder: str | Path) -> tuple[list[str], dict[str, Any]]:
+    """Returns the names of the metrics and the values of the only row of the HParams tab."""
+    kinds = {"_hparams_/experiment": [], "_hparams_/session_start_info": []}
+    for file in Path(folder).rglob("events*"):
+        for event in EventFileLoader(str(file)).Load():
+            for value in event.summary.value:
+                if value.tag in kinds:
+                    data = value.metadata.plugin_data.content
+                    kinds[value.tag].append(plugin_data_pb2.HParamsPluginData.FromString(data))
+    (experiment,), (start,) = kinds.values()
+    values = {
+        name: getattr(value, value.WhichOneof("kind"))
+        for name, value in start.session_start_info.hparams.items()
+    }
+    return [info.name.tag for info in experiment.experiment.metric_infos], values
+
+
+@pytest.mark.parametrize("prefix", ["", "trial"])
+@pytest.mark.parametrize("saves", [True, False])
+def test_row_of_hyperparameters_is_in_the_run_itself(
+    saves: bool, prefix: str, tmp_path: Path
+) -> None:
+    logger = TensorBoardLogger(tmp_path, default_hp_metric=False, prefix=prefix)
+    train(logger, GradientClipping(NormClip(max_norm=1.0)), module=LogsMetrics(saves=saves))
+    metrics, values = rows_of(tmp_path)
+    before = f"{prefix}-" if prefix else ""
+    assert metrics == [f"{before}train_loss", f"{before}accuracy"]
+    assert values.get("width") == (3.0 if saves else None)
+    assert values["Optimizer"] == "SGD"
+    assert values["Base learning rate"] == 0.05
+    assert values["Gradient clipping"].startswith("NormClip(max_norm=1.0, ")
+    events = EventAccumulator(logger.log_dir).Reload()
+    assert set(metrics) <= set(events.Tags()["scalars"])
+    assert sorted(values)[:3] == ["Base learning rate", "Gradient clipping", "Optimizer"]
+    assert [path for path in Path(logger.log_dir).iterdir() if path.is_dir()] == []
+
+
+def test_row_with_the_placeholder_of_lightning_stays_the_only_one(tmp_path: Path) -> None:
+    train(TensorBoardLogger(tmp_path), module=LogsMetrics(saves=True))
+    assert rows_of(tmp_path) == (["hp_metric"], {"width": 3.0})
+
+
+@pytest.mark.parametrize(
+    ("title", "names"),
+    [
+        ("loss, training and validation", ["loss", "train_loss", "val/loss", "Loss/train"]),
+        ("other metrics of the module", ["accuracy", "val/perplexity", "learning", "planets"]),
+    ],
+)
+def test_dashboard_shows_the_metrics_of_the_module(
+    title: str, names: list[str], tmp_path: Path
+) -> None:
+    for number, name in enumerate(names):
+        logger = TensorBoardLogger(tmp_path, version=number)
+        train(logger, module=LogsMetrics(name))
+        charts = charts_of(logger.log_dir)
+        of_module = set(charts) & set(DASHBOARD["training"])
+        assert of_module == {title}
+        tags = EventAccumulator(logger.log_dir).Reload().Tags()["scalars"]
+        shown = [tag for tag in tags if any(re.match(pattern, tag) for pattern in charts[title])]
+        assert shown == [name]
+
+
+def test_validation_metric_of_the_last_batch_is_on_the_dashboard(tmp_path: Path) -> None:
+    class Validates(Probe):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val_loss", 1.0)
+
+    logger = TensorBoardLogger(tmp_path)
+    trainer = L.Trainer(
+        **{**QUIET, "logger": logger, "max_steps": 4, "limit_val_batches": 1},
+        val_check_interval=4,
+        check_val_every_n_epoch=None,
+        callbacks=[OptimizationMonitor(every=1)],
+    )
+    trainer.fit(Validates(), loader(16, 2), loader(16, 2))
+    assert "loss, training and validation" in charts_of(logger.log_dir)
 
 
 @pytest.mark.parametrize("prefix", ["", "trial", "a+b"])

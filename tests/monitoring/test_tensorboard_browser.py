@@ -38,7 +38,7 @@ class LoggingModule(Probe):
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         loss = super().training_step(batch, batch_idx)
-        self.log("train_loss", loss)
+        self.log_dict({"train_loss": loss, "accuracy": 1 - loss})
         return loss
 
 
@@ -106,7 +106,7 @@ def test_dashboard_shows_its_charts(browser: Browser, address: str, tmp_path: Pa
         ("timeseries", ["optim", "grad_norm", "layers"]),
         ("text", ["WarmupCosine", "budget"]),
         ("histograms", ["net.0.weight"]),
-        ("hparams", ["base lr", "train_loss", "NormClip(max_norm=6.0"]),
+        ("hparams", ["Learning rate", "train_loss", "NormClip(max_norm=6.0", "groups: 1"]),
     ],
 )
 def test_other_tabs_have_content(
@@ -114,3 +114,4 @@ def test_other_tabs_have_content(
 ) -> None:
     page = browser.text(f"{address}#{tab}", *words)
     assert [word for word in words if word not in page] == []
+    assert "hp_metric" not in page

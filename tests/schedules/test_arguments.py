@@ -43,7 +43,10 @@ FACTOR = "must be non-negative and finite, got"
     ("make", "message"),
     [
         (lambda: Constant(-1.0), f"level {FACTOR} -1.0"),
-        (lambda: Constant("0.5"), f"level {FACTOR} '0.5'"),
+        (
+            lambda: Constant("0.5"),
+            r"level must be a non-negative and finite number, got '0.5'; write 0.5 w",
+        ),
         (lambda: Linear(start=float("inf")), f"start {FACTOR} inf"),
         (lambda: Cosine(end=-0.1), f"end {FACTOR} -0.1"),
         (lambda: Polynomial(power=0), "power must be positive and finite, got 0"),
@@ -171,9 +174,9 @@ def test_only_the_first_field_is_positional():
     assert Constant(0.5) == Constant(level=0.5)
     assert Power(-1.0) == Power(exponent=-1.0)
     assert MultiStep({"1%": 0.5}) == MultiStep(milestones={"1%": 0.5})
-    with pytest.raises(TypeError, match="positional"):
+    with pytest.raises(TypeError, match="without a name"):
         Cosine(0.5, 0.1)
-    with pytest.raises(TypeError, match="positional"):
+    with pytest.raises(TypeError, match="without a name"):
         WarmupCosine("2%")
 
 

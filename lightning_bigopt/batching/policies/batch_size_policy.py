@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from lightning_bigopt.arguments import Specification
 from lightning_bigopt.batching.batch_plan import BatchPlan, Rounding, plan_update
 from lightning_bigopt.batching.step_function import StepFunction
 from lightning_bigopt.durations.duration import Unit
@@ -38,7 +39,7 @@ class BatchContext:
     noise_scale: float | None = None
 
 
-class BatchSizePolicy(ABC):
+class BatchSizePolicy(Specification, ABC):
     """Returns the global batch of the update that starts at a :class:`Progress`.
 
     A policy is an immutable value, and calling it is a pure function: the same progress and
@@ -61,6 +62,8 @@ class BatchSizePolicy(ABC):
         >>> Doubling()(Progress(fraction=0.5, samples=20_000))
         64
     """
+
+    _used_in = "BatchSizeScheduler({})"
 
     adaptive: ClassVar[bool] = False
     rounding: ClassVar[Rounding] = "exact"

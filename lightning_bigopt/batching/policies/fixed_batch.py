@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.batching.policies.batch_size_policy import (
     BatchContext,
     BatchSizePolicy,
@@ -18,6 +19,7 @@ from lightning_bigopt.durations.progress import Progress
 __all__ = ["ConstantBatchSize", "FullBatch", "SingleSample"]
 
 
+@explain_arguments
 @dataclass(frozen=True)
 class ConstantBatchSize(BatchSizePolicy):
     """The same global batch for every update.
@@ -52,6 +54,7 @@ class ConstantBatchSize(BatchSizePolicy):
         return _constant(self.size)
 
 
+@explain_arguments
 @dataclass(frozen=True)
 class FullBatch(BatchSizePolicy):
     """Batch gradient descent: one update per epoch, over the whole data set in micro-batches.
@@ -81,6 +84,7 @@ class FullBatch(BatchSizePolicy):
         return _constant(self(Progress(fraction=0.0), context=context))
 
 
+@explain_arguments
 @dataclass(frozen=True)
 class SingleSample(BatchSizePolicy):
     """Stochastic gradient descent as in the textbook: one sample per update, for teaching.

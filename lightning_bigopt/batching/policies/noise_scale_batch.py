@@ -6,6 +6,7 @@ import math
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar, Literal
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.batching.policies.batch_size_policy import (
     BatchContext,
     BatchSizePolicy,
@@ -17,6 +18,7 @@ from lightning_bigopt.durations.progress import Progress
 __all__ = ["NoiseScaleBatchSize"]
 
 
+@explain_arguments
 @dataclass(frozen=True)
 class NoiseScaleBatchSize(BatchSizePolicy):
     """Keeps the global batch near a multiple of the gradient noise scale, within bounds.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.batching.policies.batch_size_policy import (
     BatchContext,
     BatchSizePolicy,
@@ -24,6 +25,7 @@ class _HasBatchFactor(Protocol):
         """Returns the factor on the batch at a fraction of the budget."""
 
 
+@explain_arguments
 @dataclass(frozen=True)
 class SchedulePolicy(BatchSizePolicy):
     """``base`` times the factor of any schedule, rounded to the nearest batch that fits.
@@ -68,6 +70,7 @@ class SchedulePolicy(BatchSizePolicy):
         return {"base": self.base}
 
 
+@explain_arguments
 @dataclass(frozen=True)
 class SeesawBatchSize(BatchSizePolicy):
     r"""The batch half of Seesaw: the batch grows while the learning rate decays.

@@ -8,13 +8,14 @@ from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from typing import ClassVar, TypeAlias
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.batching.policies.batch_size_policy import (
     BatchContext,
     BatchSizePolicy,
     Rounding,
 )
 from lightning_bigopt.batching.step_function import StepFunction
-from lightning_bigopt.checks import check_count
+from lightning_bigopt.checks import check_count, shown
 from lightning_bigopt.durations.duration import Duration, Unit
 from lightning_bigopt.durations.progress import Progress
 
@@ -27,6 +28,7 @@ Thresholds: TypeAlias = (
 )
 
 
+@explain_arguments
 @dataclass(frozen=True)
 class BatchSizeSteps(BatchSizePolicy):
     """A piecewise-constant batch size; the last threshold reached, in the order written, applies.
@@ -56,7 +58,13 @@ class BatchSizeSteps(BatchSizePolicy):
         elif isinstance(self.sizes, Mapping):
             pairs = tuple(self.sizes.items())
         else:
-            pairs = tuple((threshold, size) for threshold, size in self.sizes)
+            try:
+                pairs = tuple((threshold, size) for threshold, size in self.sizes)
+            except (TypeError, ValueError):
+                raise ValueError(
+                    "sizes must be a mapping from threshold to global batch, got "
+                    f"{shown(self.sizes)}; write {{'0%': 32, '50%': 64}}"
+                ) from None
         object.__setattr__(self, "sizes", pairs)
         self._check()
 
@@ -149,6 +157,7 @@ def _read_pairs(text: str, *, unit: Unit) -> tuple[tuple[str | int | float, int]
     return tuple(pairs)
 
 
+@explain_arguments
 @dataclass(frozen=True)
 class BatchSizeRamp(BatchSizePolicy):
     r"""A ramp from ``start`` to ``end`` in equal increments, flat afterwards.

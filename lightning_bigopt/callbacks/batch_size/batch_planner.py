@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_bigopt.batching.batch_plan import BatchPlan
 from lightning_bigopt.batching.policies.batch_size_policy import BatchSizePolicy
@@ -61,6 +63,7 @@ class BatchPlanner:
         self._noise_scale = noise_scale
         self.size = size
         self.source = self._read_source()
+        self._has_warned = False
         self._decided: tuple[Progress, tuple[int, BatchPlan]] | None = None
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
@@ -99,6 +102,8 @@ class BatchPlanner:
     def open_window(self, batch: Batch, progress: Progress) -> PlannedWindow:
         """Returns the window that starts with a batch; it ends with the epoch at the latest."""
         self.size, plan = self.plan_at(progress)
+        if self._policy.adaptive:
+            self.warn_beyond_epoch([self.size])
         micro = batch.micro_batch
         if micro is not None:
             # GlobalBatchLoader has planned the window. After a resume within a window it yields all
@@ -127,6 +132,22 @@ class BatchPlanner:
         return (
             f"The checkpoint was written inside a window ({ready - start} of {length} "
             f"micro-batches); their gradients were not saved, and {continuation}."
+        )
+
+    def warn_beyond_epoch(self, sizes: Sequence[int]) -> None:
+        """Warns once if one of the global batch sizes is larger than the data of an epoch."""
+        samples, largest = self.source.samples_per_epoch, max(sizes, default=0)
+        # A full batch is rounded up to whole micro-batches; the last one is smaller.
+        step = 1 if self.source.is_exact else self.source.micro_batch_size * self.source.world_size
+        if samples is None or largest <= -(-samples // step) * step:
+            return
+        if self._has_warned or loop.is_fast_dev_run(self._fit.trainer):
+            return
+        self._has_warned = True
+        rank_zero_warn(
+            f"The global batch of {largest} samples is larger than an epoch of {samples} samples. "
+            f"An accumulation window ends with the epoch, so these updates have at most {samples} "
+            f"samples; choose a batch of at most {samples}, or train on more data per epoch."
         )
 
     def changes(self) -> list[tuple[Progress, int]]:

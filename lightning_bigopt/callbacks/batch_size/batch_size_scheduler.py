@@ -8,6 +8,7 @@ from typing import Any, Literal
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.batching.exact_loader import GlobalBatchLoader
 from lightning_bigopt.batching.policies.batch_size_policy import BatchSizePolicy
 from lightning_bigopt.batching.policies.fixed_batch import (
@@ -39,6 +40,7 @@ __all__ = ["BatchSizeScheduler"]
 _CONSTANT = (ConstantBatchSize, FullBatch, SingleSample)
 
 
+@explain_arguments
 class BatchSizeScheduler(Capability):
     """Sets the global batch size of every update by a policy, through gradient accumulation.
 
@@ -214,6 +216,7 @@ class BatchSizeScheduler(Capability):
         if len(changes) > 1 or self.policy.adaptive:
             text += self.coupling.advice(fit.groups.optimizers)
         rank_zero_info(text)
+        self._planner.warn_beyond_epoch([size for _, size in changes])
         window, self._restored = self._restored, None
         if window is not None:
             ready = loop.ready_batches(fit.trainer)

@@ -11,12 +11,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.callbacks.step_guard.buffer_snapshot import BufferSnapshot
 from lightning_bigopt.callbacks.step_guard.conflicts import check_conflicts
 from lightning_bigopt.callbacks.step_guard.guard_state import GuardState
 from lightning_bigopt.callbacks.step_guard.rejection_report import RejectedUpdate, WindowRecorder
 from lightning_bigopt.callbacks.step_guard.too_many_rejections import too_many_rejections
-from lightning_bigopt.checks import check_count
+from lightning_bigopt.checks import check_count, checked_tuple
 from lightning_bigopt.durations.duration import amount_of
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.stage import LEARNING_RATE, Batch, Fit
@@ -37,6 +38,7 @@ __all__ = ["StepGuard"]
 _MAX_REJECTIONS = 100
 
 
+@explain_arguments
 class StepGuard(Capability):
     """Rejects harmful updates before they are applied, with one decision for all processes.
 
@@ -93,17 +95,15 @@ class StepGuard(Capability):
         max_consecutive: int = 10,
         forensics: str | None = None,
     ) -> None:
-        self.detectors = tuple((NonFinite(), NormSpike()) if detectors is None else detectors)
-        self.actions = tuple((Skip(),) if actions is None else actions)
-        if not self.detectors or not all(isinstance(d, Detector) for d in self.detectors):
-            raise ValueError(
-                f"detectors must be a list of Detector objects, got {detectors!r}; try "
-                "[NonFinite(), NormSpike()]"
-            )
-        if not all(isinstance(action, Action) for action in self.actions):
-            raise ValueError(
-                f"actions must be a list of Action objects, got {actions!r}; try [Skip()]"
-            )
+        self.detectors: tuple[Detector, ...] = checked_tuple(
+            "detectors",
+            (NonFinite(), NormSpike()) if detectors is None else detectors,
+            Detector,
+            hint="try [NonFinite(), NormSpike()]",
+        )
+        self.actions: tuple[Action, ...] = checked_tuple(
+            "actions", (Skip(),) if actions is None else actions, Action, hint="try [Skip()]"
+        )
         check_count("max_consecutive", max_consecutive, of="updates")
         limits = [action.after for action in self.actions if isinstance(action, Abort)]
         self._limit = min([max_consecutive, *limits])

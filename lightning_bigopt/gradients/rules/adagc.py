@@ -9,6 +9,7 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_between, check_count, check_positive
 from lightning_bigopt.gradients.clip_decision import ClipDecision
 from lightning_bigopt.gradients.gradient_norms import GradientNorms
@@ -22,6 +23,7 @@ from lightning_bigopt.gradients.rules.clipping_rule import (
 __all__ = ["AdaGC"]
 
 
+@explain_arguments
 @dataclass(frozen=True)
 class AdaGC(ClippingRule):
     r"""Limits each gradient relative to a moving average of its own clipped norms.

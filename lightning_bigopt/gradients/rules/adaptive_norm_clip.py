@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_between, check_count, check_positive
 from lightning_bigopt.gradients.clip_decision import ClipDecision
 from lightning_bigopt.gradients.rules.clipping_rule import (
@@ -20,6 +21,7 @@ from lightning_bigopt.gradients.rules.clipping_rule import (
 __all__ = ["AutoClip", "ZClip", "percentile"]
 
 
+@explain_arguments
 @dataclass(frozen=True)
 class AutoClip(ClippingRule):
     """Clips the global norm to a percentile of the previous norms and the current one.
@@ -97,6 +99,7 @@ def percentile(ordered: Sequence[float], percent: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
+@explain_arguments
 @dataclass(frozen=True)
 class ZClip(ClippingRule):
     r"""Clips norms that are outliers against a moving mean and variance of the norms.

@@ -10,6 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_positive
 from lightning_bigopt.gradients.clip_decision import ClipDecision
 from lightning_bigopt.gradients.norm_kernels import accumulation_dtype, local_norms
@@ -29,6 +30,7 @@ __all__ = ["AGC"]
 _SMALL = 1 << 13
 
 
+@explain_arguments
 @dataclass(frozen=True)
 class AGC(ClippingRule):
     r"""Adaptive gradient clipping: limits each unit's gradient relative to the unit's weights.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
+from lightning_bigopt.arguments import Specification
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.gradients.clip_decision import ClipDecision
 from lightning_bigopt.gradients.gradient_norms import GradientNorms
@@ -100,7 +101,7 @@ class ClipContext:
         return pairs
 
 
-class ClippingRule(ABC):
+class ClippingRule(Specification, ABC):
     """Decides how the gradients of an update are limited.
 
     A rule is immutable; subclasses are frozen dataclasses. The caller stores and saves a state for
@@ -121,6 +122,7 @@ class ClippingRule(ABC):
     """
 
     uses_total_norm: ClassVar[bool] = False
+    _used_in = "GradientClipping({})"
 
     measures = RemovedAttribute("0.2", "write norm_order")
 
@@ -150,7 +152,7 @@ class ClippingRule(ABC):
         """Returns the rule with all durations converted to fractions of a horizon."""
         return self
 
-    def forget(self, names: Collection[str], state: RuleState) -> None:  # noqa: B027
+    def forget(self, names: Collection[str], state: RuleState) -> None:
         """Removes the history of parameters that other tensors have replaced from the state."""
 
     @abstractmethod

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, _foreach_sub, nn
 from torch.optim import Optimizer
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_positive
 from lightning_bigopt.gradients.norm_kernels import local_norms
 from lightning_bigopt.gradients.rules.update_rule import UpdateRule, chunks, whole_norms
@@ -17,6 +18,7 @@ from lightning_bigopt.gradients.sharding import to_local
 __all__ = ["MaxUpdateRatio"]
 
 
+@explain_arguments
 @dataclass(frozen=True)
 class MaxUpdateRatio(UpdateRule):
     r"""Limits the update of each tensor relative to its weights.

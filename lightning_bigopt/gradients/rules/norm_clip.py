@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import ClassVar
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_positive
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.gradients.clip_decision import ClipDecision
@@ -21,6 +22,7 @@ from lightning_bigopt.schedules.base import Schedule
 __all__ = ["NormClip", "PerParameterNormClip"]
 
 
+@explain_arguments
 @dataclass(frozen=True)
 class NormClip(ClippingRule):
     r"""Scales all gradients together so that their global norm is at most ``max_norm``.
@@ -83,6 +85,7 @@ class NormClip(ClippingRule):
         )
 
 
+@explain_arguments
 @dataclass(frozen=True)
 class PerParameterNormClip(ClippingRule):
     r"""Scales each gradient separately so that its norm is at most ``max_norm``.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.gradients.clip_decision import ClipDecision
 from lightning_bigopt.gradients.gradient_norms import GradientNorms
@@ -14,6 +15,7 @@ from lightning_bigopt.parameters import first_match
 __all__ = ["Groups"]
 
 
+@explain_arguments
 @dataclass(frozen=True)
 class Groups(ClippingRule):
     """Assigns each parameter the rule of the first pattern that its name matches.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, _foreach_div, nn
 from torch.optim import Optimizer
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_positive
 from lightning_bigopt.gradients.norm_kernels import local_norms
 from lightning_bigopt.gradients.rules.update_rule import UpdateRule, chunks, whole_norms
@@ -18,6 +19,7 @@ from lightning_bigopt.gradients.sharding import redistribute_like_parameter_, to
 __all__ = ["UpdateClip"]
 
 
+@explain_arguments
 @dataclass(frozen=True)
 class UpdateClip(UpdateRule):
     r"""Limits the root mean square of an Adam update, as StableAdamW and Adafactor do.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_positive
 from lightning_bigopt.gradients.clip_decision import ClipDecision
 from lightning_bigopt.gradients.norm_kernels import stored_values
@@ -16,6 +17,7 @@ from lightning_bigopt.gradients.sharding import redistribute_like_parameter_, to
 __all__ = ["ValueClip"]
 
 
+@explain_arguments
 @dataclass(frozen=True)
 class ValueClip(ClippingRule):
     r"""Limits every element of every gradient to :math:`[-m, m]`.

@@ -20,12 +20,16 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
 from lightning_bigopt import (
+    BatchSizePolicy,
     BatchSizeScheduler,
     BatchSizeSteps,
     ConstantBatchSize,
     FullBatch,
+    GlobalBatchLoader,
+    GradientNoiseScale,
     LearningRateScheduler,
     Linear,
+    NoiseScaleBatchSize,
     SingleSample,
 )
 from tests.batch_helpers import RAMP, UnsizedStream
@@ -246,6 +250,64 @@ def test_percentages_refer_to_the_limit_that_ends_first(
     fit(module, loader(32, 2), BatchSizeScheduler(policy), **limits)
     assert [len(w) for w in module.windows] == expected
     assert max(module.errors) <= 1e-6
+
+
+BEYOND = r"global batch of 64 samples is larger than an epoch of 13 samples.*at most 13 samples"
+
+
+@pytest.mark.parametrize("policy", [ConstantBatchSize(64), BatchSizeSteps({"0%": 4, "75%": 64})])
+@pytest.mark.parametrize("is_exact", [False, True])
+def test_batch_larger_than_an_epoch_warns_once_at_the_start(
+    policy: BatchSizePolicy, is_exact: bool
+) -> None:
+    module = Probe(lr=0.01)
+    data: Any = loader(13, 2)
+    if is_exact:
+        data = GlobalBatchLoader(data.dataset, micro_batch_size=2, shuffle="sequential")
+    started: list[int] = []
+
+    class Notes(L.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            started.append(len(caught))
+
+    with pytest.warns(UserWarning, match=BEYOND) as caught:
+        fit(module, data, BatchSizeScheduler(policy), Notes(), max_epochs=4)
+    messages = [str(warning.message) for warning in caught]
+    assert sum("is larger than an epoch" in message for message in messages) == 1
+    assert started[0] >= 1  # before the first batch
+    assert module.windows[-1] == list(range(13))
+    assert max(module.errors) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "policy", [ConstantBatchSize(12), FullBatch(), BatchSizeSteps({"0%": 2, "50%": 14})]
+)
+def test_batch_of_a_whole_epoch_does_not_warn(
+    policy: BatchSizePolicy, recwarn: pytest.WarningsRecorder
+) -> None:
+    fit(Probe(lr=0.01), loader(13, 2), BatchSizeScheduler(policy), max_epochs=2)
+    assert not [warning for warning in recwarn if "larger than an epoch" in str(warning.message)]
+
+
+def test_adaptive_batch_larger_than_an_epoch_warns_when_it_is_reached() -> None:
+    with pytest.warns(UserWarning, match="global batch of 64 samples is larger than an epoch"):
+        fit(
+            Probe(lr=0.01),
+            loader(13, 2),
+            BatchSizeScheduler(Grows()),
+            GradientNoiseScale(),
+            max_epochs=4,
+        )
+
+
+class Grows(NoiseScaleBatchSize):
+    """Returns 64 after the first epoch, whatever the noise scale."""
+
+    def __init__(self) -> None:
+        super().__init__(low=4, high=64)
+
+    def __call__(self, progress: Any, *, context: Any) -> int:
+        return 64 if progress.epochs >= 1 else 4
 
 
 def test_full_batch_and_single_sample() -> None:

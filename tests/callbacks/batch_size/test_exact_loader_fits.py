@@ -216,7 +216,8 @@ def test_max_micro_batch_size_splits_the_same_updates() -> None:
 
 def test_epoch_smaller_than_the_batch_is_one_update() -> None:
     module = Probe(lr=0.01)
-    fit(module, exact_loader(7, 2), BatchSizeScheduler(ConstantBatchSize(64)), max_epochs=2)
+    with pytest.warns(UserWarning, match="64 samples is larger than an epoch of 7 samples"):
+        fit(module, exact_loader(7, 2), BatchSizeScheduler(ConstantBatchSize(64)), max_epochs=2)
     assert module.windows == [list(range(7))] * 2
     assert max(module.errors) <= 1e-6
 

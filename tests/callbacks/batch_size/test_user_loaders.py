@@ -173,6 +173,7 @@ def test_recreated_loader_may_change_its_length_but_not_its_batch_size() -> None
     ],
     ids=["small", "tiny", "drop_last", "workers"],
 )
+@pytest.mark.filterwarnings("ignore:The global batch .* is larger than an epoch")
 def test_no_sample_is_lost_or_counted_twice(
     size: int, micro: int, options: dict[str, Any], expected: list[int]
 ) -> None:
