@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_bigopt.callbacks.resume_report import is_resumed, report_changes
+from lightning_bigopt.callbacks.resume_report import is_resumed, report_changes, with_adopted
 from lightning_bigopt.callbacks.schedules import GroupSchedules
 from lightning_bigopt.checks import check_choice
 from lightning_bigopt.engine.batch_contents import BatchCount
@@ -83,7 +83,7 @@ class HyperparameterScheduler(Capability):
             budget=budget, samples=samples, tokens=tokens, on_resume=on_resume
         )
         self._saved: dict[str, Any] | None = None
-        self._before: list[float] = []
+        self._before: dict[tuple[int, int], float] = {}
 
     @property
     def state_key(self) -> str:
@@ -108,8 +108,10 @@ class HyperparameterScheduler(Capability):
         if not is_resumed(fit):
             return
         restored = fit.restored_bases.get(self.field)
-        used: dict[str, Any] = {"bases": fit.groups.bases(self.field)}
-        values = list(zip(self._before, self._values(fit), strict=True))
+        bases, adopted = fit.groups.bases(self.field), fit.groups.adopted(self.field)
+        used: dict[str, Any] = {"bases": bases}
+        now = self._values(fit)
+        values = [(self._before[at], now[at]) for at in now if at not in adopted]
         if saved is None or "schedule" in saved:
             used |= self.saved_state()
         else:
@@ -118,7 +120,7 @@ class HyperparameterScheduler(Capability):
         report_changes(
             None
             if saved is None or restored is None
-            else self._named({**saved, "bases": restored}),
+            else self._named({**saved, "bases": with_adopted(restored, bases, adopted)}),
             self._named(used),
             clock=fit.clock,
             values=values,
@@ -131,9 +133,14 @@ class HyperparameterScheduler(Capability):
     def _named(self, state: dict[str, Any]) -> dict[str, Any]:
         return {f"{self.field} {key}": value for key, value in state.items()}
 
-    def _values(self, fit: Fit) -> list[float]:
+    def _values(self, fit: Fit) -> dict[tuple[int, int], float]:
+        """Returns the values by position: optimizer and group."""
         field = GroupField(self.field)
-        return [field.read(group) for _, one in fit.groups for group in one.param_groups]
+        return {
+            (index, position): field.read(group)
+            for index, (_, optimizer) in enumerate(fit.groups)
+            for position, group in enumerate(optimizer.param_groups)
+        }
 
     def specification(self) -> str:
         """Returns the schedule as code."""

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_bigopt.callbacks.resume_report import is_resumed, report_changes
+from lightning_bigopt.callbacks.resume_report import is_resumed, report_changes, with_adopted
 from lightning_bigopt.callbacks.schedules import GroupSchedules
 from lightning_bigopt.checks import check_between, check_choice, check_non_negative
 from lightning_bigopt.durations.duration import DurationLike
@@ -123,7 +123,7 @@ class LearningRateScheduler(Capability):
         )
         self.needs_horizon = self._schedules.need_horizon or cooldown is not None
         self._saved: dict[str, Any] | None = None
-        self._before: list[float] = []
+        self._before: dict[tuple[int, int], float] = {}
 
     def check_fit(self, fit: Fit) -> None:
         """Raises if a callback or the strategy writes the learning rate."""
@@ -182,7 +182,7 @@ class LearningRateScheduler(Capability):
         """Resolves the schedules on the horizon, and applies them to the learning rate."""
         # On a resume these are the learning rates of the checkpoint: Lightning has restored the
         # optimizers, and the engine has not written the groups yet.
-        self._before = [float(group["lr"]) for group in _groups(fit)]
+        self._before = _learning_rates(fit)
         bases = [base for each in fit.groups.bases("lr") for base in each]
         if bases and not any(bases):
             rank_zero_warn(
@@ -207,15 +207,15 @@ class LearningRateScheduler(Capability):
             return
         schedulers_of_fit = _lightning_schedulers(fit)
         restored = [s.restored_bases for s in schedulers_of_fit if s.restored_bases is not None]
-        rates = [float(group["lr"]) for group in _groups(fit)]
+        used = [scheduler.bases for scheduler in schedulers_of_fit]
+        adopted, rates = fit.groups.adopted("lr"), _learning_rates(fit)
         report_changes(
-            None if saved is None or not restored else {**saved, "base_lrs": restored},
-            {
-                **self.saved_state(),
-                "base_lrs": [scheduler.bases for scheduler in schedulers_of_fit],
-            },
+            None
+            if saved is None or not restored
+            else {**saved, "base_lrs": with_adopted(restored, used, adopted)},
+            {**self.saved_state(), "base_lrs": used},
             clock=fit.clock,
-            values=list(zip(self._before, rates, strict=True)),
+            values=[(self._before[at], rates[at]) for at in rates if at not in adopted],
             is_foreign=any(scheduler.is_foreign for scheduler in schedulers_of_fit),
         )
 
@@ -251,8 +251,13 @@ class LearningRateScheduler(Capability):
         return f"LearningRateScheduler({type(self.schedule).__name__}(...))"
 
 
-def _groups(fit: Fit) -> list[dict[str, Any]]:
-    return [group for _, optimizer in fit.groups for group in optimizer.param_groups]
+def _learning_rates(fit: Fit) -> dict[tuple[int, int], float]:
+    """Returns the learning rates by position: optimizer and group."""
+    return {
+        (index, position): float(group["lr"])
+        for index, (_, optimizer) in enumerate(fit.groups)
+        for position, group in enumerate(optimizer.param_groups)
+    }
 
 
 def _lightning_schedulers(fit: Fit) -> list[LightningLRScheduler]:

@@ -26,7 +26,8 @@ class ForeignValue(NamedTuple):
         optimizer: Label of the optimizer; empty if there is only one.
         group: Name of the group; empty if there is only one.
         written: The value that the schedule had written.
-        value: The value that was found.
+        value: The value that was found; equal to ``written`` if the other code has restored it.
+        used: The value that an update has used instead of ``written``; None if there is none.
     """
 
     field: str
@@ -34,12 +35,17 @@ class ForeignValue(NamedTuple):
     group: str
     written: float
     value: float
+    used: float | None = None
 
     def __str__(self) -> str:
         place = " ".join(name for name in (self.optimizer, self.group) if name)
-        return (
-            f"{self.field}{f' of {place}' if place else ''} from {self.written:g} to {self.value:g}"
-        )
+        changed = self.used if self.used is not None and self.is_temporary else self.value
+        return f"{self.field}{f' of {place}' if place else ''} from {self.written:g} to {changed:g}"
+
+    @property
+    def is_temporary(self) -> bool:
+        """Whether the other code has restored the value after an update had used its own."""
+        return self.value == self.written
 
 
 def remember_bases(
