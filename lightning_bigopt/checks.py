@@ -44,7 +44,7 @@ def check_choice(name: str, value: object, choices: Any, *, hint: str = "") -> N
         return
     *first, last = map(repr, allowed)
     listed = f"{', '.join(first)} or {last}" if first else last
-    raise ValueError(f"{name} must be {listed}, got {value!r}{_advice(hint)}")
+    raise ValueError(f"{name} must be {listed}, got {_shown(value)}{_advice(hint)}")
 
 
 def check_count(
@@ -75,7 +75,7 @@ def check_count(
         constraint = f"a {'positive' if minimum else 'non-negative'} {noun}"
     else:
         constraint = f"{'a' if of else 'an'} {noun} of at least {minimum}"
-    raise ValueError(f"{name} must be {constraint}, got {value!r}{_advice(hint)}")
+    raise ValueError(f"{name} must be {constraint}, got {_shown(value)}{_advice(hint)}")
 
 
 def check_positive(name: str, value: Any, *, hint: str = "") -> None:
@@ -96,7 +96,7 @@ def check_positive(name: str, value: Any, *, hint: str = "") -> None:
 disable clipping
     """
     if not (_is_number(value) and math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be positive and finite, got {value!r}{_advice(hint)}")
+        raise ValueError(f"{name} must be positive and finite, got {_shown(value)}{_advice(hint)}")
 
 
 def check_non_negative(name: str, value: Any, *, hint: str = "") -> None:
@@ -116,7 +116,9 @@ def check_non_negative(name: str, value: Any, *, hint: str = "") -> None:
         ValueError: end must be non-negative and finite, got -0.1
     """
     if not (_is_number(value) and math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be non-negative and finite, got {value!r}{_advice(hint)}")
+        raise ValueError(
+            f"{name} must be non-negative and finite, got {_shown(value)}{_advice(hint)}"
+        )
 
 
 def check_between(
@@ -150,7 +152,7 @@ def check_between(
     above = _is_number(value) and (value >= low if ends[0] == "[" else value > low)
     if not (above and (value <= high if ends[1] == "]" else value < high)):
         interval = f"{ends[0]}{low:g}, {high:g}{ends[1]}"
-        raise ValueError(f"{name} must be in {interval}, got {value!r}{_advice(hint)}")
+        raise ValueError(f"{name} must be in {interval}, got {_shown(value)}{_advice(hint)}")
 
 
 def check_instance(name: str, value: object, kind: type, *, hint: str = "") -> None:
@@ -171,8 +173,18 @@ def check_instance(name: str, value: object, kind: type, *, hint: str = "") -> N
         ValueError: size must be an int, got '32'; write 32
     """
     if not isinstance(value, kind):
-        article = "an" if kind.__name__[0].lower() in "aeiou" else "a"
-        raise ValueError(f"{name} must be {article} {kind.__name__}, got {value!r}{_advice(hint)}")
+        expected = _with_article(kind.__name__)
+        raise ValueError(f"{name} must be {expected}, got {_shown(value)}{_advice(hint)}")
+
+
+def _shown(value: object) -> str:
+    """Returns the repr of a value, or its class if the repr has several lines (an optimizer)."""
+    text = repr(value)
+    return _with_article(type(value).__name__) if "\n" in text else text
+
+
+def _with_article(name: str) -> str:
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
 
 
 def _is_number(value: object) -> bool:

@@ -28,7 +28,7 @@ class HyperparameterScheduler(Capability):
         field: ``"weight_decay"``, ``"momentum"``, ``"betas[0]"``, ``"betas[1]"``, ``"eps"`` or any
             other numeric field of the parameter groups.
         schedule: Factor on the base over the budget, dimensionless.
-        groups: Other schedules for named parameter groups.
+        groups: Other schedules for parameter groups, as for :class:`LearningRateScheduler`.
         budget: As for :class:`LearningRateScheduler`; all callbacks of a Trainer share one clock.
         samples: Counts the samples of a batch: a function, or the name of a field.
         tokens: Counts the tokens of a batch: a function, or the name of an ids or mask field.
@@ -93,12 +93,17 @@ class HyperparameterScheduler(Capability):
     def check_optimizers(self, fit: Fit) -> None:
         """Claims the field; the configured values become the bases."""
         fit.groups.claim(self.field, base=self.base)
+        if fit.has_started:  # the optimizers were replaced, and may have other groups
+            self._follow(fit)
 
     def start(self, fit: Fit) -> None:
         """Resolves the schedules on the horizon, and applies them to the field."""
         # On a resume these are the values of the checkpoint: Lightning has restored the optimizers,
         # and the engine has not written the groups yet.
         self._before = self._values(fit)
+        self._follow(fit)
+
+    def _follow(self, fit: Fit) -> None:
         self._schedules.resolve(fit)
         fit.groups.follow(self.field, self._schedules.schedule_of, owner=self)
 

@@ -38,9 +38,10 @@ class LearningRateScheduler(Capability):
 
     Args:
         schedule: Factor on the base learning rates over the budget, dimensionless.
-        groups: Other schedules for named parameter groups.
-        optimizers: Other schedules for some of several optimizers (manual optimization), by the
-            name of their class: ``"Adam"``, or ``"Adam-0"`` and ``"Adam-1"`` for two of a class.
+        groups: Other schedules for parameter groups, by their ``name``; a group without one has the
+            name that the charts show, such as ``"group1"``.
+        optimizers: Other schedules for some optimizers, by the name of their class: ``"Adam"``, or
+            ``"Adam-0"`` and ``"Adam-1"`` for two of a class.
         min_lr: Lower bound of every learning rate (base × factor) after the schedule's warm-up and
             after all adjustments; None for no bound.
         max_lr: Upper bound of every learning rate; None for no bound.
@@ -177,6 +178,8 @@ class LearningRateScheduler(Capability):
                     "The scheduler of the module is replaced. The base learning rates are those "
                     f"before it scaled them: {initial[id(optimizer)]}."
                 )
+        if fit.has_started:  # the optimizers were replaced, and may have other names
+            self._follow(fit)
 
     def start(self, fit: Fit) -> None:
         """Resolves the schedules on the horizon, and applies them to the learning rate."""
@@ -189,6 +192,9 @@ class LearningRateScheduler(Capability):
                 "The base learning rate of every parameter group is 0, so that nothing is trained. "
                 "Pass another lr= to the optimizer."
             )
+        self._follow(fit)
+
+    def _follow(self, fit: Fit) -> None:
         self._schedules.resolve(
             fit, cooldown_shape=self.cooldown_shape, cooldown_end=self.cooldown_end
         )

@@ -80,7 +80,11 @@ class FieldClaim:
         """Returns the schedule of each group; an empty list if the field is not scheduled."""
         if self.schedule_of is None:
             return []
-        return [self.schedule_of(group.get("name"), label) for group in groups]
+        # A group without a name has the name that the charts show.
+        return [
+            self.schedule_of(group.get("name") or name or None, label)
+            for group, name in zip(groups, group_names(groups), strict=True)
+        ]
 
     def follow_groups(
         self,
