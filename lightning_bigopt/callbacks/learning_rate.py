@@ -165,13 +165,6 @@ class LearningRateScheduler(Capability):
         fit.scheduler_names = schedulers.remove_schedulers(trainer)
         fit.groups.claim("lr", base=self.base_lr)
         for index, (_, optimizer) in enumerate(fit.groups):
-            bases = fit.groups.bases("lr")[index]
-            current = [float(group["lr"]) for group in optimizer.param_groups]
-            if id(optimizer) not in initial and bases != current:
-                rank_zero_info(
-                    f"The base learning rates of {type(optimizer).__name__} are {bases}, before an "
-                    f"earlier fit or scheduler changed them to {current}."
-                )
             if id(optimizer) in initial:
                 fit.groups.set_bases("lr", index, initial[id(optimizer)])
                 rank_zero_info(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -14,7 +15,7 @@ from lightning_bigopt.gradients.optimizer_step import (
     is_step_replaced,
     step_control,
 )
-from lightning_bigopt.optimizers.base_values import ForeignValue, remember_bases
+from lightning_bigopt.optimizers.base_values import ForeignValue, carry_bases
 from lightning_bigopt.optimizers.group_schedule import GroupSchedule
 from lightning_bigopt.optimizers.names import optimizer_label, unwrapped
 from lightning_bigopt.trainer_access import callbacks, schedulers
@@ -63,7 +64,10 @@ def install(fit: _Fit) -> None:
     groups = fit.groups
     # A hook is compiled with the step, which takes one more compilation.
     groups.watch_steps(optimizer for _, optimizer in groups if not is_step_replaced(optimizer))
+    for note in groups.take_notes():
+        rank_zero_info(note)
     for index, (_, optimizer) in enumerate(groups):
+        carry_bases(optimizer, refresh=partial(groups.remember, index))
         # Before the first step, because a step that is already running cannot be controlled. A step
         # that was replaced may be compiled: the control evaluates the closure, with the hooks of
         # all callbacks, outside of it.
@@ -83,14 +87,12 @@ def uninstall(groups: GroupSchedule, *, keep: Sequence[Optimizer] = ()) -> None:
         keep: Optimizers that are left as they are.
     """
     groups.ignore_steps()
-    bases, written = groups.state_dict(), groups.written()
     for index, (_, optimizer) in enumerate(groups):
         if any(optimizer is kept for kept in keep):
             continue
         step_control(optimizer).remove()
-        for name in bases:
-            values = written[name][index]
-            remember_bases(optimizer, name, values=values, bases=bases[name][index])
+        groups.remember(index)
+        carry_bases(optimizer)
 
 
 def follow_optimizers(trainer: Trainer, groups: GroupSchedule) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from lightning_bigopt.optimizers.base_values import remember_bases
 from lightning_bigopt.optimizers.field_claim import Adjustment, FieldClaim, ScheduleOf
 from lightning_bigopt.optimizers.group_field import separate_tensors
 
@@ -95,7 +96,22 @@ class ClaimedFields:
         claim = self._claims[name]
         claim.bases[optimizer] = [float(base) for base in bases]
         claim.written[optimizer] = [*map(claim.field.read, self._groups[optimizer])]
+        claim.notes.pop(id(self.optimizers[optimizer][1]), None)
         self._has_new_bases = True
+
+    def take_notes(self) -> list[str]:
+        """Returns lines about base values that may not be the configured ones, and clears them."""
+        notes = [note for claim in self._claims.values() for note in claim.notes.values() if note]
+        for claim in self._claims.values():
+            claim.notes.clear()
+        return notes
+
+    def remember(self, index: int) -> None:
+        """Stores the bases and the values written last on an optimizer, given by its index."""
+        optimizer = self.optimizers[index][1]
+        for name, claim in self._claims.items():
+            values, bases = claim.written[index], claim.bases[index]
+            remember_bases(optimizer, name, values=values, bases=bases)
 
     def restore_bases(self, name: str, optimizer: int, bases: Sequence[float]) -> None:
         """Replaces the bases of one optimizer by those of a checkpoint; see ``base`` of a claim."""

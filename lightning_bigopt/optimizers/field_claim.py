@@ -56,6 +56,7 @@ class FieldClaim:
     bases: list[list[float]]
     written: list[list[float | None]]  # the last values; None where they are not known
     marks: list[list[tuple[object, int]]] = dataclasses.field(default_factory=list)
+    notes: dict[int, str] = dataclasses.field(default_factory=dict)  # by id of an optimizer
     adopted: set[tuple[int, int]] = dataclasses.field(default_factory=set)  # by the last adopt()
     adopted_at: int | None = None  # the update before which a value of other code was found
     foreign_updates: int = 0  # the updates before which such a value was found
@@ -115,9 +116,10 @@ class FieldClaim:
         written: list[list[float | None]] = []
         for (_, optimizer), place in zip(optimizers, places, strict=True):
             if place is None:
-                values = [self.field.read(group) for group in optimizer.param_groups]
-                bases.append(base_values(optimizer, self.field.name, values))
-                written.append([*values])
+                values, note = base_values(optimizer, self.field)
+                bases.append(values)
+                written.append([*map(self.field.read, optimizer.param_groups)])
+                self.notes[id(optimizer)] = note
             else:
                 bases.append(self.bases[place])
                 written.append(self.written[place])
