@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from operator import attrgetter, is_
 from typing import Any
@@ -186,6 +186,22 @@ class GroupSchedule(ClaimedFields):
                 self._stepped = True
                 for claim in self._claims.values():
                     claim.note_step(index, one.param_groups)
+
+    def rewind(self, bases: Mapping[str, Sequence[Sequence[float]]]) -> None:
+        """Returns to earlier bases, after the groups have returned to their earlier values.
+
+        Groups that were added since then keep their bases.
+
+        Args:
+            bases: The result of :meth:`state_dict`.
+        """
+        self._follow_groups()
+        for name, saved in bases.items():
+            if name in self._claims:
+                for of_optimizer, values in zip(self._claims[name].bases, saved, strict=True):
+                    of_optimizer[: len(values)] = values
+        self.forget_written()
+        self._has_new_bases = True
 
     def follow_optimizers(self, optimizers: Sequence[tuple[str, Optimizer]]) -> None:
         """Continues with other optimizers; new ones bring their own base values.
