@@ -300,10 +300,10 @@ def test_changes_of_the_schedule_are_still_reported_beside_a_write(
         trainer.save_checkpoint(path)
 
     fit(Recorded(), LearningRateScheduler(Linear()), At("on_train_epoch_end", act))
-    trainer = trainer_of(LearningRateScheduler(Linear(start=2.0)))
+    trainer = trainer_of(LearningRateScheduler(Linear(start=3.0)))
     with (
         caplog.at_level(logging.INFO),
-        pytest.warns(UserWarning, match=r"The learning rate jumps .*: 0\.05 → 0\.1 \(× 2\)\."),
+        pytest.warns(UserWarning, match=r"The learning rate jumps .*: 0\.05 → 0\.15 \(× 3\)\."),
     ):
         trainer.fit(Recorded(), data(), ckpt_path=path)
     (report,) = [text for text in caplog.messages if "Changes since" in text]

@@ -61,6 +61,18 @@ class ObjectState(SGD):
         return loss
 
 
+class SharesMemory(TwoTensor):
+    """Its copies share the memory of its parts, as those of torchao's optimizer states."""
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is torch.ops.aten._to_copy.default:
+            return cls(args[0].a, args[0].b)
+        return super().__torch_dispatch__(function, types, args, kwargs)
+
+
 class Quantized(SGD):
     """Keeps moments in tensors made of two others, as those of torchao."""
 
@@ -71,7 +83,7 @@ class Quantized(SGD):
             state = self.state[parameter]
             if not state:
                 zeros = torch.zeros_like(parameter)
-                state["moment"] = TwoTensor(zeros, zeros.clone())
+                state["moment"] = SharesMemory(zeros, zeros.clone())
             state["moment"].a.mul_(0.9).add_(parameter.grad)
             state["moment"].b.add_(1)
             parameter.sub_(0.1 * state["moment"].a / state["moment"].b)
