@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_bigopt.arguments import explain_arguments
-from lightning_bigopt.callbacks.resume_report import is_resumed, report_changes
+from lightning_bigopt.callbacks.resume_report import is_resumed, report_changes, with_adopted
 from lightning_bigopt.callbacks.schedules import GroupSchedules
 from lightning_bigopt.checks import check_choice
 from lightning_bigopt.engine.batch_contents import BatchCount
@@ -30,7 +30,7 @@ class HyperparameterScheduler(Capability):
         field: ``"weight_decay"``, ``"momentum"``, ``"betas[0]"``, ``"betas[1]"``, ``"eps"`` or any
             other numeric field of the parameter groups.
         schedule: Factor on the base over the budget, dimensionless.
-        groups: Other schedules for named parameter groups.
+        groups: Other schedules for parameter groups, as for :class:`LearningRateScheduler`.
         budget: As for :class:`LearningRateScheduler`; all callbacks of a Trainer share one clock.
         samples: Counts the samples of a batch: a function, or the name of a field.
         tokens: Counts the tokens of a batch: a function, or the name of an ids or mask field.
@@ -85,7 +85,7 @@ class HyperparameterScheduler(Capability):
             budget=budget, samples=samples, tokens=tokens, on_resume=on_resume
         )
         self._saved: dict[str, Any] | None = None
-        self._before: list[float] = []
+        self._before: dict[tuple[int, int], float] = {}
 
     @property
     def state_key(self) -> str:
@@ -95,12 +95,17 @@ class HyperparameterScheduler(Capability):
     def check_optimizers(self, fit: Fit) -> None:
         """Claims the field; the configured values become the bases."""
         fit.groups.claim(self.field, base=self.base)
+        if fit.has_started:  # the optimizers were replaced, and may have other groups
+            self._follow(fit)
 
     def start(self, fit: Fit) -> None:
         """Resolves the schedules on the horizon, and applies them to the field."""
         # On a resume these are the values of the checkpoint: Lightning has restored the optimizers,
         # and the engine has not written the groups yet.
         self._before = self._values(fit)
+        self._follow(fit)
+
+    def _follow(self, fit: Fit) -> None:
         self._schedules.resolve(fit)
         fit.groups.follow(self.field, self._schedules.schedule_of, owner=self)
 
@@ -110,8 +115,10 @@ class HyperparameterScheduler(Capability):
         if not is_resumed(fit):
             return
         restored = fit.restored_bases.get(self.field)
-        used: dict[str, Any] = {"bases": fit.groups.bases(self.field)}
-        values = list(zip(self._before, self._values(fit), strict=True))
+        bases, adopted = fit.groups.bases(self.field), fit.groups.adopted(self.field)
+        used: dict[str, Any] = {"bases": bases}
+        now = self._values(fit)
+        values = [(self._before[at], now[at]) for at in now if at not in adopted]
         if saved is None or "schedule" in saved:
             used |= self.saved_state()
         else:
@@ -120,7 +127,7 @@ class HyperparameterScheduler(Capability):
         report_changes(
             None
             if saved is None or restored is None
-            else self._named({**saved, "bases": restored}),
+            else self._named({**saved, "bases": with_adopted(restored, bases, adopted)}),
             self._named(used),
             clock=fit.clock,
             values=values,
@@ -133,9 +140,14 @@ class HyperparameterScheduler(Capability):
     def _named(self, state: dict[str, Any]) -> dict[str, Any]:
         return {f"{self.field} {key}": value for key, value in state.items()}
 
-    def _values(self, fit: Fit) -> list[float]:
+    def _values(self, fit: Fit) -> dict[tuple[int, int], float]:
+        """Returns the values by position: optimizer and group."""
         field = GroupField(self.field)
-        return [field.read(group) for _, one in fit.groups for group in one.param_groups]
+        return {
+            (index, position): field.read(group)
+            for index, (_, optimizer) in enumerate(fit.groups)
+            for position, group in enumerate(optimizer.param_groups)
+        }
 
     def specification(self) -> str:
         """Returns the schedule as code."""

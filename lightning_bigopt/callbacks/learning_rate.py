@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_bigopt.arguments import explain_arguments
-from lightning_bigopt.callbacks.resume_report import is_resumed, report_changes
+from lightning_bigopt.callbacks.resume_report import is_resumed, report_changes, with_adopted
 from lightning_bigopt.callbacks.schedules import GroupSchedules
 from lightning_bigopt.checks import check_between, check_choice, check_non_negative
 from lightning_bigopt.durations.duration import DurationLike
@@ -40,9 +40,10 @@ class LearningRateScheduler(Capability):
 
     Args:
         schedule: Factor on the base learning rates over the budget, dimensionless.
-        groups: Other schedules for named parameter groups.
-        optimizers: Other schedules for some of several optimizers (manual optimization), by the
-            name of their class: ``"Adam"``, or ``"Adam-0"`` and ``"Adam-1"`` for two of a class.
+        groups: Other schedules for parameter groups, by their ``name``; a group without one has the
+            name that the charts show, such as ``"group1"``.
+        optimizers: Other schedules for some optimizers, by the name of their class: ``"Adam"``, or
+            ``"Adam-0"`` and ``"Adam-1"`` for two of a class.
         min_lr: Lower bound of every learning rate (base × factor) after the schedule's warm-up and
             after all adjustments; None for no bound.
         max_lr: Upper bound of every learning rate; None for no bound.
@@ -125,7 +126,7 @@ class LearningRateScheduler(Capability):
         )
         self.needs_horizon = self._schedules.need_horizon or cooldown is not None
         self._saved: dict[str, Any] | None = None
-        self._before: list[float] = []
+        self._before: dict[tuple[int, int], float] = {}
 
     def check_fit(self, fit: Fit) -> None:
         """Raises if a callback or the strategy writes the learning rate."""
@@ -166,31 +167,29 @@ class LearningRateScheduler(Capability):
         fit.scheduler_names = schedulers.remove_schedulers(trainer)
         fit.groups.claim("lr", base=self.base_lr)
         for index, (_, optimizer) in enumerate(fit.groups):
-            bases = fit.groups.bases("lr")[index]
-            current = [float(group["lr"]) for group in optimizer.param_groups]
-            if id(optimizer) not in initial and bases != current:
-                rank_zero_info(
-                    f"The base learning rates of {type(optimizer).__name__} are {bases}, before an "
-                    f"earlier fit or scheduler changed them to {current}."
-                )
             if id(optimizer) in initial:
                 fit.groups.set_bases("lr", index, initial[id(optimizer)])
                 rank_zero_info(
                     "The scheduler of the module is replaced. The base learning rates are those "
                     f"before it scaled them: {initial[id(optimizer)]}."
                 )
+        if fit.has_started:  # the optimizers were replaced, and may have other names
+            self._follow(fit)
 
     def start(self, fit: Fit) -> None:
         """Resolves the schedules on the horizon, and applies them to the learning rate."""
         # On a resume these are the learning rates of the checkpoint: Lightning has restored the
         # optimizers, and the engine has not written the groups yet.
-        self._before = [float(group["lr"]) for group in _groups(fit)]
+        self._before = _learning_rates(fit)
         bases = [base for each in fit.groups.bases("lr") for base in each]
         if bases and not any(bases):
             rank_zero_warn(
                 "The base learning rate of every parameter group is 0, so that nothing is trained. "
                 "Pass another lr= to the optimizer."
             )
+        self._follow(fit)
+
+    def _follow(self, fit: Fit) -> None:
         self._schedules.resolve(
             fit, cooldown_shape=self.cooldown_shape, cooldown_end=self.cooldown_end
         )
@@ -209,15 +208,15 @@ class LearningRateScheduler(Capability):
             return
         schedulers_of_fit = _lightning_schedulers(fit)
         restored = [s.restored_bases for s in schedulers_of_fit if s.restored_bases is not None]
-        rates = [float(group["lr"]) for group in _groups(fit)]
+        used = [scheduler.bases for scheduler in schedulers_of_fit]
+        adopted, rates = fit.groups.adopted("lr"), _learning_rates(fit)
         report_changes(
-            None if saved is None or not restored else {**saved, "base_lrs": restored},
-            {
-                **self.saved_state(),
-                "base_lrs": [scheduler.bases for scheduler in schedulers_of_fit],
-            },
+            None
+            if saved is None or not restored
+            else {**saved, "base_lrs": with_adopted(restored, used, adopted)},
+            {**self.saved_state(), "base_lrs": used},
             clock=fit.clock,
-            values=list(zip(self._before, rates, strict=True)),
+            values=[(self._before[at], rates[at]) for at in rates if at not in adopted],
             is_foreign=any(scheduler.is_foreign for scheduler in schedulers_of_fit),
         )
 
@@ -253,8 +252,13 @@ class LearningRateScheduler(Capability):
         return f"LearningRateScheduler({type(self.schedule).__name__}(...))"
 
 
-def _groups(fit: Fit) -> list[dict[str, Any]]:
-    return [group for _, optimizer in fit.groups for group in optimizer.param_groups]
+def _learning_rates(fit: Fit) -> dict[tuple[int, int], float]:
+    """Returns the learning rates by position: optimizer and group."""
+    return {
+        (index, position): float(group["lr"])
+        for index, (_, optimizer) in enumerate(fit.groups)
+        for position, group in enumerate(optimizer.param_groups)
+    }
 
 
 def _lightning_schedulers(fit: Fit) -> list[LightningLRScheduler]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -12,7 +12,7 @@ from lightning_bigopt.engine.budget import describe_budget
 from lightning_bigopt.engine.clock import Clock
 from lightning_bigopt.engine.stage import Fit
 
-__all__ = ["differences", "is_resumed", "report_changes"]
+__all__ = ["differences", "is_resumed", "report_changes", "with_adopted"]
 
 # Relative difference from which on a value is reported as a jump.
 _JUMP = 0.01
@@ -46,6 +46,34 @@ def is_resumed(fit: Fit) -> bool:
     share = fit.clock.fraction
     has_consumed = bool(fit.clock.batches) if math.isnan(share) else share > 0
     return fit.trainer.ckpt_path is not None and has_consumed
+
+
+def with_adopted(
+    restored: Sequence[Sequence[float]],
+    used: Sequence[Sequence[float]],
+    adopted: Collection[tuple[int, int]],
+) -> list[list[float]]:
+    """Returns the base values of a checkpoint, with those that other code had changed by then.
+
+    A value that was written before the checkpoint was saved becomes a base value at the next
+    update, in the straight run as in the resumed one. It is no change since the checkpoint.
+
+    Args:
+        restored: The base values of the checkpoint, of each group of each optimizer.
+        used: The base values of this fit.
+        adopted: The positions, optimizer and group, whose base values were written before.
+
+    Example:
+        >>> with_adopted([[0.1, 0.2]], [[0.4, 0.5]], {(0, 1)})
+        [[0.1, 0.5]]
+    """
+    return [
+        [
+            used[index][position] if (index, position) in adopted else base
+            for position, base in enumerate(bases)
+        ]
+        for index, bases in enumerate(restored)
+    ]
 
 
 def report_changes(

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from lightning_bigopt.checks import check_instance
 from lightning_bigopt.engine.stage import Fit
+from lightning_bigopt.optimizers.names import group_names
 from lightning_bigopt.schedules.base import Schedule
 from lightning_bigopt.schedules.shapes import CooldownShape
 
@@ -17,8 +18,9 @@ class GroupSchedules:
 
     Args:
         schedule: Schedule of all groups that have no other schedule.
-        groups: Schedules by name of a parameter group.
-        optimizers: Schedules by label of an optimizer.
+        groups: Schedules by name of a parameter group; a group without a name has that of the
+            charts, such as ``"group1"``.
+        optimizers: Schedules by label of an optimizer; by its class if there is only one.
         hint: Example of a schedule for the error message.
     """
 
@@ -62,15 +64,9 @@ class GroupSchedules:
             ValueError: If a name is unknown, or a duration does not fit into the horizon.
         """
         self.is_resolved = False
-        groups = [group for _, optimizer in fit.groups for group in optimizer.param_groups]
-        _check_known(
-            "groups",
-            "parameter groups of the optimizer",
-            self._groups,
-            {group["name"] for group in groups if "name" in group},
-        )
-        labels = {label for label, _ in fit.groups if label}
-        _check_known("optimizers", "one of several optimizers", self._optimizers, labels)
+        self._check_groups(fit)
+        labels = {label or type(optimizer).__name__: label for label, optimizer in fit.groups}
+        self._check_optimizers(labels, is_replaced=fit.has_started)
         horizon, cooldown = fit.clock.horizon, fit.clock.cooldown
 
         def resolved(schedule: Schedule) -> Schedule:
@@ -84,7 +80,7 @@ class GroupSchedules:
 
         self._of_all = resolved(self._schedule)
         self._of_group = {name: resolved(schedule) for name, schedule in self._groups.items()}
-        self._of_optimizer = {n: resolved(schedule) for n, schedule in self._optimizers.items()}
+        self._of_optimizer = {labels[n]: resolved(s) for n, s in self._optimizers.items()}
         self.is_resolved = True
 
     def schedule_of(self, group: str | None, optimizer: str) -> Schedule:
@@ -92,10 +88,34 @@ class GroupSchedules:
         named = self._of_group.get(group)
         return self._of_optimizer.get(optimizer, self._of_all) if named is None else named
 
-
-def _check_known(name: str, kind: str, names: Iterable[str], known: set[str]) -> None:
-    missing = sorted(set(names) - known)
-    if missing:
+    def _check_groups(self, fit: Fit) -> None:
+        named: set[str] = set()
+        numbered: set[str] = set()  # the names that the charts show for groups without a name
+        for _, optimizer in fit.groups:
+            groups = optimizer.param_groups
+            for group, name in zip(groups, group_names(groups), strict=True):
+                named |= {group["name"]} if group.get("name") else set()
+                numbered |= {name} if name and not group.get("name") else set()
+        missing = sorted(set(self._groups) - named - numbered)
+        if not missing:
+            return
+        way_out = f"name a group as {{'params': ..., 'name': {missing[0]!r}}}"
+        if named or numbered:
+            way_out = f"the groups are named {sorted(named | numbered)!r}; {way_out}"
         raise ValueError(
-            f"{name} must name {kind}, got {missing!r}; the {name} are named {sorted(known)!r}"
+            f"groups must name parameter groups of the optimizer, got {missing!r}; {way_out}"
+        )
+
+    def _check_optimizers(self, known: Iterable[str], *, is_replaced: bool) -> None:
+        missing = sorted(set(self._optimizers) - set(known))
+        if not missing:
+            return
+        way_out = f"the optimizers are named {sorted(known)!r}"
+        if is_replaced:
+            way_out += (
+                " since they were replaced; use an optimizer of the same class, or pass the "
+                "schedule as schedule=, which every optimizer without an entry follows"
+            )
+        raise ValueError(
+            f"optimizers must name optimizers of the Trainer, got {missing!r}; {way_out}"
         )

@@ -227,6 +227,7 @@ class Engine(StepHooks):
             capability.end(fit)
             capability.fit = None
         fit_setup.uninstall(fit)
+        optimizer_setup.report_changes(fit.groups)
         optimizer_setup.uninstall(fit.groups)
         if self._update_check is not None:
             self._update_check.remove()

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_bigopt.engine.lr_scheduler import LightningLRScheduler
-from lightning_bigopt.gradients.optimizer_step import installed_step_control, step_control
-from lightning_bigopt.optimizers.base_values import remember_bases
+from lightning_bigopt.gradients.optimizer_step import (
+    installed_step_control,
+    is_step_replaced,
+    step_control,
+)
+from lightning_bigopt.optimizers.base_values import ForeignValue, carry_bases
 from lightning_bigopt.optimizers.group_schedule import GroupSchedule
 from lightning_bigopt.optimizers.names import optimizer_label, unwrapped
 from lightning_bigopt.trainer_access import callbacks, schedulers
@@ -25,9 +30,13 @@ __all__ = [
     "group_schedule",
     "install",
     "repeated_evaluations",
+    "report_changes",
     "restore_repeated_evaluations",
     "uninstall",
 ]
+
+# Of so many changes each is logged; the next ones are only counted.
+_MANY_CHANGES = 3
 
 
 def group_schedule(trainer: Trainer) -> GroupSchedule:
@@ -53,7 +62,12 @@ class _Fit(Protocol):
 def install(fit: _Fit) -> None:
     """Installs step controls, and registers the schedulers that Lightning saves and shows."""
     groups = fit.groups
+    # A hook is compiled with the step, which takes one more compilation.
+    groups.watch_steps(optimizer for _, optimizer in groups if not is_step_replaced(optimizer))
+    for note in groups.take_notes():
+        rank_zero_info(note)
     for index, (_, optimizer) in enumerate(groups):
+        carry_bases(optimizer, refresh=partial(groups.remember, index))
         # Before the first step, because a step that is already running cannot be controlled. A step
         # that was replaced may be compiled: the control evaluates the closure, with the hooks of
         # all callbacks, outside of it.
@@ -72,14 +86,13 @@ def uninstall(groups: GroupSchedule, *, keep: Sequence[Optimizer] = ()) -> None:
         groups: The schedule of the parameter groups.
         keep: Optimizers that are left as they are.
     """
-    bases, written = groups.state_dict(), groups.written()
+    groups.ignore_steps()
     for index, (_, optimizer) in enumerate(groups):
         if any(optimizer is kept for kept in keep):
             continue
         step_control(optimizer).remove()
-        for name in bases:
-            values = written[name][index]
-            remember_bases(optimizer, name, values=values, bases=bases[name][index])
+        groups.remember(index)
+        carry_bases(optimizer)
 
 
 def follow_optimizers(trainer: Trainer, groups: GroupSchedule) -> None:
@@ -114,11 +127,45 @@ def adopt_values(trainer: Trainer, groups: GroupSchedule, *, epoch_is_new: bool 
         # It writes the learning rate of the last group, the backbone, and computes it from that of
         # the head, which is scheduled. As a base it would be multiplied by the schedule again.
         groups.forget_written(only_last_lr=True)
-    for foreign in groups.adopt():
-        rank_zero_info(
-            f"Other code has changed {foreign}. This is the new base value, which the schedule "
-            "multiplies."
+    found = groups.adopt()
+    for name in dict.fromkeys(foreign.field for foreign in found):
+        number = groups.foreign_updates(name)
+        if number <= _MANY_CHANGES:
+            rank_zero_info(_changes([foreign for foreign in found if foreign.field == name]))
+        if number == _MANY_CHANGES:
+            rank_zero_warn(
+                f"Other code has changed {name} for {number} updates of this fit. Each of its "
+                "values becomes a base value, which the schedule multiplies. A value that is "
+                f"computed from the current one, as by group[{name!r}] *= 0.9, contains the factor "
+                "of the schedule already, so that the factors accumulate. Write a schedule "
+                "instead, such as the product of two schedules. Further changes are counted, and "
+                "logged when the fit ends."
+            )
+
+
+def _changes(found: Sequence[ForeignValue]) -> str:
+    """Returns the line for the changes of one field."""
+    listed = ", ".join(map(str, found[:3])) + (f" and {len(found) - 3} more" * (len(found) > 3))
+    used = any(foreign.used is not None for foreign in found)
+    if all(foreign.is_temporary for foreign in found):
+        return (
+            f"Other code has changed {listed} for one update, and back. The update has used this "
+            "value without the schedule."
         )
+    text = f"Other code has changed {listed}. "
+    if len(found) == 1:
+        text += "This is the new base value, which the schedule multiplies."
+    else:
+        text += "These are the new base values, which the schedule multiplies."
+    return text + " The update before has used the value without the schedule." * used
+
+
+def report_changes(groups: GroupSchedule) -> None:
+    """Logs at the end of a fit how often other code has changed each field, if often."""
+    for name in groups.state_dict():
+        number = groups.foreign_updates(name)
+        if number > _MANY_CHANGES:
+            rank_zero_info(f"Other code has changed {name} for {number} updates of this fit.")
 
 
 def begin_evaluation(

@@ -6,14 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
-from torch.optim import Optimizer
+from torch import Tensor
 
 from lightning_bigopt.batching.randomness import random_state, set_random_state
 from lightning_bigopt.engine.clock import Clock
 from lightning_bigopt.optimizers.group_schedule import GroupSchedule
 from lightning_bigopt.optimizers.names import unwrapped
+from lightning_bigopt.optimizers.training_snapshot import TrainingSnapshot
 from lightning_bigopt.trainer_access import loaders, loop, precision
 
 if TYPE_CHECKING:
@@ -37,8 +36,9 @@ class Snapshot:
 
     The states of all capabilities are included. Tensors are copied on their devices, DTensors as
     their local shards. Weights and buffers are restored in place, except lazy ones that had no
-    values at the time of the snapshot. Parameter groups added since then stay, with empty optimizer
-    states: Lightning's fine-tuning callbacks add a group only once. A snapshot may be restored
+    values at the time of the snapshot; parameters that were replaced since then are put back.
+    Parameter groups added since then stay, with empty optimizer states: Lightning's fine-tuning
+    callbacks add a group only once. The base values are restored, too. A snapshot may be restored
     several times. Gradients are not included: take and restore a snapshot between accumulation
     windows, and in the same hook, because Lightning advances its counters between the hooks of a
     batch.
@@ -64,8 +64,9 @@ class Snapshot:
     ) -> None:
         self._trainer, self._clock, self._groups = trainer, clock, groups
         self._rewound = rewound
-        self._tensors = [(tensor, tensor.detach().clone()) for tensor in _tensors_of(module)]
-        self._optimizers = [(o, _copy_of(o)) for o in map(unwrapped, trainer.optimizers)]
+        self._optimizers = [*map(unwrapped, trainer.optimizers)]
+        self._training = TrainingSnapshot(module, self._optimizers)
+        self._bases = groups.state_dict()
         scaler = precision.gradient_scaler(trainer)
         self._scaler = None if scaler is None else (scaler, scaler.state_dict())
         self._device = trainer.strategy.root_device
@@ -88,12 +89,19 @@ class Snapshot:
                 False training continues with the next data. Within an epoch a rewind needs loaders
                 with a ``state_dict``, such as GlobalBatchLoader; others continue with the next
                 data, and restart with the next epoch.
+
+        Raises:
+            ValueError: If weights or optimizers cannot be restored to the bit, because an optimizer
+                was replaced, a parameter removed, or its shape changed. Nothing is changed then.
         """
-        for tensor, copy in self._tensors:
-            tensor.detach().copy_(copy)
-        for optimizer, state in self._optimizers:
-            _restore_optimizer(optimizer, state)
-        self._groups.forget_written()  # the restored values are not those of other code
+        optimizers = [*map(unwrapped, self._trainer.optimizers)]
+        if [*map(id, optimizers)] != [*map(id, self._optimizers)]:
+            raise ValueError(
+                "a snapshot must be restored into the optimizers it was taken of, got others; take "
+                "a new one after the optimizers were replaced"
+            )
+        self._training.restore()
+        self._groups.rewind(self._bases)
         if self._scaler is not None:
             scaler, scale = self._scaler
             scaler.load_state_dict(scale)
@@ -114,39 +122,6 @@ class Snapshot:
         if len(self._loaders) == len(loaders.train_loaders(self._trainer)):
             loaders.restart_epoch(self._trainer)
         self._rewound()
-
-
-_LAZY = (UninitializedBuffer, UninitializedParameter)
-
-
-def _tensors_of(module: nn.Module) -> list[Tensor]:
-    """Returns all parameters and buffers, including non-persistent ones, except lazy ones."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return [tensor for tensor in tensors if not isinstance(tensor, _LAZY)]
-
-
-def _copy_of(optimizer: Optimizer) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    return {p: _copied(state) for p, state in optimizer.state.items()}, _copied(groups)
-
-
-def _restore_optimizer(
-    optimizer: Optimizer, copy: tuple[dict[Any, Any], list[dict[str, Any]]]
-) -> None:
-    # Not optimizer.load_state_dict: it would replace the dictionaries of the groups and cast the
-    # states to the dtype of the parameters.
-    states, groups = copy
-    optimizer.state.clear()
-    optimizer.state.update({p: _copied(state) for p, state in states.items()})
-    for group, fields in zip(optimizer.param_groups, groups, strict=False):  # groups may be new
-        for name in group.keys() - fields.keys() - {"params"}:
-            del group[name]
-        for name, value in fields.items():
-            current = group.get(name)
-            if isinstance(value, Tensor) and isinstance(current, Tensor):
-                current.copy_(value)  # in place: a compiled step holds a reference to the tensor
-            else:
-                group[name] = _copied(value)
 
 
 def _copied(value: Any) -> Any:

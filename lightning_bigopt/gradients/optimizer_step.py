@@ -17,7 +17,7 @@ from lightning_bigopt.gradients.evaluations import Evaluations, StepStopped, has
 from lightning_bigopt.optimizers.names import unwrapped
 from lightning_bigopt.optimizers.object_snapshot import ObjectSnapshot
 
-__all__ = ["StepControl", "installed_step_control", "step_control"]
+__all__ = ["StepControl", "installed_step_control", "is_step_replaced", "step_control"]
 
 _ATTRIBUTE = "_bigopt_step_control"
 
@@ -52,6 +52,7 @@ class StepControl:
     Attributes:
         optimizer: The optimizer.
         evaluations: The evaluations of the closure in the current step.
+        previous: The function that had replaced the step of the class before; None if none had.
 
     Example:
         >>> import torch
@@ -75,8 +76,8 @@ class StepControl:
         self._after: list[Callable[[], None]] = []
         self._scale: dict[str, Tensor] = {}
         attributes = vars(optimizer)
-        self._previous: Callable[..., Any] | None = attributes.get("step")
-        self._replacement = self._replace(self._previous or type(optimizer).step)
+        self.previous: Callable[..., Any] | None = attributes.get("step")
+        self._replacement = self._replace(self.previous or type(optimizer).step)
         self._hook: RemovableHandle | None = None
         # The optimizer of Opacus and some that contain another one do not call Optimizer.__init__.
         with suppress(AttributeError, TypeError):
@@ -174,8 +175,8 @@ class StepControl:
             self._hook.remove()
         if getattr(attributes.get("step"), "__func__", None) is self._replacement:
             del attributes["step"]
-            if self._previous is not None:
-                attributes["step"] = self._previous
+            if self.previous is not None:
+                attributes["step"] = self.previous
 
     def _replace(self, original: Callable[..., Any]) -> Callable[..., Any]:
         # wraps() keeps the signature, which a GradScaler inspects, and the mark of an LRScheduler.
@@ -238,8 +239,8 @@ class StepControl:
         return result
 
     def _call_original(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._previous is not None:
-            return self._previous(*args, **kwargs)
+        if self.previous is not None:
+            return self.previous(*args, **kwargs)
         return type(self.optimizer).step(self.optimizer, *args, **kwargs)
 
     def _run_after(self) -> None:
@@ -296,6 +297,16 @@ def installed_step_control(optimizer: Optimizer) -> StepControl | None:
     """Returns the step control of an optimizer; None if none is installed."""
     control: StepControl | None = vars(unwrapped(optimizer)).get(_ATTRIBUTE)
     return control
+
+
+def is_step_replaced(optimizer: Optimizer) -> bool:
+    """Returns whether other code has replaced the step, for example by a compiled function.
+
+    The wrapper of torch's LRScheduler, which calls the step of the class, does not count.
+    """
+    control = installed_step_control(optimizer)
+    step = vars(optimizer).get("step") if control is None else control.previous
+    return step is not None and not hasattr(step, "_wrapped_by_lr_sched")
 
 
 def _after_any_step(optimizer: Optimizer, *_: Any) -> None:

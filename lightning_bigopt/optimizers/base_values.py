@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
 
+from lightning_bigopt.optimizers.group_field import GroupField
+
 __all__ = [
+    "BaseValues",
     "ForeignValue",
     "base_values",
+    "carry_bases",
     "is_loaded_state",
     "matching_groups",
     "remember_bases",
@@ -26,7 +31,8 @@ class ForeignValue(NamedTuple):
         optimizer: Label of the optimizer; empty if there is only one.
         group: Name of the group; empty if there is only one.
         written: The value that the schedule had written.
-        value: The value that was found.
+        value: The value that was found; equal to ``written`` if the other code has restored it.
+        used: The value that an update has used instead of ``written``; None if there is none.
     """
 
     field: str
@@ -34,20 +40,33 @@ class ForeignValue(NamedTuple):
     group: str
     written: float
     value: float
+    used: float | None = None
 
     def __str__(self) -> str:
         place = " ".join(name for name in (self.optimizer, self.group) if name)
-        return (
-            f"{self.field}{f' of {place}' if place else ''} from {self.written:g} to {self.value:g}"
-        )
+        changed = self.used if self.used is not None and self.is_temporary else self.value
+        return f"{self.field}{f' of {place}' if place else ''} from {self.written:g} to {changed:g}"
+
+    @property
+    def is_temporary(self) -> bool:
+        """Whether the other code has restored the value after an update had used its own."""
+        return self.value == self.written
+
+
+class _Remembered(NamedTuple):
+    """The last value and the base value of a field of one parameter group."""
+
+    group: dict[str, Any]
+    written: float | None
+    base: float
 
 
 def remember_bases(
     optimizer: Optimizer, name: str, *, values: Sequence[float | None], bases: Sequence[float]
 ) -> None:
-    """Stores the base values of a field at the end of a fit, as an attribute of the optimizer.
+    """Stores the base values of a field as an attribute of the optimizer.
 
-    The attribute is no part of the optimizer's ``state_dict``.
+    The attribute is no part of the optimizer's ``state_dict``; see :func:`carry_bases` for copies.
 
     Args:
         optimizer: The optimizer.
@@ -56,10 +75,58 @@ def remember_bases(
         bases: The base value of each parameter group.
     """
     stored = vars(optimizer).setdefault(_ATTRIBUTE, {})
-    stored[name] = list(zip(values, bases, strict=False))
+    # With the groups: load_state_dict replaces them, and then the stored values are not theirs.
+    # Plain tuples, so that a pickle can be loaded without this package.
+    stored[name] = list(zip(optimizer.param_groups, values, bases, strict=False))
 
 
-def base_values(optimizer: Optimizer, name: str, values: Sequence[float]) -> list[float]:
+def carry_bases(optimizer: Optimizer, refresh: Callable[[], None] | None = None) -> None:
+    """Makes copies and pickles of an optimizer contain the stored base values.
+
+    ``__getstate__`` of torch's optimizers omits other attributes.
+
+    Args:
+        optimizer: The optimizer.
+        refresh: Called before a copy, to store the current values; None after the fit.
+
+    Example:
+        >>> import copy, torch
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], weight_decay=0.0)
+        >>> remember_bases(optimizer, "weight_decay", values=[0.0], bases=[0.4])
+        >>> carry_bases(optimizer)
+        >>> base_values(copy.deepcopy(optimizer), GroupField("weight_decay")).values
+        [0.4]
+    """
+    reference = weakref.ref(optimizer)
+
+    def state_with_bases() -> Any:
+        original = reference()
+        assert original is not None  # it is being copied
+        if refresh is not None:
+            refresh()
+        state: Any = type(original).__getstate__(original)
+        if not isinstance(state, dict):
+            return state
+        stored = {_ATTRIBUTE: vars(original).get(_ATTRIBUTE, {})}
+        return {**{k: v for k, v in state.items() if k != "__getstate__"}, **stored}
+
+    if hasattr(type(optimizer), "__getstate__"):  # not before Python 3.11 in every class
+        vars(optimizer)["__getstate__"] = state_with_bases
+
+
+class BaseValues(NamedTuple):
+    """The base values of a field when a fit begins.
+
+    Attributes:
+        values: The base value of each parameter group.
+        note: A line for the log, if it is not certain that these are the configured values.
+    """
+
+    values: list[float]
+    note: str = ""
+
+
+def base_values(optimizer: Optimizer, field: GroupField) -> BaseValues:
     """Returns the base values of a field when a fit begins, one for each parameter group.
 
     If an earlier fit scheduled the field, and the value has not changed since, it is the base value
@@ -69,26 +136,67 @@ def base_values(optimizer: Optimizer, name: str, values: Sequence[float]) -> lis
 
     Args:
         optimizer: The optimizer.
-        name: Name of the field.
-        values: The current value of each parameter group.
+        field: The field.
 
     Example:
         >>> import torch
         >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.0)
         >>> remember_bases(optimizer, "lr", values=[0.0], bases=[0.4])
-        >>> base_values(optimizer, "lr", [0.0]), base_values(optimizer, "lr", [0.1])
-        ([0.4], [0.1])
+        >>> base_values(optimizer, GroupField("lr")).values
+        [0.4]
+        >>> optimizer.param_groups[0]["lr"] = 0.1
+        >>> base_values(optimizer, GroupField("lr")).values
+        [0.1]
     """
-    stored: list[tuple[float | None, float]] = vars(optimizer).get(_ATTRIBUTE, {}).get(name, [])
-    found = list(values)
-    for index, group in enumerate(optimizer.param_groups):
-        written, base = stored[index] if index < len(stored) else (None, found[index])
-        initial = float(group.get("initial_lr", found[index])) if name == "lr" else None
-        if initial is not None and (written is None or (found[index], initial) in stored):
-            found[index] = initial  # also if the groups have other positions now
-        elif found[index] == written:
-            found[index] = base
-    return found
+    stored = [_Remembered(*one) for one in vars(optimizer).get(_ATTRIBUTE, {}).get(field.name, [])]
+    current = [field.read(group) for group in optimizer.param_groups]
+    bases: list[float] = []
+    changes: list[tuple[float, float]] = []  # by other code, since an earlier fit
+    unknown: list[float] = []
+    for group, value in zip(optimizer.param_groups, current, strict=True):
+        known = next((one for one in stored if one.group is group), None)
+        if known is not None and known.written is not None and value != known.written:
+            bases.append(value)
+            changes.append((known.written, value))
+        elif field.name == "lr" and "initial_lr" in group:
+            bases.append(float(group["initial_lr"]))
+        else:
+            bases.append(value if known is None else known.base)
+            if known is None and value != _default(optimizer, field):
+                unknown.append(value)
+    of = f"{field.name} of {type(optimizer).__name__}"
+    notes: list[str] = []
+    if changes:
+        before, after = ([change[i] for change in changes] for i in (0, 1))
+        notes.append(
+            f"Other code has changed {of} since the last fit, from {before} to {after}. "
+            "This is the new base value, which the schedule multiplies."
+        )
+    elif bases != current:
+        kind = "learning rates" if field.name == "lr" else f"values of {field.name}"
+        notes.append(
+            f"The base {kind} of {type(optimizer).__name__} are {bases}, before an earlier fit or "
+            f"scheduler changed them to {current}."
+        )
+    # A state that was loaded from another optimizer may have values of an earlier schedule. Without
+    # any state an optimizer has never stepped, except for those that keep none.
+    is_used = bool(getattr(optimizer, "state", None)) or len(unknown) == len(current)
+    if unknown and is_used and field.name != "lr":
+        notes.append(
+            f"The base values of {of} are {bases}, the current values of its parameter groups, and "
+            f"its default is {_default(optimizer, field)}. If an earlier fit has changed them, as "
+            "in a state_dict that was loaded into another optimizer, write the configured values "
+            "into the groups before the fit."
+        )
+    return BaseValues(bases, " ".join(notes))
+
+
+def _default(optimizer: Optimizer, field: GroupField) -> float | None:
+    """Returns the default of a field, for groups without a value of their own; None for none."""
+    try:
+        return field.read(getattr(optimizer, "defaults", {}))
+    except ValueError:
+        return None
 
 
 def matching_groups(

@@ -56,7 +56,11 @@ class FieldClaim:
     bases: list[list[float]]
     written: list[list[float | None]]  # the last values; None where they are not known
     marks: list[list[tuple[object, int]]] = dataclasses.field(default_factory=list)
+    notes: dict[int, str] = dataclasses.field(default_factory=dict)  # by id of an optimizer
+    adopted: set[tuple[int, int]] = dataclasses.field(default_factory=set)  # by the last adopt()
     adopted_at: int | None = None  # the update before which a value of other code was found
+    foreign_updates: int = 0  # the updates before which such a value was found
+    stepped: dict[tuple[int, int], float] = dataclasses.field(default_factory=dict)
     base: BaseOwner = "checkpoint"
     schedule_of: ScheduleOf | None = None
     schedules: list[list[Factor]] = dataclasses.field(default_factory=list)
@@ -77,7 +81,11 @@ class FieldClaim:
         """Returns the schedule of each group; an empty list if the field is not scheduled."""
         if self.schedule_of is None:
             return []
-        return [self.schedule_of(group.get("name"), label) for group in groups]
+        # A group without a name has the name that the charts show.
+        return [
+            self.schedule_of(group.get("name") or name or None, label)
+            for group, name in zip(groups, group_names(groups), strict=True)
+        ]
 
     def follow_groups(
         self,
@@ -108,9 +116,10 @@ class FieldClaim:
         written: list[list[float | None]] = []
         for (_, optimizer), place in zip(optimizers, places, strict=True):
             if place is None:
-                values = [self.field.read(group) for group in optimizer.param_groups]
-                bases.append(base_values(optimizer, self.field.name, values))
-                written.append([*values])
+                values, note = base_values(optimizer, self.field)
+                bases.append(values)
+                written.append([*map(self.field.read, optimizer.param_groups)])
+                self.notes[id(optimizer)] = note
             else:
                 bases.append(self.bases[place])
                 written.append(self.written[place])
@@ -139,19 +148,35 @@ class FieldClaim:
             ValueError: If a value is not finite, or the previous update had such a value, too.
         """
         found: list[ForeignValue] = []
+        stepped, self.stepped = self.stepped, {}
+        self.adopted = set()
         for index, (label, optimizer) in enumerate(optimizers):
             names = group_names(optimizer.param_groups)
             for position, group in enumerate(optimizer.param_groups):
                 value, written = self.field.read(group), self.written[index][position]
-                if written is not None and value != written:
+                used = stepped.get((index, position))
+                if written is None or (value == written and used is None):
+                    continue
+                if value != written:
                     self.bases[index][position] = value
-                    found.append(
-                        ForeignValue(self.field.name, label, names[position], written, value)
+                    self.adopted.add((index, position))
+                found.append(
+                    ForeignValue(
+                        self.field.name, label, names[position], written, value=value, used=used
                     )
+                )
         if found:
             _check(found, is_repeated=self.adopted_at == update - 1)
+            self.foreign_updates += self.adopted_at != update
             self.adopted_at = update
         return found
+
+    def note_step(self, index: int, groups: Sequence[dict[str, Any]]) -> None:
+        """Notes the values of other code that an update of an optimizer has used."""
+        for position, (group, written) in enumerate(zip(groups, self.written[index], strict=True)):
+            value = self.field.read(group)
+            if written is not None and value != written:
+                self.stepped[index, position] = value
 
     def restore_bases(self, index: int, bases: Sequence[float]) -> None:
         """Replaces the bases of one optimizer by those of a checkpoint; see :attr:`base`."""
@@ -171,14 +196,18 @@ class FieldClaim:
 
 def _check(found: Sequence[ForeignValue], *, is_repeated: bool) -> None:
     for foreign in found:
-        if not math.isfinite(foreign.value) or (foreign.field == "lr" and foreign.value < 0):
-            raise ValueError(
-                f"{foreign.field} must be finite and not negative in every parameter group, got "
-                f"{foreign.value}; find the code that changed {foreign}"
-            )
+        for value in (foreign.value, foreign.used):
+            if value is None:
+                continue
+            if not math.isfinite(value) or (foreign.field == "lr" and value < 0):
+                raise ValueError(
+                    f"{foreign.field} must be finite and not negative in every parameter group, "
+                    f"got {value}; find the code that changed {foreign}"
+                )
     if is_repeated:
         raise ValueError(
-            f"{found[0].field} must have one writer, got other code that changes it for every "
-            f"update ({found[0]} in this one); remove that code, such as a warm-up in "
-            "optimizer_step, and write it as a schedule"
+            f"{found[0].field} must have one writer, got other code that changes it for two "
+            f"updates in a row ({found[0]} in this one); remove that code, such as a warm-up in "
+            "optimizer_step, or a callback that writes once per epoch if an epoch has one update, "
+            "and write it as a schedule"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -53,17 +54,25 @@ class GroupField:
             ValueError: If the group does not have the field, or it is not a number.
         """
         value = group.get(self.key)
+        is_missing = self.key not in group
         if self._index is not None and isinstance(value, (tuple, list)):
-            value = value[self._index] if self._index < len(value) else None
+            is_missing = self._index >= len(value)
+            value = None if is_missing else value[self._index]
         if isinstance(value, Tensor) and value.numel() == 1:
             return float(value)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            numbers = sorted(k for k, v in group.items() if isinstance(v, (int, float, tuple)))
+        if type(value) is not bool and isinstance(value, Real):  # also numbers of NumPy
+            return float(value)
+        if value is None and not is_missing:
+            place = f" in {group['name']!r}" if group.get("name") else ""
             raise ValueError(
-                f"field must name a number of the parameter groups, got {self.name!r}; the groups "
-                f"have {', '.join(numbers)}"
+                f"{self.name} must be a number in every parameter group, got None{place}; pass a "
+                "number to the optimizer or in the group"
             )
-        return float(value)
+        numbers = sorted(k for k, v in group.items() if isinstance(v, (int, float, tuple)))
+        raise ValueError(
+            f"field must name a number of the parameter groups, got {self.name!r}; the groups "
+            f"have {', '.join(numbers)}"
+        )
 
     def write(self, group: dict[str, Any], value: float) -> float:
         """Writes the value to a group; a tensor is filled in place, which avoids recompilation.

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from operator import attrgetter, is_
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_bigopt.durations.progress import Progress
 from lightning_bigopt.optimizers.base_values import ForeignValue, is_loaded_state, matching_groups
-from lightning_bigopt.optimizers.field_claim import (
-    Adjustment,
-    BaseOwner,
-    FieldClaim,
-    PlannedValue,
-    ScheduleOf,
-)
+from lightning_bigopt.optimizers.claimed_fields import ClaimedFields
+from lightning_bigopt.optimizers.field_claim import BaseOwner, FieldClaim, PlannedValue
 from lightning_bigopt.optimizers.group_field import separate_tensors
 from lightning_bigopt.optimizers.names import group_names
 
@@ -26,7 +24,7 @@ __all__ = ["GroupSchedule", "PlannedValue"]
 _version = attrgetter("_version")
 
 
-class GroupSchedule:
+class GroupSchedule(ClaimedFields):
     """Writes the scheduled fields of all parameter groups of one or several optimizers.
 
     A value is ``base × schedule(fraction)``, passed through all adjustments and limited by absolute
@@ -52,14 +50,11 @@ class GroupSchedule:
     """
 
     def __init__(self, optimizers: Sequence[tuple[str, Optimizer]]) -> None:
-        self.optimizers = tuple(optimizers)
-        separate_tensors(optimizer for _, optimizer in self)
-        self._groups = [list(optimizer.param_groups) for _, optimizer in self.optimizers]
-        self._claims: dict[str, FieldClaim] = {}
-        self._released: dict[str, list[list[float]]] = {}  # bases of fields that were claimed
-        self._fraction, self._steps = 0.0, 0  # of the last write
+        super().__init__(optimizers)
+        self._steps: int | None = None  # of the last write
         self._update = 0  # counts the updates for which values were written
-        self._has_new_bases = self._is_restored = False
+        self._stepped = False  # whether an update may have used values of other code
+        self._hooks: list[RemovableHandle] = []
 
     def claim(self, name: str, *, base: BaseOwner | None = None) -> None:
         """Reads the bases of a field, at the first call.
@@ -79,43 +74,6 @@ class GroupSchedule:
             self._mark()
         self._claims[name].base = base or self._claims[name].base
 
-    def follow(
-        self,
-        name: str,
-        schedule_of: ScheduleOf,
-        *,
-        owner: object,
-        minimum: float | None = None,
-        maximum: float | None = None,
-    ) -> None:
-        """Schedules a claimed field.
-
-        Args:
-            name: The field.
-            schedule_of: Returns the schedule of a group.
-            owner: The object to pass to :meth:`release` to undo it.
-            minimum: Lower bound of the value after the warm-up of the schedule; None for no bound.
-            maximum: Upper bound of the value; None for no bound.
-        """
-        claim = self._claims[name]
-        claim.schedule_of, claim.owner, claim.frozen_at = schedule_of, id(owner), None
-        claim.schedules = [claim.schedules_of(label, o.param_groups) for label, o in self]
-        claim.minimum, claim.maximum = minimum, maximum
-
-    def adjust(self, name: str, adjustment: Adjustment, *, owner: object) -> None:
-        """Adds an adjustment to a claimed field; it is applied after the schedule."""
-        self._claims[name].adjustments[id(owner)] = adjustment
-
-    def release(self, owner: object) -> None:
-        """Removes the schedules and adjustments of an owner; scheduled values are kept."""
-        for name, claim in list(self._claims.items()):
-            claim.adjustments.pop(id(owner), None)
-            if claim.owner == id(owner):
-                claim.owner = claim.minimum = claim.maximum = None
-                claim.frozen_at = self._fraction
-            if claim.owner is None and not claim.adjustments:
-                self._released[name] = self._claims.pop(name).bases
-
     def __iter__(self) -> Iterator[tuple[str, Optimizer]]:
         return iter(self.optimizers)
 
@@ -129,7 +87,7 @@ class GroupSchedule:
         """Writes every claimed field for the update that starts at ``progress``."""
         if self.has_new_groups():
             self._follow_groups()
-        self._update += progress.steps != self._steps
+        self._update += self._steps not in (None, progress.steps)
         self._fraction, self._steps = progress.fraction, progress.steps
         for claim in self._claims.values():
             field, key = claim.field, claim.field.key
@@ -170,7 +128,10 @@ class GroupSchedule:
 
         Compares identities and the versions of tensors. Does not read the device.
         """
-        return self.has_new_groups() or any(
+        return self._stepped or self._was_written() or self.has_new_groups()
+
+    def _was_written(self) -> bool:
+        return any(
             (value := group.get(claim.field.key)) is not mark
             or (isinstance(value, Tensor) and _version(value) != version)
             for claim in self._claims.values()
@@ -185,24 +146,62 @@ class GroupSchedule:
             These values.
 
         Raises:
-            ValueError: If a value is not finite, or other code writes the field for every update.
+            ValueError: If a value is not finite, or other code writes the field for two updates in
+                a row.
         """
         self._follow_groups()
         found: list[ForeignValue] = []
         for claim in self._claims.values():
             found += claim.adopt(self.optimizers, update=self._update)
-        self._is_restored = False
+        self._is_restored = self._stepped = False
         self._has_new_bases |= bool(found)
         self._mark()
         return found
 
-    def forget_written(self, *, only_last_lr: bool = False) -> None:
-        """Makes the next :meth:`adopt` accept current values, perhaps only the last group's lr."""
-        for name, claim in self._claims.items():
-            if not only_last_lr:
-                claim.restore_written([])
-            elif name == "lr":
-                claim.written = [[*written[:-1], None] for written in claim.written]
+    def watch_steps(self, optimizers: Iterable[Optimizer]) -> None:
+        """Notes values of other code that updates use, until :meth:`ignore_steps`.
+
+        Other code may write them after :meth:`adopt`, and restore them before the next call.
+
+        Args:
+            optimizers: The optimizers whose steps are watched.
+        """
+        self.ignore_steps()
+        for optimizer in optimizers:
+            # An optimizer that does not call Optimizer.__init__ may have no hooks, or a plain dict.
+            with suppress(AttributeError, TypeError):
+                self._hooks.append(optimizer.register_step_post_hook(self._after_step))
+
+    def ignore_steps(self) -> None:
+        """Removes the hooks of :meth:`watch_steps`."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def _after_step(self, optimizer: Optimizer, *args: Any) -> None:
+        # A step that is compiled with this hook would be compiled again for each learning rate.
+        if torch.compiler.is_compiling() or not self._was_written() or self.has_new_groups():
+            return
+        for index, (_, one) in enumerate(self.optimizers):
+            if one is optimizer:
+                self._stepped = True
+                for claim in self._claims.values():
+                    claim.note_step(index, one.param_groups)
+
+    def rewind(self, bases: Mapping[str, Sequence[Sequence[float]]]) -> None:
+        """Returns to earlier bases, after the groups have returned to their earlier values.
+
+        Groups that were added since then keep their bases.
+
+        Args:
+            bases: The result of :meth:`state_dict`.
+        """
+        self._follow_groups()
+        for name, saved in bases.items():
+            if name in self._claims:
+                for of_optimizer, values in zip(self._claims[name].bases, saved, strict=True):
+                    of_optimizer[: len(values)] = values
+        self.forget_written()
+        self._has_new_bases = True
 
     def follow_optimizers(self, optimizers: Sequence[tuple[str, Optimizer]]) -> None:
         """Continues with other optimizers; new ones bring their own base values.
@@ -258,44 +257,6 @@ class GroupSchedule:
                 if value is not None  # the lr of Adafactor(relative_step=True), for example
             ]
         return planned
-
-    def bases(self, name: str) -> list[list[float]]:
-        """Returns the bases of a claimed or released field, one list for each optimizer."""
-        claim = self._claims.get(name)
-        return [list(bases) for bases in (self._released[name] if claim is None else claim.bases)]
-
-    def set_bases(self, name: str, optimizer: int, bases: Sequence[float]) -> None:
-        """Replaces the bases of the groups of one optimizer, given by its index."""
-        claim = self._claims[name]
-        claim.bases[optimizer] = [float(base) for base in bases]
-        claim.written[optimizer] = [*map(claim.field.read, self._groups[optimizer])]
-        self._has_new_bases = True
-
-    def restore_bases(self, name: str, optimizer: int, bases: Sequence[float]) -> None:
-        """Replaces the bases of one optimizer by those of a checkpoint; see ``base`` of a claim."""
-        self._claims[name].restore_bases(optimizer, bases)
-        self._has_new_bases = True
-
-    def state_dict(self) -> dict[str, list[list[float]]]:
-        """Returns the bases of all claimed fields."""
-        return {name: self.bases(name) for name in self._claims}
-
-    def written(self) -> dict[str, list[list[float | None]]]:
-        """Returns the last values of all claimed fields."""
-        return {name: [list(v) for v in claim.written] for name, claim in self._claims.items()}
-
-    def restore_written(self, state: dict[str, list[list[float | None]]]) -> None:
-        """Restores the last values of a checkpoint; those of other fields are not known."""
-        self._is_restored = True
-        for name, claim in self._claims.items():
-            claim.restore_written(state.get(name, []))
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores the bases of the saved fields that are claimed in this fit."""
-        for name, bases in state.items():
-            if name in self._claims:
-                for index, values in enumerate(bases[: len(self.optimizers)]):
-                    self.restore_bases(name, index, values)
 
 
 def _values(claim: FieldClaim, index: int, groups: int, progress: Progress) -> Iterator[float]:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim import Optimizer
@@ -27,9 +27,15 @@ class ObjectSnapshot:
     and learning-rate tensors stay the same objects, so that references to them remain valid.
 
     Args:
-        objects: The objects, such as modules and optimizers.
+        objects: The objects, such as modules and optimizers, or lists of tensors.
         device: Device of the copies of tensors; None for the device of each tensor.
         gradients: Whether gradients are saved and restored.
+        nested: Whether the attributes of other objects within the objects are saved, too, if such
+            an object has an attribute that is a tensor, or ``param_groups``. Modules are not.
+        ignore: Returns whether an attribute, by its name, is neither saved nor restored.
+
+    Attributes:
+        attributes: The ``__dict__`` of every object that was saved.
 
     Example:
         >>> layer = torch.nn.Linear(2, 1)
@@ -42,17 +48,50 @@ class ObjectSnapshot:
         (True, True, False)
     """
 
-    def __init__(self, *objects: object, device: str | None = None, gradients: bool = True) -> None:
+    def __init__(
+        self,
+        *objects: object,
+        device: str | None = None,
+        gradients: bool = True,
+        nested: bool = False,
+        ignore: Callable[[str], bool] = lambda name: not name,
+    ) -> None:
         self._device, self._saves_gradients = device, gradients
+        self._saves_nested, self._ignores = nested, ignore
         # By id, because dicts and lists are not hashable. The references keep the objects alive:
         # Python may give the id of a deleted object to a new one.
         self._seen: dict[int, object] = {}
+        self._tensors: list[tuple[Tensor, Tensor]] = []
         self._undo: list[Callable[[], object]] = []
+        self.attributes: list[dict[str, Any]] = []
         for item in objects:
-            self._save(vars(item))
+            if isinstance(item, list):
+                self._save(item)
+            else:
+                self._save_attributes(vars(item))
+
+    def check(self) -> None:
+        """Checks that every tensor can be restored.
+
+        Raises:
+            ValueError: If a tensor has another shape, dtype or layout than when it was saved.
+        """
+        for tensor, content in self._tensors:
+            current = _local(tensor)
+            if _kind(current) != _kind(content):
+                raise ValueError(
+                    f"a tensor must keep its shape and dtype until it is restored, got "
+                    f"{_kind(current)} instead of {_kind(content)}; replace the parameter instead "
+                    "of its .data, or do it before the snapshot"
+                )
 
     def restore(self) -> None:
-        """Restores everything that was saved; may be called several times."""
+        """Restores everything that was saved; may be called several times.
+
+        Raises:
+            ValueError: If :meth:`check` does. Nothing is changed then.
+        """
+        self.check()
         for undo in reversed(self._undo):
             undo()
 
@@ -71,23 +110,42 @@ class ObjectSnapshot:
         if isinstance(value, list | tuple | deque | set):
             for item in list(value):
                 self._save(item)
-        elif isinstance(value, Optimizer):
-            self._save(vars(value))
+        elif isinstance(value, Optimizer) or (self._saves_nested and _has_tensors(value)):
+            self._save_attributes(vars(value))
+
+    def _save_attributes(self, attributes: dict[str, Any]) -> None:
+        if id(attributes) in self._seen:
+            return
+        self._seen[id(attributes)] = attributes
+        self.attributes.append(attributes)
+        items = {name: item for name, item in attributes.items() if not self._ignores(name)}
+
+        def undo() -> None:
+            for name in [name for name in attributes if not self._ignores(name)]:
+                del attributes[name]
+            attributes.update(items)
+
+        self._undo.append(undo)
+        for item in items.values():
+            self._save(item)
 
     def _save_tensor(self, tensor: Tensor) -> None:
         if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
             return  # the parameter of a lazy module has no content yet
-        content = _local(tensor).to(self._device or tensor.device, copy=True)
-        gradient = tensor.grad if self._saves_gradients and tensor.is_leaf else None
-
-        def undo() -> None:
-            # In place, so that optimizers and views still refer to the restored tensor.
-            with torch.no_grad():
-                _local(tensor).copy_(content)
-            if self._saves_gradients and tensor.is_leaf:
-                tensor.grad = gradient
-
-        self._undo.append(undo)
+        local = _local(tensor)
+        if hasattr(local, "__tensor_flatten__"):
+            # A tensor made of others, such as a quantized state: its copy may share their memory,
+            # and copying into it may round.
+            for name in local.__tensor_flatten__()[0]:
+                self._save(getattr(local, name))
+        else:
+            content = local.to(self._device or tensor.device, copy=True)
+            self._tensors.append((tensor, content))
+            self._undo.append(partial(_copy, tensor, content))
+        if not self._saves_gradients or not tensor.is_leaf:
+            return
+        gradient = tensor.grad
+        self._undo.append(partial(setattr, tensor, "grad", gradient))
         self._save(gradient)
 
     def _save_dict(self, mapping: dict[Any, Any]) -> None:
@@ -105,6 +163,27 @@ class ObjectSnapshot:
 def _local(tensor: Tensor) -> Tensor:
     detached = tensor.detach()
     return detached.to_local() if isinstance(detached, DTensor) else detached
+
+
+def _kind(tensor: Tensor) -> str:
+    layout = "" if tensor.layout == torch.strided else f", {tensor.layout}"
+    return f"{tuple(tensor.shape)} of {tensor.dtype}{layout}"
+
+
+def _copy(tensor: Tensor, content: Tensor) -> None:
+    # In place, so that optimizers and views still refer to the restored tensor.
+    with torch.no_grad():
+        _local(tensor).copy_(content)
+
+
+def _has_tensors(value: Any) -> bool:
+    """Returns whether an object other than a module has an attribute that training changes."""
+    if isinstance(value, type | nn.Module | Tensor) or not hasattr(value, "__dict__"):
+        return False
+    attributes = vars(value)
+    return "param_groups" in attributes or any(
+        isinstance(item, Tensor) for item in attributes.values()
+    )
 
 
 def _undo_of(value: Any) -> Callable[[], object] | None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -139,6 +141,37 @@ def test_unknown_field_raises_before_the_first_batch() -> None:
     with pytest.raises(ValueError, match=r"field must name a number.*'nesterov'"):
         fit(module, HyperparameterScheduler("nesterov", DOWN))
     assert module.lrs == []
+
+
+def test_none_in_a_group_is_named() -> None:
+    class HasNone(Probe):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD([{"params": self.parameters(), "name": "body"}])
+            optimizer.param_groups[0]["momentum"] = None
+            return optimizer
+
+    message = r"^momentum must be a number in every parameter group, got None in 'body'; pass a nu"
+    with pytest.raises(ValueError, match=message):
+        fit(HasNone(), HyperparameterScheduler("momentum", DOWN))
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64, Fraction])
+def test_numbers_of_other_types_are_scheduled(kind: Any) -> None:
+    value = kind(1)
+    module = FieldRecorder("weight_decay", lr=kind(2), weight_decay=value)
+    fit(module, LearningRateScheduler(DOWN), HyperparameterScheduler("weight_decay", DOWN))
+    assert module.lrs == [2 * (1 - t / 4) for t in range(4)]
+    assert module.seen == [1 - t / 4 for t in range(4)]
+
+
+def test_an_optimizer_as_an_argument_is_named_by_its_class() -> None:
+    optimizer = torch.optim.AdamW(nn.Linear(1, 1).parameters())
+    with pytest.raises(ValueError, match=r"^schedule must be a Schedule, got an AdamW; try Linear"):
+        HyperparameterScheduler("eps", optimizer)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^schedule must be a Schedule, got an AdamW; try Warmup"):
+        LearningRateScheduler(optimizer)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^min_lr must be .*, got an AdamW"):
+        LearningRateScheduler(DOWN, min_lr=optimizer)  # type: ignore[arg-type]
 
 
 def test_invalid_arguments_raise_with_their_names() -> None:

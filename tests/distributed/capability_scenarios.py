@@ -23,6 +23,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_bigopt import (
@@ -244,7 +245,8 @@ def local_state(trainer: Any, module: Any) -> Any:
         return value.detach().flatten().tolist() if isinstance(value, Tensor) else value
 
     (optimizer,) = trainer.optimizers
-    states = [optimizer.state[p] for p in module.parameters()]
+    optimizer = getattr(optimizer, "optim", optimizer)  # inside a ZeroRedundancyOptimizer
+    states = [optimizer.state.get(p, {}) for p in module.parameters()]
     return {
         "weights": [local(p) for p in module.parameters()],
         "states": [{key: local(value) for key, value in state.items()} for state in states],
@@ -254,11 +256,17 @@ def local_state(trainer: Any, module: Any) -> Any:
 
 def rolled_back(out: Path) -> Any:
     found = {}
-    for name in STRATEGIES:
-        model, rolls = module(name), RollsBack(keep=2, at=5)
+    for name in (*STRATEGIES, "zero"):
+        strategy = "ddp" if name == "zero" else name
+        model, rolls = module(strategy), RollsBack(keep=2, at=5)
+        if name == "zero":  # each process has the states of some parameters, in an inner optimizer
+            parameters = list(model.parameters())
+            model.configure_optimizers = lambda parameters=parameters: ZeroRedundancyOptimizer(
+                parameters, torch.optim.AdamW, lr=0.05
+            )
         own = [LearningRateScheduler(Linear(start=1.0, end=0.0)), StepGuard(), rolls]
         clipping = GradientClipping(ZClip(warmup=2))
-        one = trainer(name, *own, clipping, LooksAfter(rolls))
+        one = trainer(strategy, *own, clipping, LooksAfter(rolls))
         one.fit(model, ResumableLoader(8, 2), loader(4, 2))
         found[name] = {**rolls.states, "steps": one.global_step, "end": weights(model)}
     return found

@@ -102,7 +102,7 @@ def test_a_checkpoint_without_second_weights_has_none_to_be_read(two: Any) -> No
 # ------------------------------------------------------------------------------ snapshots
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero"])
 def test_a_rollback_restores_the_local_shards_of_every_process(two: Any, name: str) -> None:
     first, second = (result["rolled_back"][name] for result in two)
     for found in (first, second):
@@ -114,6 +114,9 @@ def test_a_rollback_restores_the_local_shards_of_every_process(two: Any, name: s
     assert first["end"] == second["end"]
     sharded = first["taken"]["weights"] != second["taken"]["weights"]
     assert sharded == (name == "fsdp2")
+    if name == "zero":  # the states of each process are others, and none are missing
+        owned = [[bool(state) for state in one["taken"]["states"]] for one in (first, second)]
+        assert all(mine != theirs for mine, theirs in zip(*owned, strict=True))
 
 
 # -------------------------------------------------------------- saves in any hook, on any process

@@ -459,3 +459,63 @@ def test_a_rewind_at_the_end_of_an_epoch(exact: bool, shuffled: bool) -> None:
     compare(replays, module, straight)
     assert module.trainer.current_epoch == straight.trainer.current_epoch == 4
     assert module.trainer.global_step == straight.trainer.global_step
+
+
+# --------------------------------------------------------- values and optimizers that changed
+
+
+def test_base_values_that_other_code_has_changed_go_back() -> None:
+    def write(fit: Fit) -> None:
+        for group in fit.trainer.optimizers[0].param_groups:
+            group["lr"] = 0.4
+
+    found, module = Keeps(lambda fit: fit.groups.bases("lr")), Rich()
+    acts = Acts({3: found.take, 5: write, 7: found.restore})
+    run(acts, module=module, own=[LearningRateScheduler(Linear())], max_epochs=1)
+    factors = [1 - step / 12 for step in range(12)]
+    bases = [0.05] * 5 + [0.4] * 2 + [0.05] * 5
+    assert module.lrs == pytest.approx([b * f for b, f in zip(bases, factors, strict=True)])
+    assert found.later == [[0.4]]
+    assert found.taken == found.restored == [[0.05]]
+    assert module.trainer.optimizers[0].param_groups[0]["initial_lr"] == 0.05
+
+
+def test_a_replaced_parameter_goes_back_in_module_and_optimizer() -> None:
+    class Swaps(Rich):
+        def swap(self) -> None:
+            (group,) = self.trainer.optimizers[0].param_groups
+            old = group["params"][0]
+            new = nn.Parameter(old.detach() + 1)
+            (name,) = (name for name, one in self.net.named_parameters() if one is old)
+            path, _, attribute = name.rpartition(".")
+            setattr(self.net.get_submodule(path), attribute, new)
+            group["params"][0] = new
+
+    def look(fit: Fit) -> Any:
+        optimizer = fit.trainer.optimizers[0]
+        return [
+            [p.detach() for p in fit.module.parameters()],
+            [dict(optimizer.state[p]) for p in optimizer.param_groups[0]["params"]],
+        ]
+
+    found, module = Keeps(look), Swaps()
+    acts = Acts({3: found.take, 5: lambda fit: fit.module.swap(), 7: found.restore})
+    run(acts, module=module, own=[])
+    assert not equal(found.taken, found.later)
+    assert equal(found.taken, found.restored)
+
+
+def test_other_optimizers_are_refused_before_any_change() -> None:
+    def replace(fit: Fit) -> None:
+        fit.trainer.strategy.optimizers = [torch.optim.SGD(fit.module.parameters(), lr=0.1)]
+
+    def restore(fit: Fit) -> None:
+        before = [p.detach().clone() for p in fit.module.parameters()]
+        with pytest.raises(ValueError, match="restored into the optimizers it was taken of"):
+            found.snapshot.restore()
+        assert equal(before, [p.detach() for p in fit.module.parameters()])
+        seen.append(fit.clock.batches)
+
+    found, seen = Restores(rewind=True), []
+    run(Acts({3: found.take, 5: replace, 7: restore}), module=Rich(), own=[])
+    assert len(seen) == 1

@@ -15,6 +15,7 @@ TestT = TypeVar("TestT", bound=Callable[..., object])
 # Attributes that the package itself sets on objects, by their names as strings.
 OUR_ATTRIBUTES = frozenset(
     {
+        "_bigopt",  # how the next ones begin
         "_bigopt_bases",
         "_bigopt_callbacks",
         "_bigopt_step_control",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -48,6 +49,20 @@ def test_a_scalers_scale_is_a_tensor_once_it_has_scaled() -> None:
 
 
 # --------------------------------------------------------------------------------- optimizers
+
+
+@asserts("_hooks")
+def test_the_names_of_all_hooks_of_an_optimizer_end_alike() -> None:
+    """A snapshot of an optimizer neither saves nor removes hooks; their names have this end."""
+    optimizer = torch.optim.SGD([weight_with_gradient()], lr=0.1)
+    registers = [name for name in dir(optimizer) if re.fullmatch(r"register_.*_hook", name)]
+    assert len(registers) >= 4
+    for register in registers:
+        before = {name: len(hooks) for name, hooks in vars(optimizer).items() if "hooks" in name}
+        getattr(optimizer, register)(lambda *_: None)
+        after = {name: len(hooks) for name, hooks in vars(optimizer).items() if "hooks" in name}
+        (changed,) = (name for name in after if after[name] != before[name])
+        assert changed.endswith("_hooks")
 
 
 @asserts("_step_supports_amp_scaling")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import logging
+import pickle
+import weakref
 from typing import Any
 
 import lightning as L
@@ -215,3 +219,162 @@ def test_groups_that_share_a_tensor_have_learning_rates_of_their_own() -> None:
     fit(module, LearningRateScheduler(Linear(), groups={"bias": Constant()}))
     assert module.rates[::2] == pytest.approx(RIGHT)
     assert module.rates[1::2] == pytest.approx([0.1] * 4)
+
+
+# ------------------------------------------------------------- optimizers that are copied
+
+HALVE = Linear(start=1.0, end=0.5)
+
+
+def base_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [text for text in caplog.messages if "base value" in text]
+
+
+def decays_of_next_fit(optimizer: torch.optim.Optimizer, *own: Any, **options: Any) -> Keeps:
+    module = Keeps()
+    module.optimizer = optimizer
+    # The copy has parameters of its own, which are trained here.
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    module.layer.weight, module.layer.bias = parameters
+    optimizer.register_step_pre_hook(module.record)
+    fit(module, *(own or (HyperparameterScheduler("weight_decay", HALVE),)), **options)
+    return module
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda one: pickle.loads(pickle.dumps(one)),
+    "copied twice after a fit between": lambda one: copy.deepcopy(
+        decays_of_next_fit(copy.deepcopy(one)).optimizer
+    ),
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_of_the_optimizer_has_its_base_values(
+    how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = Keeps()
+    fit(module, HyperparameterScheduler("weight_decay", HALVE))
+    assert module.optimizer.param_groups[0]["weight_decay"] == 0.25
+    module.optimizer.state_dict()  # has no other keys
+    copied = COPIES[how](module.optimizer)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        again = decays_of_next_fit(copied)
+    assert again.decays == pytest.approx([0.5 * HALVE(t / 4) for t in range(4)])
+    (line,) = base_lines(caplog)
+    assert line.startswith("The base values of weight_decay of AdamW are [0.5], before an earlier")
+
+
+@pytest.mark.parametrize("loads", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_copy_during_the_fit_has_the_base_values(loads: Any) -> None:
+    class Copies(L.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 2:
+                self.copied = loads(trainer.optimizers[0])
+
+    copies = Copies()
+    fit(Keeps(), HyperparameterScheduler("weight_decay", HALVE), copies)
+    again = decays_of_next_fit(copies.copied)
+    assert again.decays == pytest.approx([0.5 * HALVE(t / 4) for t in range(4)])
+
+
+def test_a_value_written_to_a_copy_is_the_base_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    module = Keeps()
+    ours = [LearningRateScheduler(Linear()), HyperparameterScheduler("weight_decay", HALVE)]
+    fit(module, *ours)
+    copied = copy.deepcopy(module.optimizer)
+    copied.param_groups[0]["weight_decay"] = 0.8
+    copied.param_groups[0]["lr"] = 0.3
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        again = decays_of_next_fit(copied, *ours)
+    assert again.decays == pytest.approx([0.8 * HALVE(t / 4) for t in range(4)])
+    assert again.rates == pytest.approx([3 * rate for rate in RIGHT])
+    lines = [text for text in caplog.messages if "since the last fit" in text]
+    assert [text.split(".")[0] for text in lines] == [
+        "Other code has changed lr of AdamW since the last fit, from [0",
+        "Other code has changed weight_decay of AdamW since the last fit, from [0",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["state loaded", "plain SGD, state loaded", "loaded into itself"])
+def test_a_loaded_state_says_which_base_value_is_used(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A state_dict cannot hold the base values, so a line says what they are."""
+
+    def optimizer_of(layer: nn.Linear) -> torch.optim.Optimizer:
+        if kind == "plain SGD, state loaded":
+            return torch.optim.SGD(layer.parameters(), lr=0.1, weight_decay=0.5)
+        return torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.5)
+
+    module = Keeps()
+    module.optimizer = optimizer_of(module.layer)
+    fit(module, HyperparameterScheduler("weight_decay", HALVE))
+    loaded = module.optimizer if kind == "loaded into itself" else optimizer_of(nn.Linear(3, 1))
+    loaded.load_state_dict(copy.deepcopy(module.optimizer.state_dict()))
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        again = decays_of_next_fit(loaded)
+    assert again.decays == pytest.approx([0.25 * HALVE(t / 4) for t in range(4)])
+    (line,) = base_lines(caplog)
+    assert "weight_decay" in line
+    assert "are [0.25], the current values" in line
+    assert "default is 0.5" in line
+    assert "write the configured values into the groups" in line
+
+
+def test_a_state_of_mid_run_that_is_loaded_into_the_same_optimizer_keeps_initial_lr() -> None:
+    class Saves(L.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 2:
+                self.state = copy.deepcopy(trainer.optimizers[0].state_dict())
+
+    module, saves = Keeps(), Saves()
+    fit(module, LearningRateScheduler(Linear()), saves)
+    module.optimizer.load_state_dict(saves.state)
+    assert module.optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
+    module.rates.clear()
+    fit(module, LearningRateScheduler(Linear()))
+    assert module.rates == pytest.approx(RIGHT)
+
+
+def test_the_configured_values_of_a_new_optimizer_have_no_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Groups(Keeps):
+        def __init__(self) -> None:
+            super().__init__()
+            groups = [
+                {"params": [self.layer.weight]},
+                {"params": [self.layer.bias], "weight_decay": 0.0},
+            ]
+            self.optimizer = torch.optim.AdamW(groups, lr=0.1, weight_decay=0.5)
+
+    with caplog.at_level(logging.INFO):
+        fit(Groups(), HyperparameterScheduler("weight_decay", HALVE))
+        fit(Groups(), HyperparameterScheduler("betas[0]", HALVE))
+    assert not base_lines(caplog)
+
+
+def test_a_pickle_needs_no_code_of_the_package() -> None:
+    module = Keeps()
+    fit(module, HyperparameterScheduler("weight_decay", HALVE))
+    assert b"lightning_bigopt" not in pickle.dumps(module.optimizer)
+    assert module.optimizer.state_dict().keys() == {"state", "param_groups"}
+    assert module.optimizer.state_dict()["param_groups"][0].keys() == {
+        *torch.optim.AdamW(nn.Linear(3, 1).parameters()).state_dict()["param_groups"][0]
+    }
+
+
+def test_an_optimizer_is_freed_after_the_fit() -> None:
+    module = Keeps()
+    fit(module, HyperparameterScheduler("weight_decay", HALVE))
+    reference, module.optimizer = weakref.ref(module.optimizer), None
+    trainer = module.trainer
+    trainer.strategy.optimizers = []
+    del module, trainer
+    gc.collect()
+    assert reference() is None

@@ -139,3 +139,13 @@ def test_gradients_and_tensors_in_tuples_are_restored() -> None:
     assert layer.pair is pair
     assert pair[0].tolist() == [0.0, 0.0]
     assert pair[1] == [1]
+
+
+def test_a_tensor_of_another_shape_is_refused_before_any_change():
+    layer = nn.Linear(2, 1)
+    snapshot = ObjectSnapshot(layer)
+    nn.init.ones_(layer.weight)
+    layer.bias.data = torch.ones(3)
+    with pytest.raises(ValueError, match=r"got \(3,\) of torch.float32 instead of \(1,\) of "):
+        snapshot.restore()
+    assert layer.weight.tolist() == [[1.0, 1.0]]

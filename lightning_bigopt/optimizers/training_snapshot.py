@@ -1,0 +1,122 @@
+"""A snapshot of the weights and buffers of a module, and of its optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_bigopt.optimizers.object_snapshot import ObjectSnapshot
+
+__all__ = ["TrainingSnapshot"]
+
+# Attributes of optimizers that a step sets and removes.
+_OF_ONE_STEP = frozenset({"found_inf", "grad_scale", "step", "__getstate__"})
+
+
+class TrainingSnapshot:
+    """Weights, buffers, and everything that the optimizers hold; restored to the bit.
+
+    Parameters, buffers and submodules that were replaced are put back, as are parameters in the
+    groups of an optimizer. What was added stays: parameters and modules, and parameter groups, with
+    empty optimizer states. Optimizer states outside ``state`` are included: attributes, wrapped
+    optimizers, and objects with tensors. Gradients and hooks are not.
+
+    Args:
+        module: The module.
+        optimizers: Its optimizers.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        >>> weight, before = layer.weight, layer.weight.tolist()
+        >>> snapshot = TrainingSnapshot(layer, [optimizer])
+        >>> layer.weight = optimizer.param_groups[0]["params"][0] = torch.nn.Parameter(weight + 1)
+        >>> snapshot.restore()
+        >>> layer.weight is weight is optimizer.param_groups[0]["params"][0]
+        True
+        >>> layer.weight.tolist() == before
+        True
+    """
+
+    def __init__(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        self._registered = [
+            (path, part, _registered(part)) for path, part in module.named_modules()
+        ]
+        tensors = [*module.parameters(), *module.buffers()]
+        self._objects = ObjectSnapshot(
+            tensors, *optimizers, gradients=False, nested=True, ignore=_is_ignored
+        )
+        self._groups: list[tuple[dict[str, Any], list[Mapping[str, Any]]]] = [
+            (attributes, list(attributes["param_groups"]))
+            for attributes in self._objects.attributes
+            if isinstance(attributes.get("param_groups"), list)
+        ]
+
+    def check(self) -> None:
+        """Checks that everything can be restored.
+
+        Raises:
+            ValueError: If a tensor has another shape or dtype, or a parameter, buffer or submodule
+                was removed from its module.
+        """
+        self._objects.check()
+        for path, part, saved in self._registered:
+            missing = sorted(saved.keys() - _registered(part).keys())
+            if missing:
+                name = f"{path}.{missing[0]}" if path else missing[0]
+                raise ValueError(
+                    f"a snapshot must be restored into the modules it was taken of, got none named "
+                    f"{name!r}; remove it, or prune, before the snapshot"
+                )
+
+    def restore(self) -> None:
+        """Restores the state at the time of the snapshot; may be called several times.
+
+        Raises:
+            ValueError: If :meth:`check` does. Nothing is changed then.
+        """
+        self.check()
+        added = [
+            (attributes, _added(attributes["param_groups"], saved))
+            for attributes, saved in self._groups
+        ]
+        self._objects.restore()
+        for attributes, groups in added:
+            listed = attributes["param_groups"]  # wrapped optimizers may share the list
+            listed.extend(g for g in groups if not any(g is other for other in listed))
+        for _, part, saved in self._registered:
+            current = _registered(part)
+            for name, item in saved.items():
+                if current[name] is not item:
+                    setattr(part, name, item)
+
+
+def _registered(part: nn.Module) -> dict[str, Tensor | nn.Module]:
+    """Returns the parameters, buffers and submodules of a module itself, by name."""
+    return {
+        **dict(part.named_parameters(recurse=False, remove_duplicate=False)),
+        **dict(part.named_buffers(recurse=False, remove_duplicate=False)),
+        **dict(part.named_children()),
+    }
+
+
+def _is_ignored(name: str) -> bool:
+    """Returns whether an attribute of an optimizer is a hook, or belongs to one step."""
+    return name in _OF_ONE_STEP or name.startswith("_bigopt") or name.endswith("_hooks")
+
+
+def _added(
+    groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    """Returns the groups that have none of the saved parameters; load_state_dict makes new ones."""
+    known = {id(parameter) for group in saved for parameter in group["params"]}
+    return [
+        group
+        for group in groups
+        if not any(group is other for other in saved)
+        and not any(id(parameter) in known for parameter in group["params"])
+    ]
