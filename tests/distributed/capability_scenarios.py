@@ -23,7 +23,6 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_bigopt import (
@@ -261,6 +260,8 @@ def rolled_back(out: Path) -> Any:
         model, rolls = module(strategy), RollsBack(keep=2, at=5)
         if name == "zero":  # each process has the states of some parameters, in an inner optimizer
             parameters = list(model.parameters())
+            from torch.distributed.optim import ZeroRedundancyOptimizer  # its import warns
+
             model.configure_optimizers = lambda parameters=parameters: ZeroRedundancyOptimizer(
                 parameters, torch.optim.AdamW, lr=0.05
             )
