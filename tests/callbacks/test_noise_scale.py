@@ -76,7 +76,7 @@ def test_one_batch_size_only_gives_no_estimate_and_a_log_line(
     assert "at one batch size only" in messages[0]
 
 
-def test_estimate_within_its_error_is_not_logged_and_a_line_says_why(
+def test_estimate_within_its_error_is_not_logged_and_the_reason_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class SmallGradient(QuadraticNoise):
