@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,38 @@ class FieldRecorder(Probe):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.seen.append(self.field.read(optimizer.param_groups[0]))
         super().on_before_optimizer_step(optimizer)
+
+
+class ManualLayers(L.LightningModule):
+    """Manual optimization of one linear layer per optimizer, all of which step at every batch.
+
+    Args:
+        optimizers: Functions that make the optimizers from the parameters of their layers.
+        field: The field of every optimizer's first group that is recorded before the steps.
+    """
+
+    def __init__(
+        self,
+        *optimizers: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+        field: str = "lr",
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.layers = nn.ModuleList(nn.Linear(4, 3) for _ in optimizers)
+        self.makers, self.field = optimizers, field
+        self.seen: list[tuple[float, ...]] = []
+
+    def configure_optimizers(self) -> Any:
+        pairs = zip(self.makers, self.layers, strict=True)
+        return [make(layer.parameters()) for make, layer in pairs]
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        optimizers: Any = self.optimizers()
+        self.seen.append(tuple(o.param_groups[0][self.field] for o in optimizers))
+        for layer, optimizer in zip(self.layers, optimizers, strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.mse_loss(layer(batch[0]), batch[1]))
+            optimizer.step()
 
 
 def gather(rows: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import nn
 
 from lightning_bigopt import (
     Constant,
@@ -21,7 +21,7 @@ from lightning_bigopt import (
     Linear,
     WarmupCosine,
 )
-from tests.helpers import QUIET, FieldRecorder, Probe, ResumableLoader, SaveAt, loader
+from tests.helpers import QUIET, FieldRecorder, ManualLayers, Probe, ResumableLoader, SaveAt, loader
 
 DOWN = Linear(start=1.0, end=0.0)
 
@@ -108,28 +108,11 @@ def test_resume_gives_the_same_values_and_weights_to_the_bit(tmp_path: Path, sto
 
 
 def test_second_optimizer_is_scheduled() -> None:
-    class Manual(L.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
-            self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
-            self.seen: list[tuple[float, ...]] = []
-
-        def configure_optimizers(self) -> Any:
-            return [
-                torch.optim.SGD(self.a.parameters(), lr=1.0, weight_decay=0.4),
-                torch.optim.Adam(self.b.parameters(), lr=0.1, weight_decay=0.8),
-            ]
-
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            optimizers = self.optimizers()
-            self.seen.append(tuple(o.param_groups[0]["weight_decay"] for o in optimizers))
-            for net, optimizer in zip((self.a, self.b), optimizers, strict=True):
-                optimizer.zero_grad()
-                self.manual_backward(nn.functional.mse_loss(net(batch[0]), batch[1]))
-                optimizer.step()
-
-    module = Manual()
+    module = ManualLayers(
+        partial(torch.optim.SGD, lr=1.0, weight_decay=0.4),
+        partial(torch.optim.Adam, lr=0.1, weight_decay=0.8),
+        field="weight_decay",
+    )
     fit(module, HyperparameterScheduler("weight_decay", DOWN), max_steps=-1, max_epochs=1)
     assert module.seen == [(0.4 * (1 - t / 4), 0.8 * (1 - t / 4)) for t in range(4)]
 

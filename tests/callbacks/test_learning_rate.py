@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import csv
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_bigopt import Cosine, LearningRateScheduler, Linear, WarmupStableDecay
-from tests.helpers import Probe, Regression, ResumableLoader, fit, loader
+from tests.helpers import ManualLayers, Probe, Regression, ResumableLoader, fit, loader
 
 DOWN = Linear(start=1.0, end=0.0)
 
@@ -131,28 +130,7 @@ def test_scheduler_of_the_module_raises_or_is_replaced() -> None:
 
 
 def test_two_optimizers_under_manual_optimization_are_scheduled() -> None:
-    class Manual(L.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
-            self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
-            self.seen: list[tuple[float, float]] = []
-
-        def configure_optimizers(self) -> Any:
-            return [
-                torch.optim.SGD(self.a.parameters(), lr=1.0),
-                torch.optim.Adam(self.b.parameters(), lr=0.1),
-            ]
-
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            optimizers = self.optimizers()
-            self.seen.append(tuple(o.param_groups[0]["lr"] for o in optimizers))
-            for net, optimizer in zip((self.a, self.b), optimizers, strict=True):
-                optimizer.zero_grad()
-                self.manual_backward(nn.functional.mse_loss(net(batch[0]), batch[1]))
-                optimizer.step()
-
-    module = Manual()
+    module = ManualLayers(partial(torch.optim.SGD, lr=1.0), partial(torch.optim.Adam, lr=0.1))
     fit(module, loader(8, 2), LearningRateScheduler(DOWN), max_epochs=1)
     assert module.seen == [(1 - t / 4, 0.1 * (1 - t / 4)) for t in range(4)]
 

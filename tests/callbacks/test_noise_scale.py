@@ -97,7 +97,7 @@ def test_short_window_at_the_end_of_an_epoch_gives_no_false_line(
     assert "cannot be measured" not in caplog.text
 
 
-def test_estimate_within_its_error_is_not_logged_and_a_line_says_why(
+def test_estimate_within_its_error_is_not_logged_and_the_reason_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class SmallGradient(QuadraticNoise):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lightning_bigopt import (
     LearningRateScheduler,
     Linear,
 )
-from tests.helpers import QUIET, ResumableLoader, SaveAt, loader
+from tests.helpers import QUIET, ManualLayers, ResumableLoader, SaveAt, loader
 
 DOWN = Linear(start=1.0, end=0.0)
 
@@ -28,40 +29,23 @@ def fit(module: L.LightningModule, *callbacks: Any, ckpt: Any = None, **options:
     return trainer
 
 
-class ThreeOptimizers(L.LightningModule):
+def three_optimizers() -> ManualLayers:
     """Manual optimization of two optimizers of one class and a third."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.nets = nn.ModuleList(nn.Linear(4, 3) for _ in range(3))
-        self.seen: list[tuple[float, ...]] = []
-
-    def configure_optimizers(self) -> Any:
-        a, b, c = self.nets
-        return [
-            torch.optim.SGD([{"params": a.parameters(), "name": "special"}], lr=1.0),
-            torch.optim.Adam(b.parameters(), lr=0.1),
-            torch.optim.SGD(c.parameters(), lr=2.0),
-        ]
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        optimizers = self.optimizers()
-        self.seen.append(tuple(o.param_groups[0]["lr"] for o in optimizers))
-        for net, optimizer in zip(self.nets, optimizers, strict=True):
-            optimizer.zero_grad()
-            self.manual_backward(nn.functional.mse_loss(net(batch[0]), batch[1]))
-            optimizer.step()
+    return ManualLayers(
+        lambda parameters: torch.optim.SGD([{"params": parameters, "name": "special"}], lr=1.0),
+        partial(torch.optim.Adam, lr=0.1),
+        partial(torch.optim.SGD, lr=2.0),
+    )
 
 
 def test_named_optimizers_have_their_own_schedules() -> None:
-    module = ThreeOptimizers()
+    module = three_optimizers()
     fit(module, LearningRateScheduler(DOWN, optimizers={"Adam": Constant(), "SGD-1": Cosine()}))
     assert module.seen == [(1 - t / 8, 0.1, 2.0 * Cosine()(t / 8)) for t in range(8)]
 
 
 def test_group_schedule_overrides_optimizer_schedule() -> None:
-    module = ThreeOptimizers()
+    module = three_optimizers()
     scheduler = LearningRateScheduler(
         Cosine(), optimizers={"SGD-0": DOWN}, groups={"special": Constant()}
     )
@@ -74,14 +58,14 @@ def test_unknown_optimizer_raises_and_lists_the_known_ones(name: str) -> None:
     with pytest.raises(
         ValueError, match=r"optimizers must name optimizers of the.*'Adam', 'SGD-0', 'SGD-1'"
     ):
-        fit(ThreeOptimizers(), LearningRateScheduler(DOWN, optimizers={name: DOWN}))
+        fit(three_optimizers(), LearningRateScheduler(DOWN, optimizers={name: DOWN}))
 
 
 def test_resume_under_manual_optimization_gives_the_same_learning_rates(tmp_path: Path) -> None:
     def scheduler() -> LearningRateScheduler:
         return LearningRateScheduler(DOWN, optimizers={"Adam": Cosine()})
 
-    straight, resumed = ThreeOptimizers(), ThreeOptimizers()
+    straight, resumed = three_optimizers(), three_optimizers()
     fit(straight, scheduler(), SaveAt(tmp_path / "nine.ckpt", 9))
     fit(resumed, scheduler(), ckpt=tmp_path / "nine.ckpt")  # three updates a batch
     assert resumed.seen == straight.seen[3:]

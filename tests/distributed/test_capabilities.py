@@ -124,7 +124,7 @@ def test_a_rollback_restores_the_local_shards_of_every_process(two: Any, name: s
 
 @pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_end"])
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_whoever_saves_first_saves_the_update_that_global_step_counts(
+def test_early_checkpoint_contains_the_update_that_global_step_counts(
     two: Any, name: str, hook: str
 ) -> None:
     for found in (result["saved_first"][f"{name} {hook}"] for result in two):

@@ -289,7 +289,7 @@ def test_metrics_are_asked_for_when_an_update_is_logged(tmp_path: Path) -> None:
     assert written == ["records/value,step", "1.0,1", "1.0,3"]
 
 
-def test_a_specification_is_asked_for_by_whoever_describes_the_run() -> None:
+def test_fit_collects_the_specification_of_every_capability() -> None:
     class Describes(Capability):
         owns, rank = "describes", 40
         found: dict[str, str]

@@ -129,7 +129,7 @@ def test_monitor_measures_the_new_tensors(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_history_of_a_replaced_parameter_is_forgotten(grouped: bool) -> None:
-    """As that of a new one: its first gradient is not clipped, whatever the old ones were."""
+    """Its first gradient is not clipped, as that of a new parameter: old gradients do not count."""
 
     def larger(module: Probe, optimizer: Any) -> None:
         module.net[2].weight = replacement(module.net[2].weight, 100.0)

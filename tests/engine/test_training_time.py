@@ -146,7 +146,7 @@ def test_safety_limit_does_not_drive_the_schedule(
     assert "budget='10 seconds'" in line
 
 
-def test_safety_limit_that_is_not_reached_says_nothing_at_the_end(clock: Any) -> None:
+def test_safety_limit_that_is_not_reached_logs_nothing_at_the_end(clock: Any) -> None:
     module = Recorded(clock)  # a warning would be an error here
     fit(module, LearningRateScheduler(Linear()), max_time=TEN_SECONDS, max_steps=5)
     assert module.rates == down(5, stop=5)
@@ -274,7 +274,7 @@ def test_checkpoint_of_max_steps_that_continues_under_a_time(
     assert resumed.rates == pytest.approx(right, abs=1e-12)
 
 
-def test_plan_says_that_the_number_of_updates_is_unknown(clock: Any) -> None:
+def test_plan_reports_that_the_number_of_updates_is_unknown(clock: Any) -> None:
     trainer = L.Trainer(**QUIET, max_time=TEN_SECONDS, callbacks=[LearningRateScheduler(Linear())])
     planned = plan(trainer, Recorded(clock))
     assert any("speed of the machine" in warning for warning in planned.warnings)

@@ -1,4 +1,4 @@
-"""Batches whose samples cannot be counted: who needs no samples trains as without the package."""
+"""Batches whose samples cannot be counted: features without sample counts train unchanged."""
 
 from __future__ import annotations
 

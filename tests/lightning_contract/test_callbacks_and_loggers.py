@@ -34,7 +34,7 @@ def read(folder: str | Path) -> EventAccumulator:
 
 
 @asserts("_last_checkpoint_saved", "_last_global_step_saved")
-def test_a_checkpoint_callback_knows_its_newest_file(tmp_path: Path) -> None:
+def test_a_checkpoint_callback_has_the_path_of_its_newest_file(tmp_path: Path) -> None:
     """StepGuard's error names the last checkpoint before the bad updates.
 
     The public paths are not sufficient: ``best_model_path`` may be older, and ``last_model_path``
@@ -113,7 +113,7 @@ class WithHyperparameters(Small):
 
 @asserts("_log_hyperparams")
 @pytest.mark.parametrize("logged", [True, False])
-def test_a_module_says_whether_its_hyperparameters_are_logged(tmp_path: Path, logged: bool) -> None:
+def test_a_module_has_a_flag_for_logged_hyperparameters(tmp_path: Path, logged: bool) -> None:
     """The monitor warns if a row written by Lightning hides its metrics."""
     module = WithHyperparameters(logger=logged)
     assert module._log_hyperparams is logged
@@ -179,14 +179,14 @@ def test_ddp_keeps_a_communication_hook_and_ignores_it_on_a_cpu() -> None:
 
 @asserts("_duration")
 @pytest.mark.parametrize("duration", ["00:00:01:30", {"minutes": 1.5}, timedelta(seconds=90)])
-def test_a_timer_knows_its_duration_in_seconds(duration: Any) -> None:
+def test_a_timer_has_its_duration_in_seconds(duration: Any) -> None:
     """Schedules over ``max_time`` divide by it; the public names give only what remains of it."""
     assert Timer(duration)._duration == 90.0
     assert Timer()._duration is None
 
 
 @asserts("_interval")
-def test_a_timer_knows_whether_it_ends_a_run_within_an_epoch() -> None:
+def test_a_timer_has_the_interval_at_which_it_ends_a_run() -> None:
     """Only such a Timer drives schedules: the end of an epoch is not known in seconds."""
     assert Timer("00:00:01:30")._interval == "step"
     assert Timer("00:00:01:30", interval="epoch")._interval == "epoch"

@@ -21,7 +21,7 @@ def test_every_asserted_name_is_used() -> None:
     assert not stale, "the package does not use it any more: delete the test"
 
 
-def test_every_name_is_asserted_once_and_says_what_it_is_for() -> None:
+def test_every_name_is_asserted_once_with_its_purpose() -> None:
     names = [name for assertion in assertions() for name in assertion.names]
     assert len(names) == len(set(names))
     for assertion in assertions():
@@ -59,6 +59,6 @@ def test_own_names_are_not(source: str, tmp_path: Path) -> None:
     assert list(uses(tmp_path / "module.py", "module")) == []
 
 
-def test_a_use_says_where_it_is(tmp_path: Path) -> None:
+def test_a_use_contains_its_position(tmp_path: Path) -> None:
     (tmp_path / "module.py").write_text("\n\ndef f(a):\n    return a._anything")
     assert list(uses(tmp_path / "module.py", "room.module")) == [Use("_anything", "room.module:4")]

@@ -422,7 +422,7 @@ def test_a_callback_that_is_inserted_in_setup_is_a_full_one(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_end"])
-def test_the_loop_knows_in_which_stage_it_was_saved(tmp_path: Path, hook: str) -> None:
+def test_the_loop_state_contains_the_stage_in_which_it_was_saved(tmp_path: Path, hook: str) -> None:
     """``next_logger_step`` repeats the rule by which a resume adds one to the x axis."""
     seen: list[tuple[bool, bool, bool]] = []
 

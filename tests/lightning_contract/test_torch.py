@@ -66,7 +66,7 @@ def test_the_names_of_all_hooks_of_an_optimizer_end_alike() -> None:
 
 
 @asserts("_step_supports_amp_scaling")
-def test_a_fused_optimizer_says_that_it_scales_in_its_kernel() -> None:
+def test_a_fused_optimizer_declares_that_it_scales_in_its_kernel() -> None:
     """Clipping in the kernel: such an optimizer reads ``grad_scale`` and ``found_inf``.
 
     torch's GradScaler and Lightning's MixedPrecision ask for the same name, and leave unscaling to

@@ -82,7 +82,7 @@ def test_optimizer_that_outlives_a_fit_starts_at_its_base_again() -> None:
         assert module.rates == pytest.approx(RIGHT)
 
 
-def test_a_line_says_which_base_is_used(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_base_that_is_used_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     module = Keeps()
     with caplog.at_level(logging.INFO):
         fit(module, LearningRateScheduler(Linear()), max_steps=2)

@@ -150,7 +150,7 @@ def test_written_learning_rate_in_a_tensor_is_the_base() -> None:
     assert module.rates[4:] == scaled(0.4, slice(4, None))
 
 
-def test_a_line_says_what_was_found(caplog: pytest.LogCaptureFixture) -> None:
+def test_foreign_values_that_were_found_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         fit(Recorded(), LearningRateScheduler(Linear()), WritesOnce("on_train_epoch_start", at=4))
     (line,) = [text for text in caplog.messages if text.startswith("Other code")]
