@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -15,7 +14,7 @@ from lightning_bigopt.gradients.optimizer_step import (
     is_step_replaced,
     step_control,
 )
-from lightning_bigopt.optimizers.base_values import ForeignValue, carry_bases
+from lightning_bigopt.optimizers.base_values import ForeignValue
 from lightning_bigopt.optimizers.group_schedule import GroupSchedule
 from lightning_bigopt.optimizers.names import optimizer_label, unwrapped
 from lightning_bigopt.trainer_access import callbacks, schedulers
@@ -67,7 +66,6 @@ def install(fit: _Fit) -> None:
     for note in groups.take_notes():
         rank_zero_info(note)
     for index, (_, optimizer) in enumerate(groups):
-        carry_bases(optimizer, refresh=partial(groups.remember, index))
         # Before the first step, because a step that is already running cannot be controlled. A step
         # that was replaced may be compiled: the control evaluates the closure, with the hooks of
         # all callbacks, outside of it.
@@ -92,7 +90,6 @@ def uninstall(groups: GroupSchedule, *, keep: Sequence[Optimizer] = ()) -> None:
             continue
         step_control(optimizer).remove()
         groups.remember(index)
-        carry_bases(optimizer)
 
 
 def follow_optimizers(trainer: Trainer, groups: GroupSchedule) -> None:

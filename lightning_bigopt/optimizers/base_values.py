@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
@@ -14,7 +13,6 @@ __all__ = [
     "BaseValues",
     "ForeignValue",
     "base_values",
-    "carry_bases",
     "is_loaded_state",
     "matching_groups",
     "remember_bases",
@@ -66,7 +64,7 @@ def remember_bases(
 ) -> None:
     """Stores the base values of a field as an attribute of the optimizer.
 
-    The attribute is no part of the optimizer's ``state_dict``; see :func:`carry_bases` for copies.
+    The attribute is no part of the optimizer's ``state_dict``, of its copies and of its pickles.
 
     Args:
         optimizer: The optimizer.
@@ -76,42 +74,7 @@ def remember_bases(
     """
     stored = vars(optimizer).setdefault(_ATTRIBUTE, {})
     # With the groups: load_state_dict replaces them, and then the stored values are not theirs.
-    # Plain tuples, so that a pickle can be loaded without this package.
     stored[name] = list(zip(optimizer.param_groups, values, bases, strict=False))
-
-
-def carry_bases(optimizer: Optimizer, refresh: Callable[[], None] | None = None) -> None:
-    """Makes copies and pickles of an optimizer contain the stored base values.
-
-    ``__getstate__`` of torch's optimizers omits other attributes.
-
-    Args:
-        optimizer: The optimizer.
-        refresh: Called before a copy, to store the current values; None after the fit.
-
-    Example:
-        >>> import copy, torch
-        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], weight_decay=0.0)
-        >>> remember_bases(optimizer, "weight_decay", values=[0.0], bases=[0.4])
-        >>> carry_bases(optimizer)
-        >>> base_values(copy.deepcopy(optimizer), GroupField("weight_decay")).values
-        [0.4]
-    """
-    reference = weakref.ref(optimizer)
-
-    def state_with_bases() -> Any:
-        original = reference()
-        assert original is not None  # it is being copied
-        if refresh is not None:
-            refresh()
-        state: Any = type(original).__getstate__(original)
-        if not isinstance(state, dict):
-            return state
-        stored = {_ATTRIBUTE: vars(original).get(_ATTRIBUTE, {})}
-        return {**{k: v for k, v in state.items() if k != "__getstate__"}, **stored}
-
-    if hasattr(type(optimizer), "__getstate__"):  # not before Python 3.11 in every class
-        vars(optimizer)["__getstate__"] = state_with_bases
 
 
 class BaseValues(NamedTuple):
