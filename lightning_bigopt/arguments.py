@@ -13,10 +13,10 @@ from lightning_bigopt.checks import shown
 
 __all__ = ["Specification", "explain_arguments"]
 
-_Class = TypeVar("_Class", bound=type)
+ClassT = TypeVar("ClassT", bound=type)
 
 
-def explain_arguments(cls: _Class) -> _Class:
+def explain_arguments(cls: ClassT) -> ClassT:
     """Makes a class explain unknown and surplus arguments of its constructor.
 
     For an argument of another library the message gives the hint in :data:`HINTS`, for a misspelled

@@ -317,7 +317,10 @@ def test_bounds_of_a_resumed_run_apply_to_the_chosen_bases(tmp_path: Path, owner
 @pytest.mark.parametrize("name", ["min_lr", "max_lr"])
 @pytest.mark.parametrize("value", [-1e-9, float("nan"), float("inf"), True, "1e-3", {"a": 0.1}])
 def test_invalid_bounds_raise_with_their_names(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"^{name} must be (non-negative and finite|a non-negative and finite number), got "):
+    with pytest.raises(
+        ValueError,
+        match=rf"^{name} must be (non-negative and finite|a non-negative and finite number), got ",
+    ):
         LearningRateScheduler(Linear(), **{name: value})
 
 

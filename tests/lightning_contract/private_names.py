@@ -25,6 +25,8 @@ OUR_ATTRIBUTES = frozenset(
 )
 # Strings that look like private names and are none: suffixes and joins.
 NO_NAMES = frozenset({"_", "_zero"})
+# Documented methods of named tuples.
+PUBLIC_NAMES = frozenset({"_replace"})
 
 
 def asserts(*names: str) -> Callable[[TestT], TestT]:
@@ -51,7 +53,7 @@ def uses(path: Path, module: str) -> Iterator[Use]:
     for node in ast.walk(tree):
         # A string names an attribute, never a variable of the module.
         is_string = isinstance(node, ast.Constant)
-        own = attributes | OUR_ATTRIBUTES | (NO_NAMES if is_string else variables)
+        own = attributes | OUR_ATTRIBUTES | PUBLIC_NAMES | (NO_NAMES if is_string else variables)
         for name in _names(node):
             if is_private(name) and name not in own:
                 yield Use(name, f"{module}:{getattr(node, 'lineno', 0)}")

@@ -190,7 +190,7 @@ def test_the_logger_connector_holds_the_metrics_of_the_trainer() -> None:
     assert one.callback_metrics == one.logged_metrics == {}
 
 
-@asserts("_callback_metrics", "_progress_bar_metrics")
+@asserts("_logged_metrics", "_progress_bar_metrics")
 def test_public_metrics_add_those_of_a_batch_that_has_not_ended() -> None:
     """The final metrics of a run must not contain those of a batch in which an error was raised.
 
@@ -204,18 +204,18 @@ def test_public_metrics_add_those_of_a_batch_that_has_not_ended() -> None:
     one = trainer()
     with pytest.raises(ZeroDivisionError):
         one.fit(Fails(), batches())
-    assert one._logger_connector._callback_metrics == {}
+    assert one._logger_connector._logged_metrics == {}
 
     class Reads(L.Callback):
         def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-            seen.append("loss" in trainer.callback_metrics)
+            seen.append("loss" in trainer.logged_metrics)
 
     seen: list[bool] = []
     other = trainer(Reads())
     with pytest.raises(ZeroDivisionError):
         other.fit(Fails(), batches())
     assert seen == [True]
-    assert "loss" in other._logger_connector._callback_metrics
+    assert "loss" in other._logger_connector._logged_metrics
     assert other.progress_bar_metrics is other._logger_connector._progress_bar_metrics
 
 

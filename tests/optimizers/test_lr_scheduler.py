@@ -367,7 +367,7 @@ def test_last_learning_rates_keep_tensors():
     ("arguments", "message"),
     [
         ((Linear(), torch.nn.Linear(1, 1), 4), r"^optimizer must be an Optimizer, got Linear\("),
-        ((Linear(), sgd(0.4), "4"), r"^horizon must be .*got '4'; pass the number of updates"),
+        ((Linear(), sgd(0.4), "4"), r"^horizon must be .*got '4'; write 4 without quotes"),
         ((Linear(), sgd(0.4), 4.5), r"^horizon must be .*got 4.5; pass the number of updates"),
         ((Linear(), sgd(0.4), True), r"^horizon must be .*got True; pass the number of updates"),
         (("linear", sgd(0.4), 4), r"^schedule must be a Schedule, got 'linear'"),
