@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,7 @@ COMMANDS: Mapping[str, Command] = {
     "completion": completion_command(lambda: make_parser()),  # noqa: PLW0108  # defined below
 }
 
+_BROKEN_PIPE = 141  # as in a shell: 128 + the number of the signal SIGPIPE
 _EXIT_CODES = """\
 exit codes:
   0 success, 1 an error whose message says how to fix it, 2 an invalid command line, 130 Ctrl-C
@@ -51,8 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The arguments after the program's name; None for those of the process.
 
     Returns:
-        The exit code: 0 after success, 1 after an error whose message says how to fix it, or 130
-        after Ctrl-C. An invalid command line exits with 2.
+        The exit code: 0 after success, 1 after an error whose message says how to fix it, 130
+        after Ctrl-C, or 141 if the reader of a pipe has ended. An invalid command line exits with
+        2.
 
     Example:
         >>> main(["demo", "--max-steps", "-1"])
@@ -66,6 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         require("jsonargparse", extra="cli")
         name, options = _parse(arguments)
         COMMANDS[name].run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The program that reads the output has ended, as in ``bigopt schedules | head -1``. Python
+        # flushes standard output once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
     except KeyboardInterrupt:
         return 130
     except SystemExit as exit_:

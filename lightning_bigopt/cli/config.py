@@ -87,8 +87,19 @@ class ConfiguredTraining(LightningCLI):
 
     @classmethod
     def read(cls, path: str | Path) -> ConfiguredTraining:
-        """Builds the objects of a config file, without training and without seeding."""
-        return cls(["--config", str(path), "--seed_everything", "false"], save_config=False)
+        """Builds the objects of a config file, without training and without seeding.
+
+        Raises:
+            ValueError: If there is no such file.
+        """
+        if not Path(path).is_file():
+            raise ValueError(
+                f"config must be a file, got {str(path)!r}, which does not exist; pass one such as "
+                "examples/gpt.yaml"
+            )
+        arguments = ["--config", str(path), "--seed_everything", "false"]
+        texts = {"usage": "bigopt plan CONFIG [--picture PICTURE]"}
+        return cls(arguments, parser_texts=texts, save_config=False)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the arguments of ``Trainer.fit``, such as ``ckpt_path``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from dataclasses import MISSING, fields
+from difflib import get_close_matches
 from typing import Any
 
 from lightning_bigopt import schedules
@@ -62,9 +63,10 @@ def _evaluate(node: ast.expr) -> Any:
         case ast.Name(id=name):
             if name in schedule_names():
                 return getattr(schedules, name)
+            similar = get_close_matches(name, schedule_names(), n=1)
+            advice = f"did you mean {similar[0]}?" if similar else "for instance Cosine"
             raise ValueError(
-                f"schedule must be one of those that bigopt schedules lists, got {name!r}; for "
-                "instance Cosine"
+                f"schedule must be one of those that bigopt schedules lists, got {name!r}; {advice}"
             )
         case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords) if (
             name in schedule_names() and all(keyword.arg for keyword in keywords)

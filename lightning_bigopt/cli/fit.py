@@ -11,12 +11,15 @@ if TYPE_CHECKING:
 
 __all__ = ["FIT"]
 
+_USAGE = "bigopt fit --config CONFIG [--trainer.max_steps N] [other options of the config]"
+
 
 def make_parser(**texts: Any) -> ArgumentParser:
     """Makes the parser of ``bigopt fit``, with Lightning's options for Trainer, model and data."""
     from lightning_bigopt.cli.config import ConfiguredTraining
 
-    return ConfiguredTraining.parser_for(**texts)
+    # The list of all options takes more than a hundred lines, above every error message.
+    return ConfiguredTraining.parser_for(usage=_USAGE, **texts)
 
 
 def run(options: Namespace) -> None:

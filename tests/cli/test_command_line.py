@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import signal
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,20 @@ def test_invalid_command_line_exits_with_2(arguments: tuple[str, ...]):
     [
         (["demo", "--devices", "3"], "devices must divide 32, got 3; write 2"),
         (["schedules", "--max-steps", "0"], "max-steps must be positive, got 0; write 1000"),
+        (
+            ["schedules", "WarmupCosin"],
+            (
+                "schedule must be one of those that bigopt schedules lists, got 'WarmupCosin'; did you "
+                "mean WarmupCosine?"
+            ),
+        ),
+        (
+            ["plan", "nowhere.yaml"],
+            (
+                "config must be a file, got 'nowhere.yaml', which does not exist; pass one such as "
+                "examples/gpt.yaml"
+            ),
+        ),
     ],
 )
 def test_invalid_value_prints_one_line_and_exits_with_1(
@@ -93,6 +109,34 @@ def test_invalid_value_prints_one_line_and_exits_with_1(
 ):
     assert cli.main(arguments) == 1
     assert capsys.readouterr().err == f"bigopt: error: {message}\n"
+
+
+def test_errors_of_a_config_come_after_a_short_usage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    config = tmp_path / "wrong.yaml"
+    config.write_text("trainer:\n  no_such_option: 1\n")
+    for arguments in (["fit", "--config", str(config)], ["plan", str(config)]):
+        assert exit_code(*arguments) == 2
+        message = capsys.readouterr().err
+        assert "no_such_option" in message
+        assert len(message.splitlines()) < 12
+
+
+def test_reader_of_a_pipe_that_has_ended_is_no_error():
+    command_line = f"{shlex.quote(sys.executable)} -m lightning_bigopt.cli schedules"
+    for count in (0, 1):
+        result = subprocess.run(
+            ["bash", "-c", f"{command_line} | head -n {count}; echo ${{PIPESTATUS[0]}}"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        *lines, code = result.stdout.splitlines()
+        assert len(lines) == count
+        assert code in {"0", "141"}  # 0 if head has read everything before it ended
+        assert "BrokenPipe" not in result.stderr
+        assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(
