@@ -10,6 +10,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
+from lightning_bigopt.callbacks.resume_report import (
+    as_code,
+    changed_settings,
+    report_changed_settings,
+)
 from lightning_bigopt.checks import check_instance
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.stage import Fit
@@ -47,7 +52,9 @@ class GradientClipping(Capability):
         With an OptimizationMonitor ``clip/coefficient``, ``clip/threshold`` and ``clip/fraction``.
 
     State:
-        ``rule``: the state of the rule for each optimizer; ``audit``: counts of clipped updates.
+        ``rule``: the state of the rule for each optimizer; ``audit``: counts of clipped updates;
+        ``settings``: the rule as code. With another rule than that of the checkpoint, both start
+        again, and the change is logged.
 
     Example:
         >>> from lightning_bigopt import GradientClipping, NormClip
@@ -67,6 +74,7 @@ class GradientClipping(Capability):
         self.norm_order = rule.norm_order or 2.0
         self.needs_horizon = rule.needs_horizon  # for a scheduled threshold
         self._resolved = rule
+        self._saved_settings: dict[str, str] | None = None
         self._names: tuple[str, ...] = ()
         self._tied: tuple[tuple[str, str], ...] = ()
         self._parameters: dict[str, list[tuple[str, nn.Parameter]]] = {}
@@ -106,6 +114,11 @@ class GradientClipping(Capability):
         self._tied = tied_names(fit.module)
         horizon = fit.clock.horizon
         self._resolved = self.rule if horizon is None else self.rule.resolve(horizon)
+
+    def announce(self, fit: Fit) -> None:
+        """Logs a change of the rule since the checkpoint."""
+        saved, self._saved_settings = self._saved_settings, None
+        report_changed_settings(saved, self._settings())
 
     def needs_norms(self, update: Update) -> bool:
         """Returns whether the rule reads norms of whole tensors."""
@@ -178,10 +191,14 @@ class GradientClipping(Capability):
         """Returns the rule as code."""
         return repr(self.rule)
 
+    def _settings(self) -> dict[str, str]:
+        return {self.owns: as_code(self.rule)}
+
     def reset(self) -> None:
         """Clears the states of the rule and the counts."""
         self._states: dict[str, RuleState] = {}
         self._statistics: dict[str, dict[str, ClipStatistics]] = {}
+        self._saved_settings = None
 
     def saved_state(self) -> dict[str, Any]:
         """Returns the state of the rule and the counts, by optimizer."""
@@ -189,11 +206,15 @@ class GradientClipping(Capability):
             label: {group: statistics.state_dict() for group, statistics in groups.items()}
             for label, groups in self._statistics.items()
         }
-        return {"rule": copy.deepcopy(self._states), "audit": counts}
+        rule = copy.deepcopy(self._states)
+        return {"rule": rule, "audit": counts, "settings": self._settings()}
 
     def load_saved_state(self, state: dict[str, Any]) -> None:
-        """Restores the state of the rule and the counts from a checkpoint."""
+        """Restores the state of the rule and the counts, unless another rule has saved them."""
         self.reset()
+        self._saved_settings = state.get("settings")
+        if changed_settings(self._saved_settings, self._settings()):
+            return
         self._states = copy.deepcopy(state["rule"])
         for label, groups in state.get("audit", {}).items():
             for group, saved in groups.items():
