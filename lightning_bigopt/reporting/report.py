@@ -11,7 +11,8 @@ from statistics import median
 from typing import Any
 
 from lightning_bigopt.monitoring.tags import TAGS, find_tag
-from lightning_bigopt.reporting.charts import CHARTS, draw
+from lightning_bigopt.reporting.charts import CHARTS
+from lightning_bigopt.reporting.drawing import describe, draw
 from lightning_bigopt.reporting.runs import Curve, Run, read_run
 
 __all__ = ["clip_audit", "render_report", "write_report"]
@@ -42,10 +43,10 @@ figure.beside svg { min-width: 48rem; } code { overflow-wrap: anywhere; }
 <tr><td>{{ label }}</td>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}
 </table>
-{% for chart, picture in pictures %}
+{% for title, text, picture in pictures %}
 <section>
-<h2>{{ chart.title }}</h2>
-<p class="note">{{ chart.text }}</p>
+<h2>{{ title }}</h2>
+<p class="note">{{ text }}</p>
 <figure{% if runs | length > 1 %} class="beside"{% endif %}>{{ picture | safe }}</figure>
 </section>
 {% endfor %}
@@ -100,13 +101,13 @@ def render_report(runs: Sequence[Run]) -> str:
     from jinja2 import Environment
 
     logged = {find_tag(tag) for run in runs for tag in run.curves}
-    pictures = [(chart, draw(chart, runs)) for chart in CHARTS]
+    pictures = [(chart.title, describe(chart, runs), draw(chart, runs)) for chart in CHARTS]
     template = Environment(autoescape=True, trim_blocks=True).from_string(_PAGE)
     return template.render(
         title="Optimization report: " + " beside ".join(run.name for run in runs),
         runs=runs,
         summary=_summary(runs),
-        pictures=[(chart, picture) for chart, picture in pictures if picture is not None],
+        pictures=[shown for shown in pictures if shown[-1] is not None],
         audits=[clip_audit(run) for run in runs],
         plans=[_table_rows(run.texts.get("plan", "")) for run in runs],
         tags=[tag for tag in TAGS if tag in logged],
