@@ -33,6 +33,7 @@ class Chart:
         scale: ``"log"`` for a logarithmic axis, with zeros marked at its lower edge;
             ``"log where it spikes"`` for a logarithmic axis only if the largest value is more than
             20 times the median.
+        limits: Ends of the vertical axis; None for those of the values.
     """
 
     title: str
@@ -43,6 +44,7 @@ class Chart:
     planned: tuple[str, ...] = ()
     planned_label: str = "planned"
     scale: Literal["linear", "log", "log where it spikes"] = "linear"
+    limits: tuple[float, float] | None = None
 
     @property
     def is_logged_by_module(self) -> bool:
@@ -102,6 +104,7 @@ CHARTS: tuple[Chart, ...] = (
         text="Fraction of the updates since the previous point that were clipped.",
         unit="fraction of the updates",
         tags=("clip/fraction",),
+        limits=(-0.05, 1.05),
     ),
     Chart(
         title="Rejected updates",
@@ -119,7 +122,7 @@ CHARTS: tuple[Chart, ...] = (
     Chart(
         title="Update-to-weight ratio",
         text="Norm of one update relative to the norm of the weights: minimum, median and maximum "
-        "over the layers. For a log of an earlier version by layer.",
+        "over the layers, or each layer for a log of an earlier version.",
         unit="ratio",
         tags=("update_ratio/",),
         older_tags=("layers/update_ratio/",),

@@ -21,6 +21,7 @@ from lightning_bigopt.reporting.picture import (
     figure_width,
     new_picture,
     set_number_format,
+    short_label,
     short_labels,
     to_svg,
 )
@@ -33,6 +34,7 @@ __all__ = ["describe", "draw"]
 
 # With more curves than colors, only the three highest and the three lowest get a color.
 _HIGHEST = _LOWEST = 3
+_MAX_TITLE = 56  # characters of the name of a run above its axes
 
 
 def describe(chart: Chart, runs: Sequence[Run]) -> str:
@@ -61,18 +63,24 @@ def draw(chart: Chart, runs: Sequence[Run]) -> str | None:
     colors = _choose_colors(chart, runs)
     is_log = chart.is_logarithmic(y for own in solid for curve in own.values() for _, y in curve)
     width = figure_width(len(runs)) / len(runs)
+    # Wide under a plan, whose dashes would otherwise hide equal values.
+    line_width = 1.8 if any(dashed) else 1.2
 
     def paint(axes: Sequence[Axes]) -> int:
         with_data, rows = [], [0]
         for axis, run, lines, plan, own in zip(axes, runs, solid, dashed, colors, strict=True):
-            axis.set_title(run.name if len(runs) > 1 else chart.title, fontsize=10)
+            if len(runs) > 1:
+                axis.set_title(
+                    short_label(run.name, limit=_MAX_TITLE), fontsize=10, parse_math=False
+                )
             if not lines and not plan:
                 show_not_logged(axis)
                 continue
             with_data.append(axis)
             if is_log:
                 axis.set_yscale("log")
-            _draw_lines(axis, lines, own, prefixes=chart.prefixes_for(run), is_log=is_log)
+            prefixes = chart.prefixes_for(run)
+            _draw_lines(axis, lines, own, prefixes=prefixes, width=line_width, is_log=is_log)
             _draw_plan(axis, plan, label=chart.planned_label, is_log=is_log)
             axis.grid(alpha=0.25)
             # Modules log losses per update, even if the x axis of the monitor has another unit.
@@ -80,6 +88,8 @@ def draw(chart: Chart, runs: Sequence[Run]) -> str | None:
             rows.append(add_legend(axis, width=width))
         with_data[0].set_ylabel(chart.unit)
         with_data[0].tick_params(labelleft=True)  # hidden unless these are the first axes
+        if chart.limits is not None:
+            with_data[0].set_ylim(*chart.limits)
         set_number_format(with_data[0], is_log=is_log)
         return max(rows)
 
@@ -118,6 +128,7 @@ def _draw_lines(
     colors: Mapping[str, str],
     *,
     prefixes: Sequence[str],
+    width: float,
     is_log: bool,
 ) -> None:
     others = [tag for tag in curves if tag not in colors]
@@ -127,7 +138,7 @@ def _draw_lines(
     named = {tag: curves[tag] for tag in colors if tag in curves}
     labels = short_labels(named, prefixes)
     for tag, curve in named.items():
-        draw_line(axis, curve, label=labels[tag], color=colors[tag], is_log=is_log)
+        draw_line(axis, curve, label=labels[tag], color=colors[tag], is_log=is_log, width=width)
     draw_marks(axis, named, colors, is_log=is_log)
 
 

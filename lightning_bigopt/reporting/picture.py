@@ -23,7 +23,7 @@ __all__ = [
 
 # Columns that together are as wide as the page of a report, so that its text is not scaled.
 _WIDTH, _COLUMN_WIDTH, _HEIGHT = 8.0, 5.5, 2.7
-_FONT_SIZE, _MAX_LABEL = 9, 32
+_FONT_SIZE, _MAX_LABEL, _MAX_COLUMNS = 9, 32, 4
 # In inches: a row, the sample of a line with its margins, a wide character, and the distance of a
 # legend from the axes, which leaves space for the labels of the axis.
 _LEGEND_ROW, _HANDLE, _CHARACTER, _LEGEND_DISTANCE = 0.19, 0.6, 0.08, 0.48
@@ -83,10 +83,10 @@ def short_labels(tags: Iterable[str], prefixes: Sequence[str]) -> dict[str, str]
     return labels
 
 
-def short_label(name: str) -> str:
-    """Returns a name of at most 32 characters, without its middle if it is longer."""
-    half = (_MAX_LABEL - 1) // 2
-    return name if len(name) <= _MAX_LABEL else f"{name[:half]}…{name[-half:]}"
+def short_label(name: str, *, limit: int = _MAX_LABEL) -> str:
+    """Returns a name, without its middle if it has more characters than ``limit``."""
+    half = (limit - 1) // 2
+    return name if len(name) <= limit else f"{name[:half]}…{name[-half:]}"
 
 
 def _without_prefix(tag: str, prefix: str) -> str:
@@ -124,7 +124,7 @@ def add_legend(axis: Axes, *, width: float = 0.0, columns: int | None = None) ->
     options: dict[str, Any] = {"fontsize": _FONT_SIZE, "frameon": False}
     if columns is None:
         entry = _CHARACTER * max(map(len, labels)) + _HANDLE
-        columns = min(max(int(width / entry), 1), 3)
+        columns = min(max(int(width / entry), 1), _MAX_COLUMNS)
         below = ScaledTranslation(0, -_LEGEND_DISTANCE, axis.figure.dpi_scale_trans)
         legend = axis.legend(
             handles,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
@@ -142,10 +143,21 @@ def write_report(
             f"output must be the name of a file, got the folder {str(path)!r}; write "
             f"{str(path / 'report.html')!r}"
         )
-    page = render_report([read_run(folder) for folder in several])
+    page = render_report(_with_different_names([read_run(folder) for folder in several]))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _with_different_names(runs: Sequence[Run]) -> list[Run]:
+    """Numbers runs of the same name, such as those of two folders ``logs/version_0``."""
+    names = [run.name for run in runs]
+    return [
+        replace(run, name=f"{run.name} ({names[: i + 1].count(run.name)})")
+        if names.count(run.name) > 1
+        else run
+        for i, run in enumerate(runs)
+    ]
 
 
 def clip_audit(run: Run) -> list[str]:
@@ -185,7 +197,9 @@ def clip_audit(run: Run) -> list[str]:
     bad = [s for c in run.select("grad_norm/total").values() for s, v in c if not math.isfinite(v)]
     if bad:
         lines.append(f"{len(bad)} logged gradient norms were not finite, the first at {bad[0]}.")
-    return lines or ["Nothing was clipped, or clipping was not logged."]
+    if not run.select("clip/"):
+        lines.append("Clipping was not logged.")
+    return lines or ["No update was clipped, or no coefficient was logged."]
 
 
 def _table_rows(text: str) -> list[list[str]]:

@@ -121,6 +121,13 @@ def test_not_logged_is_text_in_the_picture() -> None:
     assert texts_of(chart_of("Clipping"), clipped, clipped).count("not logged") == 0
 
 
+def test_clipped_fraction_has_an_axis_from_0_to_1(axes: Any) -> None:
+    (axis,) = axes(chart_of("Clipping"), run_of({"clip/fraction": [0.0, 0.0]}))
+    low, high = axis.get_ylim()
+    assert -0.1 < low <= 0
+    assert 1 <= high < 1.1
+
+
 def test_plan_alone_is_drawn(axes: Any) -> None:
     planned = run_of({"plan/lr": [1.0, 0.5]}, "planned")
     _, right = axes(LR, run_of({"optim/lr": [1.0]}), planned)
