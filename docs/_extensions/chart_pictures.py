@@ -36,7 +36,8 @@ from lightning_bigopt import (
     StepGuard,
     WarmupStableDecay,
 )
-from lightning_bigopt.reporting.charts import CHARTS, draw
+from lightning_bigopt.reporting.charts import CHARTS
+from lightning_bigopt.reporting.drawing import draw
 from lightning_bigopt.reporting.runs import Run, read_run
 
 FOLDER = "_build/pictures"

@@ -11,17 +11,21 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_bigopt.arguments import explain_arguments
+from lightning_bigopt.callbacks.resume_report import (
+    as_code,
+    changed_settings,
+    report_changed_settings,
+)
 from lightning_bigopt.checks import check_choice, check_instance
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.stage import Batch, Fit
 from lightning_bigopt.engine.update import Update
 from lightning_bigopt.gradients.apply import apply_
 from lightning_bigopt.gradients.clip_decision import ClipDecision
-from lightning_bigopt.gradients.clip_statistics import ClipReport, ClipStatistics, advice
+from lightning_bigopt.gradients.clip_statistics import ClipReport, ClipStatistics, summaries
 from lightning_bigopt.gradients.gradient_norms import GradientNorms
 from lightning_bigopt.gradients.measure import measure
 from lightning_bigopt.gradients.rules.clipping_rule import ClipContext, ClippingRule, RuleState
-from lightning_bigopt.gradients.rules.rule_groups import Groups
 from lightning_bigopt.gradients.shared_decision import SharedDecision, joint_norms
 from lightning_bigopt.monitoring.tags import tag_name
 from lightning_bigopt.optimizers.names import is_opacus_optimizer
@@ -67,7 +71,8 @@ class GradientClipping(Capability):
 
     State:
         ``rule``: the state of the rule for each optimizer, or one with ``scope="all"``; ``audit``:
-        counts of clipped updates.
+        counts of clipped updates; ``settings``: the rule as code, and the scope. With another rule
+        or scope than that of the checkpoint, both start again, and the change is logged.
 
     Example:
         >>> from lightning_bigopt import GradientClipping, NormClip
@@ -99,6 +104,7 @@ class GradientClipping(Capability):
         self.norm_order = rule.norm_order or 2.0
         self.needs_horizon = rule.needs_horizon  # for a scheduled threshold
         self._resolved = rule
+        self._saved_settings: dict[str, str] | None = None
         self._names: tuple[str, ...] = ()
         self._tied: tuple[tuple[str, str], ...] = ()
         self._parameters: dict[str, _NamedParameters] = {}
@@ -154,6 +160,11 @@ class GradientClipping(Capability):
         self._tied = tied_names(fit.module)
         horizon = fit.clock.horizon
         self._resolved = self.rule if horizon is None else self.rule.resolve(horizon)
+
+    def announce(self, fit: Fit) -> None:
+        """Logs a change of the rule since the checkpoint."""
+        saved, self._saved_settings = self._saved_settings, None
+        report_changed_settings(saved, self._settings())
 
     def needs_norms(self, update: Update) -> bool:
         """Returns whether the rule reads norms of whole tensors."""
@@ -263,15 +274,8 @@ class GradientClipping(Capability):
         """Logs how often clipping acted, with advice on the threshold."""
         self._parameters, self._joint_norm = {}, None
         self._end_decision()
-        rules = dict(self.rule.pairs) if isinstance(self.rule, Groups) else {"": self.rule}
-        for (label, group), report in self.reports().items():
-            names = "".join(f", {name}" for name in (label, group) if name)
-            rule = rules[group]
-            assert rule is not None  # a group without a rule has no statistics
-            hint = advice(report, rule)
-            rank_zero_info(
-                f"{type(rule).__name__}{names}: {report}." + (f" {hint}" if hint else "")
-            )
+        for line in summaries(self.rule, self.reports()):
+            rank_zero_info(line)
 
     def specification(self) -> str:
         """Returns the rule as code, with a scope other than the default."""
@@ -280,10 +284,14 @@ class GradientClipping(Capability):
     def _scope_text(self) -> str:
         return "" if self.scope == "optimizer" else f", scope={self.scope!r}"
 
+    def _settings(self) -> dict[str, str]:
+        return {self.owns: as_code(self.rule), "scope": self.scope}
+
     def reset(self) -> None:
         """Clears the states of the rule and the counts."""
         self._states: dict[str, RuleState] = {}
         self._statistics: dict[str, dict[str, ClipStatistics]] = {}
+        self._saved_settings = None
 
     def saved_state(self) -> dict[str, Any]:
         """Returns the state of the rule and the counts, by optimizer."""
@@ -291,11 +299,15 @@ class GradientClipping(Capability):
             label: {group: statistics.state_dict() for group, statistics in groups.items()}
             for label, groups in self._statistics.items()
         }
-        return {"rule": copy.deepcopy(self._states), "audit": counts}
+        rule = copy.deepcopy(self._states)
+        return {"rule": rule, "audit": counts, "settings": self._settings()}
 
     def load_saved_state(self, state: dict[str, Any]) -> None:
-        """Restores the state of the rule and the counts from a checkpoint."""
+        """Restores the state of the rule and the counts, unless another rule has saved them."""
         self.reset()
+        self._saved_settings = state.get("settings")
+        if changed_settings(self._saved_settings, self._settings()):
+            return
         self._states = copy.deepcopy(state["rule"])
         for label, groups in state.get("audit", {}).items():
             for group, saved in groups.items():

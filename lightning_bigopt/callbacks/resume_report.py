@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,15 @@ from lightning_bigopt.engine.budget import describe_budget
 from lightning_bigopt.engine.clock import Clock
 from lightning_bigopt.engine.stage import Fit
 
-__all__ = ["differences", "is_resumed", "report_changes", "with_adopted"]
+__all__ = [
+    "as_code",
+    "changed_settings",
+    "differences",
+    "is_resumed",
+    "report_changed_settings",
+    "report_changes",
+    "with_adopted",
+]
 
 # Relative difference from which on a value is reported as a jump.
 _JUMP = 0.01
@@ -36,8 +45,52 @@ def differences(
         old, new = before.get(name), now.get(name)
         if isinstance(old, Mapping) or isinstance(new, Mapping):
             yield from differences(old or {}, new or {}, under=f"{under}{name}.")
-        elif old != new:
+        elif _without_addresses(old) != _without_addresses(new):
             yield f"{under}{name}: {_format(old)} → {_format(new)}"
+
+
+def as_code(value: object) -> str:
+    """Returns the ``repr`` of a specification without the addresses of objects in it.
+
+    An address differs in every process. Without them, a rule of a user without a ``repr`` of its
+    own does not count as changed in every resumed run.
+
+    Example:
+        >>> as_code([len, object()])
+        '[<built-in function len>, <object object>]'
+    """
+    return str(_without_addresses(repr(value)))
+
+
+def _without_addresses(value: Any) -> Any:
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", value) if isinstance(value, str) else value
+
+
+def changed_settings(saved: Mapping[str, str] | None, used: Mapping[str, str]) -> list[str]:
+    """Returns one line for each setting that differs from the checkpoint.
+
+    Args:
+        saved: The settings of the checkpoint as code; None for a checkpoint without settings. A
+            setting that is not in it counts as unchanged, because an earlier version may have saved
+            the checkpoint.
+        used: The settings of this fit as code.
+
+    Example:
+        >>> changed_settings({"rule": "NormClip(1.0)"}, {"rule": "NormClip(2.0)", "scope": "all"})
+        ['rule: NormClip(1.0) → NormClip(2.0)']
+    """
+    known = {name: text for name, text in (saved or {}).items() if name in used}
+    return list(differences(known, {name: used[name] for name in known}))
+
+
+def report_changed_settings(saved: Mapping[str, str] | None, used: Mapping[str, str]) -> None:
+    """Logs the settings that differ from the checkpoint; see :func:`changed_settings`."""
+    _log(changed_settings(saved, used))
+
+
+def _log(changes: Sequence[str]) -> None:
+    if changes:
+        rank_zero_info("Changes since the checkpoint:\n" + "\n".join(f"  {x}" for x in changes))
 
 
 def is_resumed(fit: Fit) -> bool:
@@ -114,9 +167,7 @@ def report_changes(
             f"The checkpoint was written without {scheduler}: the schedule continues{at}, with the "
             f"configured base values of the {quantity} ({_format(used[bases])})."
         )
-    logged = lines + of_budget * with_budget
-    if logged:
-        rank_zero_info("Changes since the checkpoint:\n" + "\n".join(f"  {x}" for x in logged))
+    _log(lines + of_budget * with_budget)
     jumps = [(a, b) for a, b in values if not math.isclose(a, b, rel_tol=_JUMP)]
     if (lines or of_budget) and jumps:
         listed = ", ".join(

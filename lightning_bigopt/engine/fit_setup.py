@@ -98,7 +98,8 @@ def restore(fit: Fit, loaded: dict[str, Any] | None) -> bool:
     for capability in fit.capabilities:
         state = capability.take_loaded_state()
         if state is not None:
-            clock = clock or state.pop("clock", None)  # version 0.1 saved it in every callback
+            of_callback = state.pop("clock", None)  # version 0.1 saved it in every callback
+            clock = clock or of_callback
             capability.load_saved_state(state)
     if clock is not None:
         fit.clock.load_state_dict(clock)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -15,8 +16,9 @@ from lightning_bigopt.gradients.clip_decision import ClipDecision
 from lightning_bigopt.gradients.rules.adaptive_norm_clip import ZClip
 from lightning_bigopt.gradients.rules.clipping_rule import ClippingRule
 from lightning_bigopt.gradients.rules.norm_clip import NormClip
+from lightning_bigopt.gradients.rules.rule_groups import Groups
 
-__all__ = ["ClipReport", "ClipStatistics", "advice"]
+__all__ = ["ClipReport", "ClipStatistics", "advice", "summaries"]
 
 _FOLD_EVERY = 64
 _KEPT_NORMS = 512
@@ -233,3 +235,19 @@ class ClipStatistics:
         self._logged = updates, clipped
         self._norms = list(state["norms"])
         self._stride, self._seen = state["stride"], state["seen"]
+
+
+def summaries(rule: ClippingRule, reports: Mapping[tuple[str, str], ClipReport]) -> Iterator[str]:
+    """Yields one line for each report: how often clipping acted, with advice on the threshold.
+
+    Args:
+        rule: The clipping rule.
+        reports: Reports by label of the optimizer and group of the rule; both may be empty.
+    """
+    rules = dict(rule.pairs) if isinstance(rule, Groups) else {"": rule}
+    for (label, group), report in reports.items():
+        names = "".join(f", {name}" for name in (label, group) if name)
+        own = rules[group]
+        assert own is not None  # a group without a rule has no statistics
+        hint = advice(report, own)
+        yield f"{type(own).__name__}{names}: {report}." + (f" {hint}" if hint else "")

@@ -76,6 +76,13 @@ class _Spike(Detector):
         """Returns empty histories."""
         return {"accepted": [], "rejected": []}
 
+    def carry_over(self, state: DetectorState) -> DetectorState:
+        """Keeps the accepted scores, which are measured, without the rejections.
+
+        With an empty history the updates after the resume would not be checked.
+        """
+        return {"accepted": list(state["accepted"][-self.window :]), "rejected": []}
+
     @abstractmethod
     def score(self, value: float) -> float:
         """Returns the score of a value; not finite if it has none."""

@@ -87,6 +87,17 @@ class Detector(Specification, ABC):
         """Returns the state before the first update; it loads with ``weights_only=True``."""
         return {}
 
+    def carry_over(self, state: DetectorState) -> DetectorState:
+        """Returns the state for a resume with other arguments than those of the checkpoint.
+
+        Args:
+            state: The state of a detector of the same class with the arguments of the checkpoint.
+
+        Returns:
+            :meth:`initial_state`; a subclass may keep what does not depend on the arguments.
+        """
+        return self.initial_state()
+
     @abstractmethod
     def check(self, value: float, state: DetectorState) -> Verdict | None:
         """Returns the reason to reject an update, or None. Changes nothing."""

@@ -136,14 +136,15 @@ class TrainingPlan:
                 f"path must be the name of a file, got the folder {str(target)!r}; write "
                 f"{str(target / 'plan.png')!r}"
             )
-        from lightning_bigopt.reporting.charts import new_picture  # drawing is rare
+        from lightning_bigopt.reporting.picture import new_picture  # drawing is rare
 
         figure = new_picture(lambda axes: self._paint(axes[0]))
         target.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(target, dpi=120)
         return target
 
-    def _paint(self, axis: Axes) -> None:
+    def _paint(self, axis: Axes) -> int:
+        """Draws learning rates and batch sizes; returns the rows of the legend below: none."""
         has_updates = all(row.update is not None for row in self.rows)
         xs = [_x_position(row) for row in self.rows]
         for group in self.rows[0].learning_rates if self.rows else ():
@@ -168,6 +169,7 @@ class TrainingPlan:
             right.set_ylabel("global batch, samples", color=_GRAY)
             right.set_ylim(bottom=0)
         axis.legend(fontsize=8, frameon=False, loc="lower center")
+        return 0
 
 
 def _x_position(item: PlanRow | Boundary) -> float:

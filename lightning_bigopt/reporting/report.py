@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
@@ -11,7 +12,8 @@ from statistics import median
 from typing import Any
 
 from lightning_bigopt.monitoring.tags import TAGS, find_tag
-from lightning_bigopt.reporting.charts import CHARTS, draw
+from lightning_bigopt.reporting.charts import CHARTS
+from lightning_bigopt.reporting.drawing import describe, draw
 from lightning_bigopt.reporting.runs import Curve, Run, read_run
 
 __all__ = ["clip_audit", "render_report", "write_report"]
@@ -42,10 +44,10 @@ figure.beside svg { min-width: 48rem; } code { overflow-wrap: anywhere; }
 <tr><td>{{ label }}</td>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}
 </table>
-{% for chart, picture in pictures %}
+{% for title, text, picture in pictures %}
 <section>
-<h2>{{ chart.title }}</h2>
-<p class="note">{{ chart.text }}</p>
+<h2>{{ title }}</h2>
+<p class="note">{{ text }}</p>
 <figure{% if runs | length > 1 %} class="beside"{% endif %}>{{ picture | safe }}</figure>
 </section>
 {% endfor %}
@@ -100,13 +102,13 @@ def render_report(runs: Sequence[Run]) -> str:
     from jinja2 import Environment
 
     logged = {find_tag(tag) for run in runs for tag in run.curves}
-    pictures = [(chart, draw(chart, runs)) for chart in CHARTS]
+    pictures = [(chart.title, describe(chart, runs), draw(chart, runs)) for chart in CHARTS]
     template = Environment(autoescape=True, trim_blocks=True).from_string(_PAGE)
     return template.render(
         title="Optimization report: " + " beside ".join(run.name for run in runs),
         runs=runs,
         summary=_summary(runs),
-        pictures=[(chart, picture) for chart, picture in pictures if picture is not None],
+        pictures=[shown for shown in pictures if shown[-1] is not None],
         audits=[clip_audit(run) for run in runs],
         plans=[_table_rows(run.texts.get("plan", "")) for run in runs],
         tags=[tag for tag in TAGS if tag in logged],
@@ -141,10 +143,21 @@ def write_report(
             f"output must be the name of a file, got the folder {str(path)!r}; write "
             f"{str(path / 'report.html')!r}"
         )
-    page = render_report([read_run(folder) for folder in several])
+    page = render_report(_with_different_names([read_run(folder) for folder in several]))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _with_different_names(runs: Sequence[Run]) -> list[Run]:
+    """Numbers runs of the same name, such as those of two folders ``logs/version_0``."""
+    names = [run.name for run in runs]
+    return [
+        replace(run, name=f"{run.name} ({names[: i + 1].count(run.name)})")
+        if names.count(run.name) > 1
+        else run
+        for i, run in enumerate(runs)
+    ]
 
 
 def clip_audit(run: Run) -> list[str]:
@@ -184,7 +197,9 @@ def clip_audit(run: Run) -> list[str]:
     bad = [s for c in run.select("grad_norm/total").values() for s, v in c if not math.isfinite(v)]
     if bad:
         lines.append(f"{len(bad)} logged gradient norms were not finite, the first at {bad[0]}.")
-    return lines or ["Nothing was clipped, or clipping was not logged."]
+    if not run.select("clip/"):
+        lines.append("Clipping was not logged.")
+    return lines or ["No update was clipped, or no coefficient was logged."]
 
 
 def _table_rows(text: str) -> list[list[str]]:

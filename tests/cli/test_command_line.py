@@ -91,8 +91,8 @@ def test_invalid_command_line_exits_with_2(arguments: tuple[str, ...]):
         (
             ["schedules", "WarmupCosin"],
             (
-                "schedule must be one of those that bigopt schedules lists, got 'WarmupCosin'; did you "
-                "mean WarmupCosine?"
+                "schedule must be one of those that bigopt schedules lists, got 'WarmupCosin'; did "
+                "you mean WarmupCosine?"
             ),
         ),
         (

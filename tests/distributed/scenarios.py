@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.data import DistributedSampler
 
 from lightning_bigopt import (
+    AutoClip,
     BatchSizeScheduler,
     BatchSizeSteps,
     GradientClipping,
@@ -176,6 +177,25 @@ def resume(out: Path) -> Any:
                 ckpt=out / name / f"{step}.ckpt",
             )
             found[name][str(step)] = [model.lrs, model.windows, weights(model)]
+    return found
+
+
+def resume_with_another_rule(out: Path) -> Any:
+    """Resumes with another clipping rule, with and without the state of the first one."""
+    path = out / "other_rule"
+    save = SaveAtSteps(path, {2})
+    first = GradientClipping(AutoClip(percentile=10))
+    fit("ddp", module("ddp", lr=0.01), ResumableLoader(24, 2), first, save, max_epochs=1)
+    state = torch.load(path / "2.ckpt", weights_only=True)
+    del state["callbacks"]["GradientClipping"]
+    bare = path / f"bare{os.environ['RANK']}.ckpt"
+    torch.save(state, bare)
+    found = []
+    for ckpt in (path / "2.ckpt", bare):
+        model, clipping = module("ddp", lr=0.01), GradientClipping(AutoClip(percentile=60))
+        fit("ddp", model, ResumableLoader(24, 2), clipping, max_epochs=1, ckpt=ckpt)
+        (report,) = clipping.reports().values()
+        found.append([report.updates, report.clipped, clipping.saved_state(), weights(model)])
     return found
 
 
@@ -433,6 +453,7 @@ NAMES = [
     "gradient_means",
     "global_norms",
     "resume",
+    "resume_with_another_rule",
     "guarded",
     "repeated",
     "flat_shards",

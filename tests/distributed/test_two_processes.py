@@ -85,6 +85,14 @@ def test_resume_is_exact(two_processes: Any, name: str, step: str) -> None:
         assert resumed[2] == weights
 
 
+def test_another_rule_starts_without_the_state_of_the_first(two_processes: Any) -> None:
+    first, second = two_processes("resume_with_another_rule")
+    assert first == second
+    changed, without_state = first
+    assert changed == without_state
+    assert changed[0] == 12 - 2
+
+
 def test_a_batch_that_one_process_cannot_count_is_uncounted_on_both(two_processes: Any) -> None:
     for result in two_processes("uncounted"):
         # No collective operation for samples that no capability needs.

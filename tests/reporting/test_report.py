@@ -375,3 +375,38 @@ def test_csv_of_a_resumed_run_is_put_in_order() -> None:
         (2, 5.0),
         (3, 6.0),
     ]
+
+
+def test_runs_of_the_same_name_are_numbered(tmp_path: Path) -> None:
+    folders = []
+    for number in (1, 2):
+        (tmp_path / str(number) / "run").mkdir(parents=True)
+        folders.append(tmp_path / str(number) / "run")
+        (folders[-1] / "metrics.csv").write_text(f"step,train_loss\n0,{number}\n1,{number}\n")
+    page = write_report(folders, tmp_path / "report.html").read_text()
+    assert "<th>run (1)</th><th>run (2)</th>" in page
+    assert ">run (1)</text>" in page  # in the legend of the overlaid losses
+    assert (
+        "Not over samples: progress/samples is not logged over updates in run (1), run (2)" in page
+    )
+
+
+def test_run_without_clipping_says_so() -> None:
+    run = Run(name="a", curves={"grad_norm/total": [(0, 1.0), (1, float("nan"))]})
+    assert clip_audit(run) == [
+        "1 logged gradient norms were not finite, the first at 1.",
+        "Clipping was not logged.",
+    ]
+
+
+def test_two_runs_share_one_chart_of_the_loss(logged_run: Any) -> None:
+    with_clipping = logged_run()
+    curves = {
+        t: c for t, c in with_clipping.curves.items() if not t.startswith(("clip/", "update"))
+    }
+    page = render_report([with_clipping, Run(name="old", curves=curves)])
+    assert "All runs over updates, and over samples." in page
+    assert page.count(">not logged</text>") == 1  # the fraction of clipped updates
+    # Names of the runs in the legend, the x axes, and the quantiles of the update-to-weight ratio.
+    for text in (with_clipping.name, "old", "update", "samples", "min", "median", "max"):
+        assert f">{text}</text>" in page, text

@@ -162,7 +162,8 @@ class BatchPlanner:
         return list(batch_stages(horizon, lambda progress: self._plan(progress)[0]))
 
     def describe(self, changes: list[tuple[Progress, int]]) -> str:
-        """Describes the batch sizes of the run in one sentence."""
+        """Describes the batch sizes of the run in one sentence; warns if one exceeds an epoch."""
+        self.warn_beyond_epoch([size for _, size in changes])
         horizon = self._fit.clock.horizon
         return describe_batches(
             self.source.describe(*self.plan_at(self._fit.clock.progress())),

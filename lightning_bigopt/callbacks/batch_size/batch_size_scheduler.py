@@ -11,19 +11,19 @@ from torch import Tensor
 from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.batching.exact_loader import GlobalBatchLoader
 from lightning_bigopt.batching.policies.batch_size_policy import BatchSizePolicy
-from lightning_bigopt.batching.policies.fixed_batch import (
-    ConstantBatchSize,
-    FullBatch,
-    SingleSample,
-)
 from lightning_bigopt.batching.scaling_rules import ScalingRule
 from lightning_bigopt.batching.window_length import WindowLength
 from lightning_bigopt.callbacks.batch_size.batch_planner import BatchPlanner
-from lightning_bigopt.callbacks.batch_size.conflicts import check_conflicts
+from lightning_bigopt.callbacks.batch_size.conflicts import (
+    CONSTANT_POLICIES,
+    check_conflicts,
+    check_scaling,
+)
 from lightning_bigopt.callbacks.batch_size.coupling import BatchCoupling
 from lightning_bigopt.callbacks.batch_size.exact_loader import prepare_exact_loader
 from lightning_bigopt.callbacks.batch_size.loss_weights import LossWeights, shorten_window
 from lightning_bigopt.callbacks.noise_scale import GradientNoiseScale
+from lightning_bigopt.callbacks.resume_report import as_code, report_changed_settings
 from lightning_bigopt.checks import check_count, check_instance
 from lightning_bigopt.durations.duration import DurationLike
 from lightning_bigopt.engine.batch_contents import BatchCount, BatchWeight
@@ -36,8 +36,6 @@ from lightning_bigopt.engine.update import Update
 from lightning_bigopt.trainer_access import loop
 
 __all__ = ["BatchSizeScheduler"]
-
-_CONSTANT = (ConstantBatchSize, FullBatch, SingleSample)
 
 
 @explain_arguments
@@ -93,7 +91,8 @@ class BatchSizeScheduler(Capability):
     State:
         ``window``: length and first batch of the current window (the gradients of an open window
         are not saved; a resume logs that); ``size``: the current global batch size; ``coupling``:
-        the first one of the run; ``weights``: the reference weight.
+        the first one of the run; ``weights``: the reference weight; ``settings``: policy,
+        scaling and weight as code. A resumed run logs their changes.
 
     Example:
         >>> from lightning_bigopt import BatchSizeScheduler, BatchSizeSteps
@@ -131,11 +130,7 @@ class BatchSizeScheduler(Capability):
             rewarmup=rewarmup,
             max_kappa=max_kappa,
         )
-        if self.coupling.is_active and isinstance(policy, _CONSTANT):
-            raise ValueError(
-                "policy must change the batch size with lr_scaling, beta2_scaling or "
-                f"weight_decay_scaling, got {policy!r}, which is constant; remove the scaling"
-            )
+        check_scaling(policy, self.coupling)
         micro_sizes = {"micro_batch_size": micro_batch_size}
         for name, size in (micro_sizes | {"max_micro_batch_size": max_micro_batch_size}).items():
             if size is not None:
@@ -145,12 +140,13 @@ class BatchSizeScheduler(Capability):
         self.settings = ClockSettings(budget=budget, samples=samples, tokens=tokens)
         self.requires = (GradientNoiseScale,) if policy.adaptive else ()
         # For thresholds in fractions of the budget.
-        self.needs_horizon = not (policy.adaptive or isinstance(policy, _CONSTANT)) and (
+        self.needs_horizon = not (policy.adaptive or isinstance(policy, CONSTANT_POLICIES)) and (
             not policy.units or "fraction" in policy.units
         )
         self._weights = LossWeights(weight)
         self._planner: BatchPlanner | None = None
         self._restored: tuple[int, int] | None = None
+        self._saved_settings: dict[str, str] | None = None
         self.size: int | None = None
         self._window: WindowLength | None = None
 
@@ -209,14 +205,15 @@ class BatchSizeScheduler(Capability):
             self._restored = None
 
     def announce(self, fit: Fit) -> None:
-        """Logs the plan of the run, and a resume within an accumulation window."""
+        """Logs the plan, changes since the checkpoint, and a resume within a window."""
+        saved, self._saved_settings = self._saved_settings, None
+        report_changed_settings(saved, self._settings())
         assert self._planner is not None  # set in start
         changes = self._planner.changes()
         text = self._planner.describe(changes)
         if len(changes) > 1 or self.policy.adaptive:
             text += self.coupling.advice(fit.groups.optimizers)
         rank_zero_info(text)
-        self._planner.warn_beyond_epoch([size for _, size in changes])
         window, self._restored = self._restored, None
         if window is not None:
             ready = loop.ready_batches(fit.trainer)
@@ -282,15 +279,17 @@ class BatchSizeScheduler(Capability):
             values["batch/lr_factor"] = self.coupling.factor(self.size, fit.clock.window_progress)
         return values
 
-    # ---------------------------------------------------------------------------------- state
-
     def specification(self) -> str:
         """Returns the policy as code."""
         return repr(self.policy)
 
+    def _settings(self) -> dict[str, str]:
+        code = {self.owns: as_code(self.policy), "weight": as_code(self._weights.weight)}
+        return code | self.coupling.settings()
+
     def reset(self) -> None:
         """Clears batch size, window, scaling and weights."""
-        self.size = self._window = self._restored = None
+        self.size = self._window = self._restored = self._saved_settings = None
         self.coupling.reset()
         self._weights.reset()
 
@@ -302,6 +301,7 @@ class BatchSizeScheduler(Capability):
             "size": self.size,
             "coupling": self.coupling.state_dict(),
             "weights": self._weights.state_dict(),
+            "settings": self._settings(),
         }
 
     def load_saved_state(self, state: dict[str, Any]) -> None:
@@ -313,6 +313,7 @@ class BatchSizeScheduler(Capability):
             self._planner.size = self.size
         self.coupling.load_state_dict(state["coupling"], self.fit)
         self._weights.load_state_dict(state["weights"])
+        self._saved_settings = state.get("settings")
 
     def __repr__(self) -> str:
         return f"BatchSizeScheduler({type(self.policy).__name__}(...))"

@@ -5,11 +5,28 @@ from __future__ import annotations
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from lightning_bigopt.batching.policies.batch_size_policy import BatchSizePolicy
+from lightning_bigopt.batching.policies.fixed_batch import (
+    ConstantBatchSize,
+    FullBatch,
+    SingleSample,
+)
+from lightning_bigopt.callbacks.batch_size.coupling import BatchCoupling
 from lightning_bigopt.engine.stage import Fit
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 from lightning_bigopt.trainer_access import strategies
 
-__all__ = ["check_conflicts"]
+__all__ = ["CONSTANT_POLICIES", "check_conflicts", "check_scaling"]
+
+CONSTANT_POLICIES = (ConstantBatchSize, FullBatch, SingleSample)
+
+
+def check_scaling(policy: BatchSizePolicy, coupling: BatchCoupling) -> None:
+    """Raises if hyperparameters follow a batch size that is constant."""
+    if coupling.is_active and isinstance(policy, CONSTANT_POLICIES):
+        raise ValueError(
+            "policy must change the batch size with lr_scaling, beta2_scaling or "
+            f"weight_decay_scaling, got {policy!r}, which is constant; remove the scaling"
+        )
 
 
 def check_conflicts(fit: Fit, policy: BatchSizePolicy) -> None:

@@ -16,6 +16,7 @@ from lightning_bigopt.batching.scaling_rules import (
     scaled_beta,
     weight_decay_factor,
 )
+from lightning_bigopt.callbacks.resume_report import as_code
 from lightning_bigopt.checks import check_choice
 from lightning_bigopt.durations.duration import Duration, DurationLike
 from lightning_bigopt.durations.progress import Progress
@@ -91,6 +92,12 @@ class BatchCoupling:
     def is_active(self) -> bool:
         """Whether any hyperparameter is scaled with the batch size."""
         return bool(self.lr_scaling or self.beta2_scaling or self.weight_decay_scaling)
+
+    def settings(self) -> dict[str, str]:
+        """Returns the arguments as code, by name."""
+        names = ("lr_scaling", "beta2_scaling", "weight_decay_scaling", "max_kappa")
+        values = {name: as_code(getattr(self, name)) for name in names}
+        return values | {"rewarmup": str(self.rewarmup)}
 
     # ------------------------------------------------------------------------------ lifetime
 

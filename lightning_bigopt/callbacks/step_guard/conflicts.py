@@ -1,24 +1,26 @@
-"""Checks that the updates of a Trainer can be skipped."""
+"""Checks for settings that conflict with StepGuard, before the first batch."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from lightning_bigopt.engine.stage import LEARNING_RATE, Fit
 from lightning_bigopt.optimizers.names import is_opacus_optimizer
 from lightning_bigopt.trainer_access import strategies
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
 
 __all__ = ["check_conflicts"]
 
 
-def check_conflicts(trainer: Trainer) -> None:
-    """Raises for a strategy or an optimizer whose step cannot be skipped.
+def check_conflicts(fit: Fit, *, has_backoffs: bool) -> None:
+    """Raises for a strategy or an optimizer whose step cannot be skipped, and for a Backoff alone.
+
+    Args:
+        fit: The fit.
+        has_backoffs: Whether an action lowers the learning rate.
 
     Raises:
-        ValueError: With DeepSpeed or an optimizer of Opacus.
+        ValueError: With DeepSpeed, with an optimizer of Opacus, or for a Backoff without a
+            LearningRateScheduler.
     """
+    trainer = fit.trainer
     if strategies.is_deepspeed(trainer):
         raise ValueError(
             "strategy must not be DeepSpeed with StepGuard, got "
@@ -31,3 +33,8 @@ def check_conflicts(trainer: Trainer) -> None:
                 f"{type(optimizer).__name__}: skipping updates depending on their data breaks "
                 "the privacy accounting; remove StepGuard"
             )
+    if has_backoffs and LEARNING_RATE not in fit.owners():
+        raise ValueError(
+            "callbacks must contain a LearningRateScheduler with Backoff, got none; add "
+            "LearningRateScheduler(Constant())"
+        )

@@ -6,7 +6,8 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_bigopt.gradients.actions import Backoff
+from lightning_bigopt.callbacks.resume_report import as_code, report_changed_settings
+from lightning_bigopt.gradients.actions import Action, Backoff
 from lightning_bigopt.gradients.detectors import NormSpike
 from lightning_bigopt.gradients.guard import Detector, DetectorState
 
@@ -18,11 +19,12 @@ class GuardState:
 
     Args:
         detectors: The detectors.
-        backoffs: The backoffs of the learning rate.
+        actions: The actions; those that are backoffs of the learning rate have a level.
     """
 
-    def __init__(self, detectors: Sequence[Detector], backoffs: Sequence[Backoff]) -> None:
-        self._detectors, self._backoffs = tuple(detectors), tuple(backoffs)
+    def __init__(self, detectors: Sequence[Detector], actions: Sequence[Action]) -> None:
+        self._detectors, self._actions = tuple(detectors), tuple(actions)
+        self._backoffs = [action for action in actions if isinstance(action, Backoff)]
         self._keys = _numbered([type(detector).__name__ for detector in detectors])
         self.reset()
 
@@ -30,6 +32,12 @@ class GuardState:
         """Clears all histories, counts and levels."""
         self._guarded: dict[str, dict[str, Any]] = {}
         self._levels = [backoff.initial_state() for backoff in self._backoffs]
+        self._saved_settings: dict[str, list[str]] | None = None
+
+    @property
+    def has_backoffs(self) -> bool:
+        """Whether an action lowers the learning rate."""
+        return bool(self._backoffs)
 
     def of_optimizer(self, label: str) -> dict[str, Any]:
         """Returns the record of one optimizer; it is created on first use."""
@@ -89,24 +97,95 @@ class GuardState:
 
     # -------------------------------------------------------------------------------- state
 
+    def report_changes(self) -> None:
+        """Logs changes of detectors and actions since the checkpoint, once."""
+        saved, self._saved_settings = self._saved_settings, None
+        report_changed_settings(_joined(saved or {}), _joined(self._settings()))
+
+    def _settings(self) -> dict[str, list[str]]:
+        return {
+            "detectors": [as_code(detector) for detector in self._detectors],
+            "actions": [as_code(action) for action in self._actions],
+        }
+
     def state_dict(self) -> dict[str, Any]:
-        """Returns the records by optimizer, and the level of each backoff."""
-        return {"guarded": copy.deepcopy(self._guarded), "backoffs": copy.deepcopy(self._levels)}
+        """Returns the records by optimizer, the level of each backoff, and the settings as code."""
+        return {
+            "guarded": copy.deepcopy(self._guarded),
+            "backoffs": copy.deepcopy(self._levels),
+            "settings": self._settings(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the state from a checkpoint.
 
-        A detector that is not in the checkpoint starts with an empty history. If the number of
-        backoffs differs, all start at level 1.
+        A detector gets the history of the equal detector in the checkpoint. If there is none, its
+        :meth:`~Detector.carry_over` gets that of the same class. A detector of another class starts
+        with an empty history. The rejections of a class are counted again from 0 if one of its
+        detectors has changed. If the backoffs differ, all start at level 1.
         """
         self.reset()
-        for label, saved in state["guarded"].items():
-            fresh = self._new_record()
-            known = {k: v for k, v in saved["detectors"].items() if k in fresh["detectors"]}
-            detectors = {**fresh["detectors"], **copy.deepcopy(known)}
-            self._guarded[label] = {**fresh, **saved, "detectors": detectors}
-        if len(state["backoffs"]) == len(self._levels):
+        self._saved_settings = saved = state.get("settings")
+        settings = self._settings()
+        for label, record in state["guarded"].items():
+            keys = list(record["detectors"])
+            # Earlier versions did not save the arguments: detectors of the same key count as equal.
+            before, used = keys, self._keys
+            if saved is not None:
+                before, used = saved["detectors"], settings["detectors"]
+            codes = dict(zip(keys, before, strict=True))
+            self._guarded[label] = self._loaded_record(record, codes, used)
+        same = saved is None or _backoffs(saved["actions"]) == _backoffs(settings["actions"])
+        if same and len(state["backoffs"]) == len(self._levels):
             self._levels = copy.deepcopy(state["backoffs"])
+
+    def _loaded_record(
+        self, saved: Mapping[str, Any], before: Mapping[str, str], used: Sequence[str]
+    ) -> dict[str, Any]:
+        """Returns the record of an optimizer from a checkpoint.
+
+        Args:
+            saved: The record in the checkpoint.
+            before: The detectors of the checkpoint as code, by their key in the record.
+            used: The detectors of this fit as code.
+        """
+        record = {**self._new_record(), **copy.deepcopy(dict(saved))}
+        states, unused = record["detectors"], dict(before)
+        histories: dict[str, DetectorState] = {}
+        changed: set[str] = set()
+        # Equal detectors first, so that no changed detector gets one of their histories.
+        for key, code in zip(self._keys, used, strict=True):
+            source = next((name for name, other in unused.items() if other == code), None)
+            if source is not None:
+                histories[key] = states[source]
+                del unused[source]
+        for key, detector in zip(self._keys, self._detectors, strict=True):
+            if key in histories:
+                continue
+            kind = type(detector).__name__
+            changed.add(kind)
+            source = next((name for name in unused if _class_of(name) == kind), None)
+            if source is None:
+                histories[key] = detector.initial_state()
+            else:
+                histories[key] = detector.carry_over(states[source])
+                del unused[source]
+        record["detectors"] = {key: histories[key] for key in self._keys}
+        record["detected"] = {k: n for k, n in record["detected"].items() if k not in changed}
+        return record
+
+
+def _class_of(key: str) -> str:
+    """Returns the class name in a key that :func:`_numbered` has made."""
+    return key.split("-", maxsplit=1)[0]
+
+
+def _backoffs(actions: Sequence[str]) -> list[str]:
+    return [action for action in actions if action.startswith(f"{Backoff.__name__}(")]
+
+
+def _joined(settings: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    return {f"step guard {name}": ", ".join(codes) for name, codes in settings.items()}
 
 
 def _numbered(names: Sequence[str]) -> list[str]:

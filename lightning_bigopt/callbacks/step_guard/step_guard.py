@@ -20,9 +20,9 @@ from lightning_bigopt.callbacks.step_guard.too_many_rejections import too_many_r
 from lightning_bigopt.checks import check_count, checked_tuple
 from lightning_bigopt.durations.duration import amount_of
 from lightning_bigopt.engine.capability import Capability
-from lightning_bigopt.engine.stage import LEARNING_RATE, Batch, Fit
+from lightning_bigopt.engine.stage import Batch, Fit
 from lightning_bigopt.engine.update import Rejection, Update
-from lightning_bigopt.gradients.actions import Abort, Action, Backoff, ClipToMedian, Skip
+from lightning_bigopt.gradients.actions import Abort, Action, ClipToMedian, Skip
 from lightning_bigopt.gradients.detectors import NonFinite, NormSpike
 from lightning_bigopt.gradients.guard import Detector, Quantity, Verdict, inspect, record
 from lightning_bigopt.gradients.norm_kernels import accumulation_dtype
@@ -73,7 +73,8 @@ class StepGuard(Capability):
 
     State:
         ``guarded``: for each optimizer the histories of the detectors, and the numbers of
-        rejections: in total, by detector and in a row; ``backoffs``: the levels of the backoffs.
+        rejections: in total, by detector and in a row; ``backoffs``: the levels of the backoffs;
+        ``settings``: detectors and actions as code. A resumed run logs their changes.
 
     Example:
         >>> from lightning_bigopt import LossSpike, NonFinite, NormSpike, StepGuard
@@ -107,14 +108,13 @@ class StepGuard(Capability):
         check_count("max_consecutive", max_consecutive, of="updates")
         limits = [action.after for action in self.actions if isinstance(action, Abort)]
         self._limit = min([max_consecutive, *limits])
-        self._backoffs = [action for action in self.actions if isinstance(action, Backoff)]
         self._clips_to_median = any(isinstance(action, ClipToMedian) for action in self.actions)
         # The loss of a window is the mean over its samples.
         reads_loss = any(detector.quantity == "loss" for detector in self.detectors)
         self.needs_samples = "optional" if reads_loss or forensics is not None else None
         self._window = WindowRecorder(None if forensics is None else fspath(forensics))
         self._buffers = BufferSnapshot()
-        self._state = GuardState(self.detectors, self._backoffs)
+        self._state = GuardState(self.detectors, self.actions)
         self._rejections: deque[RejectedUpdate] = deque(maxlen=_MAX_REJECTIONS)
         self._accepts = False  # the last decision
 
@@ -122,18 +122,17 @@ class StepGuard(Capability):
 
     def check_fit(self, fit: Fit) -> None:
         """Raises for optimizers whose step cannot be skipped, and a Backoff without scheduler."""
-        check_conflicts(fit.trainer)
-        if self._backoffs and LEARNING_RATE not in fit.owners():
-            raise ValueError(
-                "callbacks must contain a LearningRateScheduler with Backoff, got none; add "
-                "LearningRateScheduler(Constant())"
-            )
+        check_conflicts(fit, has_backoffs=self._state.has_backoffs)
 
     def start(self, fit: Fit) -> None:
         """Starts with an empty window: checkpoints contain no gradients."""
         self._window.clear()
-        if self._backoffs:
+        if self._state.has_backoffs:
             fit.groups.adjust("lr", lambda lr, _: self._state.apply_backoffs(lr), owner=self)
+
+    def announce(self, fit: Fit) -> None:
+        """Logs changes of detectors and actions since the checkpoint."""
+        self._state.report_changes()
 
     def begin_epoch(self, fit: Fit) -> None:
         """Finds the modules whose buffers are saved; they may be others than before."""
@@ -308,7 +307,7 @@ class StepGuard(Capability):
         return self._state.state_dict()
 
     def load_saved_state(self, state: dict[str, Any]) -> None:
-        """Restores the state from a checkpoint; new detectors start with an empty history."""
+        """Restores the state from a checkpoint, for detectors that have not changed."""
         self._state.load_state_dict(state)
 
     def __repr__(self) -> str:

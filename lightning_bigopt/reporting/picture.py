@@ -1,0 +1,188 @@
+"""Figures of matplotlib without a display: layout, numbers at the ticks, legends, and SVG."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = [
+    "add_legend",
+    "figure_width",
+    "format_number",
+    "new_picture",
+    "set_number_format",
+    "short_label",
+    "short_labels",
+    "to_svg",
+]
+
+# Columns that together are as wide as the page of a report, so that its text is not scaled.
+_WIDTH, _COLUMN_WIDTH, _HEIGHT = 8.0, 5.5, 2.7
+_FONT_SIZE, _MAX_LABEL, _MAX_COLUMNS = 9, 32, 4
+# In inches: a row, the sample of a line with its margins, a wide character, and the distance of a
+# legend from the axes, which leaves space for the labels of the axis.
+_LEGEND_ROW, _HANDLE, _CHARACTER, _LEGEND_DISTANCE = 0.19, 0.6, 0.08, 0.48
+
+
+def format_number(value: float) -> str:
+    """Formats a number at a tick: 0.001, and 1e-6 for very small or large numbers.
+
+    Example:
+        >>> [format_number(value) for value in (1.0, 0.001, 2e-5, 1e-6, 3.5e9, 0.0)]
+        ['1', '0.001', '2e-5', '1e-6', '3.5e9', '0']
+    """
+    if not value or 1e-4 <= abs(value) < 1e6:
+        return f"{value:.6g}"
+    mantissa, _, exponent = f"{value:.5e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def set_number_format(axis: Axes, *, is_log: bool) -> None:
+    """Sets the scale and the ticks of a vertical axis, after everything is drawn on it."""
+    from matplotlib.ticker import AutoLocator, FuncFormatter, Locator, LogLocator, NullFormatter
+
+    if is_log:
+        low, high = axis.get_ylim()
+        locator: Locator = LogLocator()
+        # A small range may contain no power of ten.
+        if high < 10 * low:
+            locator = AutoLocator()
+        elif high < 100 * low:
+            locator = LogLocator(subs=(1.0, 2.0, 5.0))
+        axis.yaxis.set_major_locator(locator)
+        axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
+
+
+def short_labels(tags: Iterable[str], prefixes: Sequence[str]) -> dict[str, str]:
+    """Returns a label for each tag: without its prefix, and with the middle of a long one left out.
+
+    Args:
+        tags: The tags of one chart.
+        prefixes: Prefixes of the tags; the labels keep them if there are several.
+
+    Example:
+        >>> short_labels(["layers/zeros/head", "layers/zeros/blocks.0"], ["layers/zeros"])
+        {'layers/zeros/head': 'head', 'layers/zeros/blocks.0': 'blocks.0'}
+        >>> tag = "layers/zeros/model.transformer.layers.11.attention.out_proj"
+        >>> short_labels([tag], ["layers/zeros"])[tag]
+        'model.transform…ention.out_proj'
+    """
+    labels: dict[str, str] = {}
+    for tag in tags:
+        label = _without_prefix(tag, prefixes[0]) if len(prefixes) == 1 else tag
+        if label.startswith("_"):  # matplotlib would leave it out of the legend
+            label = tag
+        short = short_label(label)
+        labels[tag] = label if short in labels.values() else short
+    return labels
+
+
+def short_label(name: str, *, limit: int = _MAX_LABEL) -> str:
+    """Returns a name, without its middle if it has more characters than ``limit``."""
+    half = (limit - 1) // 2
+    return name if len(name) <= limit else f"{name[:half]}…{name[-half:]}"
+
+
+def _without_prefix(tag: str, prefix: str) -> str:
+    """Returns the part of a tag after a prefix, from a slash on; the whole tag if nothing is left.
+
+    Example:
+        >>> _without_prefix("optim/lr/head", "optim/lr"), _without_prefix("optim/lr", "optim/lr")
+        ('head', 'optim/lr')
+        >>> _without_prefix("time/step_p95", "time/step")
+        'step_p95'
+    """
+    if tag == prefix:
+        return tag
+    end = prefix if prefix.endswith("/") else f"{prefix}/"
+    return tag.removeprefix(end if tag.startswith(end) else prefix.rpartition("/")[0] + "/")
+
+
+def add_legend(axis: Axes, *, width: float = 0.0, columns: int | None = None) -> int:
+    """Adds the legend of the labeled lines below the axes, where it hides no curve.
+
+    Args:
+        axis: The axes with the lines.
+        width: Width that the legend may have, in inches.
+        columns: Number of columns of a legend for all axes of the figure; None for a legend of
+            these axes, with as many columns as fit.
+
+    Returns:
+        The number of rows.
+    """
+    from matplotlib.transforms import ScaledTranslation
+
+    handles, labels = axis.get_legend_handles_labels()
+    if not labels:
+        return 0
+    options: dict[str, Any] = {"fontsize": _FONT_SIZE, "frameon": False}
+    if columns is None:
+        entry = _CHARACTER * max(map(len, labels)) + _HANDLE
+        columns = min(max(int(width / entry), 1), _MAX_COLUMNS)
+        below = ScaledTranslation(0, -_LEGEND_DISTANCE, axis.figure.dpi_scale_trans)
+        legend = axis.legend(
+            handles,
+            labels,
+            ncols=columns,
+            loc="upper center",
+            bbox_to_anchor=(0.5, 0.0),
+            bbox_transform=axis.transAxes + below,
+            borderaxespad=0.0,
+            **options,
+        )
+    else:
+        figure: Any = axis.figure
+        legend = figure.legend(
+            handles, labels, ncols=columns, loc="outside lower center", **options
+        )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a dollar sign in a name is no formula
+    return math.ceil(len(labels) / columns)
+
+
+def new_picture(
+    paint: Callable[[Sequence[Axes]], int], *, columns: int = 1, shares_x: bool = True
+) -> Any:
+    """Makes a matplotlib figure with axes in a row on a common vertical scale, and paints it.
+
+    Args:
+        paint: Draws on the axes, from left to right; returns the rows of the legend below them, for
+            which the figure grows.
+        columns: Number of axes.
+        shares_x: Whether the axes have a common horizontal scale, too.
+
+    Returns:
+        The ``matplotlib.figure.Figure``; it needs no display.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(figure_width(columns), _HEIGHT), layout="constrained")
+    grid = figure.subplots(1, columns, sharex=shares_x, sharey=True, squeeze=False)
+    rows = paint(list(grid[0]))
+    figure.set_figheight(_HEIGHT + _LEGEND_ROW * rows)
+    return figure
+
+
+def figure_width(columns: int) -> float:
+    """Returns the width of a figure with a number of axes in a row, in inches."""
+    return _COLUMN_WIDTH * columns if columns > 1 else _WIDTH
+
+
+def to_svg(figure: Any) -> str:
+    """Renders a figure as an SVG element that can be embedded in an HTML page.
+
+    Text stays text, so that it can be searched and copied.
+    """
+    import matplotlib as mpl
+
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})  # no date in the file
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
