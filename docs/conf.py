@@ -43,6 +43,8 @@ pygments_dark_style = "monokai"
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # notebooks are stored with their outputs
+nb_code_prompt_show = "Show the setup"  # of the cells tagged hide-input
+nb_code_prompt_hide = "Hide the setup"
 
 autosummary_generate = False
 autodoc_default_options = {

@@ -87,13 +87,17 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """Removes everything that changes from one execution to the next, in place.
 
     The id of a cell is a hash of its source, so a change of one cell does not change the other ids.
+    A cell tagged ``hide-input`` is folded: the site reads the tag, editors read the metadata.
     """
     notebook.metadata = nbformat.from_dict(METADATA)
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     named: set[str] = set()
     for cell in notebook.cells:
         tags = cell.metadata.get("tags")
-        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        metadata: dict[str, object] = {"tags": tags} if tags else {}
+        if "hide-input" in (tags or ()):
+            metadata["jupyter"] = {"source_hidden": True}
+        cell.metadata = nbformat.from_dict(metadata)
         digest = sha256(cell.source.encode()).hexdigest()
         cell.id = next(
             name for start in range(56) if (name := digest[start : start + 8]) not in named

@@ -17,10 +17,14 @@ import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = [
-    *(f"{name}.md" for name in ("index", "start", "errors", "algorithms", "guides/workflows")),
+    *(f"{name}.md" for name in ("index", "start", "errors", "faq", "algorithms")),
+    *(
+        f"guides/{name}.md"
+        for name in ("workflows", "loggers", "launchers", "optimizers", "single_parts")
+    ),
     *(
         f"recipes/{name}.md"
-        for name in ("huggingface_trainer", "timm", "megatron", "gpt", "resnet", "speech")
+        for name in ("huggingface_trainer", "timm", "megatron", "gpt", "resnet", "speech", "gan")
     ),
 ]
 _FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -62,6 +66,7 @@ def test_code_of_the_page_runs_and_gives_the_shown_output(
     page, tmp_path, monkeypatch, capsys, caplog
 ):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py"])  # one page reads the command line
     caplog.set_level(logging.INFO)
     for name in ("lightning.pytorch", "lightning.fabric"):
         monkeypatch.setattr(logging.getLogger(name), "propagate", True)

@@ -63,6 +63,21 @@ def test_notebook_has_one_title_and_no_paths_or_addresses(path):
 
 
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
+def test_notebook_begins_with_its_idea_and_folds_the_imports(path):
+    idea, setup, *others = read(path).cells
+    assert idea.cell_type == "markdown"
+    assert "**The idea.** " in idea.source
+    assert "The folded cell" in idea.source
+    assert setup.cell_type == "code"
+    assert setup.source.startswith("# Setup")
+    # The tag for the site, the metadata for Jupyter and VS Code.
+    assert setup.metadata.tags == ["hide-input"]
+    assert setup.metadata.jupyter == {"source_hidden": True}
+    assert not setup.outputs
+    assert not [cell for cell in others if "hide-input" in cell.metadata.get("tags", ())]
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
 def test_notebook_is_on_the_index_page(path):
     page = (NOTEBOOKS.parent / "docs" / "notebooks" / "index.md").read_text()
     assert f"{{doc}}`{path.stem}`" in page
