@@ -23,6 +23,7 @@ from lightning_bigopt import (
     Exponential,
     GlobalBatchLoader,
     GradientClipping,
+    GradientNoiseScale,
     LearningRateRangeTest,
     LearningRateScheduler,
     MultiStep,
@@ -293,3 +294,24 @@ def optimizer() -> torch.optim.Optimizer:
 def test_values_of_the_wrong_type_are_answered(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_fast_dev_run_has_no_statistics_of_one_update(caplog: pytest.LogCaptureFixture) -> None:
+    callbacks = [
+        LearningRateScheduler(WarmupCosine()),
+        GradientClipping(NormClip()),
+        StepGuard(),
+        GradientNoiseScale(),
+        OptimizationMonitor(),
+    ]
+    with caplog.at_level("INFO"):
+        L.Trainer(**{**QUIET, "fast_dev_run": True, "callbacks": callbacks}).fit(
+            Probe(), loader(8, 2)
+        )
+    assert "clipped" not in caplog.text
+    assert "noise scale" not in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        L.Trainer(**{**QUIET, "max_steps": 4, "callbacks": callbacks}).fit(Probe(), loader(8, 2))
+    assert "clipped" in caplog.text
+    assert "noise scale" in caplog.text

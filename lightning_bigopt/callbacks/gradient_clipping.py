@@ -30,7 +30,7 @@ from lightning_bigopt.gradients.shared_decision import SharedDecision, joint_nor
 from lightning_bigopt.monitoring.tags import tag_name
 from lightning_bigopt.optimizers.names import is_opacus_optimizer
 from lightning_bigopt.parameters import tied_names
-from lightning_bigopt.trainer_access import precision, strategies
+from lightning_bigopt.trainer_access import loop, precision, strategies
 
 __all__ = ["ClippingScope", "GradientClipping"]
 
@@ -274,7 +274,8 @@ class GradientClipping(Capability):
         """Logs how often clipping acted, with advice on the threshold."""
         self._parameters, self._joint_norm = {}, None
         self._end_decision()
-        for line in summaries(self.rule, self.reports()):
+        is_short = loop.is_fast_dev_run(fit.trainer)  # one update has no statistics
+        for line in () if is_short else summaries(self.rule, self.reports()):
             rank_zero_info(line)
 
     def specification(self) -> str:

@@ -21,7 +21,7 @@ from lightning_bigopt.gradients.noise_scale import (
     noise_scale_terms,
 )
 from lightning_bigopt.gradients.norm_kernels import accumulation_dtype
-from lightning_bigopt.trainer_access import precision, strategies
+from lightning_bigopt.trainer_access import loop, precision, strategies
 
 __all__ = ["GradientNoiseScale"]
 
@@ -259,7 +259,8 @@ class GradientNoiseScale(Capability):
         assert self.fit is not None  # set by the engine
         horizon = self.fit.clock.horizon
         accumulates_later = horizon is not None and any(span.batches > 1 for span in horizon.spans)
-        if not (self.estimator.updates or accumulates_later):
+        is_short = loop.is_fast_dev_run(self.fit.trainer)
+        if not (self.estimator.updates or accumulates_later or is_short):
             self._log_once(f"The gradient noise scale cannot be measured here: {_ONE_SIZE}.")
 
     def _log_once(self, text: str) -> None:
