@@ -91,7 +91,7 @@ class TrainingPlan:
         >>> print(TrainingPlan(totals={"updates": 10.0}, rows=(row,)))
         updates: 10
         <BLANKLINE>
-        update      %    epoch     samples  batch  accum.  lr
+        update      %    epoch     samples  batch  accum.  learning rate
              0    0.0     0.00           0      8       1  1.000e-01
     """
 
@@ -108,9 +108,14 @@ class TrainingPlan:
         if self.rows:
             rows = _spread(self.rows, 12)
             columns = [column for column in _COLUMNS if any(map(column.write, rows))]
-            head = [f"{column.name:>{column.width}}" for column in columns]
-            head += [f"{group:<9}" for group in self.rows[0].learning_rates]
-            lines += ["", "  ".join(head).rstrip(), *(_line(row, columns) for row in rows)]
+            head = "  ".join(f"{column.name:>{column.width}}" for column in columns) + "  "
+            groups = list(self.rows[0].learning_rates)
+            if len(groups) > 1:
+                lines += ["", " " * len(head) + "learning rate of the parameter group"]
+                lines.append((head + "  ".join(f"{group:<9}" for group in groups)).rstrip())
+            else:
+                lines += ["", head + "learning rate" if groups else head.rstrip()]
+            lines += [_line(row, columns) for row in rows]
         if self.warnings:
             lines += ["", *(f"warning: {text}" for text in self.warnings)]
         return "\n".join(lines)
@@ -210,8 +215,8 @@ _COLUMNS = (
 
 
 def _line(row: PlanRow, columns: Sequence[_Column]) -> str:
-    rates = [f"{rate:.3e}" for rate in row.learning_rates.values()]
-    return "  ".join([*(f"{c.write(row):>{c.width}}" for c in columns), *rates])
+    rates = [f"{rate:.3e}".ljust(len(name)) for name, rate in row.learning_rates.items()]
+    return "  ".join([*(f"{c.write(row):>{c.width}}" for c in columns), *rates]).rstrip()
 
 
 def _number(value: float) -> str:

@@ -92,7 +92,7 @@ def test_budget_in_tokens_is_planned_by_fractions(tmp_path: Path) -> None:
     for piece in (
         "warmup ends: 20.0 %",
         "cooldown starts: 70.0 %",
-        "tokens  lr",
+        "tokens  learning rate",
         "counted while training",
     ):
         assert piece in text, piece
@@ -342,3 +342,25 @@ def test_plan_of_several_optimizers_under_max_epochs_is_right_by_fraction() -> N
     planned = [next(iter(row.learning_rates.values())) for row in found.rows]
     assert planned == pytest.approx([0.1 * (1 - batch / 8) for batch in range(8)])
     assert list(module.seen.values()) == pytest.approx(planned)
+
+
+def test_columns_of_the_table_name_learning_rates_and_groups() -> None:
+    class NamedGroups(Probe):
+        def configure_optimizers(self) -> Any:
+            first, last = self.net[0].parameters(), self.net[2].parameters()
+            groups = [
+                {"params": first, "name": "embedding of bytes"},
+                {"params": last, "name": "head", "lr": 0.5},
+            ]
+            return torch.optim.SGD(groups, lr=0.25)
+
+    trainer = L.Trainer(**QUIET, max_steps=4, callbacks=[LearningRateScheduler(Constant())])
+    lines = str(plan(trainer, NamedGroups(), loader(8, 2))).splitlines()
+    start = next(index for index, line in enumerate(lines) if "accum." in line)
+    above, head, first = lines[start - 1 : start + 2]
+    assert above.strip() == "learning rate of the parameter group"
+    assert head.split("accum.")[1].split() == ["embedding", "of", "bytes", "head"]
+    assert head.index("embedding") == above.index("learning rate") == first.index("2.500e-01")
+    assert head.index("head") == first.index("5.000e-01")
+    one = L.Trainer(**QUIET, max_steps=4, callbacks=[LearningRateScheduler(Constant())])
+    assert "accum.  learning rate\n" in str(plan(one, Probe(), loader(8, 2)))
