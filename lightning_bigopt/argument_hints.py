@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["HINTS", "Hint"]
+__all__ = ["EXAMPLES", "HINTS", "Hint"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +87,17 @@ HINTS: tuple[Hint, ...] = (
         parameter="first_cycle",
     ),
     _hint(
+        "num_cycles cycles n_cycles",
+        "write first_cycle=1 / {value}: a float is a fraction of the run",
+        parameter="first_cycle",
+    ),
+    _hint(
+        "d_model model_size",
+        "remove it: the optimizer's lr is the peak learning rate, which torch users compute as "
+        "(d_model * warmup) ** -0.5",
+        classes="Noam",
+    ),
+    _hint(
         "T_mult cycle_mult cycle_mul",
         "write cycle_multiplier={value}",
         parameter="cycle_multiplier",
@@ -156,6 +167,12 @@ HINTS: tuple[Hint, ...] = (
         "write schedule=..., for example LearningRateScheduler(WarmupCosine())",
         classes="LearningRateScheduler",
     ),
+    _hint("name parameter key", "write field={value}", parameter="field"),
+    _hint(
+        "lr learning_rate peak_lr",
+        "set lr of the optimizer; the schedule returns factors of it",
+        classes="LearningRateScheduler",
+    ),
     _hint(
         "optimizer interval frequency monitor strict name last_epoch",
         "remove it: the callback writes the learning rate of every update of every optimizer",
@@ -171,7 +188,6 @@ HINTS: tuple[Hint, ...] = (
         "set max_steps or max_epochs of the Trainer, or write budget='2e6 samples'",
         parameter="budget",
     ),
-    _hint("name parameter key", "write field={value}", parameter="field"),
     _hint(
         "min_lr",
         "write min_factor=..., a factor; LearningRateScheduler(..., min_lr={value}) bounds the "
@@ -217,7 +233,7 @@ HINTS: tuple[Hint, ...] = (
     _hint("detector", "write detectors=[...]", parameter="detectors"),
     _hint("action", "write actions=[...]", parameter="actions"),
     _hint(
-        "patience max_skips max_bad_steps",
+        "patience max_skip max_skips max_bad_steps",
         "write max_consecutive={value}",
         parameter="max_consecutive",
     ),
@@ -239,14 +255,35 @@ HINTS: tuple[Hint, ...] = (
     ),
     _hint("batch_size global_batch_size", "write size={value}", parameter="size"),
     _hint("batch_size", "write micro_batch_size={value}", parameter="micro_batch_size"),
+    _hint("stop end_size max_size", "write end={value}", classes="BatchSizeRamp"),
+    _hint(
+        "pin_memory persistent_workers prefetch_factor timeout worker_init_fn",
+        "pass it to the inner DataLoader: options={{...: {value}}}",
+        classes="GlobalBatchLoader",
+    ),
+    _hint(
+        "drop_last",
+        "remove it: the last update of an epoch has the samples that are left",
+        classes="GlobalBatchLoader",
+    ),
     _hint("steps num_steps duration ramp_steps", "write over={value}", parameter="over"),
     _hint("min_size start minimum", "write low={value}", classes="NoiseScaleBatchSize"),
     _hint("max_size end maximum", "write high={value}", classes="NoiseScaleBatchSize"),
     # ------------------------------------------------------------------------ monitor, tuning
     _hint(
-        "log_every_n_steps every_n_steps logging_interval interval log_every",
+        "log_every_n_steps every_n_steps log_every",
         "write every={value}, a number of updates",
         classes="OptimizationMonitor",
+    ),
+    _hint(
+        "logging_interval interval",
+        "write every=10, a number of updates",
+        classes="OptimizationMonitor",
+    ),
+    _hint(
+        "every log_every_n_steps",
+        "remove it: every update is measured",
+        classes="GradientNoiseScale",
     ),
     _hint("min_lr", "write start={value}", classes="LearningRateRangeTest"),
     _hint("max_lr", "write end={value}", classes="LearningRateRangeTest"),
@@ -257,3 +294,15 @@ HINTS: tuple[Hint, ...] = (
     _hint("mode", "write search={value}", classes="GlobalBatchFinder"),
 )
 """Advice for arguments of torch, Hugging Face, Lightning, timm and Megatron-LM."""
+
+EXAMPLES = {
+    "BatchSizeScheduler": "BatchSizeScheduler(ConstantBatchSize(256))",
+    "Chain": "Chain([('50%', Linear()), Cosine()])",
+    "GlobalBatchLoader": "GlobalBatchLoader(loader.dataset, micro_batch_size=8)",
+    "GradientClipping": "GradientClipping(NormClip(max_norm=1.0))",
+    "HyperparameterScheduler": "HyperparameterScheduler('weight_decay', Linear())",
+    "LearningRateScheduler": "LearningRateScheduler(WarmupCosine())",
+    "Product": "Product([Linear(), Cosine()])",
+    "StepGuard": "StepGuard([NonFinite(), NormSpike()])",
+}
+"""Calls of classes whose positional arguments are often forgotten or written in another form."""

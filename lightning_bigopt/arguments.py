@@ -6,9 +6,9 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from lightning_bigopt.argument_hints import HINTS
+from lightning_bigopt.argument_hints import EXAMPLES, HINTS
 from lightning_bigopt.checks import shown
 
 __all__ = ["Specification", "explain_arguments"]
@@ -33,47 +33,53 @@ def explain_arguments(cls: ClassT) -> ClassT:
     """
     init: Callable[..., None] = cls.__init__  # type: ignore[misc]
     _, *parameters = inspect.signature(init).parameters.values()
-    named = [p.name for p in parameters]
+    names = [p.name for p in parameters]
     positional = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+    required = {p.name for p in parameters if p.default is p.empty}
 
     @functools.wraps(init)
     def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
-        if len(args) > positional or not kwargs.keys() <= set(named):
-            _raise(type(self), args[positional:], kwargs, named, named[positional:])
+        if len(args) > positional or not kwargs.keys() <= set(names):
+            raise _wrong_argument(type(self), names, args[positional:], kwargs)
+        if missing := sorted(required - set(names[: len(args)]) - kwargs.keys()):
+            got = ", ".join([*map(shown, args), *(f"{k}={shown(v)}" for k, v in kwargs.items())])
+            raise TypeError(
+                f"the arguments of {type(self).__name__} must contain {', '.join(missing)}, got "
+                f"{got or 'none'}{_example(type(self))}"
+            )
         init(self, *args, **kwargs)
 
     cls.__init__ = checked_init  # type: ignore[misc]
     return cls
 
 
-def _raise(
-    cls: type,
-    surplus: tuple[object, ...],
-    keywords: Mapping[str, object],
-    named: list[str],
-    keyword_only: list[str],
-) -> NoReturn:
-    """Raises the error for surplus positional arguments, or for the first unknown keyword."""
-    listed = ", ".join(named)
-    allowed = f"must be among {listed}" if named else "must be none"
-    for name, value in keywords.items():
-        if name in named:
-            continue
-        advice = next((hint.text for hint in HINTS if hint.fits(cls, name, named)), None)
-        if advice is not None:
-            advice = advice.format(value=shown(value), cls=cls.__name__)
-        elif similar := difflib.get_close_matches(name, named, n=1, cutoff=0.6):
-            advice = f"did you mean {similar[0]}?"
-        raise TypeError(
-            f"the arguments of {cls.__name__} {allowed}, got {name}={shown(value)}"
-            f"{f'; {advice}' if advice else ''}"
-        )
-    free = next((name for name in keyword_only if name not in keywords), None)
-    written = f"{cls.__name__}({free}={shown(surplus[0])})" if free else ""
-    raise TypeError(
-        f"the arguments of {cls.__name__} {allowed}, got {shown(surplus[0])} without a name"
-        f"{f'; name it, for example {written}' if written else ''}"
-    )
+def _wrong_argument(
+    cls: type, names: list[str], surplus: tuple[object, ...], keywords: Mapping[str, object]
+) -> TypeError:
+    """Returns the error for surplus positional arguments, or for the first unknown keyword."""
+    allowed = f"the arguments of {cls.__name__} must be "
+    allowed += f"among {', '.join(names)}" if names else "none"
+    unknown = next((name for name in keywords if name not in names), None)
+    if unknown is not None:
+        value = keywords[unknown]
+        advice = _advice(cls, unknown, names, value)
+        if not advice and (similar := difflib.get_close_matches(unknown, names, n=1)):
+            advice = f"; did you mean {similar[0]}?"
+        return TypeError(f"{allowed}, got {unknown}={shown(value)}{advice}")
+    advice = _example(cls) or "; write the name of the argument before its value"
+    if hasattr(surplus[0], "param_groups"):
+        advice = "; remove it: the callback uses the optimizers of the Trainer"
+    return TypeError(f"{allowed}, got {shown(surplus[0])} without a name{advice}")
+
+
+def _example(cls: type) -> str:
+    found = next((EXAMPLES[base.__name__] for base in cls.__mro__ if base.__name__ in EXAMPLES), "")
+    return found and f"; write them as in {found}"
+
+
+def _advice(cls: type, name: str, parameters: list[str], value: object = None) -> str:
+    text = next((hint.text for hint in HINTS if hint.fits(cls, name, parameters)), None)
+    return "" if text is None else "; " + text.format(value=shown(value), cls=cls.__name__)
 
 
 class Specification:
@@ -91,7 +97,7 @@ class Specification:
         def __getattr__(self, name: str) -> Any:
             if name in _CALLBACK_NAMES or name.startswith("on_"):
                 raise AttributeError(
-                    f"callbacks must contain callbacks, got {self!r}; write "
+                    f"callbacks must contain Callback objects, got {self!r}; write "
                     f"{self._used_in.format(repr(self))}"
                 )
             if inspect.getattr_static(type(self), name, None) is not None:

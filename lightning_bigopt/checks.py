@@ -178,7 +178,7 @@ def check_instance(name: str, value: object, kind: type, *, hint: str = "") -> N
     if not isinstance(value, kind):
         expected = _with_article(kind.__name__)
         if isinstance(value, type) and issubclass(value, kind):
-            hint = f"write {value.__name__}()"
+            hint = f"write {value.__name__}(...)"
         raise ValueError(f"{name} must be {expected}, got {shown(value)}{_advice(hint)}")
 
 
@@ -226,7 +226,8 @@ def shown(value: object) -> str:
 
 
 def _with_article(name: str) -> str:
-    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+    begins_with_vowel = name[0].lower() in "aeiou" or (name[:2].isupper() and name[0] in "FHLMNRSX")
+    return f"{'an' if begins_with_vowel else 'a'} {name}"
 
 
 def _number_error(name: str, constraint: str, value: object, hint: str) -> ValueError:

@@ -17,6 +17,7 @@ from lightning_bigopt import (
     AutoClip,
     BatchSizeRamp,
     BatchSizeScheduler,
+    Chain,
     ConstantBatchSize,
     Cosine,
     CosineWithRestarts,
@@ -24,13 +25,16 @@ from lightning_bigopt import (
     GlobalBatchLoader,
     GradientClipping,
     GradientNoiseScale,
+    HyperparameterScheduler,
     LearningRateRangeTest,
     LearningRateScheduler,
     MultiStep,
+    Noam,
     NonFinite,
     NormClip,
     OneCycle,
     OptimizationMonitor,
+    Product,
     ReduceOnPlateau,
     Schedule,
     Skip,
@@ -45,6 +49,10 @@ from lightning_bigopt import (
 from tests.helpers import QUIET, Probe, Regression, loader
 
 DATA = Regression(8)
+
+
+def optimizer() -> torch.optim.Optimizer:
+    return torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
 
 
 def two_levels() -> Any:
@@ -141,12 +149,44 @@ KEYWORDS: list[tuple[Callable[[], Any], str]] = [
     # neither known nor similar
     (lambda: NonFinite(xyz=1), r"the arguments of NonFinite must be none, got xyz=1$"),
     (lambda: Cosine(xyz=1), r"the arguments of Cosine must be among start, end, got xyz=1$"),
+    (lambda: HyperparameterScheduler(name="eps", schedule=Cosine()), r"write field='eps'$"),
+    (lambda: OptimizationMonitor(logging_interval="step"), r"write every=10, a number of updates"),
+    (lambda: CosineWithRestarts(num_cycles=4), r"write first_cycle=1 / 4: a float is a fraction"),
+    (lambda: LearningRateScheduler(Cosine(), lr=0.1), r"got lr=0.1; set lr of the optimizer"),
+    (lambda: BatchSizeRamp(8, stop=64, over="10%"), r"got stop=64; write end=64"),
+    (lambda: Noam(d_model=512), r"got d_model=512; remove it: the optimizer's lr is the peak"),
+    (lambda: GradientNoiseScale(every=10), r"got every=10; remove it: every update is measured"),
+    (
+        lambda: GlobalBatchLoader(DATA, micro_batch_size=2, pin_memory=True),
+        r"pass it to the inner DataLoader: options=\{...: True\}",
+    ),
+    (lambda: GlobalBatchLoader(DATA, micro_batch_size=2, drop_last=True), r"samples that are left"),
+    (lambda: StepGuard(max_skip=3), r"got max_skip=3; write max_consecutive=3"),
+    # missing
+    (GradientClipping, r"must contain rule, got none; write them as in GradientCli"),
+    (LearningRateScheduler, r"must contain schedule, got none; write them as in LearningR"),
+    (BatchSizeScheduler, r"must contain policy, got none; write them as in BatchSizeSch"),
+    (
+        lambda: GlobalBatchLoader(DataLoader(DATA)),
+        r"must contain micro_batch_size, got a DataLoader; write them as in GlobalB",
+    ),
+    (lambda: BatchSizeRamp(8), r"the arguments of BatchSizeRamp must contain end, over, got 8$"),
     # without a name
+    (lambda: LearningRateScheduler(Cosine(), optimizer()), r"got an SGD .*; remove it: the callba"),
+    (
+        lambda: Chain(Cosine(), Cosine()),
+        r"write them as in Chain\(\[\('50%', Linear\(\)\), Cosine",
+    ),
+    (
+        lambda: Product(Cosine(), Cosine()),
+        r"write them as in Product\(\[Linear\(\), Cosine\(\)\]",
+    ),
+    (lambda: StepGuard(NonFinite(), Skip()), r"write them as in StepGuard\(\[NonFinite\(\), N"),
     (
         lambda: WarmupCosine("5%"),
-        r"got '5%' without a name; name it, for example WarmupCosine\(war",
+        r"got '5%' without a name; write the name of the argument before its",
     ),
-    (two_levels, r"must be among level, got 2.0 without a name$"),
+    (two_levels, r"must be among level, got 2.0 without a name; write the name of"),
 ]
 
 
@@ -212,7 +252,9 @@ def test_specification_as_a_callback_names_the_callback(specification: Any, mess
             Probe(), loader(4, 2)
         )
 
-    with pytest.raises(AttributeError, match=rf"callbacks must contain callbacks, {message}"):
+    with pytest.raises(
+        AttributeError, match=rf"callbacks must contain Callback objects, {message}"
+    ):
         train()
 
 
@@ -261,7 +303,7 @@ VALUES: list[tuple[Callable[[], Any], str]] = [
         lambda: ConstantBatchSize("256"),
         r"size must be a positive number .*got '256'; write 256 with",
     ),
-    (lambda: GradientClipping(NormClip), r"got the class NormClip; write NormClip\(\)"),
+    (lambda: GradientClipping(NormClip), r"got the class NormClip; write NormClip\(...\)"),
     (
         lambda: LearningRateScheduler(WarmupCosine),
         r"got the class WarmupCosine; write WarmupCosine",
@@ -284,10 +326,6 @@ VALUES: list[tuple[Callable[[], Any], str]] = [
         r"sizes must be .*, got \[32, 64\]; write \{'0%': 32",
     ),
 ]
-
-
-def optimizer() -> torch.optim.Optimizer:
-    return torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
 
 
 @pytest.mark.parametrize(("call", "message"), VALUES)

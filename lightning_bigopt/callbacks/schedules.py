@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 
-from lightning_bigopt.checks import check_instance
+from lightning_bigopt.checks import check_instance, shown
 from lightning_bigopt.engine.stage import Fit
 from lightning_bigopt.optimizers.names import group_names
 from lightning_bigopt.schedules.base import Schedule
@@ -34,7 +35,8 @@ class GroupSchedules:
     ) -> None:
         check_instance("schedule", schedule, Schedule, hint=f"try {hint}")
         self._schedule = schedule
-        self._groups, self._optimizers = dict(groups or {}), dict(optimizers or {})
+        self._groups = _by_name("groups", groups, hint=hint)
+        self._optimizers = _by_name("optimizers", optimizers, hint=hint)
         self._of_all = schedule
         self.is_resolved = False
         self._of_group: dict[str | None, Schedule] = {}
@@ -100,6 +102,8 @@ class GroupSchedules:
         if not missing:
             return
         way_out = f"name a group as {{'params': ..., 'name': {missing[0]!r}}}"
+        if similar := get_close_matches(missing[0], named | numbered, n=1):
+            way_out = f"did you mean {similar[0]!r}?"
         if named or numbered:
             way_out = f"the groups are named {sorted(named | numbered)!r}; {way_out}"
         raise ValueError(
@@ -111,6 +115,8 @@ class GroupSchedules:
         if not missing:
             return
         way_out = f"the optimizers are named {sorted(known)!r}"
+        if similar := get_close_matches(missing[0], list(known), n=1):
+            way_out += f"; did you mean {similar[0]!r}?"
         if is_replaced:
             way_out += (
                 " since they were replaced; use an optimizer of the same class, or pass the "
@@ -119,3 +125,19 @@ class GroupSchedules:
         raise ValueError(
             f"optimizers must name optimizers of the Trainer, got {missing!r}; {way_out}"
         )
+
+
+def _by_name(
+    argument: str, schedules: Mapping[str, Schedule] | None, *, hint: str
+) -> dict[str, Schedule]:
+    """Returns schedules by name; raises unless they are a mapping from names to schedules."""
+    if schedules is None:
+        return {}
+    if not isinstance(schedules, Mapping):
+        raise ValueError(
+            f"{argument} must be a dict from names to schedules, got {shown(schedules)}; write "
+            f"{argument}={{'head': {hint}}}"
+        )
+    for name, schedule in schedules.items():
+        check_instance(f"{argument}[{name!r}]", schedule, Schedule, hint=f"try {hint}")
+    return dict(schedules)

@@ -114,7 +114,13 @@ def make_parser() -> ArgumentParser:
 
 
 def _parse(arguments: Sequence[str] | None) -> tuple[str, Namespace]:
-    parsed = make_parser().parse_args(None if arguments is None else list(arguments))
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given[:1] == ["fit"] and given[1:] and not given[1].startswith("-"):
+        raise ValueError(
+            f"config must be given as --config, got {given[1]!r}; write bigopt fit --config "
+            f"{given[1]}"
+        )
+    parsed = make_parser().parse_args(given)
     return parsed.command, parsed[parsed.command]
 
 

@@ -150,6 +150,14 @@ class BatchSource:
         accumulate = -(-size // (micro * world))  # rounded up: the loader makes smaller batches
         return size, BatchPlan(micro_batch_size=micro, accumulate=accumulate, world_size=world)
 
+    @property
+    def largest_batch(self) -> int | None:
+        """Samples in the largest batch of an epoch, in whole micro-batches; None if unknown."""
+        if self.samples_per_epoch is None:
+            return None
+        step = 1 if self.is_exact else self.micro_batch_size * self.world_size
+        return -(-self.samples_per_epoch // step) * step
+
     def check_unchanged(self, other: BatchSource) -> BatchSource:
         """Returns the source of a new loader during a fit, after checking its batch size.
 

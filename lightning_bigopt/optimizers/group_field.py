@@ -34,7 +34,8 @@ class GroupField:
     """
 
     def __init__(self, name: str) -> None:
-        match = re.fullmatch(r"(\w+)(?:\[(\d+)\])?", name)
+        is_text = isinstance(name, str)
+        match = re.fullmatch(r"(\w+)(?:\[(\d+)\])?", name) if is_text else None
         if match is None or match[1] == "params":
             raise ValueError(
                 f"field must name a number of the parameter groups, got {name!r}; write "

@@ -96,6 +96,10 @@ def test_invalid_command_line_exits_with_2(arguments: tuple[str, ...]):
             ),
         ),
         (
+            ["fit", "my.yaml"],
+            "config must be given as --config, got 'my.yaml'; write bigopt fit --config my.yaml",
+        ),
+        (
             ["plan", "nowhere.yaml"],
             (
                 "config must be a file, got 'nowhere.yaml', which does not exist; pass one such as "

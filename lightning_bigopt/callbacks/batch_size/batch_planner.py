@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -63,6 +64,7 @@ class BatchPlanner:
         self._noise_scale = noise_scale
         self.size = size
         self.source = self._read_source()
+        self._beyond_epoch = 0  # the largest batch of the policy that exceeds an epoch
         self._has_warned = False
         self._decided: tuple[Progress, tuple[int, BatchPlan]] | None = None
 
@@ -97,13 +99,21 @@ class BatchPlanner:
         scale = None
         if self._policy.adaptive:
             scale = self._noise_scale()
-        return self.source.plan(self._policy, progress, current=self.size, noise_scale=scale)
+        size, plan = self.source.plan(self._policy, progress, current=self.size, noise_scale=scale)
+        limit = self.source.largest_batch
+        if limit is None or size <= limit:
+            return size, plan
+        # A window ends with the epoch: this is the batch that is trained, and that scales the
+        # learning rate.
+        self._beyond_epoch = max(self._beyond_epoch, size)
+        per_step = plan.micro_batch_size * plan.world_size
+        return limit, replace(plan, accumulate=-(-limit // per_step))
 
     def open_window(self, batch: Batch, progress: Progress) -> PlannedWindow:
         """Returns the window that starts with a batch; it ends with the epoch at the latest."""
         self.size, plan = self.plan_at(progress)
         if self._policy.adaptive:
-            self.warn_beyond_epoch([self.size])
+            self._warn_beyond_epoch()
         micro = batch.micro_batch
         if micro is not None:
             # GlobalBatchLoader has planned the window. After a resume within a window it yields all
@@ -134,20 +144,17 @@ class BatchPlanner:
             f"micro-batches); their gradients were not saved, and {continuation}."
         )
 
-    def warn_beyond_epoch(self, sizes: Sequence[int]) -> None:
-        """Warns once if one of the global batch sizes is larger than the data of an epoch."""
-        samples, largest = self.source.samples_per_epoch, max(sizes, default=0)
-        # A full batch is rounded up to whole micro-batches; the last one is smaller.
-        step = 1 if self.source.is_exact else self.source.micro_batch_size * self.source.world_size
-        if samples is None or largest <= -(-samples // step) * step:
-            return
-        if self._has_warned or loop.is_fast_dev_run(self._fit.trainer):
+    def _warn_beyond_epoch(self) -> None:
+        """Warns once if a global batch of the policy is larger than the data of an epoch."""
+        samples, is_short = self.source.samples_per_epoch, loop.is_fast_dev_run(self._fit.trainer)
+        if not self._beyond_epoch or self._has_warned or is_short:
             return
         self._has_warned = True
         rank_zero_warn(
-            f"The global batch of {largest} samples is larger than an epoch of {samples} samples. "
-            f"An accumulation window ends with the epoch, so these updates have at most {samples} "
-            f"samples; choose a batch of at most {samples}, or train on more data per epoch."
+            f"The global batch of {self._beyond_epoch} samples is larger than an epoch of "
+            f"{samples} samples. An accumulation window ends with the epoch, so these updates have "
+            f"at most {samples} samples; choose a batch of at most {samples}, or train on more "
+            "data per epoch."
         )
 
     def changes(self) -> list[tuple[Progress, int]]:
@@ -163,10 +170,8 @@ class BatchPlanner:
 
     def describe(self, changes: list[tuple[Progress, int]]) -> str:
         """Describes the batch sizes of the run in one sentence; warns if one exceeds an epoch."""
-        self.warn_beyond_epoch([size for _, size in changes])
         horizon = self._fit.clock.horizon
-        return describe_batches(
-            self.source.describe(*self.plan_at(self._fit.clock.progress())),
-            changes,
-            updates=None if horizon is None else horizon.total("steps"),
-        )
+        first = self.source.describe(*self.plan_at(self._fit.clock.progress()))
+        self._warn_beyond_epoch()
+        updates = None if horizon is None else horizon.total("steps")
+        return describe_batches(first, changes, updates=updates)

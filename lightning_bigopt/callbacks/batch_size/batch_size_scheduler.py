@@ -18,6 +18,7 @@ from lightning_bigopt.callbacks.batch_size.conflicts import (
     CONSTANT_POLICIES,
     check_conflicts,
     check_scaling,
+    example_of,
 )
 from lightning_bigopt.callbacks.batch_size.coupling import BatchCoupling
 from lightning_bigopt.callbacks.batch_size.exact_loader import prepare_exact_loader
@@ -121,7 +122,7 @@ class BatchSizeScheduler(Capability):
         samples: BatchCount = None,
         tokens: BatchCount = None,
     ) -> None:
-        check_instance("policy", policy, BatchSizePolicy, hint="try ConstantBatchSize(256)")
+        check_instance("policy", policy, BatchSizePolicy, hint=example_of(policy))
         self.policy = policy
         self.coupling = BatchCoupling(
             lr_scaling=lr_scaling,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from lightning_bigopt.batching.policies.batch_size_policy import BatchSizePolicy
@@ -15,7 +17,7 @@ from lightning_bigopt.engine.stage import Fit
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 from lightning_bigopt.trainer_access import strategies
 
-__all__ = ["CONSTANT_POLICIES", "check_conflicts", "check_scaling"]
+__all__ = ["CONSTANT_POLICIES", "check_conflicts", "check_scaling", "example_of"]
 
 CONSTANT_POLICIES = (ConstantBatchSize, FullBatch, SingleSample)
 
@@ -81,3 +83,10 @@ def check_conflicts(fit: Fit, policy: BatchSizePolicy) -> None:
             f"tokens must be given for a policy with thresholds in tokens, got None for {policy}; "
             "pass tokens=a function of the batch, or the name of its ids or mask"
         )
+
+
+def example_of(value: object) -> str:
+    """Returns advice for a value that is no policy: sizes by threshold, or a single size."""
+    if isinstance(value, Mapping):
+        return "write BatchSizeSteps({'0%': 32, '50%': 64})"
+    return "try ConstantBatchSize(256)"

@@ -16,6 +16,7 @@ from lightning_bigopt import (
     BatchSizeScheduler,
     BatchSizeSteps,
     ConstantBatchSize,
+    GlobalBatchLoader,
     HyperparameterScheduler,
     LearningRateScheduler,
     Linear,
@@ -215,3 +216,19 @@ def test_conflicts_raise() -> None:
             BatchSizeScheduler(POLICY, **bad)
     with pytest.raises(ValueError, match="which is constant"):
         BatchSizeScheduler(ConstantBatchSize(32), lr_scaling="sqrt")
+
+
+@pytest.mark.parametrize("is_exact", [False, True])
+@pytest.mark.filterwarnings("ignore:The global batch .* is larger than an epoch")
+def test_learning_rate_follows_the_batch_that_an_epoch_allows(is_exact: bool) -> None:
+    module = Probe(lr=0.1)
+    data: Any = loader(16, 2)
+    if is_exact:
+        data = GlobalBatchLoader(data.dataset, micro_batch_size=2, shuffle="sequential")
+    scheduler = BatchSizeScheduler(
+        BatchSizeSteps({"0 epochs": 4, "1 epochs": 1024}), lr_scaling="linear"
+    )
+    fit(module, data, scheduler, max_epochs=3)
+    assert [len(window) for window in module.windows] == [4, 4, 4, 4, 16, 16]
+    assert module.lrs == pytest.approx([0.1] * 4 + [0.4] * 2)
+    assert max(module.errors) <= 1e-6
