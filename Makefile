@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: $(STAMP)  ## Trains the example with and without the callbacks and compares them (3 to 4 minutes).
+demo: $(STAMP)  ## Trains the example with and without the callbacks and compares them (about 4 minutes on two cores).
 	$(BIN)/bigopt demo
 
 test: $(STAMP)  ## Runs all tests (25 minutes at most on two cores).

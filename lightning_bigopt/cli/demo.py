@@ -44,7 +44,7 @@ def run(options: Namespace) -> None:
 DEMO = Command(
     summary="Trains a small GPT with and without the callbacks and prints a comparison.",
     examples=[
-        ("bigopt demo", "three to four minutes on two cores"),
+        ("bigopt demo", "about 4 minutes on two cores"),
         ("bigopt demo --max-steps 50", "a short run"),
         ("bigopt demo --devices 2 --strategy ddp", "on two processes"),
     ],

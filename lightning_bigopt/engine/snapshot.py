@@ -91,7 +91,7 @@ class Snapshot:
                 data, and restart with the next epoch.
 
         Raises:
-            ValueError: If weights or optimizers cannot be restored to the bit, because an optimizer
+            ValueError: If weights or optimizers cannot be restored exactly, because an optimizer
                 was replaced, a parameter removed, or its shape changed. Nothing is changed then.
         """
         optimizers = [*map(unwrapped, self._trainer.optimizers)]

@@ -17,7 +17,7 @@ _OF_ONE_STEP = frozenset({"found_inf", "grad_scale", "step", "__getstate__"})
 
 
 class TrainingSnapshot:
-    """Weights, buffers, and everything that the optimizers hold; restored to the bit.
+    """Weights, buffers, and everything that the optimizers hold; restored exactly.
 
     Parameters, buffers and submodules that were replaced are put back, as are parameters in the
     groups of an optimizer. What was added stays: parameters and modules, and parameter groups, with

@@ -31,6 +31,7 @@ def launch(command: str, folder: Path) -> None:
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "MASTER_PORT": str(free_port()),
+        "CUDA_VISIBLE_DEVICES": "",  # the script for Ray takes all devices
     }
     done = subprocess.run(
         [*program, *arguments],
@@ -44,6 +45,49 @@ def launch(command: str, folder: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+# Stand-ins for Ray, by file: one process, without the strategy of Ray.
+RAY = {
+    "ray/__init__.py": "",
+    "ray/train/__init__.py": """
+class ScalingConfig:
+    def __init__(self, *, num_workers): ...
+""",
+    "ray/train/torch.py": """
+class TorchTrainer:
+    def __init__(self, train, *, scaling_config):
+        self.fit = train
+""",
+    "ray/train/lightning.py": """
+from lightning.pytorch import Callback as RayTrainReportCallback
+from lightning.pytorch.plugins.environments import LightningEnvironment as RayLightningEnvironment
+
+def RayDDPStrategy():
+    return "auto"
+
+def prepare_trainer(trainer):
+    return trainer
+""",
+}
+
+
+def write_train(folder: Path) -> None:
+    """Writes the script of the page, ``train.py``."""
+    (script,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    (folder / "train.py").write_text(script)
+
+
+def assert_logs_the_values_of_the_page(folder: Path) -> None:
+    curves = read_run(folder / "runs").curves
+    shown = [
+        f"| {step} | {lr:.4g} | {norm:.4g} | {size:g} |"
+        for (step, lr), (_, norm), (_, size) in zip(
+            curves["optim/lr"], curves["grad_norm/total"], curves["batch/global_size"], strict=True
+        )
+    ]
+    assert len(shown) == 2
+    assert "\n".join(shown) in PAGE
+
+
 def test_the_page_lists_four_tested_commands() -> None:
     assert len(COMMANDS) == 4
     assert sum("--devices 2" in command for command in COMMANDS) == 3
@@ -53,15 +97,19 @@ def test_the_page_lists_four_tested_commands() -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_logs_the_values_of_the_page(tmp_path: Path, command: str) -> None:
-    (script,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    (tmp_path / "train.py").write_text(script)
+    write_train(tmp_path)
     launch(command, tmp_path)
-    curves = read_run(tmp_path / "runs").curves
-    shown = [
-        f"| {step} | {lr:.4g} | {norm:.4g} | {size:g} |"
-        for (step, lr), (_, norm), (_, size) in zip(
-            curves["optim/lr"], curves["grad_norm/total"], curves["batch/global_size"], strict=True
-        )
-    ]
-    assert len(shown) == 2
-    assert "\n".join(shown) in PAGE
+    assert_logs_the_values_of_the_page(tmp_path)
+
+
+@pytest.mark.slow
+def test_ray_script_is_complete_and_trains_with_stand_ins_for_ray(tmp_path: Path) -> None:
+    write_train(tmp_path)
+    (script,) = re.findall(r"^```py\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    (tmp_path / "train_ray.py").write_text(script)
+    for name, code in RAY.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(code)
+    launch("python train_ray.py", tmp_path)
+    assert_logs_the_values_of_the_page(tmp_path)
