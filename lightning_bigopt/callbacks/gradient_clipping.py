@@ -22,7 +22,13 @@ from lightning_bigopt.engine.stage import Batch, Fit
 from lightning_bigopt.engine.update import Update
 from lightning_bigopt.gradients.apply import apply_
 from lightning_bigopt.gradients.clip_decision import ClipDecision
-from lightning_bigopt.gradients.clip_statistics import ClipReport, ClipStatistics, summaries
+from lightning_bigopt.gradients.clip_statistics import (
+    ClipReport,
+    ClipStatistics,
+    loaded_counts,
+    saved_counts,
+    summaries,
+)
 from lightning_bigopt.gradients.gradient_norms import GradientNorms
 from lightning_bigopt.gradients.measure import measure
 from lightning_bigopt.gradients.rules.clipping_rule import ClipContext, ClippingRule, RuleState
@@ -296,25 +302,19 @@ class GradientClipping(Capability):
 
     def saved_state(self) -> dict[str, Any]:
         """Returns the state of the rule and the counts, by optimizer."""
-        counts = {
-            label: {group: statistics.state_dict() for group, statistics in groups.items()}
-            for label, groups in self._statistics.items()
-        }
-        rule = copy.deepcopy(self._states)
+        rule, counts = copy.deepcopy(self._states), saved_counts(self._statistics)
         return {"rule": rule, "audit": counts, "settings": self._settings()}
 
     def load_saved_state(self, state: dict[str, Any]) -> None:
         """Restores the state of the rule and the counts, unless another rule has saved them."""
         self.reset()
-        self._saved_settings = state.get("settings")
-        if changed_settings(self._saved_settings, self._settings()):
+        saved = self._saved_settings = state.get("settings")  # None in a checkpoint of version 0.1
+        if saved is None and not all(map(self.rule.accepts, state["rule"].values())):
+            saved = self._saved_settings = {self.owns: "another rule, whose history is not used"}
+        if changed_settings(saved, self._settings()):
             return
         self._states = copy.deepcopy(state["rule"])
-        for label, groups in state.get("audit", {}).items():
-            for group, saved in groups.items():
-                statistics = ClipStatistics()
-                statistics.load_state_dict(saved)
-                self._statistics.setdefault(label, {})[group] = statistics
+        self._statistics = loaded_counts(state.get("audit", {}))
 
     def __repr__(self) -> str:
         return f"GradientClipping({type(self.rule).__name__}(...){self._scope_text()})"

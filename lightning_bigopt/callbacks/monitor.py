@@ -110,9 +110,9 @@ class OptimizationMonitor(Capability):
             if number is not None:
                 check_count(name, number, of="updates", hint=hint)
         check_choice("x_axis", x_axis, XAxis, hint="'updates' is what Lightning counts")
-        self.per_layer = _ALL_LAYER_VALUES if per_layer is None else tuple(per_layer)
         # Only for its checks of the arguments.
         LayerMonitor(layers, _ALL_LAYER_VALUES if per_layer is None else per_layer)
+        self.per_layer = _ALL_LAYER_VALUES if per_layer is None else tuple(per_layer)
         check_report_name(report)
         self.every, self.histograms_every, self.x_axis = every, histograms_every, x_axis
         self.layers = layers

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_bigopt.arguments import explain_arguments
-from lightning_bigopt.checks import check_between, check_choice, check_count
+from lightning_bigopt.checks import check_between, check_choice, check_count, check_instance
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.stage import LEARNING_RATE, Fit
 
@@ -77,6 +77,7 @@ class ReduceOnPlateau(Capability):
         min_factor: float = 0.0,
         check: Check = "validation",
     ) -> None:
+        check_instance("monitor", monitor, str, hint="write the name of a logged metric")
         check_between("factor", factor, 0, 1)
         check_between("min_factor", min_factor, 0, 1, ends="[)")
         check_count("patience", patience, minimum=0, of="checks")

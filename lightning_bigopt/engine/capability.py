@@ -29,7 +29,8 @@ class Capability(Stages, Callback):
     A capability implements stages (:class:`~lightning_bigopt.engine.stage.Stages`) instead of
     Lightning's hooks for batches. The engine has those hooks; the first capability adds it to the
     Trainer's callbacks, directly after itself. A subclass may override any hook of Lightning, with
-    or without calling ``super()``.
+    or without calling ``super()``. It must set :attr:`owns` and :attr:`rank`; ``setup`` raises a
+    ValueError otherwise.
     """
 
     version = 2
@@ -114,6 +115,12 @@ def _adding_engine(setup: _Setup) -> _Setup:
 
 
 def _add_engine(trainer: Trainer, capability: Capability) -> None:
+    for name, example in (("owns", '"my statistics"'), ("rank", "90")):
+        if not hasattr(capability, name):
+            raise ValueError(
+                f"{name} must be an attribute of every capability, got none in "
+                f"{type(capability).__name__}; write {name} = {example} in the class"
+            )
     callbacks = trainer_callbacks.callbacks_of(trainer)
     engine = trainer_callbacks.find_callback(trainer, Engine)
     is_listed = any(callback is capability for callback in callbacks)

@@ -134,7 +134,12 @@ class UpdateCheck:
             if id(optimizer) in self._reached:
                 continue
             name = label or type(optimizer).__name__
-            if id(optimizer) in self._called:
+            if id(optimizer) in self._called and _is_frozen(optimizer):
+                found = (
+                    "frozen parameters only (requires_grad=False), which have no gradients; set "
+                    "requires_grad=True"
+                )
+            elif id(optimizer) in self._called:
                 found = (
                     "gradients that are None before every step; an optimizer that steps in the "
                     "hooks of the backward pass, or gradients that were cleared, leave none: step "
@@ -151,3 +156,8 @@ class UpdateCheck:
                 f"{names} must get the gradients of {name}, got {found}, or remove the "
                 f"callbacks, which have had no effect on {name} so far"
             )
+
+
+def _is_frozen(optimizer: Optimizer) -> bool:
+    """Returns whether no parameter of an optimizer requires a gradient."""
+    return not any(p.requires_grad for group in optimizer.param_groups for p in group["params"])

@@ -18,7 +18,14 @@ from lightning_bigopt.gradients.rules.clipping_rule import ClippingRule
 from lightning_bigopt.gradients.rules.norm_clip import NormClip
 from lightning_bigopt.gradients.rules.rule_groups import Groups
 
-__all__ = ["ClipReport", "ClipStatistics", "advice", "summaries"]
+__all__ = [
+    "ClipReport",
+    "ClipStatistics",
+    "advice",
+    "loaded_counts",
+    "saved_counts",
+    "summaries",
+]
 
 _FOLD_EVERY = 64
 _KEPT_NORMS = 512
@@ -60,7 +67,8 @@ class ClipReport:
         norms = f"median norm {self.median:.3g} (95th percentile {self.p95:.3g})"
         if self.threshold is not None and math.isfinite(self.threshold) and self.median > 0:
             ratio = self.threshold / self.median
-            norms = f"threshold {self.threshold:.3g} is {ratio:.1f} × the {norms}"
+            times = f"{ratio:.1f}" if 0.95 <= ratio < 100 else f"{ratio:.3g}"
+            norms = f"threshold {self.threshold:.3g} is {times} × the {norms}"
         updates = amount_of(self.updates, "updates")
         return f"{self.fraction:.1%} of {updates} clipped; {norms}".replace("%", " %")
 
@@ -235,6 +243,29 @@ class ClipStatistics:
         self._logged = updates, clipped
         self._norms = list(state["norms"])
         self._stride, self._seen = state["stride"], state["seen"]
+
+
+def saved_counts(
+    statistics: Mapping[str, Mapping[str, ClipStatistics]],
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Returns the states of statistics by label of the optimizer and group. Synchronizes."""
+    return {
+        label: {group: own.state_dict() for group, own in groups.items()}
+        for label, groups in statistics.items()
+    }
+
+
+def loaded_counts(
+    saved: Mapping[str, Mapping[str, dict[str, Any]]],
+) -> dict[str, dict[str, ClipStatistics]]:
+    """Returns the statistics whose states :func:`saved_counts` has returned."""
+    loaded = {
+        label: {group: ClipStatistics() for group in groups} for label, groups in saved.items()
+    }
+    for label, groups in loaded.items():
+        for group, own in groups.items():
+            own.load_state_dict(saved[label][group])
+    return loaded
 
 
 def summaries(rule: ClippingRule, reports: Mapping[tuple[str, str], ClipReport]) -> Iterator[str]:

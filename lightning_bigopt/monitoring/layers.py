@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
+from lightning_bigopt.checks import shown
 from lightning_bigopt.gradients.gradient_norms import GradientNorms
 from lightning_bigopt.gradients.measure import norms_of
 from lightning_bigopt.gradients.norm_kernels import accumulation_dtype, stored_values
@@ -147,11 +148,13 @@ class LayerMonitor:
 
     def __init__(self, layers: Layers, values: Sequence[LayerValue], *, label: str = "") -> None:
         known = get_args(LayerValue)
-        wrong = [values] if isinstance(values, str) else [v for v in values if v not in known]
+        given: Any = values
+        is_list = isinstance(given, Collection) and not isinstance(given, str)
+        wrong = [value for value in given if value not in known] if is_list else [given]
         if wrong:
             raise ValueError(
-                f"per_layer must be a list of {', '.join(map(repr, known))}, got {wrong[0]!r}; try "
-                "['grad_norm', 'update_ratio'], or None for all"
+                f"per_layer must be a list of {', '.join(map(repr, known))}, got "
+                f"{shown(wrong[0])}; try ['grad_norm', 'update_ratio'], or None for all"
             )
         is_map = isinstance(layers, Mapping) and all(
             isinstance(text, str) for pair in layers.items() for text in pair

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from lightning_bigopt.checks import shown
 
 __all__ = ["GroupField", "separate_tensors"]
 
@@ -63,17 +66,28 @@ class GroupField:
             return float(value)
         if type(value) is not bool and isinstance(value, Real):  # also numbers of NumPy
             return float(value)
-        if value is None and not is_missing:
-            place = f" in {group['name']!r}" if group.get("name") else ""
-            raise ValueError(
-                f"{self.name} must be a number in every parameter group, got None{place}; pass a "
+        raise ValueError(self._problem(group, value, is_missing=is_missing))
+
+    def _problem(self, group: Mapping[str, Any], value: Any, *, is_missing: bool) -> str:
+        """Returns the message for a value that is no number."""
+        place = f" in {group['name']!r}" if group.get("name") else ""
+        # A bool, a tuple or an unknown name is a wrong field. No other field is a learning rate,
+        # so a group without one has lost it.
+        if self.key == "lr" or not (is_missing or isinstance(value, (bool, tuple, list))):
+            found = f"a group without it{place}" if is_missing else f"{shown(value)}{place}"
+            return (
+                f"{self.name} must be a number in every parameter group, got {found}; pass a "
                 "number to the optimizer or in the group"
             )
         numbers = sorted(k for k, v in group.items() if isinstance(v, (int, float, tuple)))
-        raise ValueError(
-            f"field must name a number of the parameter groups, got {self.name!r}; the groups "
-            f"have {', '.join(numbers)}"
-        )
+        entries = group.get(self.key)
+        if isinstance(entries, (tuple, list)):
+            advice = f"write '{self.key}[0]' for the first number of {shown(entries)}"
+        elif self.key not in group and (similar := get_close_matches(self.key, numbers, n=1)):
+            advice = f"did you mean {similar[0]!r}?"
+        else:
+            advice = f"the groups have {', '.join(numbers)}"
+        return f"field must name a number of the parameter groups, got {self.name!r}; {advice}"
 
     def write(self, group: dict[str, Any], value: float) -> float:
         """Writes the value to a group; a tensor is filled in place, which avoids recompilation.

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lightning_bigopt.checks import check_between, check_non_negative
+from lightning_bigopt.checks import check_between, check_instance, check_non_negative
 from lightning_bigopt.parameters import (
     as_patterns,
     check_all_match,
@@ -82,6 +82,7 @@ def parameter_groups(
     References:
         Howard & Ruder, "ULMFiT", ACL 2018, Sec. 3.2; Bao et al., "BEiT", ICLR 2022, App. H.
     """
+    check_instance("module", module, nn.Module, hint="pass the module itself")
     _check(weight_decay=weight_decay, lr=lr, layer_decay=layer_decay, min_factor=min_factor)
     parameters = {
         plain_name(name): parameter

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 from lightning_bigopt.optimizers.object_snapshot import ObjectSnapshot
 
 __all__ = ["TrainingSnapshot"]
+
+_Group: TypeAlias = dict[str, Any]
 
 # Attributes of optimizers that a step sets and removes.
 _OF_ONE_STEP = frozenset({"found_inf", "grad_scale", "step", "__getstate__"})
@@ -20,9 +22,10 @@ class TrainingSnapshot:
     """Weights, buffers, and everything that the optimizers hold; restored exactly.
 
     Parameters, buffers and submodules that were replaced are put back, as are parameters in the
-    groups of an optimizer. What was added stays: parameters and modules, and parameter groups, with
-    empty optimizer states. Optimizer states outside ``state`` are included: attributes, wrapped
-    optimizers, and objects with tensors. Gradients and hooks are not.
+    groups of an optimizer, also those that were moved to another group. What was added stays:
+    parameters and modules, and parameter groups, with empty optimizer states. Optimizer states
+    outside ``state`` are included: attributes, wrapped optimizers, and objects with tensors.
+    Gradients and hooks are not.
 
     Args:
         module: The module.
@@ -50,8 +53,10 @@ class TrainingSnapshot:
         self._objects = ObjectSnapshot(
             tensors, *optimizers, gradients=False, nested=True, ignore=_is_ignored
         )
-        self._groups: list[tuple[dict[str, Any], list[Mapping[str, Any]]]] = [
-            (attributes, list(attributes["param_groups"]))
+        # With the parameters of each group at this time: code that moves a parameter to another
+        # group changes the list in the group itself.
+        self._groups: list[tuple[dict[str, Any], list[_Group], set[int]]] = [
+            (attributes, list(attributes["param_groups"]), _ids(attributes["param_groups"]))
             for attributes in self._objects.attributes
             if isinstance(attributes.get("param_groups"), list)
         ]
@@ -81,8 +86,8 @@ class TrainingSnapshot:
         """
         self.check()
         added = [
-            (attributes, _added(attributes["param_groups"], saved))
-            for attributes, saved in self._groups
+            (attributes, _added(attributes["param_groups"], saved, known))
+            for attributes, saved, known in self._groups
         ]
         self._objects.restore()
         for attributes, groups in added:
@@ -109,14 +114,23 @@ def _is_ignored(name: str) -> bool:
     return name in _OF_ONE_STEP or name.startswith("_bigopt") or name.endswith("_hooks")
 
 
-def _added(
-    groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]
-) -> list[Mapping[str, Any]]:
-    """Returns the groups that have none of the saved parameters; load_state_dict makes new ones."""
-    known = {id(parameter) for group in saved for parameter in group["params"]}
-    return [
-        group
-        for group in groups
-        if not any(group is other for other in saved)
-        and not any(id(parameter) in known for parameter in group["params"])
-    ]
+def _ids(groups: Sequence[_Group]) -> set[int]:
+    """Returns the ids of the parameters of groups."""
+    return {id(parameter) for group in groups for parameter in group["params"]}
+
+
+def _added(groups: Sequence[_Group], saved: Sequence[_Group], known: set[int]) -> list[_Group]:
+    """Returns the groups that were added; removes the parameters that go back to their groups.
+
+    A group that has such parameters only is left out: parameters were moved to it, or
+    ``load_state_dict`` has made it.
+    """
+    added = []
+    for group in groups:
+        if any(group is other for other in saved):
+            continue
+        kept = [parameter for parameter in group["params"] if id(parameter) not in known]
+        if kept or not group["params"]:
+            group["params"] = kept
+            added.append(group)
+    return added

@@ -87,7 +87,9 @@ class RangeTest:
         ax.plot(self.learning_rates, self.smoothed, label="smoothed")
         if self.suggestion is not None and self.bracket is not None:
             ax.axvline(self.suggestion, color="C1", label=f"suggestion {self.suggestion:.2g}")
-            ax.axvspan(*self.bracket, alpha=0.15, label="[{:.2g}, {:.2g}]".format(*self.bracket))
+            ax.axvspan(
+                *self.bracket, alpha=0.15, label="other rules {:.2g}, {:.2g}".format(*self.bracket)
+            )
         finite = [loss for loss in self.smoothed if math.isfinite(loss)]
         if finite:
             margin = 0.05 * (max(finite) - min(finite)) or 1.0

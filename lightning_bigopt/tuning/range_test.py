@@ -156,7 +156,7 @@ class LearningRateRangeTest(Callback):
         )
 
     def report(self) -> None:
-        """Logs the suggestion and its bracket, or a warning if there is none."""
+        """Logs the suggestion and the two further ones, or a warning if there is none."""
         assert self.result is not None
         if self.result.suggestion is None or self.result.bracket is None:
             rank_zero_warn(
@@ -166,8 +166,9 @@ class LearningRateRangeTest(Callback):
             return
         low, high = self.result.bracket
         rank_zero_info(
-            f"Learning-rate range test: {self.result.suggestion:.3g}, "
-            f"bracket [{low:.3g}, {high:.3g}]."
+            f"Learning-rate range test: {self.result.suggestion:.3g}, where the loss falls fastest."
+            " Two other rules (the middle of the longest descent, and a tenth of the learning rate"
+            f" at the minimum) suggest {low:.3g} and {high:.3g}."
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_bigopt.callbacks.learning_rate import LearningRateScheduler
-from lightning_bigopt.checks import check_count
+from lightning_bigopt.checks import check_count, check_instance, shown
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.engine.budget import several_optimizers
 from lightning_bigopt.engine.capability import Capability
@@ -63,7 +64,7 @@ def plan(
         The plan; ``print`` shows it as a table.
 
     Raises:
-        ValueError: If the length of the run is unknown, or ``points`` is not positive.
+        ValueError: If the length of the run is unknown, or an argument is invalid.
 
     Example:
         >>> import lightning as L
@@ -83,6 +84,11 @@ def plan(
         >>> found.totals["updates"], found.rows[50].update, found.rows[50].learning_rates
         (100.0, 50, {'lr': 0.05})
     """
+    if not hasattr(trainer, "fit_loop"):
+        raise ValueError(
+            f"trainer must be a Trainer, got {shown(trainer)}; write plan(trainer, module)"
+        )
+    check_instance("module", module, nn.Module, hint="write plan(trainer, module)")
     check_count("points", points, of="updates", hint="try 200")
     unlimited = loop.is_unlimited(trainer)
     callbacks = list(trainer_callbacks.callbacks_of(trainer))

@@ -98,7 +98,16 @@ def test_another_rule_starts_without_the_state_of_the_first(
         assert report.updates == UPDATES - AT
 
 
-@pytest.mark.parametrize("rule", [AutoClip(percentile=40), ZClip(warmup=3), NormClip(2.0)])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        AutoClip(percentile=40),
+        ZClip(warmup=3),
+        NormClip(2.0),
+        Groups({"net.0.*": ZClip(warmup=3), "*": NormClip(2.0)}),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("has_settings", [True, False])
 def test_unchanged_rule_keeps_its_history_and_reports_nothing(
     rule: ClippingRule, has_settings: bool, tmp_path: Path, info_log: Any
@@ -113,6 +122,39 @@ def test_unchanged_rule_keeps_its_history_and_reports_nothing(
     assert bits(resumed) == bits(straight)
     assert clipping.saved_state() == whole.saved_state()
     assert not resume_report(info_log)
+
+
+OTHER_STATES = [
+    (NormClip(1.0), AutoClip(percentile=40)),
+    (ZClip(warmup=3), AutoClip(percentile=40)),
+    (ZClip(warmup=3), AdaGC(warmup=3)),
+    (AutoClip(percentile=40), ZClip(warmup=3)),
+    (ZClip(warmup=3), NormClip(1.0)),
+    (AutoClip(), Groups({"*": AutoClip()})),
+    (Groups({"net.0.*": AutoClip(), "*": None}), Groups({"net.2.*": AutoClip(), "*": None})),
+    (Groups({"*": NormClip(1.0)}), Groups({"*": AutoClip()})),
+]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), OTHER_STATES, ids=[f"{b} to {a}" for b, a in OTHER_STATES]
+)
+def test_rule_with_another_state_starts_anew_from_a_checkpoint_of_an_earlier_version(
+    before: ClippingRule, after: ClippingRule, tmp_path: Path, info_log: Any
+) -> None:
+    """Such a checkpoint does not name its rule: the keys of the state tell them apart."""
+    ckpt = interrupted(tmp_path, GradientClipping(before))
+    old = without(ckpt, "GradientClipping", name="settings")
+    resumed, reference = Probe(), Probe()
+    clipping, fresh = GradientClipping(after), GradientClipping(after)
+    fit(resumed, None, clipping, ckpt=old)
+    assert f"gradient clipping: another rule, whose history is not used → {after}" in resume_report(
+        info_log
+    )
+    fit(reference, None, fresh, ckpt=without(ckpt, "GradientClipping"))
+    assert bits(resumed) == bits(reference)
+    assert plain(clipping.saved_state()) == plain(fresh.saved_state())
+    assert [report.updates for report in clipping.reports().values()] == [UPDATES - AT]
 
 
 def test_second_resume_keeps_the_history_of_the_new_rule(tmp_path: Path, info_log: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -125,6 +126,43 @@ def test_unknown_field_raises_before_the_first_batch() -> None:
     with pytest.raises(ValueError, match=r"field must name a number.*'nesterov'"):
         fit(module, HyperparameterScheduler("nesterov", DOWN))
     assert module.lrs == []
+
+
+@pytest.mark.parametrize(
+    ("field", "advice"),
+    [
+        ("weight_decya", r"did you mean 'weight_decay'\?$"),
+        ("beta", r"did you mean 'betas'\?$"),
+        ("betas", r"write 'betas\[0\]' for the first number of \(0\.9, 0\.999\)$"),
+        ("betas[2]", r"write 'betas\[0\]' for the first number of \(0\.9, 0\.999\)$"),
+        ("betsa[0]", r"did you mean 'betas'\?$"),
+        ("wd", r"the groups have .*betas, .*weight_decay$"),
+    ],
+)
+def test_advice_for_a_field_that_is_no_number(field: str, advice: str) -> None:
+    module = Probe(optimizer=torch.optim.AdamW)
+    with pytest.raises(
+        ValueError, match=rf"field must name a number.* got '{re.escape(field)}'; {advice}"
+    ):
+        fit(module, HyperparameterScheduler(field, DOWN))
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [("0.5", "'0.5'"), (None, "None"), ([0.5], r"\[0.5\]"), ("missing", "a group without it")],
+)
+def test_a_learning_rate_that_is_no_number_in_mid_run_is_named(value: Any, found: str) -> None:
+    class Writes(Probe):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            group = self.trainer.optimizers[0].param_groups[0]
+            if batch_idx == 2 and value == "missing":
+                del group["lr"]
+            elif batch_idx == 2:
+                group["lr"] = value
+
+    message = rf"^lr must be a number in every parameter group, got {found}; pass a number to"
+    with pytest.raises(ValueError, match=message):
+        fit(Writes(), LearningRateScheduler(DOWN))
 
 
 def test_none_in_a_group_is_named() -> None:

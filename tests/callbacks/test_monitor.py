@@ -137,6 +137,8 @@ def test_fields_that_the_optimizer_lacks_are_not_logged(
         ({"layers": {"head": 3}}, "layers must be .* got {'head': 3}"),
         ({"per_layer": ["norm"]}, "per_layer must be a list of 'grad_norm', .* got 'norm'"),
         ({"per_layer": "grad_norm"}, "per_layer must be a list of .* got 'grad_norm'"),
+        ({"per_layer": True}, "per_layer must be a list of .* got True; try"),
+        ({"per_layer": 5}, "per_layer must be a list of .* got 5; try"),
         ({"tokens": 3}, "tokens must be a function of the batch, .* got 3"),
         ({"report": True}, "report must be the name of a file or None, got True"),
         ({"report": ""}, "report must be the name of a file or None, got ''"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +279,13 @@ def test_copies_and_pickles_keep_the_state() -> None:
 def test_invalid_arguments_raise_with_their_names(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ReduceOnPlateau("val_loss", **options)
+
+
+@pytest.mark.parametrize("monitor", [3, None, ["val_loss"]])
+def test_monitor_must_be_a_name(monitor: Any) -> None:
+    message = rf"^monitor must be a str, got {re.escape(repr(monitor))}; write the name of a logged"
+    with pytest.raises(ValueError, match=message):
+        ReduceOnPlateau(monitor)
 
 
 # ------------------------------------------------------------------ runs of unknown length

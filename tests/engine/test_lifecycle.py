@@ -33,6 +33,7 @@ from lightning_bigopt import (
     StepGuard,
     ZClip,
 )
+from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.engine import Engine
 from lightning_bigopt.gradients.optimizer_step import installed_step_control
 from tests.helpers import QUIET, Probe, ResumableLoader, loader
@@ -543,3 +544,17 @@ def test_checkpoint_of_a_plain_trainer_resumes_with_callbacks_added(
             module, ResumableLoader(8, 2), ckpt_path=tmp_path / "bare.ckpt", weights_only=True
         )
     assert module.lrs == [1 - t / 8 for t in range(3, 8)]
+
+
+@pytest.mark.parametrize(
+    ("name", "attributes"), [("rank", {"owns": "mine"}), ("owns", {"rank": 90}), ("owns", {})]
+)
+def test_a_capability_without_owns_or_rank_is_refused(
+    name: str, attributes: dict[str, Any]
+) -> None:
+    own = type("Own", (Capability,), attributes)
+    trainer = L.Trainer(**QUIET, max_steps=2, callbacks=[LearningRateScheduler(DOWN), own()])
+    with pytest.raises(
+        ValueError, match=rf"^{name} must be an attribute .*, got none in Own; write"
+    ):
+        trainer.fit(Probe(), loader(8, 2))

@@ -505,6 +505,25 @@ def test_a_replaced_parameter_goes_back_in_module_and_optimizer() -> None:
     assert equal(found.taken, found.restored)
 
 
+def test_a_parameter_that_was_moved_to_another_group_goes_back() -> None:
+    """The run then equals one without the move, to the bit."""
+
+    def move(fit: Fit) -> None:
+        (optimizer,) = fit.trainer.optimizers
+        moved = optimizer.param_groups[0]["params"].pop()
+        optimizer.add_param_group({"params": [moved], "lr": 0.5})
+
+    def trained(change: Callable[[Fit], None]) -> list[Tensor]:
+        found, module = Keeps(lambda fit: None), Rich()
+        scheduler = LearningRateScheduler(Linear())
+        run(Acts({3: found.take, 5: change, 7: found.restore}), module=module, own=[scheduler])
+        (group,) = module.trainer.optimizers[0].param_groups
+        assert [id(p) for p in group["params"]] == [id(p) for p in module.parameters()]
+        return [p.detach() for p in module.parameters()]
+
+    assert equal(trained(move), trained(lambda fit: None))
+
+
 def test_other_optimizers_are_refused_before_any_change() -> None:
     def replace(fit: Fit) -> None:
         fit.trainer.strategy.optimizers = [torch.optim.SGD(fit.module.parameters(), lr=0.1)]

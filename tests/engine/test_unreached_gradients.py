@@ -104,6 +104,34 @@ def test_optimizers_in_the_backward_pass_are_reported_once() -> None:
     assert "gradients that are None before every step" in text
 
 
+class Frozen(Manual):
+    """Has a second optimizer whose parameters are frozen, all or some of them."""
+
+    def __init__(self, *, bias: bool) -> None:
+        super().__init__(second=True)
+        self.net[1].requires_grad_(False)
+        self.net[1].bias.requires_grad_(bias)
+
+    def configure_optimizers(self) -> Any:
+        return [
+            torch.optim.SGD(self.net[0].parameters()),
+            torch.optim.AdamW(self.net[1].parameters()),
+        ]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(InBackward.training_step(self, batch, batch_idx))
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_frozen_parameters_are_named_as_the_reason() -> None:
+    (text,) = fit(Frozen(bias=False), *both())
+    assert "gradients of AdamW, got frozen parameters only (requires_grad=False)" in text
+    assert "backward" not in text
+    assert not fit(Frozen(bias=True), *both())
+
+
 def test_steps_that_lightning_does_not_make_are_reported() -> None:
     (text,) = fit(Manual(second=False), *both())
     assert "gradients of SAM, got no step through Lightning" in text

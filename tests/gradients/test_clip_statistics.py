@@ -148,6 +148,22 @@ def test_advice(clipped: float, rule: ClippingRule, expected: str | None) -> Non
     assert advice(replace(report, updates=31), rule) is None
 
 
+@pytest.mark.parametrize(
+    ("threshold", "ratio"),
+    [
+        (1e-4, "3.33e-05"),
+        (0.1, "0.0333"),
+        (1.5, "0.5"),
+        (3.0, "1.0"),
+        (12.1, "4.0"),
+        (900.0, "300"),
+    ],
+)
+def test_ratio_to_the_median_is_never_rounded_to_zero(threshold: float, ratio: str) -> None:
+    report = ClipReport(updates=100, clipped=1, threshold=threshold, median=3.0, p95=7.0)
+    assert f" is {ratio} × the median norm 3 " in str(report)
+
+
 def test_report_without_a_threshold_is_printed() -> None:
     report = ClipReport(updates=4, clipped=1, threshold=None, median=3.0, p95=7.0)
     assert str(report) == "25.0 % of 4 updates clipped; median norm 3 (95th percentile 7)"

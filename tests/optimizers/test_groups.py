@@ -167,6 +167,8 @@ def test_invalid_arguments_raise_with_their_names(options, message):
 def test_module_without_trainable_parameters_or_matrices_raises():
     with pytest.raises(ValueError, match="module must have a parameter to train, got none"):
         parameter_groups(nn.Tanh(), weight_decay=0.1)
+    with pytest.raises(ValueError, match="module must be a Module, got a generator; pass the mod"):
+        parameter_groups(nn.Linear(1, 1).parameters(), weight_decay=0.1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="weight_decay must be 0 if no parameter has two dim"):
         parameter_groups(nn.BatchNorm1d(3), weight_decay=0.1)
     (group,) = parameter_groups(nn.BatchNorm1d(3), weight_decay=0.0)

@@ -225,6 +225,93 @@ def test_a_group_that_was_added_stays_without_state(name: str) -> None:
         assert late not in inner.state
 
 
+def move(optimizer: Optimizer) -> None:
+    moved = optimizer.param_groups[0]["params"].pop()
+    optimizer.add_param_group({"params": [moved], "lr": 0.5})
+
+
+def move_without_a_check(optimizer: Optimizer) -> None:
+    first = optimizer.param_groups[0]
+    optimizer.param_groups.append({**first, "params": [first["params"].pop()], "lr": 0.5})
+
+
+def move_between(optimizer: Optimizer) -> None:
+    first, second = optimizer.param_groups
+    second["params"].append(first["params"].pop(0))
+
+
+def new_lists(optimizer: Optimizer) -> None:
+    first, second = optimizer.param_groups
+    first["params"], second["params"] = (
+        second["params"][:1],
+        [
+            *first["params"],
+            *second["params"][1:],
+        ],
+    )
+
+
+def load_and_move(optimizer: Optimizer) -> None:
+    optimizer.load_state_dict(optimizer.state_dict())
+    move(optimizer)
+
+
+MOVES: dict[str, Callable[[Optimizer], object]] = {
+    "to a new group": move,
+    "to a new group, appended": move_without_a_check,
+    "to another group": move_between,
+    "new lists": new_lists,
+    "loaded, then to a new group": load_and_move,
+    "a group removed": lambda optimizer: optimizer.param_groups.pop(0),
+    "groups reversed": lambda optimizer: optimizer.param_groups.reverse(),
+    "all groups in one": lambda optimizer: optimizer.param_groups[0]["params"].extend(
+        optimizer.param_groups.pop()["params"]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Lookahead"])
+@pytest.mark.parametrize("change", MOVES)
+def test_each_parameter_goes_back_to_its_group(change: str, name: str) -> None:
+    def grouped() -> Run:
+        run = Run("AdamW")
+        parts = [list(run.module[0].parameters()), list(run.module[2].parameters())]
+        groups = [{"params": parts[0]}, {"params": parts[1], "lr": 0.1}]
+        inner = AdamW(groups, lr=0.01)
+        run.optimizer = Lookahead(inner) if name == "Lookahead" else inner
+        run.train(range(3))
+        return run
+
+    straight, run = grouped(), grouped()
+    snapshot = TrainingSnapshot(run.module, [run.optimizer])
+    inner = getattr(run.optimizer, "inner", run.optimizer)
+    before = [[id(p) for p in group["params"]] for group in inner.param_groups]
+    MOVES[change](inner)
+    if name == "AdamW":
+        run.train(range(10, 12))
+    for _ in range(2):
+        snapshot.restore()
+        for optimizer in (inner, run.optimizer):
+            now = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
+            assert now == before
+    for each in (run, straight):
+        each.train(range(3, 8))
+    assert equal(run.weights(), straight.weights())
+
+
+def test_an_added_group_keeps_its_new_parameters_only() -> None:
+    run = Run("AdamW")
+    snapshot = TrainingSnapshot(run.module, [run.optimizer])
+    old, late = run.optimizer.param_groups[0]["params"].pop(), nn.Parameter(torch.ones(1))
+    run.optimizer.add_param_group({"params": [old, late], "lr": 0.5})
+    added = run.optimizer.param_groups[1]
+    snapshot.restore()
+    first, second = run.optimizer.param_groups
+    assert first["params"][-1] is old
+    assert second is added
+    assert second["params"] == [late]
+
+
 def test_hooks_that_were_added_stay() -> None:
     run, calls = Run("AdamW"), []
     snapshot = TrainingSnapshot(run.module, [run.optimizer])

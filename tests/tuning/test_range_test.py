@@ -123,6 +123,21 @@ def test_sweep_with_mixed_precision_and_accumulation(precision: str, accumulate:
     assert 1e-4 < test.result.suggestion < 1.0
 
 
+def test_report_says_what_each_number_is(caplog: pytest.LogCaptureFixture) -> None:
+    test = LearningRateRangeTest(on_result="report", steps=60, start=1e-5)
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        fit(Model(), test)
+    (text,) = (r.getMessage() for r in caplog.records if "range test:" in r.getMessage())
+    assert test.result is not None
+    assert test.result.bracket is not None
+    low, high = test.result.bracket
+    assert text == (
+        f"Learning-rate range test: {test.result.suggestion:.3g}, where the loss falls fastest. "
+        "Two other rules (the middle of the longest descent, and a tenth of the learning rate at "
+        f"the minimum) suggest {low:.3g} and {high:.3g}."
+    )
+
+
 def test_accumulated_point_is_the_mean_loss_of_its_window() -> None:
     one, four = (
         LearningRateRangeTest(on_result="report", steps=20, start=1e-9, end=1e-8) for _ in "ab"

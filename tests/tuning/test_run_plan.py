@@ -202,6 +202,18 @@ def test_zero_points_and_a_folder_as_picture_raise(tmp_path: Path) -> None:
         plan(trainer, Probe(), loader(8, 2)).picture(tmp_path)
 
 
+def test_swapped_arguments_raise() -> None:
+    trainer, module = L.Trainer(**QUIET, max_steps=3), Probe()
+    with pytest.raises(
+        ValueError, match=r"trainer must be a Trainer, got .*; write plan\(trainer, m"
+    ):
+        plan(module, trainer, loader(8, 2))  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"module must be a Module, got a DataLoader; write plan\("
+    ):
+        plan(trainer, loader(8, 2))
+
+
 def test_several_processes_are_planned_without_starting_them() -> None:
     trainer = L.Trainer(
         **QUIET, max_epochs=1, devices=2, strategy=DDPStrategy(), accumulate_grad_batches=2

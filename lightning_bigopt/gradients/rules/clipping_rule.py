@@ -148,6 +148,14 @@ class ClippingRule(Specification, ABC):
         """Returns the state before the first update; it loads with ``weights_only=True``."""
         return {}
 
+    def accepts(self, state: RuleState) -> bool:
+        """Returns whether a state may be of a rule of this class, by its keys.
+
+        It is asked only for states of checkpoints of version 0.1, which do not name their rule. A
+        rule whose :meth:`decide` adds keys to the state overrides it.
+        """
+        return state.keys() == self.initial_state().keys()
+
     def resolve(self, horizon: Horizon) -> ClippingRule:
         """Returns the rule with all durations converted to fractions of a horizon."""
         return self

@@ -80,6 +80,12 @@ class Groups(ClippingRule):
         """Returns the initial state of each rule, by pattern."""
         return {pattern: rule.initial_state() for pattern, rule in self.pairs if rule is not None}
 
+    def accepts(self, state: RuleState) -> bool:
+        """Returns whether the state has the same patterns, and each rule accepts its own state."""
+        return super().accepts(state) and all(
+            rule is None or rule.accepts(state[pattern]) for pattern, rule in self.pairs
+        )
+
     def resolve(self, horizon: Horizon) -> Groups:
         """Returns the groups with every schedule resolved on a horizon."""
         resolved = ((p, None if rule is None else rule.resolve(horizon)) for p, rule in self.pairs)
