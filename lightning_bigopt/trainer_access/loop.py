@@ -21,6 +21,7 @@ __all__ = [
     "epoch_is_exhausted",
     "epochs_before_fit",
     "fetched_batches",
+    "has_trained_batches",
     "is_fast_dev_run",
     "is_last_batch",
     "is_unlimited",
@@ -30,6 +31,7 @@ __all__ = [
     "processed_epochs",
     "reached_limit",
     "ready_batches",
+    "restarts_within_epoch",
     "restore_counters",
     "resumed_batches",
     "should_log",
@@ -91,6 +93,17 @@ def uses_dataloader_iter(trainer: Trainer) -> bool:
 def ready_batches(trainer: Trainer) -> int:
     """Returns the batches of this epoch that were fetched, including the current one."""
     return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+
+def has_trained_batches(trainer: Trainer) -> bool:
+    """Returns whether a batch of the run was trained, in this fit or before it."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+    return bool(progress.processed)
+
+
+def restarts_within_epoch(trainer: Trainer) -> bool:
+    """Returns whether a resume continues within an epoch; valid in ``on_train_start``."""
+    return bool(trainer.fit_loop.restarted_mid_epoch)
 
 
 def resumed_batches(trainer: Trainer) -> int:
