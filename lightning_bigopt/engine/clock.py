@@ -103,7 +103,8 @@ class Clock:
             return
         self.horizon = kept
         if self.cooldown is None:
-            budget.warn_of_other_budget(kept, own, fraction=self.fraction)
+            ends = self.settings.budget is not None  # the run, see budget_exhausted
+            budget.warn_of_other_budget(kept, own, fraction=self.fraction, ends_run=ends)
 
     def stop(self) -> None:
         """Ends the fit; the counts are kept for a second fit."""

@@ -222,12 +222,12 @@ def test_expected_length_is_the_same_after_a_resume(
             self.start = state["start"]
 
     lengths, path = (8, 4, 8, 4, 8), tmp_path / "some.ckpt"
-    straight, resumed = Recorded(), Recorded()
-    trainer_of(Saves(path, hook, at=at), max_epochs=5).fit(straight, Continues(8, *lengths))
-    assert straight.rates == pytest.approx(shares(8, *lengths), abs=1e-12)
-    rest = lengths[at[0] + (at[1] == lengths[at[0]]) :]
     # At the end of an epoch a loader without a state resumes exactly.
     loader = Continues if at[1] < lengths[at[0]] else Announces
+    straight, resumed = Recorded(), Recorded()
+    trainer_of(Saves(path, hook, at=at), max_epochs=5).fit(straight, loader(8, *lengths))
+    assert straight.rates == pytest.approx(shares(8, *lengths), abs=1e-12)
+    rest = lengths[at[0] + (at[1] == lengths[at[0]]) :]
     trainer_of(max_epochs=5).fit(resumed, loader(8, *rest), ckpt_path=path)
     assert resumed.rates == straight.rates[-len(resumed.rates) :]
     assert len(resumed.rates) == sum(lengths) - sum(lengths[: at[0]]) - at[1]
