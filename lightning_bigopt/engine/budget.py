@@ -192,12 +192,14 @@ def _warn_of_continued_epoch(trainer: Trainer) -> None:
     """Warns if Lightning continues an epoch that had ended, and trains one epoch less."""
     epochs = trainer.max_epochs
     if epochs is not None and epochs >= 0 and loop.continues_ended_epoch(trainer):
-        batches = amount_of(trainer.num_training_batches, "batches")
+        batches, more = loop.epoch_batches(trainer), "no further batch of it"
+        if batches is not None:
+            more = f"one batch more than the {amount_of(batches, 'batches')} of the epoch"
         rank_zero_warn(
             "Lightning continues an epoch that had ended when the checkpoint was saved: it trains "
-            f"one batch more than the {batches} of the epoch, and one epoch less. Resume "
-            "from a checkpoint that was saved in on_train_batch_end, such as by "
-            "ModelCheckpoint(every_n_train_steps=), or limit the run by max_epochs alone."
+            f"{more}, and one epoch less. Resume from a checkpoint that was saved in "
+            "on_train_batch_end, such as by ModelCheckpoint(every_n_train_steps=), or limit the "
+            "run by max_epochs alone."
         )
 
 

@@ -116,14 +116,19 @@ def resumed_batches(trainer: Trainer) -> int:
 
 
 def continues_ended_epoch(trainer: Trainer) -> bool:
-    """Returns whether a resume trains more batches in an epoch that had ended.
+    """Returns whether a resume continues an epoch that had ended, and so loses an epoch.
 
     Lightning 2.6 does so after a checkpoint of ``on_train_epoch_start``, and with ``max_steps``
     after one of ``on_train_epoch_end``.
     """
     loop = trainer.fit_loop
-    between_epochs = loop.restarted_on_epoch_start or loop.restarted_on_epoch_end
-    return between_epochs and processed_batches(trainer) >= trainer.num_training_batches
+    if not (loop.restarted_on_epoch_start or loop.restarted_on_epoch_end):
+        return False
+    if epoch_batches(trainer) is None:
+        # Lightning trains the whole next epoch in its place, but nothing before a validation.
+        progress: Any = loop.epoch_loop.batch_progress
+        return bool(progress.is_last_batch and loop.epoch_loop._should_check_val_epoch())
+    return processed_batches(trainer) >= trainer.num_training_batches
 
 
 def processed_epochs(trainer: Trainer) -> int:
