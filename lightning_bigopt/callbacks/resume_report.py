@@ -96,10 +96,12 @@ def _log(changes: Sequence[str]) -> None:
 
 def is_resumed(fit: Fit) -> bool:
     """Returns whether the fit continues a run from a checkpoint."""
-    # Not the path alone: LearningRateFinder sets it too, at update 0. Not the fraction of the
-    # budget: a time begins at 0 in a run that has counted steps before.
-    has_trained = fit.clock.batches > 0 or fit.trainer.global_step > 0
-    return fit.trainer.ckpt_path is not None and has_trained
+    # Not the path alone: LearningRateFinder sets it too, at update 0.
+    share = fit.clock.fraction
+    has_consumed = bool(fit.clock.batches) if math.isnan(share) else share > 0
+    if fit.clock.is_timed:  # a time begins at 0, also after a checkpoint without a time
+        has_consumed = has_consumed or fit.trainer.global_step > 0
+    return fit.trainer.ckpt_path is not None and has_consumed
 
 
 def with_adopted(
