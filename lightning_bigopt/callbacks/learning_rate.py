@@ -8,7 +8,12 @@ from typing import Any, Literal, TypeAlias
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_bigopt.arguments import explain_arguments
-from lightning_bigopt.callbacks.resume_report import is_resumed, report_changes, with_adopted
+from lightning_bigopt.callbacks.resume_report import (
+    is_resumed,
+    report_changes,
+    warn_of_flat_cooldown,
+    with_adopted,
+)
 from lightning_bigopt.callbacks.schedules import GroupSchedules
 from lightning_bigopt.checks import check_between, check_choice, check_non_negative
 from lightning_bigopt.durations.duration import DurationLike
@@ -219,6 +224,10 @@ class LearningRateScheduler(Capability):
             values=[(self._before[at], rates[at]) for at in rates if at not in adopted],
             is_foreign=any(scheduler.is_foreign for scheduler in schedulers_of_fit),
         )
+        if fit.clock.cooldown is not None:
+            start, _ = fit.clock.cooldown
+            factors = [self.schedule_of(name)(start) for name in (None, *self.groups)]
+            warn_of_flat_cooldown(factors, end=self.cooldown_end)
 
     @property
     def is_resolved(self) -> bool:

@@ -20,6 +20,7 @@ __all__ = [
     "is_resumed",
     "report_changed_settings",
     "report_changes",
+    "warn_of_flat_cooldown",
     "with_adopted",
 ]
 
@@ -98,6 +99,8 @@ def is_resumed(fit: Fit) -> bool:
     # Not the path alone: LearningRateFinder sets it too, at update 0.
     share = fit.clock.fraction
     has_consumed = bool(fit.clock.batches) if math.isnan(share) else share > 0
+    if fit.clock.is_timed:  # a time begins at 0, also after a checkpoint without a time
+        has_consumed = has_consumed or fit.trainer.global_step > 0
     return fit.trainer.ckpt_path is not None and has_consumed
 
 
@@ -174,6 +177,23 @@ def report_changes(
             f"{a:g} → {b:g}" + (f" (× {b / a:.3g})" if a else "") for a, b in dict.fromkeys(jumps)
         )
         rank_zero_warn(f"The {quantity} jumps when the run is resumed: {listed}.")
+
+
+def warn_of_flat_cooldown(factors: Sequence[float], *, end: float) -> None:
+    """Warns if a cooldown starts at its end value, as that of a run that has ended at 0.
+
+    Args:
+        factors: The factor of each schedule at the start of the cooldown.
+        end: Factor at the end of the cooldown.
+    """
+    start = max(factors)
+    # A cooldown never rises.
+    if start <= end or math.isclose(start, end, abs_tol=1e-9):
+        rank_zero_warn(
+            f"The schedule has decayed to the factor {start:g} where the cooldown starts, so that "
+            f"the whole cooldown uses {start:g} times the base learning rate. Resume from a "
+            "checkpoint before the decay of its schedule, or pass on_resume='extend'."
+        )
 
 
 def _budget_changes(clock: Clock) -> Iterator[str]:

@@ -192,12 +192,14 @@ def _warn_of_continued_epoch(trainer: Trainer) -> None:
     """Warns if Lightning continues an epoch that had ended, and trains one epoch less."""
     epochs = trainer.max_epochs
     if epochs is not None and epochs >= 0 and loop.continues_ended_epoch(trainer):
-        batches = amount_of(trainer.num_training_batches, "batches")
+        batches, more = loop.epoch_batches(trainer), "no further batch of it"
+        if batches is not None:
+            more = f"one batch more than the {amount_of(batches, 'batches')} of the epoch"
         rank_zero_warn(
             "Lightning continues an epoch that had ended when the checkpoint was saved: it trains "
-            f"one batch more than the {batches} of the epoch, and one epoch less. Resume "
-            "from a checkpoint that was saved in on_train_batch_end, such as by "
-            "ModelCheckpoint(every_n_train_steps=), or limit the run by max_epochs alone."
+            f"{more}, and one epoch less. Resume from a checkpoint that was saved in "
+            "on_train_batch_end, such as by ModelCheckpoint(every_n_train_steps=), or limit the "
+            "run by max_epochs alone."
         )
 
 
@@ -234,13 +236,16 @@ def report_early_end(trainer: Trainer, horizon: Horizon, *, fraction: float) -> 
     )
 
 
-def warn_of_other_budget(kept: Horizon, own: Horizon, *, fraction: float) -> None:
+def warn_of_other_budget(
+    kept: Horizon, own: Horizon, *, fraction: float, ends_run: bool = False
+) -> None:
     """Warns if the budget of a checkpoint that is continued differs from that of the Trainer.
 
     Args:
         kept: The horizon of the checkpoint.
         own: The horizon of the Trainer.
         fraction: Fraction of ``kept`` that is consumed.
+        ends_run: Whether the end of ``kept`` ends the run, as with an explicit budget.
     """
     before, now = describe_budget(kept), describe_budget(own)
     # The same limits may be reached in another order, because epochs have other lengths now.
@@ -248,23 +253,27 @@ def warn_of_other_budget(kept: Horizon, own: Horizon, *, fraction: float) -> Non
         rank_zero_warn(
             f"The checkpoint was trained for {before}, this Trainer is set to {now}. "
             f"on_resume='continue' keeps the checkpoint's horizon: "
-            f"{_consequence(kept, own, fraction)}. Pass on_resume='extend' to stretch the "
-            f"schedule to {now}."
+            f"{_consequence(kept, own, fraction, ends_run=ends_run)}. Pass on_resume='extend' to "
+            f"stretch the schedule to {now}."
         )
 
 
-def _consequence(kept: Horizon, own: Horizon, fraction: float) -> str:
+def _consequence(kept: Horizon, own: Horizon, fraction: float, *, ends_run: bool) -> str:
     """Describes a run that follows ``kept``, under a Trainer with the limit ``own``."""
     before, now = describe_budget(kept), describe_budget(own)
-    if kept.clock == "seconds":
-        if fraction >= 1:
-            return "this time is over, so that no update is trained"
-        return f"the run ends after {before} of training, or after {now} if that is earlier"
+    is_timed = kept.clock == "seconds"
     if fraction >= 1:
+        if is_timed or ends_run:
+            what = "time is over" if is_timed else "budget is spent"
+            return f"this {what}, so that no update is trained"
         return (
             "its schedule has ended, so that every update uses the last learning rate of the "
             "schedule, which is 0 for most schedules"
         )
+    if ends_run:
+        return f"the run ends after {before}, or at a limit of the Trainer if that is earlier"
+    if is_timed:
+        return f"the run ends after {before} of training, or after {now} if that is earlier"
     same = kept.clock == own.clock and (kept.epochs is None) == (own.epochs is None)
     ratio = (own.epochs or own.budget) / (kept.epochs or kept.budget)
     if same and ratio < 1:

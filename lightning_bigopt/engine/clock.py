@@ -103,7 +103,8 @@ class Clock:
             return
         self.horizon = kept
         if self.cooldown is None:
-            budget.warn_of_other_budget(kept, own, fraction=self.fraction)
+            ends = self.settings.budget is not None  # the run, see budget_exhausted
+            budget.warn_of_other_budget(kept, own, fraction=self.fraction, ends_run=ends)
 
     def stop(self) -> None:
         """Ends the fit; the counts are kept for a second fit."""
@@ -167,15 +168,15 @@ class Clock:
         self.drop_batch()
 
     def begin_batch(self, amounts: BatchAmounts, *, index: int) -> None:
-        """Adds the amounts of the current batch as pending, and opens a window if none is open.
+        """Adds the amounts of a batch as pending, and opens a window if none is open.
 
-        Args:
-            amounts: The amounts.
-            index: Number of batches of this epoch before this one.
+        ``index`` is the number of batches of this epoch before the batch.
         """
         if not self.epoch.in_samples:
             self.epoch.done = index
         if not self.window_is_open:
+            if index >= self.epoch.next_check:
+                self.epoch.check_length(index)
             self._opened = self.counts()
             self.window_is_open = True
         self._pending = amounts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -29,8 +30,10 @@ class EpochPosition:
         in_samples: Whether both are in samples.
         has_begun: Whether the hook at the start of the epoch was called.
         ended: Epochs that had ended before this fit.
-        seen: The announced and the actual number of batches of the last epoch that ended earlier
-            than announced; None if there was none.
+        seen: The announced and the actual number of batches of the last whole epoch, if it ended
+            earlier than announced; else None.
+        grew: Whether the current batch has shown that the epoch is longer than expected.
+        next_check: Index of the batch from which on :meth:`check_length` must be called.
     """
 
     def __init__(self) -> None:
@@ -39,7 +42,16 @@ class EpochPosition:
         self.in_samples = False
         self.has_begun = False
         self.seen: tuple[int | None, int] | None = None
+        self.grew = False
+        self.next_check = 0.0
         self.ended = 0
+        self._announced: int | None = None
+        self._continues_run = False  # whether this is the first epoch after a resume
+        self._within = False  # whether the resume continues within it
+        self._has_state = False  # whether its loaders continue from a state
+        # Whether this epoch can show that it is longer than the last, and its length.
+        self._shows_longer = self._shows_length = True
+        self._has_batch = False
         self._accumulation: dict[int, int] = {}  # from each epoch on; empty after a warning
 
     def start_fit(self, trainer: Trainer) -> None:
@@ -48,18 +60,23 @@ class EpochPosition:
         self.begin(trainer)
         self.has_begun = False
         self.ended = loop.epochs_before_fit(trainer)
+        # Not the path alone: LearningRateFinder sets it too, at update 0.
+        self._continues_run = trainer.ckpt_path is not None and loop.has_trained_batches(trainer)
+        self._within = loop.restarts_within_epoch(trainer)
+        self._has_state = loaders.stateful(trainer)
         if trainer.ckpt_path is not None and not self.in_samples:
             # Not after an interrupted fit: Lightning begins the epoch again, but has the counts.
             self.done = loop.resumed_batches(trainer)
 
     def begin(self, trainer: Trainer) -> None:
         """Reads the length of an epoch that begins, because every epoch may have a new loader."""
-        self.has_begun = True
+        self.has_begun, self._has_batch = True, False
         self.read_exact_loader(trainer)
         if self.in_samples:
+            self.next_check = math.inf
             return
         announced = loop.epoch_batches(trainer)
-        self.length, self.done = announced, 0
+        self.length, self._announced, self.done, self.next_check = announced, announced, 0, 0
         if self.seen is not None and self.seen[0] == announced:
             self.length = self.seen[1]
 
@@ -69,6 +86,40 @@ class EpochPosition:
         self.in_samples = exact is not None
         if exact is not None:
             self.length, self.done = exact.samples, exact.position
+
+    def check_length(self, index: int) -> None:
+        """Corrects the length if the epoch is longer than expected.
+
+        Call it for the first batch of a window only: all its batches have the same progress.
+
+        Args:
+            index: Number of batches of this epoch before the current one.
+        """
+        if not self._has_batch:
+            self._read_first_batch(index)
+        expected, announced = self.length or 0, self._announced
+        is_shorter = announced is not None and expected < announced
+        self.grew = is_shorter and expected <= index
+        if self.grew:
+            self.length = announced
+            if self._shows_longer:
+                self.seen = None
+            self.next_check = index + 1
+        else:
+            self.next_check = expected if is_shorter else math.inf
+
+    def _read_first_batch(self, index: int) -> None:
+        """Decides what the epoch can show, from its first batch in this fit."""
+        self._has_batch = True
+        if index:
+            # A loader without a state has begun again within the epoch. One with a state may have
+            # omitted a batch that was fetched and not trained.
+            self._shows_longer = self._continues_run and self._within and self._has_state
+            self._shows_length = False
+        else:
+            # After a resume a stateful loader may give the rest of its data as the next epoch.
+            self._shows_longer = True
+            self._shows_length = not (self._continues_run and self._has_state)
 
     def differs(self, horizon: Horizon, counts: RunAmounts) -> bool:
         """Returns whether this epoch, or an earlier one, has another length than planned."""
@@ -82,11 +133,12 @@ class EpochPosition:
     def end(self, trainer: Trainer) -> None:
         """Ends an epoch; the next one of a loader with the same length is expected to be equal."""
         announced = loop.epoch_batches(trainer)
-        # Not a longer one: Lightning may train one batch too many after a resume.
-        is_shorter = not self.in_samples and (announced is None or self.done < announced)
-        if self.done and is_shorter and loop.epoch_is_exhausted(trainer, self.done):
-            self.seen = announced, self.done
+        is_known = self._shows_length and not self.in_samples
+        if self.done and is_known and loop.epoch_is_exhausted(trainer, self.done):
+            is_shorter = announced is None or self.done < announced
+            self.seen = (announced, self.done) if is_shorter else None
         self.done, self.has_begun = 0, False
+        self._continues_run = self.grew = False
         self._check_accumulation(trainer)
 
     def continue_epoch(self, trainer: Trainer) -> None:

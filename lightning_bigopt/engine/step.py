@@ -292,7 +292,7 @@ class StepHooks(Callback):
         """Follows replaced optimizers, new groups, and values that other code has written."""
         trainer, groups = fit.trainer, fit.groups
         is_replaced = fit.known_optimizers != trainer.optimizers
-        if not (is_replaced or self._epoch_is_new or groups.was_changed()):
+        if not (is_replaced or self._epoch_is_new or self.clock.epoch.grew or groups.was_changed()):
             return
         if is_replaced:
             fit.known_optimizers = list(trainer.optimizers)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import BatchSampler
 
@@ -25,6 +26,7 @@ __all__ = [
     "micro_batch_size",
     "restart_epoch",
     "source_loaders",
+    "stateful",
     "stop_watching_loaders",
     "train_loaders",
     "train_source",
@@ -37,6 +39,11 @@ _PROCESS = "process_dataloader"
 def train_loaders(trainer: Trainer) -> list[Any]:
     """Returns the training loaders as the fit loop iterates them; from ``on_train_start`` on."""
     return _flat(trainer.train_dataloader)
+
+
+def stateful(trainer: Trainer) -> bool:
+    """Returns whether every training loader has a state, which Lightning saves and restores."""
+    return all(isinstance(loader, _Stateful) for loader in train_loaders(trainer))
 
 
 def exact_loader(trainer: Trainer) -> GlobalBatchLoader | None:

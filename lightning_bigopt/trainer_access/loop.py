@@ -21,6 +21,7 @@ __all__ = [
     "epoch_is_exhausted",
     "epochs_before_fit",
     "fetched_batches",
+    "has_trained_batches",
     "is_fast_dev_run",
     "is_last_batch",
     "is_unlimited",
@@ -30,6 +31,7 @@ __all__ = [
     "processed_epochs",
     "reached_limit",
     "ready_batches",
+    "restarts_within_epoch",
     "restore_counters",
     "resumed_batches",
     "should_log",
@@ -93,6 +95,17 @@ def ready_batches(trainer: Trainer) -> int:
     return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
 
 
+def has_trained_batches(trainer: Trainer) -> bool:
+    """Returns whether a batch of the run was trained, in this fit or before it."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+    return bool(progress.processed)
+
+
+def restarts_within_epoch(trainer: Trainer) -> bool:
+    """Returns whether a resume continues within an epoch; valid in ``on_train_start``."""
+    return bool(trainer.fit_loop.restarted_mid_epoch)
+
+
 def resumed_batches(trainer: Trainer) -> int:
     """Returns the batches trained in an epoch that a resume continues; 0 if it begins an epoch."""
     # At the end of an epoch the counts of its batches are kept until the next one begins. Lightning
@@ -103,14 +116,19 @@ def resumed_batches(trainer: Trainer) -> int:
 
 
 def continues_ended_epoch(trainer: Trainer) -> bool:
-    """Returns whether a resume trains more batches in an epoch that had ended.
+    """Returns whether a resume continues an epoch that had ended, and so loses an epoch.
 
     Lightning 2.6 does so after a checkpoint of ``on_train_epoch_start``, and with ``max_steps``
     after one of ``on_train_epoch_end``.
     """
     loop = trainer.fit_loop
-    between_epochs = loop.restarted_on_epoch_start or loop.restarted_on_epoch_end
-    return between_epochs and processed_batches(trainer) >= trainer.num_training_batches
+    if not (loop.restarted_on_epoch_start or loop.restarted_on_epoch_end):
+        return False
+    if epoch_batches(trainer) is None:
+        # Lightning trains the whole next epoch in its place, but nothing before a validation.
+        progress: Any = loop.epoch_loop.batch_progress
+        return bool(progress.is_last_batch and loop.epoch_loop._should_check_val_epoch())
+    return processed_batches(trainer) >= trainer.num_training_batches
 
 
 def processed_epochs(trainer: Trainer) -> int:

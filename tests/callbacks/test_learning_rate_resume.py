@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from lightning_bigopt import (
     BatchSizeScheduler,
     BatchSizeSteps,
     Constant,
+    Cosine,
     LearningRateScheduler,
+    Linear,
 )
 from tests.callbacks.resume_helpers import WSD, fit, resume_report, save_every_update
 from tests.helpers import Probe
@@ -80,6 +83,81 @@ def test_interrupted_cooldown_resumes_to_the_bit(tmp_path: Path, mode: Any) -> N
     assert resumed.lrs == straight.lrs[3:]
     for mine, theirs in zip(resumed.parameters(), straight.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "at", "end", "flat"),
+    [
+        (WSD, 20, 0.0, "0"),
+        (Linear(), 20, 0.0, "0"),
+        (Linear(end=0.1), 20, 0.1, "0.1"),
+        (Linear(), 16, 0.3, "0.2"),
+        (WSD, 17, 0.0, None),
+        (Linear(end=0.1), 20, 0.0, None),
+        (Constant(), 20, 0.0, None),
+    ],
+)
+def test_cooldown_from_its_end_value_warns(
+    tmp_path: Path, schedule: Any, at: int, end: float, flat: str | None
+) -> None:
+    folder = save_every_update(tmp_path, LearningRateScheduler(schedule))
+    module, options = Probe(), {"cooldown": "4 steps", "cooldown_end": end}
+    scheduler = LearningRateScheduler(schedule, on_resume="cooldown", **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(module, scheduler, ckpt=folder / f"step={at}.ckpt", max_steps=40)
+    found = [str(w.message) for w in caught if "the whole cooldown" in str(w.message)]
+    assert len(module.lrs) == 4
+    assert (len(set(module.lrs)) == 1) == (flat is not None) == bool(found)
+    if flat is not None:
+        assert module.lrs == pytest.approx([float(flat)] * 4)
+        assert f"uses {flat} times the base learning rate" in found[0]
+
+
+def test_cooldown_of_groups_of_which_one_has_not_decayed_does_not_warn(tmp_path: Path) -> None:
+    class Groups(Probe):
+        def configure_optimizers(self) -> Any:
+            parts = {"body": self.net[0], "head": self.net[2]}
+            groups = [{"params": part.parameters(), "name": name} for name, part in parts.items()]
+            return torch.optim.SGD(groups, lr=1.0)
+
+    path = tmp_path / "end.ckpt"
+    options: dict[str, Any] = {"groups": {"head": Constant()}}
+    schedulers = [
+        LearningRateScheduler(Linear(), **options, **more)
+        for more in ({}, {"on_resume": "cooldown", "cooldown": "4 steps"})
+    ]
+    fit(Groups(), schedulers[0]).save_checkpoint(path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The schedule has decayed")
+        fit(Groups(), schedulers[1], ckpt=path, max_steps=40)
+
+
+@pytest.mark.parametrize("limits", [{"max_steps": -1, "max_epochs": 50}, {"max_steps": 30}])
+@pytest.mark.parametrize(("at", "budget"), [(20, 24), (20, 12), (8, 24), (8, 12)])
+def test_checkpoint_that_continues_under_an_explicit_budget(
+    tmp_path: Path, at: int, budget: int, limits: dict[str, Any]
+) -> None:
+    folder = save_every_update(tmp_path, LearningRateScheduler(Linear()))
+    module, scheduler = Probe(), LearningRateScheduler(Linear(), budget=f"{budget} steps")
+    outcome = "this budget is spent, so that no update is trained"
+    if at == 8:
+        outcome = "the run ends after 20 steps, or at a limit of the Trainer if that is earlier"
+    with pytest.warns(UserWarning, match=f"for 20 steps, .* set to {budget} steps.*: {outcome}"):
+        fit(module, scheduler, ckpt=folder / f"step={at}.ckpt", **limits)
+    assert module.lrs == pytest.approx([1 - step / 20 for step in range(at, 20)])
+
+
+def test_resume_into_a_time_reports_its_changes(tmp_path: Path, info_log: Any) -> None:
+    folder = save_every_update(tmp_path, LearningRateScheduler(Linear()))
+    scheduler = LearningRateScheduler(
+        Cosine(), budget="1 hour", on_resume="extend", base_lr="config"
+    )
+    with pytest.warns(UserWarning, match=r"learning rate jumps .*: 0.75 → "):
+        fit(Probe(lr=3.0), scheduler, ckpt=folder / "step=5.ckpt", max_steps=7)
+    report = resume_report(info_log)
+    assert "base_lrs: 1 → 3" in report
+    assert "budget: 20 steps → 3600 seconds" in report
 
 
 def test_without_a_checkpoint_there_is_no_cooldown() -> None:

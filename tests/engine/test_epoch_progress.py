@@ -148,7 +148,129 @@ def test_length_seen_in_the_first_epoch_is_used_afterwards(tmp_path: Path) -> No
     assert module.rates == pytest.approx(right, abs=1e-12)
     resumed = Recorded()
     trainer_of(max_epochs=3).fit(resumed, data, ckpt_path=path)
-    assert resumed.rates[0] == module.rates[8]  # the data begins again, in the middle of the epoch
+    # The data begins again in the middle of the epoch, which therefore shows no other length.
+    second = [1 - (1 + i / (6 if i < 6 else 8)) / 3 for i in range(2, 8)]
+    assert resumed.rates == pytest.approx(second + expected(6, 6, 6)[12:], abs=1e-12)
+
+
+class Announces:
+    """A loader whose epochs have other numbers of batches than its length says."""
+
+    def __init__(self, announced: int, *epochs: int) -> None:
+        self.announced, self.epochs = announced, list(epochs)
+
+    def __len__(self) -> int:
+        return self.announced
+
+    def __iter__(self) -> Any:
+        yield from ([row] for row in torch.randn(self.epochs.pop(0), 2, 3))
+
+
+def shares(announced: int, *lengths: int, window: int = 1) -> list[float]:
+    """Returns 1 - fraction of every update, with the length that the epoch before has shown."""
+    expected_length, rates = announced, []
+    for epoch, actual in enumerate(lengths):
+        # Lightning knows the last batch only by the announced length.
+        last = actual if actual == announced else actual - window + 1
+        for batch in range(0, last, window):
+            length = expected_length if batch < expected_length else announced
+            rates.append(1 - (epoch + batch / length) / len(lengths))
+        expected_length = actual
+    return rates
+
+
+@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize(
+    "lengths", [(4, 8, 8, 8), (8, 4, 8, 8), (6, 8, 7, 8), (4, 6, 6), (6, 6, 6)]
+)
+def test_the_length_of_the_last_epoch_is_expected(lengths: tuple[int, ...], window: int) -> None:
+    module = Recorded()
+    trainer = trainer_of(max_epochs=len(lengths), accumulate_grad_batches=window)
+    trainer.fit(module, Announces(8, *lengths))
+    assert module.rates == pytest.approx(shares(8, *lengths, window=window), abs=1e-12)
+    if lengths == (8, 4, 8, 8) and window == 1:  # the closed form, written out
+        third = [2 / 4, 1.75 / 4, 1.5 / 4, 1.25 / 4, 1.5 / 4, 1.375 / 4, 1.25 / 4, 1.125 / 4]
+        assert module.rates[12:20] == pytest.approx(third, abs=1e-12)
+        assert module.rates[20:] == pytest.approx([(8 - i) / 32 for i in range(8)], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("hook", "at"),
+    [
+        *(("on_train_batch_end", at) for at in [(0, 8), (2, 2), (2, 4), (2, 6), (2, 8)]),
+        *(("on_train_epoch_end", at) for at in [(0, 8), (2, 8), (3, 4)]),
+    ],
+)
+def test_expected_length_is_the_same_after_a_resume(
+    tmp_path: Path, at: tuple[int, int], hook: str
+) -> None:
+    class Continues(Announces):
+        """Gives the rest of the epoch after a resume."""
+
+        start = given = 0
+
+        def __iter__(self) -> Any:
+            start, self.start, count = self.start, 0, self.epochs.pop(0)
+            for self.given in range(start + 1, count + 1):
+                yield [torch.randn(2, 3)]
+            self.given = 0
+
+        def state_dict(self) -> dict[str, int]:
+            return {"start": self.given % lengths[at[0]]}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            self.start = state["start"]
+
+    lengths, path = (8, 4, 8, 4, 8), tmp_path / "some.ckpt"
+    # At the end of an epoch a loader without a state resumes exactly.
+    loader = Continues if at[1] < lengths[at[0]] else Announces
+    straight, resumed = Recorded(), Recorded()
+    trainer_of(Saves(path, hook, at=at), max_epochs=5).fit(straight, loader(8, *lengths))
+    assert straight.rates == pytest.approx(shares(8, *lengths), abs=1e-12)
+    rest = lengths[at[0] + (at[1] == lengths[at[0]]) :]
+    trainer_of(max_epochs=5).fit(resumed, loader(8, *rest), ckpt_path=path)
+    assert resumed.rates == straight.rates[-len(resumed.rates) :]
+    assert len(resumed.rates) == sum(lengths) - sum(lengths[: at[0]]) - at[1]
+
+
+@pytest.mark.parametrize("given", [1, 3])
+def test_batch_that_was_fetched_and_not_trained_shows_no_length(tmp_path: Path, given: int) -> None:
+    """A checkpoint of ``on_train_batch_start``: a stateful loader omits the batch on resume."""
+
+    class Skips(Announces):
+        def state_dict(self) -> dict[str, int]:
+            return {}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            pass
+
+    path = tmp_path / "started.ckpt"
+    saves = Saves(path, "on_train_batch_start", at=(0, given))
+    trainer_of(saves, max_epochs=3).fit(Recorded(), Skips(6, 6, 6, 6))
+    resumed = Recorded()
+    trainer_of(max_epochs=3).fit(resumed, Skips(6, 5 - given, 6, 6), ckpt_path=path)
+    assert resumed.rates == pytest.approx(
+        [*expected(6, 6, 6)[given:5], *expected(6, 6, 6)[6:]], abs=1e-12
+    )
+
+
+def test_rest_of_an_epoch_after_a_resume_shows_no_length(tmp_path: Path) -> None:
+    """A stateful loader of 6 batches, of which an epoch uses 5, begins with the sixth."""
+
+    class Rest(Announces):
+        def state_dict(self) -> dict[str, int]:
+            return {}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            pass
+
+    path, options = tmp_path / "last.ckpt", {"max_epochs": 4, "limit_train_batches": 5}
+    saves = Saves(path, "on_train_batch_end", at=(0, 5))
+    trainer_of(saves, **options).fit(Recorded(), Rest(6, 6, 6, 6, 6))
+    resumed = Recorded()
+    trainer_of(**options).fit(resumed, Rest(6, 1, 6, 6), ckpt_path=path)
+    right = [1 - 1 / 4, *(1 - (epoch + i / 5) / 4 for epoch in (2, 3) for i in range(5))]
+    assert resumed.rates == pytest.approx(right, abs=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:.*IterableDataset")

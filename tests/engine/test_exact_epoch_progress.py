@@ -6,6 +6,7 @@ samples) / max_epochs.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -229,3 +230,26 @@ def test_budget_in_samples_counts_samples() -> None:
     scheduler = LearningRateScheduler(Linear(), budget="28 samples")
     trainer_of(scheduler=scheduler, max_epochs=-1).fit(module)
     assert module.rates == pytest.approx([1 - step / 14 for step in range(14)], abs=1e-12)
+
+
+@pytest.mark.parametrize("validates", [True, False])
+@pytest.mark.parametrize("limits", [{}, {"max_steps": 100}])
+@pytest.mark.parametrize("hook", ["on_train_epoch_end", "on_train_epoch_start"])
+def test_epoch_that_lightning_omits_after_a_resume_is_reported(
+    tmp_path: Path, hook: str, limits: dict[str, Any], validates: bool
+) -> None:
+    class Validated(ExactEpochs):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            pass
+
+    path, options = tmp_path / "end.ckpt", {"max_epochs": 3, **limits}
+    data = {"val_dataloaders": DataLoader(TensorDataset(torch.randn(4, 3)))} if validates else {}
+    at, kind = (1, 4) if "start" in hook else (0, 4), Validated if validates else ExactEpochs
+    trainer_of(Saves(path, hook, at=at), **options).fit(kind(8), **data)
+    resumed = kind(8)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer_of(**options).fit(resumed, ckpt_path=path, **data)
+    found = [str(w.message) for w in caught if "Lightning continues an epoch" in str(w.message)]
+    assert len(found) == (len(resumed.rates) < 8)  # two epochs of 4 updates
+    assert len(resumed.rates) == (4 if validates and (limits or "start" in hook) else 8)
