@@ -10,6 +10,8 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lightning_bigopt.reporting.picture import set_number_format
+
 __all__ = ["Run", "draw_comparison", "markdown_table", "read_scalars"]
 
 
@@ -113,6 +115,7 @@ def draw_comparison(runs: Sequence[Run], path: Path) -> None:
         loss.plot(samples, _smooth(losses), color=color)
         loss.plot(run.samples, run.validation_loss, "o", color=color)
     norm.set_yscale("log")
+    set_number_format(norm, is_log=True)
     batch.set_ylim(bottom=0)
     loss.set_ylim(top=3)
     for panel, title in zip(
