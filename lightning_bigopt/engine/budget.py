@@ -194,7 +194,7 @@ def _warn_of_continued_epoch(trainer: Trainer) -> None:
     if epochs is not None and epochs >= 0 and loop.continues_ended_epoch(trainer):
         batches, more = loop.epoch_batches(trainer), "no further batch of it"
         if batches is not None:
-            more = f"one batch more than the {amount_of(batches, 'batches')} of the epoch"
+            more = f"at most one batch more than the {amount_of(batches, 'batches')} of the epoch"
         rank_zero_warn(
             "Lightning continues an epoch that had ended when the checkpoint was saved: it trains "
             f"{more}, and one epoch less. Resume from a checkpoint that was saved in "
