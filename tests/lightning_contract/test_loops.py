@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
@@ -450,3 +451,35 @@ def test_the_loop_state_contains_the_stage_in_which_it_was_saved(tmp_path: Path,
         Validates(), batches(), batches(1), ckpt_path=tmp_path / "saved.ckpt", weights_only=True
     )
     assert seen == [(True, hook == "on_train_batch_end", hook == "on_validation_end")]
+
+
+@asserts("_should_check_val_epoch")
+def test_the_epoch_loop_says_whether_an_epoch_has_a_validation() -> None:
+    """A resume at the end of an epoch with a validation loses an epoch with an unsized loader."""
+    seen: list[bool] = []
+
+    class Validates(Small):
+        def validation_step(self, *arguments: Any) -> None: ...
+
+    class Looks(L.Callback):
+        def on_train_epoch_start(self, trainer: Any, *arguments: Any) -> None:
+            seen.append(bool(trainer.fit_loop.epoch_loop._should_check_val_epoch()))
+
+    options: dict[str, Any] = {"max_epochs": 3, "max_steps": -1, "num_sanity_val_steps": 0}
+    trainer(Looks(), check_val_every_n_epoch=2, **options).fit(Validates(), batches(), batches(1))
+    trainer(Looks(), **options).fit(Small(), batches())
+    assert seen == [False, True, False] + [False] * 3
+
+
+@asserts("_Stateful")
+def test_a_loader_with_a_state_is_stateful() -> None:
+    """The first epoch of a stateful loader after a resume may be the rest of an epoch only."""
+
+    class WithState:
+        def state_dict(self) -> dict[str, Any]:
+            return {}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    assert isinstance(WithState(), _Stateful)
+    assert not isinstance(batches(), _Stateful)
