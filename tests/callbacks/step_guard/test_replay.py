@@ -78,7 +78,7 @@ def test_file_holds_the_batch_before_the_training_step_changed_it(tmp_path: Path
 def test_replay_draws_the_same_random_numbers(draw: Callable[[], float], tmp_path: Path) -> None:
     class ModuleWithRandomLoss(Plain):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return self.even_loss(batch) * draw() * (1e9 if batch_idx == 4 else 1.0)
+            return self.even_loss(batch) * (1 + draw()) * (1e9 if batch_idx == 4 else 1.0)
 
     module = ModuleWithRandomLoss({}, lr=0.01)
     guard = StepGuard([NormSpike(armed=2)], forensics=str(tmp_path), max_consecutive=1)
