@@ -243,23 +243,15 @@ def train_recorder(folder: Path | None = None, *, ckpt: Any = None, **options: A
     return module
 
 
-class ExactEpochs(L.LightningModule):
-    """Trains on a GlobalBatchLoader, and records learning rate and samples of every update.
+class RecordsRates(L.LightningModule):
+    """Records the learning rate of every step, in a hook of torch on the optimizer."""
 
-    Args:
-        epochs: Samples in each epoch.
-        micro: Largest number of samples in a micro-batch.
-    """
-
-    def __init__(self, *epochs: int, micro: int = 2) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.layer, self.epochs, self.micro = nn.Linear(3, 1), epochs, micro
+        self.layer = nn.Linear(3, 1)
         self.rates: list[float] = []
-        self.sizes: list[int] = []
-        self.batch_samples = 0
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        self.batch_samples += len(batch[0])
         return self.layer(batch[0]).square().mean() * 1e-6
 
     def configure_optimizers(self) -> Any:
@@ -269,6 +261,28 @@ class ExactEpochs(L.LightningModule):
 
     def record(self, optimizer: Any, *_: Any) -> None:
         self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+class ExactEpochs(RecordsRates):
+    """Trains on a GlobalBatchLoader, and records learning rate and samples of every update.
+
+    Args:
+        epochs: Samples in each epoch.
+        micro: Largest number of samples in a micro-batch.
+    """
+
+    def __init__(self, *epochs: int, micro: int = 2) -> None:
+        super().__init__()
+        self.epochs, self.micro = epochs, micro
+        self.sizes: list[int] = []
+        self.batch_samples = 0
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        self.batch_samples += len(batch[0])
+        return super().training_step(batch, batch_idx)
+
+    def record(self, optimizer: Any, *_: Any) -> None:
+        super().record(optimizer)
         self.sizes.append(self.batch_samples)
         self.batch_samples = 0
 
@@ -276,6 +290,19 @@ class ExactEpochs(L.LightningModule):
         return exact_loader(
             self.epochs[min(self.current_epoch, len(self.epochs) - 1)], micro=self.micro
         )
+
+
+class SaveInEpoch(L.Callback):
+    """Saves a checkpoint in a hook, after a number of batches of an epoch: ``at`` has both."""
+
+    def __init__(self, path: Path, hook: str, *, at: tuple[int, int]) -> None:
+        def save(trainer: Any, *_: Any) -> None:
+            epoch = trainer.fit_loop.epoch_progress.current.ready - 1
+            done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+            if (epoch, done) == at:
+                trainer.save_checkpoint(path)
+
+        setattr(self, hook, save)
 
 
 def exact_loader(samples: int, *, micro: int = 2) -> GlobalBatchLoader:

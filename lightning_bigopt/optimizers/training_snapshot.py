@@ -15,7 +15,7 @@ __all__ = ["TrainingSnapshot"]
 _Group: TypeAlias = dict[str, Any]
 
 # Attributes of optimizers that a step sets and removes.
-_OF_ONE_STEP = frozenset({"found_inf", "grad_scale", "step", "__getstate__"})
+_OF_ONE_STEP = frozenset({"found_inf", "grad_scale", "step"})
 
 
 class TrainingSnapshot:

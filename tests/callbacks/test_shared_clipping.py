@@ -630,6 +630,23 @@ def test_resume_is_exact_with_one_norm_per_batch(rule: Any, tmp_path: Path) -> N
         assert resumed.saved_state() == state
 
 
+@pytest.mark.parametrize("before", ["optimizer", "all"])
+def test_resume_with_another_scope_starts_anew_and_logs_it(
+    before: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    after: Any = "all" if before == "optimizer" else "optimizer"
+    rule, at, updates = AutoClip(percentile=40), 5, 2 * SIZE // BATCH
+    fit(Pair(), GradientClipping(rule, scope=before), Saves(tmp_path), max_epochs=2)
+    resumed = GradientClipping(rule, scope=after)
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        fit(Pair(), resumed, ckpt=tmp_path / f"{at}.ckpt", max_epochs=2)
+    assert f"scope: {before} → {after}" in caplog.text
+    labels = resumed.reports().keys()
+    assert labels == ({("", "")} if after == "all" else {("SGD", ""), ("AdamW", "")})
+    assert {report.updates for report in resumed.reports().values()} == {updates - at}
+
+
 def test_nothing_is_kept_after_the_batch() -> None:
     class Stops(EverySecond):
         def on_train_batch_end(self, *args: Any) -> None:

@@ -8,31 +8,20 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_bigopt import LearningRateScheduler, Linear, WarmupStableDecay
+from tests.batch_helpers import RecordsRates, SaveInEpoch
 from tests.helpers import QUIET
 
 
-class Recorded(L.LightningModule):
-    """Records the learning rate of every step, in a hook of torch on the optimizer."""
+class Recorded(RecordsRates):
+    """Has a number of batches in each epoch."""
 
     def __init__(self, sizes: tuple[int, ...] = ()) -> None:
         super().__init__()
-        self.layer, self.sizes = nn.Linear(3, 1), sizes
-        self.rates: list[float] = []
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return self.layer(batch[0]).square().mean() * 1e-6
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
-        optimizer.register_step_pre_hook(self.record)
-        return optimizer
-
-    def record(self, optimizer: Any, *_: Any) -> None:
-        self.rates.append(optimizer.param_groups[0]["lr"])
+        self.sizes = sizes
 
     def train_dataloader(self) -> Any:
         return batches(self.sizes[self.current_epoch])
@@ -45,17 +34,6 @@ def batches(count: int, size: int = 2) -> Any:
 def trainer_of(*callbacks: Any, schedule: Any = None, on_resume: Any = None, **options: Any) -> Any:
     scheduler = LearningRateScheduler(schedule or Linear(), on_resume=on_resume)
     return L.Trainer(**{**QUIET, "max_steps": -1, **options}, callbacks=[scheduler, *callbacks])
-
-
-class Saves(L.Callback):
-    def __init__(self, path: Path, hook: str, *, at: tuple[int, int]) -> None:
-        def save(trainer: Any, *_: Any) -> None:
-            epoch = trainer.fit_loop.epoch_progress.current.ready - 1
-            done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
-            if (epoch, done) == at:
-                trainer.save_checkpoint(path)
-
-        setattr(self, hook, save)
 
 
 def expected(*lengths: int, epochs: int | None = None) -> list[float]:
@@ -77,7 +55,7 @@ def test_resume_with_another_batch_size_continues_at_the_epoch(
     tmp_path: Path, on_resume: Any, before: int, after: int
 ) -> None:
     path = tmp_path / "epoch.ckpt"
-    saves = Saves(path, "on_train_epoch_end", at=(3, before))
+    saves = SaveInEpoch(path, "on_train_epoch_end", at=(3, before))
     trainer_of(saves, max_epochs=10).fit(Recorded(), batches(before))
     module = Recorded()
     trainer_of(max_epochs=10, on_resume=on_resume).fit(module, batches(after), ckpt_path=path)
@@ -96,7 +74,7 @@ def test_resumed_learning_rates_equal_the_uninterrupted_ones(
     tmp_path: Path, hook: str, at: tuple[int, int]
 ) -> None:
     path, straight, resumed = tmp_path / "saved.ckpt", Recorded(), Recorded()
-    trainer_of(Saves(path, hook, at=at), max_epochs=4).fit(straight, batches(5))
+    trainer_of(SaveInEpoch(path, hook, at=at), max_epochs=4).fit(straight, batches(5))
     assert straight.rates == pytest.approx(expected(*[5] * 4), abs=1e-12)
     trainer_of(max_epochs=4).fit(resumed, batches(5), ckpt_path=path)
     assert resumed.rates == straight.rates[-len(resumed.rates) :]
@@ -143,7 +121,7 @@ class ShorterThanAnnounced(IterableDataset[list[Tensor]]):
 def test_length_seen_in_the_first_epoch_is_used_afterwards(tmp_path: Path) -> None:
     path, module = tmp_path / "saved.ckpt", Recorded()
     data = DataLoader(ShorterThanAnnounced(), batch_size=2)
-    trainer_of(Saves(path, "on_train_batch_end", at=(1, 2)), max_epochs=3).fit(module, data)
+    trainer_of(SaveInEpoch(path, "on_train_batch_end", at=(1, 2)), max_epochs=3).fit(module, data)
     right = [1 - i / 8 / 3 for i in range(6)] + expected(6, 6, 6)[6:]
     assert module.rates == pytest.approx(right, abs=1e-12)
     resumed = Recorded()
@@ -225,7 +203,7 @@ def test_expected_length_is_the_same_after_a_resume(
     # At the end of an epoch a loader without a state resumes exactly.
     loader = Continues if at[1] < lengths[at[0]] else Announces
     straight, resumed = Recorded(), Recorded()
-    trainer_of(Saves(path, hook, at=at), max_epochs=5).fit(straight, loader(8, *lengths))
+    trainer_of(SaveInEpoch(path, hook, at=at), max_epochs=5).fit(straight, loader(8, *lengths))
     assert straight.rates == pytest.approx(shares(8, *lengths), abs=1e-12)
     rest = lengths[at[0] + (at[1] == lengths[at[0]]) :]
     trainer_of(max_epochs=5).fit(resumed, loader(8, *rest), ckpt_path=path)
@@ -245,7 +223,7 @@ def test_batch_that_was_fetched_and_not_trained_shows_no_length(tmp_path: Path, 
             pass
 
     path = tmp_path / "started.ckpt"
-    saves = Saves(path, "on_train_batch_start", at=(0, given))
+    saves = SaveInEpoch(path, "on_train_batch_start", at=(0, given))
     trainer_of(saves, max_epochs=3).fit(Recorded(), Skips(6, 6, 6, 6))
     resumed = Recorded()
     trainer_of(max_epochs=3).fit(resumed, Skips(6, 5 - given, 6, 6), ckpt_path=path)
@@ -265,7 +243,7 @@ def test_rest_of_an_epoch_after_a_resume_shows_no_length(tmp_path: Path) -> None
             pass
 
     path, options = tmp_path / "last.ckpt", {"max_epochs": 4, "limit_train_batches": 5}
-    saves = Saves(path, "on_train_batch_end", at=(0, 5))
+    saves = SaveInEpoch(path, "on_train_batch_end", at=(0, 5))
     trainer_of(saves, **options).fit(Recorded(), Rest(6, 6, 6, 6, 6))
     resumed = Recorded()
     trainer_of(**options).fit(resumed, Rest(6, 1, 6, 6), ckpt_path=path)
@@ -289,7 +267,7 @@ def test_cooldown_in_epochs_lasts_epochs_of_the_new_loader(
     tmp_path: Path, before: int, after: int, hook: str
 ) -> None:
     path = tmp_path / "epoch.ckpt"
-    saves = Saves(path, hook, at=(3, before))
+    saves = SaveInEpoch(path, hook, at=(3, before))
     trainer_of(saves, max_epochs=10, schedule=WarmupStableDecay(warmup=0, decay="10%")).fit(
         Recorded(), batches(before)
     )
@@ -338,7 +316,7 @@ def test_the_largest_share_is_the_same_after_a_resume(tmp_path: Path, at: tuple[
     options: dict[str, Any] = {"max_epochs": 3, "reload_dataloaders_every_n_epochs": 1}
     sizes, path = (12, 3, 3), tmp_path / "some.ckpt"
     straight, resumed = Recorded(sizes), Recorded(sizes)
-    saves = Saves(path, "on_train_batch_end", at=at)
+    saves = SaveInEpoch(path, "on_train_batch_end", at=at)
     trainer_of(saves, max_steps=20, **options).fit(straight)
     trainer_of(max_steps=20, **options).fit(resumed, ckpt_path=path)
     done = sum(sizes[: at[0]]) + at[1]
@@ -374,7 +352,7 @@ def test_resume_after_the_last_batch_of_an_epoch_reads_the_length_of_the_next(
     """Lightning does not call ``on_train_epoch_start``, and begins a longer epoch at batch 2."""
     sizes, path = (4, 2, 6), tmp_path / "last.ckpt"
     options: dict[str, Any] = {"max_epochs": 3, "reload_dataloaders_every_n_epochs": 1}
-    saves = Saves(path, "on_train_batch_end", at=(ended - 1, sizes[ended - 1]))
+    saves = SaveInEpoch(path, "on_train_batch_end", at=(ended - 1, sizes[ended - 1]))
     trainer_of(saves, **options).fit(Recorded(sizes))
     resumed = Recorded(sizes)
     trainer_of(**options).fit(resumed, ckpt_path=path)

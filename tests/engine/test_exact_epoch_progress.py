@@ -24,7 +24,7 @@ from lightning_bigopt import (
     WarmupConstant,
     WarmupStableDecay,
 )
-from tests.batch_helpers import RAMPED, ExactEpochs, exact_loader, ramped
+from tests.batch_helpers import RAMPED, ExactEpochs, SaveInEpoch, exact_loader, ramped
 from tests.helpers import QUIET
 
 SIZE = 2  # samples of an update
@@ -55,17 +55,6 @@ def expected(*epochs: int, of: int | None = None) -> Any:
     return pytest.approx([1 - (e + share) / total for e, share in starts(*epochs)], abs=1e-12)
 
 
-class Saves(L.Callback):
-    def __init__(self, path: Path, hook: str, *, at: tuple[int, int]) -> None:
-        def save(trainer: Any, *_: Any) -> None:
-            epoch = trainer.fit_loop.epoch_progress.current.ready - 1
-            done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
-            if (epoch, done) == at:
-                trainer.save_checkpoint(path)
-
-        setattr(self, hook, save)
-
-
 @pytest.mark.parametrize("batches", [(4, 8, 12, 16), (16, 12, 8, 4), (3, 7, 1, 5)])
 def test_reloaded_data_of_other_sizes_ends_on_the_budget(batches: tuple[int, ...]) -> None:
     samples = tuple(SIZE * count for count in batches)
@@ -89,7 +78,7 @@ def test_resume_at_the_end_of_an_epoch_with_data_of_another_size(
     tmp_path: Path, before: int, after: int, on_resume: Any, hook: str
 ) -> None:
     path = tmp_path / "half.ckpt"
-    saves = Saves(path, hook, at=(1, before))
+    saves = SaveInEpoch(path, hook, at=(1, before))
     trainer_of(saves, max_epochs=4).fit(ExactEpochs(before * SIZE))
     module = ExactEpochs(after * SIZE)
     trainer_of(max_epochs=4, on_resume=on_resume).fit(module, ckpt_path=path)
@@ -111,7 +100,7 @@ def test_resumed_learning_rates_equal_the_uninterrupted_ones(
     """Epochs of 13, 7 and 17 samples: 7, 4 and 9 updates."""
     path, epochs = tmp_path / "saved.ckpt", (13, 7, 17)
     straight, resumed = ExactEpochs(*epochs), ExactEpochs(*epochs)
-    trainer_of(Saves(path, hook, at=at), max_epochs=3).fit(straight)
+    trainer_of(SaveInEpoch(path, hook, at=at), max_epochs=3).fit(straight)
     assert straight.rates == expected(*epochs)
     trainer_of(max_epochs=3).fit(resumed, ckpt_path=path)
     done = sum((7, 4, 9)[: at[0]]) + at[1]
@@ -201,7 +190,7 @@ def test_budget_in_epochs_ends_within_an_epoch_of_another_size() -> None:
 
 def test_cooldown_in_epochs_lasts_epochs_of_the_new_data(tmp_path: Path) -> None:
     path, schedule = tmp_path / "stable.ckpt", WarmupStableDecay(warmup=0, decay="10%")
-    saves = Saves(path, "on_train_batch_end", at=(3, 8))
+    saves = SaveInEpoch(path, "on_train_batch_end", at=(3, 8))
     trainer_of(saves, scheduler=LearningRateScheduler(schedule), max_epochs=10).fit(ExactEpochs(16))
     scheduler = LearningRateScheduler(
         schedule, on_resume="cooldown", cooldown="2 epochs", cooldown_shape="linear"
@@ -245,7 +234,7 @@ def test_epoch_that_lightning_omits_after_a_resume_is_reported(
     path, options = tmp_path / "end.ckpt", {"max_epochs": 3, **limits}
     data = {"val_dataloaders": DataLoader(TensorDataset(torch.randn(4, 3)))} if validates else {}
     at, kind = (1, 4) if "start" in hook else (0, 4), Validated if validates else ExactEpochs
-    trainer_of(Saves(path, hook, at=at), **options).fit(kind(8), **data)
+    trainer_of(SaveInEpoch(path, hook, at=at), **options).fit(kind(8), **data)
     resumed = kind(8)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
