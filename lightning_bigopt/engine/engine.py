@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,9 @@ from lightning_bigopt.batching.exact_loader import GlobalBatchLoader
 from lightning_bigopt.engine import budget, fit_setup, optimizer_setup
 from lightning_bigopt.engine.batch_counter import BatchCounter
 from lightning_bigopt.engine.clock import Clock
+from lightning_bigopt.engine.evaluation import EvaluationHooks
 from lightning_bigopt.engine.snapshot import Snapshot
-from lightning_bigopt.engine.stage import Fit, Stages, overriding
+from lightning_bigopt.engine.stage import Fit, Stages
 from lightning_bigopt.engine.step import StepHooks
 from lightning_bigopt.engine.update_check import UpdateCheck
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
@@ -24,10 +26,10 @@ if TYPE_CHECKING:
 __all__ = ["Engine"]
 
 
-class Engine(StepHooks):
+class Engine(EvaluationHooks, StepHooks):
     """Runs the capabilities of lightning_bigopt; the first capability adds it to the Trainer.
 
-    This class starts and ends fits, and saves state. The base class runs the steps.
+    It starts and ends fits, ends epochs, and saves state. Its bases run steps and evaluations.
 
     State:
         ``clock``: the counts and the horizon; ``groups``: the base values of scheduled fields other
@@ -47,14 +49,9 @@ class Engine(StepHooks):
         self._run = object()  # identifies a run: capabilities of another run are reset
         self._loaded: dict[str, Any] | None = None
         # The state that is saved after a fit, and the loader's also before the first batch.
-        self._idle_state: dict[str, Any] = {
-            "groups": {},
-            "written": {},
-            "loader": None,
-            "repeat": [],
-        }
+        state: dict[str, Any] = {"groups": {}, "written": {}, "loader": None, "repeat": []}
+        self._idle_state = state
         self._last_trainer: weakref.ref[Trainer] | None = None
-        self._evaluated: list[Stages] = []  # the capabilities that an evaluation has begun with
 
     def __repr__(self) -> str:
         names = [type(capability).__name__ for capability in self._capabilities()]
@@ -117,10 +114,6 @@ class Engine(StepHooks):
         # on_train_start.
         optimizer_setup.install(self._fit)
 
-    def _collect(self, trainer: Trainer) -> list[Stages]:
-        listed = [c for c in trainer_callbacks.callbacks_of(trainer) if isinstance(c, Stages)]
-        return sorted([*listed, *self._unlisted], key=lambda c: c.rank)
-
     def _receive_loader(self, loader: Any) -> None:
         if self._fit is None:
             return
@@ -144,6 +137,26 @@ class Engine(StepHooks):
                 budget.announce_limits(trainer, self.clock.horizon)
             if self.clock.budget_exhausted:
                 trainer.should_stop = True  # a run that has ended is started again
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends the epoch, and drops a batch that has not ended."""
+        if self._fit is None:
+            return
+        assert self._counter is not None  # set in on_train_start
+        self._batch = None
+        if self.clock.window_is_open:
+            # The epoch was left inside a window, whose gradients are lost.
+            self._fit.buffers.restore_()
+        self.clock.end_epoch(trainer)
+        self._counter.end_epoch()
+        if self.clock.budget_exhausted:
+            trainer.should_stop = True  # the epoch may have ended before its announced length
+        if self._update_check is not None:
+            self._update_check.end_epoch(self._updating)
+        if self._fit.shard_group is None:
+            self._fit.optimizers.check_module()
+        for capability in self._stages["end_epoch"]:
+            capability.end_epoch(self._fit)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warns if the run has ended before its schedules."""
@@ -197,11 +210,11 @@ class Engine(StepHooks):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Ends the evaluation and the fit; Lightning does not call ``teardown`` after an error."""
-        evaluated, self._evaluated = self._evaluated, []
-        for capability in overriding(evaluated)["begin_evaluation"]:
-            capability.end_evaluation(trainer, pl_module)
-        # ModelCheckpoint(save_on_exception=True) saves after this hook.
+        self._end_failed_evaluation(trainer, pl_module)
         self.finish_batch()
+        if self._fit is not None and self.clock.window_is_open:
+            # As at the end of an epoch. ModelCheckpoint(save_on_exception=True) saves later.
+            self._fit.buffers.restore_()
         self._end()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -243,25 +256,7 @@ class Engine(StepHooks):
             fit.trainer, fit.module, self.clock, fit.groups, fit.capabilities, rewound=rewound
         )
 
-    # -------------------------------------------------------------- evaluation, weights, state
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Runs the stage ``begin_evaluation`` of all capabilities in the Trainer's list."""
-        if trainer_callbacks.find_callback(trainer, Engine) is not self:
-            return  # a second engine does nothing
-        # Kept, because a callback may be removed before the evaluation ends.
-        self._evaluated = self._collect(trainer)
-        for capability in overriding(self._evaluated)["begin_evaluation"]:
-            capability.begin_evaluation(trainer, pl_module)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Runs the stage ``end_evaluation`` of the capabilities of the evaluation."""
-        evaluated, self._evaluated = self._evaluated, []
-        for capability in overriding(evaluated)["end_evaluation"]:
-            capability.end_evaluation(trainer, pl_module)
-
-    on_test_start = on_predict_start = on_validation_start
-    on_test_end = on_predict_end = on_validation_end
+    # ---------------------------------------------------------------------- weights and state
 
     def _collect_weights(self, collect: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         fit = self._fit
@@ -271,7 +266,9 @@ class Engine(StepHooks):
         # Lightning collects the weights before the states of the callbacks: a rollback at the end
         # of the batch must come first, so that weights and states belong to the same update.
         self.finish_batch()
-        weights = collect()
+        # The gradients of an open window are lost, and the batches may be trained again.
+        with fit.buffers.in_place() if self.clock.window_is_open else nullcontext():
+            weights = collect()
         for capability in self._stages["saved_weights"]:
             weights = capability.saved_weights(weights)
         return weights

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
@@ -14,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_bigopt.batching.global_window import MicroBatch
 from lightning_bigopt.engine.amounts import NeedsSamples
 from lightning_bigopt.engine.budget import Simulate
+from lightning_bigopt.engine.buffer_snapshot import BufferSnapshot
 from lightning_bigopt.engine.clock import Clock
 from lightning_bigopt.engine.clock_settings import ClockSettings
 from lightning_bigopt.engine.optimizer_info import OptimizerInfo, OptimizerInfos
@@ -59,6 +59,7 @@ class Fit:
 
     Attributes:
         optimizers: The parameters of each optimizer.
+        buffers: The buffers of the module at the start of the current accumulation window.
     """
 
     trainer: Trainer
@@ -77,6 +78,7 @@ class Fit:
     finish_batch: Callable[[], None]
     take_snapshot: Callable[[], Restorable]
     optimizers: OptimizerInfos = field(init=False)
+    buffers: BufferSnapshot = field(init=False, default_factory=BufferSnapshot)
     _names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -95,21 +97,6 @@ class Fit:
     def owners(self) -> frozenset[str]:
         """Returns the ``owns`` of all capabilities."""
         return frozenset(capability.owns for capability in self.capabilities)
-
-    def follow_list(self, listed: Sequence[object], before: Sequence[object]) -> list[Stages]:
-        """Ends the capabilities that are not in a list of callbacks, and returns the others."""
-        kept = [capability for capability in self.capabilities if capability in listed]
-        for capability in [c for c in self.capabilities if c not in kept]:
-            capability.end(self)
-            self.groups.release(capability)
-            capability.fit = None
-        for added in listed:
-            if isinstance(added, Stages) and added not in kept and added not in before:
-                rank_zero_warn(
-                    f"{added!r} was added to the Trainer's callbacks during the fit. It has no "
-                    "effect in this fit; add callbacks of lightning_bigopt before it."
-                )
-        return kept
 
     def required(self, kind: type[StagesT]) -> StagesT:
         """Returns the capability of a class that another capability lists in ``requires``."""

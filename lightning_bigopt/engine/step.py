@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -35,10 +36,12 @@ class StepHooks(Callback):
     :class:`~lightning_bigopt.engine.stage.Stages`.
     """
 
+    _unlisted: list[Stages]
+
     def __init__(self) -> None:
+        super().__init__()
         self.clock = Clock()
         self._fit: Fit | None = None
-        self._unlisted: list[Stages] = []
         self._clear_fit()
 
     def _clear_fit(self) -> None:
@@ -88,6 +91,10 @@ class StepHooks(Callback):
             # Only here: removing a capability in the middle of a window would change the
             # accumulation or the weights of a gradient that is partly computed.
             self._read_list(fit)
+            if self._epoch_is_new:
+                fit.buffers.watch(fit.module)
+            if fit.buffers.modules:  # a module without buffers costs nothing
+                fit.buffers.save()
         amounts = self._counter.count(trainer, batch, batch_idx)
         clock.begin_batch(amounts, index=loop.ready_batches(trainer) - 1)
         self._batch = Batch(
@@ -118,10 +125,8 @@ class StepHooks(Callback):
         if batch is None:
             return
         self._batch_has_loss = True
-        if self._stages["observe_loss"]:
-            plain = precision.unscaled_loss(trainer, loss)
-            for capability in self._stages["observe_loss"]:
-                capability.observe_loss(batch, plain)
+        for capability in self._stages["observe_loss"]:
+            capability.observe_loss(batch, precision.unscaled_loss(trainer, loss))
         factor = batch.loss_factor
         # A hook on the loss needs no patch. Without a gradient, backward raises its usual error.
         if (isinstance(factor, Tensor) or factor != 1) and loss.requires_grad:
@@ -263,30 +268,24 @@ class StepHooks(Callback):
         if fit.groups:  # last, because all of the above may change adjustments and groups
             fit.groups.write(clock.progress())
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ends the epoch, and drops a batch that has not ended."""
-        if self._fit is None:
-            return
-        assert self._counter is not None  # set in on_train_start
-        self._batch = None
-        self.clock.end_epoch(trainer)
-        self._counter.end_epoch()
-        if self.clock.budget_exhausted:
-            trainer.should_stop = True  # the epoch may have ended before its announced length
-        if self._update_check is not None:
-            self._update_check.end_epoch(self._updating)
-        if self._fit.shard_group is None:
-            self._fit.optimizers.check_module()
-        for capability in self._stages["end_epoch"]:
-            capability.end_epoch(self._fit)
-
     def _read_list(self, fit: Fit) -> None:
         """Ends capabilities that were removed from the Trainer's list; warns about new ones."""
         listed: list[object] = [*fit.trainer.callbacks, *self._unlisted]  # type: ignore[attr-defined]
         if listed == self._listed:
             return
         before, self._listed = self._listed, listed
-        self._set_capabilities(fit, fit.follow_list(listed, before))
+        kept = [capability for capability in fit.capabilities if capability in listed]
+        for capability in [c for c in fit.capabilities if c not in kept]:
+            capability.end(fit)
+            fit.groups.release(capability)
+            capability.fit = None
+        for added in listed:
+            if isinstance(added, Stages) and added not in kept and added not in before:
+                rank_zero_warn(
+                    f"{added!r} was added to the Trainer's callbacks during the fit. It has no "
+                    "effect in this fit; add callbacks of lightning_bigopt before it."
+                )
+        self._set_capabilities(fit, kept)
 
     def _follow_changes(self, fit: Fit) -> None:
         """Follows replaced optimizers, new groups, and values that other code has written."""

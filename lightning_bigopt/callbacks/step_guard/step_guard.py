@@ -12,13 +12,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_bigopt.arguments import explain_arguments
-from lightning_bigopt.callbacks.step_guard.buffer_snapshot import BufferSnapshot
 from lightning_bigopt.callbacks.step_guard.conflicts import check_conflicts
 from lightning_bigopt.callbacks.step_guard.guard_state import GuardState
 from lightning_bigopt.callbacks.step_guard.rejection_report import RejectedUpdate, WindowRecorder
 from lightning_bigopt.callbacks.step_guard.too_many_rejections import too_many_rejections
 from lightning_bigopt.checks import check_count, checked_tuple
 from lightning_bigopt.durations.duration import amount_of
+from lightning_bigopt.engine.buffer_snapshot import BufferSnapshot
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.stage import Batch, Fit
 from lightning_bigopt.engine.update import Rejection, Update
@@ -127,6 +127,8 @@ class StepGuard(Capability):
     def start(self, fit: Fit) -> None:
         """Starts with an empty window: checkpoints contain no gradients."""
         self._window.clear()
+        # In manual optimization a window ends with an update, and may contain several batches.
+        self._buffers = fit.buffers if fit.module.automatic_optimization else BufferSnapshot()
         if self._state.has_backoffs:
             fit.groups.adjust("lr", lambda lr, _: self._state.apply_backoffs(lr), owner=self)
 
@@ -134,13 +136,10 @@ class StepGuard(Capability):
         """Logs changes of detectors and actions since the checkpoint."""
         self._state.report_changes()
 
-    def begin_epoch(self, fit: Fit) -> None:
-        """Finds the modules whose buffers are saved; they may be others than before."""
-        self._buffers.watch(fit.module)
-
     def begin_batch(self, batch: Batch) -> None:
         """Saves the buffers before a window, and the batch if batches are recorded."""
-        if self._window.is_over:
+        if self._window.is_over and self._buffers is not batch.fit.buffers:
+            self._buffers.watch(batch.fit.module)
             self._buffers.save()
         self._window.begin(batch)
 
@@ -160,7 +159,7 @@ class StepGuard(Capability):
     def end(self, fit: Fit) -> None:
         """Logs the number of rejected updates, and releases the batches."""
         self._window.clear()
-        self._buffers.release()
+        self._buffers = BufferSnapshot()
         if self.rejected:
             updates = amount_of(self.rejected, "updates")
             rank_zero_info(f"StepGuard rejected {updates} of this run.")

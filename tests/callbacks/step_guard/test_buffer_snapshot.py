@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bigopt import NonFinite, StepGuard
-from lightning_bigopt.callbacks.step_guard import buffer_snapshot
-from lightning_bigopt.callbacks.step_guard.buffer_snapshot import BufferSnapshot
+from lightning_bigopt.engine import buffer_snapshot
+from lightning_bigopt.engine.buffer_snapshot import BufferSnapshot
 from tests.bad_batches import finite, fit
 from tests.helpers import cpu_precision
 

@@ -1,7 +1,9 @@
-"""Saves the buffers that a forward pass may change, and restores them after a rejection."""
+"""Copies of the buffers that a forward pass may change, at the start of an accumulation window."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -10,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_bigopt.gradients.norm_kernels import accumulation_dtype
 from lightning_bigopt.gradients.sharding import to_local
 
 __all__ = ["BufferSnapshot"]
@@ -31,9 +32,9 @@ class _Entry:
         module: The module that owns the buffer.
         name: Its name in the module.
         tensor: The registered tensor.
-        copy: The copy of its local part; None as long as a large buffer has not changed.
-        version: Torch's count of changes of a large buffer.
-        total: Sum of a large buffer at the start of the first window.
+        copy: The copy of its local part; None for a large buffer that has not changed.
+        version: Torch's count of changes of a large buffer without a copy.
+        may_be_constant: Whether it is not known yet if a large buffer changes.
     """
 
     module: nn.Module
@@ -41,7 +42,10 @@ class _Entry:
     tensor: Tensor
     copy: Tensor | None = None
     version: int = 0
-    total: Tensor | None = None
+    may_be_constant: bool = True
+
+    def __post_init__(self) -> None:
+        self.copy = self.local.clone()
 
     @property
     def local(self) -> Tensor:
@@ -53,38 +57,46 @@ class _Entry:
         """Whether the buffer has the shape of its copy; the forward pass may set its ``data``."""
         return self.copy is None or self.copy.shape == self.local.shape
 
-    def watch(self, *, is_new: bool) -> None:
-        """Copies a small buffer, or remembers the content of a large one that is new."""
-        local = self.local
-        if local.numel() < _LARGE or not is_new:
-            self.copy = local.clone()
-        else:
-            self.version, self.total = _version(self.tensor), _sum(local)
-
     def save(self) -> None:
         """Copies the buffer, unless it is large and has never changed."""
-        if self.copy is not None:
+        if self.copy is None:
+            if _version(self.tensor) != self.version:
+                self.copy, self.may_be_constant = self.local.clone(), False
+        elif self.local.numel() < _LARGE or not self.may_be_constant:
             self.copy.copy_(self.local)
-            return
-        # Changes through ``.data`` are not counted: the first window is compared by its sum.
-        has_changed = _version(self.tensor) != self.version
-        if not has_changed and self.total is not None:
-            has_changed = not torch.equal(_sum(self.local), self.total)
-        self.total = None
-        if has_changed:
-            self.copy = self.local.clone()
+        elif torch.equal(self.copy, self.local):
+            # Most large buffers are constant: masks, tables of positions.
+            self.copy, self.version = None, _version(self.tensor)
+        else:
+            self.copy.copy_(self.local)
+            self.may_be_constant = False
+
+    def saved(self) -> Tensor | None:
+        """Returns a new tensor with the content of the copy; None for a large constant buffer."""
+        if self.copy is None:
+            return None
+        if self.tensor is self.local or not self.has_shape:
+            return self.copy.clone()
+        whole = self.tensor.clone()  # a DTensor
+        to_local(whole).copy_(self.copy)
+        return whole
 
 
 class BufferSnapshot:
     """Saves and restores the buffers of modules in training mode.
 
     A forward pass changes running statistics, codebooks, queues or the vectors of a spectral norm
-    before there is a gradient to inspect, and a NaN in a moving average never disappears. Buffers
-    of any dtype are restored, because a flag or a counter belongs to the tensor beside it. Buffers
-    that the forward pass replaces by new tensors are included.
+    before the update to which it belongs. A rejected update must not change them, and a checkpoint
+    inside a window, whose gradients are lost, must not contain the change. Buffers of any dtype
+    are included, because a flag or a counter belongs to the tensor beside it, and so are buffers
+    that the forward pass replaces by new tensors.
 
-    All copies stay on the device. A buffer with 2^20 elements or more is copied only if it changes:
-    the first window in which it does is not restored. Buffers above 2^26 elements are never copied.
+    All copies stay on the device. A buffer with 2^20 elements or more is copied in the first
+    window, and after that only if it changes: the first later window in which it does is not
+    restored. Buffers above 2^26 elements are never copied.
+
+    Attributes:
+        modules: The modules that were found; empty if none of them has a buffer.
 
     Example:
         >>> layer = nn.BatchNorm1d(1)
@@ -98,7 +110,7 @@ class BufferSnapshot:
     """
 
     def __init__(self) -> None:
-        self._modules: list[nn.Module] = []
+        self.modules: list[nn.Module] = []
         self._entries: list[_Entry] = []
         self._keys: list[tuple[int, torch.Size]] = []
         self._small: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -106,14 +118,15 @@ class BufferSnapshot:
 
     def watch(self, module: nn.Module) -> None:
         """Finds the modules inside a module; call it once per epoch, because they may change."""
-        self._modules = list(module.modules())
+        has_buffers = next(module.buffers(), None) is not None
+        self.modules = list(module.modules()) if has_buffers else []
 
     @torch.no_grad()
     def save(self) -> None:
         """Copies the buffers of all modules in training mode."""
         found = [
             (module, name, buffer)
-            for module in self._modules
+            for module in self.modules
             if module.training
             for name, buffer in _buffers(module).items()
             if _is_saved(buffer)
@@ -134,13 +147,11 @@ class BufferSnapshot:
         before = {(id(entry.module), entry.name): entry for entry in self._entries}
         self._entries = []
         for module, name, tensor in found:
-            known = before.get((id(module), name))
-            if known is not None and known.tensor is tensor and known.has_shape:
-                entry = known
+            entry = before.get((id(module), name))
+            if entry is not None and entry.tensor is tensor and entry.has_shape:
                 entry.save()
             else:
                 entry = _Entry(module, name, tensor)
-                entry.watch(is_new=known is None)
             self._entries.append(entry)
         small = [e for e in self._entries if e.tensor.numel() < _LARGE and e.copy is not None]
         self._small = [e.local for e in small], [e.copy for e in small if e.copy is not None]
@@ -158,6 +169,21 @@ class BufferSnapshot:
             else:
                 entry.tensor.data = entry.copy.clone()
 
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Registers copies of the saved buffers with the modules; puts the current ones back."""
+        replaced = []
+        for entry in self._entries:
+            buffers, saved = _buffers(entry.module), entry.saved()
+            if saved is not None and entry.name in buffers:
+                replaced.append((buffers, entry.name, buffers[entry.name]))
+                buffers[entry.name] = saved
+        try:
+            yield
+        finally:
+            for buffers, name, current in replaced:
+                buffers[name] = current
+
     @torch.no_grad()
     def restore_nonfinite_(self) -> None:
         """Restores the numbers that have become non-finite."""
@@ -169,10 +195,6 @@ class BufferSnapshot:
             if local.shape == entry.copy.shape:
                 local.copy_(torch.where(local.isfinite(), local, entry.copy))
 
-    def release(self) -> None:
-        """Releases the modules and the copies."""
-        vars(self).update(vars(BufferSnapshot()))
-
     def __getstate__(self) -> dict[str, Any]:
         # A deep copy of the guard, as plan() makes it, must not copy the user's modules.
         return vars(BufferSnapshot())
@@ -181,8 +203,3 @@ class BufferSnapshot:
 def _is_saved(buffer: Any) -> bool:
     # A buffer may be None, and that of a lazy module has no values before its first forward pass.
     return buffer is not None and not is_lazy(buffer) and buffer.numel() <= _TOO_LARGE
-
-
-def _sum(tensor: Tensor) -> Tensor:
-    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return real.sum(dtype=accumulation_dtype(real.device))

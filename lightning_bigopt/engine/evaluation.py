@@ -1,0 +1,53 @@
+"""Lightning's hooks of validation, test and prediction, and the stages that they run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import Callback
+
+from lightning_bigopt.engine.stage import Stages, overriding
+from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["EvaluationHooks"]
+
+
+class EvaluationHooks(Callback):
+    """Runs the stages ``begin_evaluation`` and ``end_evaluation``, during a fit and without one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._unlisted: list[Stages] = []  # capabilities whose hooks another callback calls
+        self._evaluated: list[Stages] = []  # the capabilities that an evaluation has begun with
+
+    def _collect(self, trainer: Trainer) -> list[Stages]:
+        """Returns the capabilities of the Trainer, ordered by rank."""
+        listed = [c for c in trainer_callbacks.callbacks_of(trainer) if isinstance(c, Stages)]
+        return sorted([*listed, *self._unlisted], key=lambda c: c.rank)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Runs the stage ``begin_evaluation`` of all capabilities in the Trainer's list."""
+        if trainer_callbacks.find_callback(trainer, EvaluationHooks) is not self:
+            return  # a second engine does nothing
+        # Kept, because a callback may be removed before the evaluation ends.
+        self._evaluated = self._collect(trainer)
+        for capability in overriding(self._evaluated)["begin_evaluation"]:
+            capability.begin_evaluation(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Runs the stage ``end_evaluation`` of the capabilities of the evaluation."""
+        evaluated, self._evaluated = self._evaluated, []
+        for capability in overriding(evaluated)["end_evaluation"]:
+            capability.end_evaluation(trainer, pl_module)
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
+
+    def _end_failed_evaluation(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Runs ``end_evaluation`` after an error, where ``begin_evaluation`` is implemented."""
+        evaluated, self._evaluated = self._evaluated, []
+        for capability in overriding(evaluated)["begin_evaluation"]:
+            capability.end_evaluation(trainer, pl_module)
