@@ -20,12 +20,15 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_bigopt import (
+    BatchSizeScheduler,
+    ConstantBatchSize,
+    GlobalBatchLoader,
     GradientClipping,
     LearningRateScheduler,
     Linear,
@@ -42,7 +45,7 @@ from lightning_bigopt.trainer_access.saved_weights import (
     with_second_weights,
 )
 from tests.engine.fake_averaging import FakeAveraging, Looked, copies
-from tests.helpers import QUIET, ResumableLoader, full, loader
+from tests.helpers import QUIET, Regression, ResumableLoader, full, loader
 
 STRATEGIES = ("ddp", "fsdp2")
 
@@ -350,7 +353,91 @@ def bare_resumed(out: Path) -> Any:
     return found
 
 
-NAMES = ["averaged", "no_second_weights", "rolled_back", "saved_first", "bare_resumed"]
+# -------------------------------------------------------------- buffers of the window's start
+
+
+class Normalized(L.LightningModule):
+    """A network with running statistics, with or without FSDP2."""
+
+    def __init__(self, *, sharded: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.sharded = sharded
+        self.net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+
+    def configure_model(self) -> None:
+        if self.sharded and not hasattr(self.net[0], "set_requires_gradient_sync"):
+            for layer in (self.net[0], self.net[2]):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+    def buffer_values(self) -> dict[str, list[float]]:
+        return numbers(dict(self.net.named_buffers(prefix="net")))
+
+
+class SavesBatch(L.Callback):
+    """Saves two kinds of files after a loader batch, and records the buffers of every batch."""
+
+    def __init__(self, path: Path, *, batch: int) -> None:
+        self.path, self.batch = path, batch
+        self.ends: list[dict[str, list[float]]] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *arguments: Any) -> None:
+        self.ends.append(module.buffer_values())
+        if len(self.ends) == self.batch:
+            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path.with_suffix(".weights"), weights_only=True)
+
+
+def saved_buffers(out: Path) -> Any:
+    """Saves after the second of the three micro-batches of an update, and resumes."""
+    found = {}
+    for case in ("ddp whole", "fsdp2 whole", "fsdp2 sharded"):
+        path, name = out / f"buffers {case}.ckpt", case.split()[0]
+
+        def train(
+            *own: Any, name: str = name, whole: bool = "whole" in case, **resume: Any
+        ) -> Normalized:
+            model = Normalized(sharded=name == "fsdp2")
+            scheduler = LearningRateScheduler(Linear(start=1.0, end=0.5))
+            batches = BatchSizeScheduler(ConstantBatchSize(12))
+            data = GlobalBatchLoader(Regression(48), micro_batch_size=2, seed=1)
+            trainer(name, scheduler, batches, *own, whole=whole).fit(model, data, **resume)
+            return model
+
+        saves = SavesBatch(path, batch=5)
+        straight = train(saves)
+        resumed = train(ckpt_path=path, weights_only=False)
+        found[case] = {
+            "ends": saves.ends,
+            "files": [saved_values(path), saved_values(path.with_suffix(".weights"))],
+            "straight": straight.buffer_values(),
+            "resumed": resumed.buffer_values(),
+        }
+    return found
+
+
+def saved_values(path: Path) -> dict[str, list[float]]:
+    torch.distributed.barrier()
+    whole = torch.load(path, weights_only=False) if path.is_file() else None
+    saved = (whole or _load_distributed_checkpoint(path))["state_dict"]
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    return {key: value for key, value in numbers(saved).items() if key.endswith(buffers)}
+
+
+NAMES = [
+    "averaged",
+    "no_second_weights",
+    "rolled_back",
+    "saved_first",
+    "bare_resumed",
+    "saved_buffers",
+]
 
 
 def main() -> None:

@@ -144,3 +144,24 @@ def test_a_checkpoint_of_a_bare_trainer_resumes_with_ours_beside_it(
     for found in (result["bare_resumed"][f"{name} {limit}"] for result in two):
         assert found["lrs"] == [0.05 * (1 - t / 8) for t in range(3, 8)]
         assert found["steps"] == 8
+
+
+# -------------------------------------------------------------- buffers of the window's start
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_buffers_of_the_last_update_are_saved_inside_a_window(two: Any, case: str) -> None:
+    """Three micro-batches are an update; both kinds of files are saved after the fifth."""
+    first, second = (result["saved_buffers"][case] for result in two)
+    assert first["files"] == second["files"]
+    full, weights_only = first["files"]
+    assert full == weights_only
+    ends = [[found["ends"][batch] for found in (first, second)] for batch in range(5)]
+    # Without SyncBatchNorm each process has its own statistics; a sharded file holds those of one.
+    assert full in (ends[2] if case == "fsdp2 sharded" else ends[2][:1])
+    assert full not in ends[4]
+    for found in (first, second):
+        tracked = "net.1.num_batches_tracked"
+        assert found["resumed"][tracked] == found["straight"][tracked] == [24]
+        if case == "ddp whole":  # before each forward pass DDP sends those of the first process
+            assert found["resumed"] == found["straight"]
