@@ -148,9 +148,8 @@ class OptimizationMonitor(Capability):
             )
         check_layers(fit.parameter_names(), self.layers, tied_names(fit.module))
         self.reset()
-        self._timer.start(
-            fit.trainer.strategy.root_device, samples=fit.clock.samples, tokens=fit.clock.tokens
-        )
+        device, counts = fit.trainer.strategy.root_device, fit.clock.counts()
+        self._timer.start(device, samples=counts.trained_samples, tokens=counts.tokens)
 
     def announce(self, fit: Fit) -> None:
         """Writes the plan of the run to TensorBoard."""
@@ -262,7 +261,7 @@ class OptimizationMonitor(Capability):
         if due:
             # After the transfer, which waits for the GPU: the events of its updates are complete.
             times = MetricBuffer()
-            counted = None if batch.samples is None else clock.samples
+            counted = None if batch.samples is None else clock.counts().trained_samples
             self._timer.report(samples=counted, tokens=clock.tokens, into=times)
             fetched.update(times.fetch())
             for layers in self._layers.values():

@@ -17,11 +17,18 @@ class BatchAmounts(NamedTuple):
         samples: Samples over all processes; 0 if they are not counted.
         tokens: Tokens over all processes; 0 if they are not counted.
         batches: Loader batches of one process.
+        left_out: Samples of the epoch behind the batch that are consumed and not trained.
     """
 
     samples: int
     tokens: int = 0
     batches: int = 1
+    left_out: int = 0
+
+    @property
+    def consumed_samples(self) -> int:
+        """Samples that the batch consumes: those trained and those left out."""
+        return self.samples + self.left_out
 
 
 class RunAmounts(NamedTuple):
@@ -30,11 +37,12 @@ class RunAmounts(NamedTuple):
     Attributes:
         steps: Optimizer updates.
         batches: Loader batches of one process.
-        samples: Samples over all processes.
+        samples: Samples over all processes, with those left out.
         tokens: Tokens over all processes.
         epochs: Epochs that have ended.
         epoch_done: Amount of the current epoch, in the unit of :class:`EpochPosition`.
         seconds: Time of training; 0 if the budget is no time.
+        left_out: Samples that were left out, in this fit.
     """
 
     steps: int = 0
@@ -44,3 +52,9 @@ class RunAmounts(NamedTuple):
     epochs: int = 0
     epoch_done: int = 0
     seconds: float = 0.0
+    left_out: int = 0
+
+    @property
+    def trained_samples(self) -> int:
+        """Samples without those left out in this fit."""
+        return self.samples - self.left_out

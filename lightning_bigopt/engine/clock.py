@@ -37,7 +37,8 @@ class Clock:
         checkpoint_horizon: The horizon of the checkpoint from which this fit resumed.
         cooldown: Start and length of a cooldown on resume, as fractions of the budget.
         batches: Loader batches of one process that have ended.
-        samples: Samples over all processes in these batches.
+        samples: Samples over all processes in these batches, and those left out behind them.
+        left_out: Those of them that were left out, since this object was created.
         tokens: Tokens over all processes in these batches.
         epoch: The position in the current epoch.
         window_is_open: Whether an accumulation window has begun and not ended.
@@ -51,7 +52,7 @@ class Clock:
         self.horizon: Horizon | None = None
         self.checkpoint_horizon: Horizon | None = None
         self.cooldown: tuple[float, float] | None = None
-        self.batches = self.samples = self.tokens = 0
+        self.batches = self.samples = self.tokens = self.left_out = 0
         self.epoch = EpochPosition()
         self.window_is_open = False
         self.samples_are_known = True
@@ -184,9 +185,10 @@ class Clock:
     def end_batch(self, *, closes_window: bool) -> None:
         """Adds the pending amounts to the counts, and closes the window after its last batch."""
         self.batches += self._pending.batches
-        self.samples += self._pending.samples
+        self.samples += self._pending.consumed_samples
+        self.left_out += self._pending.left_out
         self.tokens += self._pending.tokens
-        self.epoch.done += self._of_epoch(self._pending)
+        self.epoch.done += self.epoch.amount(self._pending)
         self._pending = BatchAmounts(0, batches=0)
         if closes_window:
             self.window_is_open = False
@@ -208,20 +210,18 @@ class Clock:
         return RunAmounts(
             steps=0 if trainer is None else trainer.global_step,
             batches=self.batches + pending.batches,
-            samples=self.samples + pending.samples,
+            samples=self.samples + pending.consumed_samples,
             tokens=self.tokens + pending.tokens,
             epochs=0 if trainer is None else max(self.epoch.ended, loop.processed_epochs(trainer)),
-            epoch_done=self.epoch.done + self._of_epoch(pending),
+            epoch_done=self.epoch.done + self.epoch.amount(pending),
             seconds=self._time.seconds,
+            left_out=self.left_out + pending.left_out,
         )
-
-    def _of_epoch(self, amounts: BatchAmounts) -> int:
-        return amounts.samples if self.epoch.in_samples else amounts.batches
 
     @property
     def window_samples(self) -> int:
         """Samples over all processes in the current window, including the current batch."""
-        return self.samples + self._pending.samples - self._opened.samples
+        return self.counts().trained_samples - self._opened.trained_samples
 
     @property
     def window_batches(self) -> int:
