@@ -255,7 +255,7 @@ class OptimizationMonitor(Capability):
             return
         clock = fit.clock
         if batch.samples is not None:
-            values.add("batch/global_size", float(clock.window_samples))
+            values.add("batch/global_size", float(clock.window.trained_samples))
         fetched = values.fetch()
         loggers.show_on_progress_bar(trainer, _for_progress_bar(fetched))
         if due:
@@ -271,7 +271,7 @@ class OptimizationMonitor(Capability):
     def metrics(self, fit: Fit) -> Mapping[str, float | Tensor]:
         """Returns sizes of the batch, and samples and tokens consumed by the run."""
         clock = fit.clock
-        values = {"batch/accumulate": float(clock.window_batches)}
+        values = {"batch/accumulate": float(clock.window.batches)}
         if self._micro_size is not None:
             values["batch/micro_size"] = float(self._micro_size)
         if clock.samples_are_known:

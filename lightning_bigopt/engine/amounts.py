@@ -14,21 +14,16 @@ class BatchAmounts(NamedTuple):
     """The amounts that one loader batch consumes.
 
     Attributes:
-        samples: Samples over all processes; 0 if they are not counted.
+        samples: Samples over all processes, with those left out; 0 if they are not counted.
         tokens: Tokens over all processes; 0 if they are not counted.
         batches: Loader batches of one process.
-        left_out: Samples of the epoch behind the batch that are consumed and not trained.
+        left_out: Samples of the epoch behind the batch that are not trained.
     """
 
     samples: int
     tokens: int = 0
     batches: int = 1
     left_out: int = 0
-
-    @property
-    def consumed_samples(self) -> int:
-        """Samples that the batch consumes: those trained and those left out."""
-        return self.samples + self.left_out
 
 
 class RunAmounts(NamedTuple):
@@ -42,7 +37,7 @@ class RunAmounts(NamedTuple):
         epochs: Epochs that have ended.
         epoch_done: Amount of the current epoch, in the unit of :class:`EpochPosition`.
         seconds: Time of training; 0 if the budget is no time.
-        left_out: Samples that were left out, in this fit.
+        left_out: Samples that were left out and not trained, since the clock was created.
     """
 
     steps: int = 0
@@ -56,5 +51,9 @@ class RunAmounts(NamedTuple):
 
     @property
     def trained_samples(self) -> int:
-        """Samples without those left out in this fit."""
+        """Samples without those left out; for the difference of two amounts."""
         return self.samples - self.left_out
+
+    def since(self, earlier: RunAmounts) -> RunAmounts:
+        """Returns the amounts consumed after ``earlier``."""
+        return RunAmounts._make(now - then for now, then in zip(self, earlier, strict=True))

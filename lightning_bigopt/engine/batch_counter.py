@@ -91,7 +91,7 @@ class BatchCounter:
             local = count(batch, self._settings.tokens, name="tokens") if self.samples != 0 else 0
             tokens = round(strategies.sum_over_data(trainer, local))
         left_out = 0 if self.micro_batch is None else self.micro_batch.left_out
-        return BatchAmounts(total, tokens, left_out=left_out)
+        return BatchAmounts(total + left_out, tokens, left_out=left_out)
 
     def _count_samples(self, trainer: Trainer, batch: Any, index: int) -> int:
         """Sets :attr:`samples`, and returns the samples over all processes."""

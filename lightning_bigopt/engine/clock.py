@@ -38,7 +38,7 @@ class Clock:
         cooldown: Start and length of a cooldown on resume, as fractions of the budget.
         batches: Loader batches of one process that have ended.
         samples: Samples over all processes in these batches, and those left out behind them.
-        left_out: Those of them that were left out, since this object was created.
+        left_out: Samples that were left out and not trained, since this object was created.
         tokens: Tokens over all processes in these batches.
         epoch: The position in the current epoch.
         window_is_open: Whether an accumulation window has begun and not ended.
@@ -185,10 +185,10 @@ class Clock:
     def end_batch(self, *, closes_window: bool) -> None:
         """Adds the pending amounts to the counts, and closes the window after its last batch."""
         self.batches += self._pending.batches
-        self.samples += self._pending.consumed_samples
+        self.samples += self._pending.samples
         self.left_out += self._pending.left_out
         self.tokens += self._pending.tokens
-        self.epoch.done += self.epoch.amount(self._pending)
+        self.epoch.done += self._of_epoch(self._pending)
         self._pending = BatchAmounts(0, batches=0)
         if closes_window:
             self.window_is_open = False
@@ -210,23 +210,21 @@ class Clock:
         return RunAmounts(
             steps=0 if trainer is None else trainer.global_step,
             batches=self.batches + pending.batches,
-            samples=self.samples + pending.consumed_samples,
+            samples=self.samples + pending.samples,
             tokens=self.tokens + pending.tokens,
             epochs=0 if trainer is None else max(self.epoch.ended, loop.processed_epochs(trainer)),
-            epoch_done=self.epoch.done + self.epoch.amount(pending),
+            epoch_done=self.epoch.done + self._of_epoch(pending),
             seconds=self._time.seconds,
             left_out=self.left_out + pending.left_out,
         )
 
-    @property
-    def window_samples(self) -> int:
-        """Samples over all processes in the current window, including the current batch."""
-        return self.counts().trained_samples - self._opened.trained_samples
+    def _of_epoch(self, amounts: BatchAmounts) -> int:
+        return amounts.samples if self.epoch.in_samples else amounts.batches
 
     @property
-    def window_batches(self) -> int:
-        """Batches of one process in the current window, including the current batch."""
-        return self.batches + self._pending.batches - self._opened.batches
+    def window(self) -> RunAmounts:
+        """The amounts of the current window, including the current batch."""
+        return self.counts().since(self._opened)
 
     # ------------------------------------------------------------------------------ progress
 

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_bigopt.batching.window_length import WindowLength
 from lightning_bigopt.durations.horizon import Horizon
-from lightning_bigopt.engine.amounts import BatchAmounts, RunAmounts
+from lightning_bigopt.engine.amounts import RunAmounts
 from lightning_bigopt.trainer_access import callbacks, loaders, loop
 
 if TYPE_CHECKING:
@@ -86,10 +86,6 @@ class EpochPosition:
         self.in_samples = exact is not None
         if exact is not None:
             self.length, self.done = exact.samples, exact.position
-
-    def amount(self, amounts: BatchAmounts) -> int:
-        """Returns the amount of the epoch that a batch consumes."""
-        return amounts.consumed_samples if self.in_samples else amounts.batches
 
     def check_length(self, index: int) -> None:
         """Corrects the length if the epoch is longer than expected.

@@ -12,11 +12,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from lightning_bigopt.batching.exact_loader import GlobalBatchLoader
+from lightning_bigopt.durations.duration import amount_of
 from lightning_bigopt.engine.clock import Clock
 from lightning_bigopt.engine.stage import Batch, Fit
 from lightning_bigopt.trainer_access import loaders, loop
 
-__all__ = ["BatchNormCheck"]
+__all__ = ["BatchNormCheck", "uses_statistics_of_process"]
 
 
 class _Update(NamedTuple):
@@ -42,7 +43,8 @@ class BatchNormCheck:
         loader, trainer = loaders.exact_loader(fit.trainer), fit.trainer
         self._hooks: list[RemovableHandle] = []
         self._found: _Update | None = None
-        if loader is None or loop.is_fast_dev_run(trainer):
+        normalizes = any(isinstance(layer, _BatchNorm) for layer in fit.module.modules())
+        if loader is None or not normalizes or loop.is_fast_dev_run(trainer):
             return
         self._loader = loader
         # Other loaders may have epochs of other lengths than planned.
@@ -81,12 +83,13 @@ class BatchNormCheck:
         samples: int,
         found: _Update,
     ) -> None:
-        if torch.compiler.is_compiling() or not _uses_statistics_of_process(layer):
+        if torch.compiler.is_compiling() or not uses_statistics_of_process(layer):
             return
         values: Tensor = args[0] if args else kwargs["input"]
         if values.numel() // values.shape[1] != samples:
             return
         micro, world = self._loader.micro_batch_size, self._loader.world_size
+        size = amount_of(found.samples, "samples")
         way_out = "choose a larger micro_batch_size, or other global batch sizes"
         if found.ends_epoch and self._loader.tail == "keep":
             way_out = (
@@ -95,12 +98,12 @@ class BatchNormCheck:
             )
         raise ValueError(
             f"every micro-batch must have at least 2 samples for the {type(layer).__name__} "
-            f"{name!r} in training mode, got 1 in update {found.step}, which has {found.samples} "
-            f"samples in micro-batches of at most {micro} on {world} process(es); {way_out}"
+            f"{name!r} in training mode, got 1 in update {found.step}, which has {size} "
+            f"in micro-batches of at most {micro} on {world} process(es); {way_out}"
         )
 
 
-def _uses_statistics_of_process(layer: _BatchNorm) -> bool:
+def uses_statistics_of_process(layer: _BatchNorm) -> bool:
     """Returns whether a layer normalizes with the batch of this process alone."""
     if not layer.training and layer.running_mean is not None:
         return False
