@@ -268,7 +268,13 @@ class TailRecorder(Recorder):
 
     def __init__(self, tail: Any) -> None:
         super().__init__(size=23, micro=3)
-        self.tail, self.rates = tail, []
+        self.tail, self.rates, self.starts = tail, [], []
+
+    def on_train_epoch_start(self) -> None:
+        self.starts.append(len(self.seen))
+
+    def on_train_end(self) -> None:
+        self.starts.append(len(self.seen))
 
     def train_dataloader(self) -> Any:
         return GlobalBatchLoader(

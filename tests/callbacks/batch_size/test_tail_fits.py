@@ -24,6 +24,8 @@ from lightning_bigopt import (
     WarmupConstant,
     plan,
 )
+from lightning_bigopt.batching import simulate_exact
+from lightning_bigopt.engine.horizon_state import horizon_from_state, horizon_to_state
 from tests.batch_helpers import ExactEpochs, SaveEvery, train_tail_recorder
 from tests.helpers import QUIET, Probe, Regression, fit
 
@@ -218,6 +220,70 @@ def test_learning_rate_follows_the_planned_size_for_every_tail() -> None:
         assert module.sizes == sizes
         first = len(SIZES[tail])
         assert module.rates == [1.0] * first + [2.0] * (len(sizes) - first)
+
+
+class SaveInHook(L.Callback):
+    """Saves a checkpoint in a hook of every epoch."""
+
+    def __init__(self, folder: Path, hook: str) -> None:
+        def save(trainer: Any, *_: Any) -> None:
+            trainer.save_checkpoint(folder / f"{trainer.current_epoch}.ckpt")
+
+        setattr(self, hook, save)
+
+
+@pytest.mark.parametrize("hook", ["on_train_epoch_start", "on_train_epoch_end"])
+@pytest.mark.parametrize("tail", TAILS)
+def test_resume_from_the_start_and_the_end_of_an_epoch(
+    tmp_path: Path, tail: str, hook: str
+) -> None:
+    straight = train_tail_recorder(tail, SaveInHook(tmp_path, hook))
+    for epoch in (0, 1):
+        resumed = train_tail_recorder(tail, ckpt=tmp_path / f"{epoch}.ckpt")
+        done = len(straight.seen) - len(resumed.seen)
+        assert done == straight.starts[epoch + (hook == "on_train_epoch_end")]
+        assert resumed.seen == straight.seen[done:]
+        assert resumed.rates == straight.rates[done:]
+
+
+def test_rewound_epoch_with_a_tail_is_trained_again() -> None:
+    class Rewinds(L.Callback):
+        snapshot: Any = None
+
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            fit_of_engine = scheduler.fit
+            if trainer.global_step == 1 and self.snapshot is None:
+                self.snapshot = fit_of_engine.take_snapshot()
+            elif trainer.global_step == 2 and not module.rewound:
+                module.rewound = True
+                self.snapshot.restore()
+
+    class Module(OneLoader):
+        rewound = False
+
+    scheduler = BatchSizeScheduler(ConstantBatchSize(4))
+    module = Module("drop")
+    fit(module, None, LearningRateScheduler(Linear()), scheduler, Rewinds(), max_epochs=2)
+    assert module.sizes == [4] * 5
+    shares = [0, 4, 4, 11, 15]
+    assert module.rates == pytest.approx([1 - share / 22 for share in shares], abs=1e-12)
+
+
+def test_a_saved_horizon_has_the_samples_left_out() -> None:
+    horizon = simulate_exact(
+        ConstantBatchSize(4),
+        clock="samples",
+        budget=22,
+        micro_batch_size=2,
+        world_size=1,
+        samples_per_epoch=11,
+        tail="drop",
+    )
+    state = horizon_to_state(horizon)
+    loaded = horizon_from_state(state)
+    assert loaded is not None
+    assert [span.left_out for span in loaded.spans] == [0, 3, 0, 3]
+    assert loaded.spans == horizon.spans
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
