@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-from lightning_bigopt.batching.epoch_layout import ExactSamples, Tail
+from lightning_bigopt.batching.epoch_layout import ExactSamples
 from lightning_bigopt.batching.policies.batch_size_policy import BatchContext, BatchSizePolicy
 from lightning_bigopt.batching.simulation import (
     check_not_adaptive,
@@ -36,7 +36,6 @@ def planned_sizes(
     micro_batch_size: int,
     world_size: int,
     samples_per_epoch: int,
-    tail: Tail = "keep",
 ) -> Iterator[int]:
     """Yields the global batches of the rest of an epoch, for a :class:`GlobalBatchLoader`.
 
@@ -50,11 +49,11 @@ def planned_sizes(
         micro_batch_size: Largest number of samples in a micro-batch of one process.
         world_size: Number of processes that see different data.
         samples_per_epoch: Samples in one pass over the data.
-        tail: Treatment of the end of an epoch, as for the loader.
 
     Yields:
-        One size per update, in samples, as the policy returns it; the last update of the epoch may
-        be smaller, or larger with ``tail="merge"``.
+        One size per update, in samples, as the policy returns it; the last one may exceed the rest
+        of the epoch. They are the same for every ``tail`` of the loader, which may not use the last
+        one.
 
     Raises:
         ValueError: If the policy is adaptive or reads tokens, ``clock`` is ``"batches"`` or
@@ -99,7 +98,6 @@ def planned_sizes(
         micro_batch_size=micro_batch_size,
         world_size=world_size,
         samples_per_epoch=samples_per_epoch,
-        tail=tail,
     )
 
 
@@ -112,7 +110,6 @@ def sizes_in_epoch(
     micro_batch_size: int,
     world_size: int,
     samples_per_epoch: int,
-    tail: Tail = "keep",
 ) -> Iterator[int]:
     """Yields the global batches of the rest of an epoch, as :func:`planned_sizes`.
 
@@ -124,7 +121,6 @@ def sizes_in_epoch(
         micro_batch_size: Largest number of samples in a micro-batch of one process.
         world_size: Number of processes that see different data.
         samples_per_epoch: Samples in one pass over the data.
-        tail: Treatment of the end of an epoch, as for the loader.
 
     Raises:
         ValueError: As :func:`planned_sizes`.
@@ -134,7 +130,6 @@ def sizes_in_epoch(
         micro_batch_size=micro_batch_size,
         world_size=world_size,
         samples_per_epoch=samples_per_epoch,
-        tail=tail,
     )
     check_not_adaptive(policy)
     if depends_on_tokens(policy, clock):

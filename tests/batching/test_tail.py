@@ -248,8 +248,10 @@ def test_loader_yields_the_simulated_updates_from_any_of_them(run: Run, data: An
     start, place = run.progress(first, samples), samples % run.length
     loader = make(run.length, run.micro, world=run.world, tail=run.tail)
     loader.position = place
+    options = run.options()
+    del options["tail"]
     loader.set_batch_sizes(
-        lambda: planned_sizes(run.policy, start=start, position=place, **run.options())
+        lambda: planned_sizes(run.policy, start=start, position=place, **options)
     )
     windows = list(loader.windows())
     assert windows[-1].end == run.length

@@ -98,7 +98,6 @@ def _batch_sizes(
         micro_batch_size=loader.micro_batch_size,
         world_size=world,
         samples_per_epoch=loader.samples,
-        tail=loader.tail,
     )
 
 

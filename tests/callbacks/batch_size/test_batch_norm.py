@@ -56,11 +56,15 @@ class Sequences(nn.Module):
         return x[:, :, None].expand(-1, -1, 3)
 
 
-class Steps(nn.Module):
-    """Makes three rows of a row, as a model of tokens does before a norm."""
+class Rows(nn.Module):
+    """Makes several rows of a row, as a model of tokens does before a norm."""
+
+    def __init__(self, number: int = 3) -> None:
+        super().__init__()
+        self.number = number
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.repeat_interleave(3, dim=0)
+        return x.repeat_interleave(self.number, dim=0)
 
 
 @pytest.mark.filterwarnings("ignore:Found 1 module")
@@ -108,7 +112,7 @@ def test_other_tails_train(tail: str) -> None:
     "layers",
     [
         [Sequences(), nn.BatchNorm1d(6)],
-        [Steps(), nn.BatchNorm1d(6)],
+        [Rows(), nn.BatchNorm1d(6)],
         [nn.BatchNorm1d(6).eval()],
         [nn.LayerNorm(6)],
         [nn.GroupNorm(2, 6)],
@@ -136,7 +140,9 @@ def test_layers_that_accept_one_sample_train(layers: list[nn.Module]) -> None:
         ({"samples": 16}, 4),  # no tail
         ({"samples": 9, "policy": ConstantBatchSize(9)}, 2),  # 3 + 3 + 3, not 4 + 4 + 1
         ({"samples": 17, "policy": ConstantBatchSize(17)}, 2),
+        ({"max_steps": 2, "reload_dataloaders_every_n_epochs": 1}, 2),
         ({"fast_dev_run": 2}, 2),
+        ({"fast_dev_run": 2, "policy": ConstantBatchSize(1)}, 2),  # trains updates of 4
     ],
 )
 def test_runs_without_micro_batches_of_one_sample_train(
@@ -145,6 +151,14 @@ def test_runs_without_micro_batches_of_one_sample_train(
     module = Normalizes(nn.BatchNorm1d(6))
     train(module, **arguments)
     assert module.updates == sizes
+
+
+def test_only_the_first_forward_pass_is_watched() -> None:
+    """The layer has as many values in the second update as samples were in the first one."""
+    module = Normalizes(Rows(2), nn.BatchNorm1d(6))
+    policy = BatchSizeSteps({"0%": 4, "1 steps": 2})
+    train(module, samples=9, policy=policy, max_epochs=1)
+    assert module.updates == 4
 
 
 @pytest.mark.parametrize(
