@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import sub
 from typing import Literal, NamedTuple, TypeAlias
 
 __all__ = ["BatchAmounts", "NeedsSamples", "RunAmounts"]
@@ -56,4 +57,4 @@ class RunAmounts(NamedTuple):
 
     def since(self, earlier: RunAmounts) -> RunAmounts:
         """Returns the amounts consumed after ``earlier``."""
-        return RunAmounts._make(now - then for now, then in zip(self, earlier, strict=True))
+        return RunAmounts(*map(sub, self, earlier))
