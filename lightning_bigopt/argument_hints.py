@@ -263,7 +263,7 @@ HINTS: tuple[Hint, ...] = (
     ),
     _hint(
         "drop_last",
-        "remove it: the last update of an epoch has the samples that are left",
+        "write tail='drop' to leave out the samples left at the end of an epoch, or tail='merge'",
         classes="GlobalBatchLoader",
     ),
     _hint("steps num_steps duration ramp_steps", "write over={value}", parameter="over"),

@@ -243,6 +243,69 @@ def train_recorder(folder: Path | None = None, *, ckpt: Any = None, **options: A
     return module
 
 
+class Normalizes(L.LightningModule):
+    """A network with layers behind a linear one; counts updates and forward passes."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.net = nn.Sequential(nn.Linear(4, 6), *layers)
+        self.updates = self.forwards = 0
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        self.forwards += 1
+        return self.net(batch[0]).square().mean()
+
+    def on_before_zero_grad(self, optimizer: Any) -> None:
+        self.updates += 1
+
+
+class TailRecorder(Recorder):
+    """A Recorder of epochs of 23 samples, which also records learning rates by torch's hook."""
+
+    def __init__(self, tail: Any) -> None:
+        super().__init__(size=23, micro=3)
+        self.tail, self.rates, self.starts = tail, [], []
+
+    def on_train_epoch_start(self) -> None:
+        self.starts.append(len(self.seen))
+
+    def on_train_end(self) -> None:
+        self.starts.append(len(self.seen))
+
+    def train_dataloader(self) -> Any:
+        return GlobalBatchLoader(
+            Regression(self.size), micro_batch_size=self.micro, seed=5, tail=self.tail
+        )
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        optimizer.register_step_pre_hook(self.record)
+        return optimizer
+
+    def record(self, optimizer: Any, *_: Any) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+def callbacks_of_tail_recorder() -> list[Any]:
+    return [
+        LearningRateScheduler(Linear(start=1.0, end=0.1)),
+        BatchSizeScheduler(BatchSizeSteps({"0%": 5, "40%": 9}), lr_scaling="sqrt"),
+    ]
+
+
+def train_tail_recorder(tail: str, *callbacks: Any, ckpt: Any = None) -> TailRecorder:
+    """Trains three epochs with a step of the batch size."""
+    module = TailRecorder(tail)
+    callbacks = (*callbacks_of_tail_recorder(), *callbacks)
+    trainer = L.Trainer(**{**QUIET, "max_epochs": 3, "callbacks": list(callbacks)})
+    trainer.fit(module, ckpt_path=ckpt, weights_only=True if ckpt else None)
+    return module
+
+
 class RecordsRates(L.LightningModule):
     """Records the learning rate of every step, in a hook of torch on the optimizer."""
 

@@ -160,7 +160,7 @@ KEYWORDS: list[tuple[Callable[[], Any], str]] = [
         lambda: GlobalBatchLoader(DATA, micro_batch_size=2, pin_memory=True),
         r"pass it to the inner DataLoader: options=\{...: True\}",
     ),
-    (lambda: GlobalBatchLoader(DATA, micro_batch_size=2, drop_last=True), r"samples that are left"),
+    (lambda: GlobalBatchLoader(DATA, micro_batch_size=2, drop_last=True), r"write tail='drop'"),
     (lambda: StepGuard(max_skip=3), r"got max_skip=3; write max_consecutive=3"),
     # missing
     (GradientClipping, r"must contain rule, got none; write them as in GradientCli"),

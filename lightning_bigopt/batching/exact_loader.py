@@ -11,30 +11,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.batching.copyable_iterator import CopyableIterator
-from lightning_bigopt.batching.dataset_checks import check_dataset
+from lightning_bigopt.batching.epoch_layout import ExactSamples, Tail
 from lightning_bigopt.batching.global_window import GlobalWindow, MicroBatch
+from lightning_bigopt.batching.loader_checks import check_dataset, check_options
 from lightning_bigopt.batching.randomness import SampleStreams, mixed_seed, permutation
 from lightning_bigopt.checks import check_between, check_choice, check_count
 
 __all__ = ["GlobalBatchLoader"]
 
 Sizes: TypeAlias = Callable[[], Iterable[int]]
-_Window: TypeAlias = tuple[int, int, int]
-"""Position, samples and micro-batches, as in ``GlobalWindow``."""
-_Yielded: TypeAlias = tuple[_Window, int, int]
+_Yielded: TypeAlias = tuple[GlobalWindow, int, int]
 """Window, index in the window, and samples that count on this process."""
-_RESERVED_OPTIONS = (
-    "batch_sampler",
-    "batch_size",
-    "collate_fn",
-    "dataset",
-    "drop_last",
-    "generator",
-    "num_workers",
-    "persistent_workers",
-    "sampler",
-    "shuffle",
-)
 _MAX_YIELDED = 4096  # far more than workers fetch ahead; bounds memory if micro_batch is unused
 
 
@@ -49,6 +36,7 @@ class GlobalBatchLoader:
     micro-batch is empty: if an update has fewer samples than micro-batches, a process repeats one
     sample with weight 0. The last update of an epoch takes the samples that are left. Every sample
     is therefore trained exactly once per epoch, in the same updates on any number of processes.
+    ``tail`` changes the end of an epoch.
 
     The loader is a plain iterable without a length, so Lightning does not replace it.
     ``BatchSizeScheduler`` sets its state before each ``iter()``:
@@ -72,6 +60,13 @@ class GlobalBatchLoader:
             ``"sample"``: a stream per sample that depends only on (seed, epoch, index), so that
             augmented samples are also the same for any number of processes and workers and after
             a resume; this costs about 20 µs per sample.
+        tail: The samples left at the end of an epoch if they are fewer than the update before them.
+            ``"keep"``: a smaller update of their own. ``"merge"``: a part of the update before
+            them, which has less than twice its samples, in micro-batches of at most
+            ``micro_batch_size``. ``"drop"``: not trained. These are the last samples in the order
+            of the epoch, so other ones in each epoch with ``shuffle="permute"``, and always the
+            last ones of the dataset with ``"sequential"``. They count as consumed, in samples and
+            epochs. An epoch of fewer samples than its first update is trained entirely.
         num_workers: Number of worker processes.
         collate_fn: Makes a batch from a list of samples; None for torch's default.
         options: Further arguments of ``DataLoader``, such as ``{"pin_memory": True}``.
@@ -86,7 +81,7 @@ class GlobalBatchLoader:
         >>> [batch.tolist() for batch in loader]
         [[0, 1], [2, 3], [4, 5], [6], [7, 8], [9]]
         >>> loader.micro_batch(2).window
-        GlobalWindow(position=4, samples=3, accumulate=2)
+        GlobalWindow(position=4, samples=3, accumulate=2, left_out=0)
     """
 
     version = 1
@@ -99,6 +94,7 @@ class GlobalBatchLoader:
         seed: int = 0,
         shuffle: Literal["permute", "sequential"] = "permute",
         randomness: Literal["ambient", "sample"] = "ambient",
+        tail: Tail = "keep",
         num_workers: int = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         options: Mapping[str, Any] | None = None,
@@ -108,17 +104,14 @@ class GlobalBatchLoader:
         self.samples = len(dataset)  # type: ignore[arg-type]
         check_choice("shuffle", shuffle, ("permute", "sequential"))
         check_choice("randomness", randomness, ("ambient", "sample"))
-        reserved = sorted(set(options or {}).intersection(_RESERVED_OPTIONS))
-        if reserved:
-            raise ValueError(
-                f"options must not contain {', '.join(reserved)}, got {dict(options or {})!r}; "
-                "remove them, because GlobalBatchLoader sets them itself"
-            )
+        check_options(options or {})
+        check_choice("tail", tail, Tail)
         self.dataset = dataset
         self.micro_batch_size = micro_batch_size
         self.seed = seed
         self.shuffle = shuffle
         self.randomness = randomness
+        self.tail = tail
         self.num_workers = num_workers
         self.collate_fn = collate_fn
         self.options = dict(options or {})
@@ -166,7 +159,8 @@ class GlobalBatchLoader:
         """Moves :attr:`position` past an update that has been trained.
 
         Args:
-            samples: Samples of the update, over all processes.
+            samples: Samples that the update consumes, over all processes: the ``samples`` and
+                ``left_out`` of its window.
 
         Raises:
             ValueError: If the epoch holds fewer samples.
@@ -235,9 +229,9 @@ class GlobalBatchLoader:
             )
         for lower in [key for key in self._yielded if key < index]:
             del self._yielded[lower]
-        (position, samples, accumulate), index_in_window, mine = self._yielded[index]
+        window, index_in_window, mine = self._yielded[index]
         return MicroBatch(
-            window=GlobalWindow(position=position, samples=samples, accumulate=accumulate),
+            window=window,
             index=index_in_window,
             samples=mine,
             world_size=self.world_size,
@@ -252,13 +246,14 @@ class GlobalBatchLoader:
             >>> [(window.samples, window.accumulate) for window in loader.windows()]
             [(4, 2), (6, 3)]
         """
-        for position, samples, accumulate in self._windows():
-            yield GlobalWindow(position=position, samples=samples, accumulate=accumulate)
-
-    def _windows(self) -> Iterator[_Window]:
-        """Yields the windows as plain tuples, because this runs once per update."""
         position = self.position
         share = self.micro_batch_size * self.world_size
+        layout = ExactSamples(
+            micro_batch_size=self.micro_batch_size,
+            world_size=self.world_size,
+            samples_per_epoch=self.samples,
+            tail=self.tail,
+        )
         sizes = iter(repeat(share) if self._sizes is None else self._sizes())
         while position < self.samples:
             size = next(sizes, None)
@@ -268,9 +263,14 @@ class GlobalBatchLoader:
                     f"{self.samples}; use planned_sizes"
                 )
             check_count("sizes", size, of="samples")
-            samples = min(size, self.samples - position)
-            yield position, samples, -(-samples // share)
-            position += samples
+            _, consumed, accumulate, _, left_out = layout.next_windows(size, position)
+            yield GlobalWindow(
+                position=position,
+                samples=consumed - left_out,
+                accumulate=accumulate,
+                left_out=left_out,
+            )
+            position += consumed
 
     def __iter__(self) -> Iterator[Any]:
         """Returns an iterator over the micro-batches of this process in the rest of the epoch."""
@@ -303,15 +303,15 @@ class GlobalBatchLoader:
         order: Sequence[int] = range(self.samples)
         if self.shuffle == "permute":
             order = permutation(self.samples, seed=seed)
-        for window in self._windows():
-            position, samples, accumulate = window
+        for window in self.windows():
+            first, end = window.position, window.position + window.samples
             # Every R-th sample, so that the shares of the processes differ by one sample at most.
-            mine = list(order[position + self.rank : position + samples : self.world_size])
-            share, longer = divmod(len(mine), accumulate)
+            mine = list(order[first + self.rank : end : self.world_size])
+            share, longer = divmod(len(mine), window.accumulate)
             start = 0
-            for index in range(accumulate):
+            for index in range(window.accumulate):
                 stop = start + share + (index < longer)
                 yielded[number] = (window, index, stop - start)
                 yielded.pop(number - _MAX_YIELDED, None)
-                yield mine[start:stop] or [order[position]]
+                yield mine[start:stop] or [order[first]]
                 start, number = stop, number + 1

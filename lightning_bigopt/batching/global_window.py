@@ -15,6 +15,7 @@ class GlobalWindow:
         position: Samples of the epoch before the window.
         samples: Samples in the window, over all processes.
         accumulate: Micro-batches in the window, on each process.
+        left_out: Samples of the epoch behind the window that are not trained.
 
     Example:
         >>> GlobalWindow(position=32, samples=16, accumulate=2).end
@@ -24,11 +25,12 @@ class GlobalWindow:
     position: int
     samples: int
     accumulate: int
+    left_out: int = 0
 
     @property
     def end(self) -> int:
-        """Samples of the epoch up to the end of the window."""
-        return self.position + self.samples
+        """Samples of the epoch before the next window."""
+        return self.position + self.samples + self.left_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,12 @@ class MicroBatch:
         # together by the number of parts.
         parts = self.window.accumulate * self.world_size
         return self.samples * parts / self.window.samples
+
+    @property
+    def left_out(self) -> int:
+        """Samples of the epoch behind the micro-batch that are not trained."""
+        is_last = self.index + 1 == self.window.accumulate
+        return self.window.left_out if is_last else 0
 
     @property
     def global_samples(self) -> int:

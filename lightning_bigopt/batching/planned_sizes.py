@@ -52,7 +52,8 @@ def planned_sizes(
 
     Yields:
         One size per update, in samples, as the policy returns it; the last one may exceed the rest
-        of the epoch.
+        of the epoch. They are the same for every ``tail`` of the loader, which may not use the last
+        one.
 
     Raises:
         ValueError: If the policy is adaptive or reads tokens, ``clock`` is ``"batches"`` or

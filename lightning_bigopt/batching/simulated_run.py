@@ -32,7 +32,7 @@ class SimulatedRun:
     Attributes:
         steps: Updates so far.
         batches: Loader batches of one process so far.
-        samples: Samples over all processes so far.
+        samples: Samples over all processes consumed so far.
         position: Position in the epoch, in the unit of the layout.
 
     Raises:
@@ -43,7 +43,7 @@ class SimulatedRun:
         check_positive("budget", budget)
         self.layout, self.clock, self.budget = layout, clock, budget
         self.steps = self.batches = self.samples = self.position = 0
-        self._rows: list[tuple[int, int, int]] = []
+        self._rows: list[tuple[int, int, int, int]] = []
         self._widths: dict[int, int] = {}
 
     def progress(self) -> Progress:
@@ -63,8 +63,8 @@ class SimulatedRun:
         """Returns the windows so far; consecutive equal windows are one span."""
         # One Span object for equal rows: a run of many epochs repeats a few of them.
         spans = {
-            (updates, batches, samples): Span(updates=updates, batches=batches, samples=samples)
-            for updates, batches, samples in set(self._rows)
+            row: Span(updates=row[0], batches=row[1], samples=row[2], left_out=row[3])
+            for row in set(self._rows)
         }
         return tuple([spans[row] for row in self._rows])
 
@@ -73,8 +73,8 @@ class SimulatedRun:
         next_windows, end = self.layout.next_windows, self._end()
         while not self._reached(end):
             width = self._width(policy(self.progress(), context=context), policy)
-            _, advance, batches, samples = next_windows(width, self.position)
-            self._append(1, batches, samples)
+            _, advance, batches, samples, left_out = next_windows(width, self.position)
+            self._append(1, batches, samples, left_out)
             self._consume(1, advance, batches, samples)
 
     def simulate_steps(self, policy: BatchSizePolicy, steps: StepFunction) -> None:
@@ -112,7 +112,7 @@ class SimulatedRun:
         max_steps, max_batches, max_samples = limits
         while not self._reached(limits):
             windows = self.layout.next_windows(width, self.position)
-            number, advance, batches, samples = windows
+            number, advance, batches, samples, left_out = windows
             if self.position == 0 and number < max_steps - self.steps:
                 # A run of thousands of epochs takes one step per kind of window, not per epoch.
                 self._repeat_epochs(width, windows, limits)
@@ -123,7 +123,7 @@ class SimulatedRun:
                 -((self.batches - max_batches) // batches),
                 -((self.samples - max_samples) // samples),
             )
-            self._append(number, batches, samples)
+            self._append(number, batches, samples, left_out)
             self._consume(number, advance, batches, samples)
 
     def _repeat_epochs(self, width: int, windows: EqualWindows, limits: _Limits) -> None:
@@ -144,19 +144,19 @@ class SimulatedRun:
         if times < 1:
             return
         if len(epoch) == 1:  # epochs of equal windows merge into one span
-            self._append(times * steps, epoch[0].batches, epoch[0].samples)
+            self._append(times * steps, *epoch[0][2:])
         else:
-            self._rows += [(w.number, w.batches, w.samples) for w in epoch] * times
+            self._rows += [(w.number, *w[2:]) for w in epoch] * times
         self.steps += times * steps
         self.batches += times * batches
         self.samples += times * samples
 
-    def _append(self, number: int, batches: int, samples: int) -> None:
-        rows = self._rows
-        if rows and rows[-1][1] == batches and rows[-1][2] == samples:
-            rows[-1] = (rows[-1][0] + number, batches, samples)
+    def _append(self, number: int, batches: int, samples: int, left_out: int) -> None:
+        rows, amounts = self._rows, (batches, samples, left_out)
+        if rows and rows[-1][1:] == amounts:
+            rows[-1] = (rows[-1][0] + number, *amounts)
         else:
-            rows.append((number, batches, samples))
+            rows.append((number, *amounts))
 
     def _reached(self, limits: _Limits) -> bool:
         return self.steps >= limits[0] or self.batches >= limits[1] or self.samples >= limits[2]

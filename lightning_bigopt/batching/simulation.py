@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_bigopt.batching.epoch_layout import EpochLayout, ExactSamples, LoaderBatches
+from lightning_bigopt.batching.epoch_layout import EpochLayout, ExactSamples, LoaderBatches, Tail
 from lightning_bigopt.batching.policies.batch_size_policy import (
     BatchContext,
     BatchSizePolicy,
@@ -107,6 +107,7 @@ def simulate_exact(
     micro_batch_size: int,
     world_size: int,
     samples_per_epoch: int,
+    tail: Tail = "keep",
 ) -> Horizon:
     """Simulates a run on a :class:`GlobalBatchLoader`, which yields any global batch exactly.
 
@@ -117,6 +118,7 @@ def simulate_exact(
         micro_batch_size: Largest number of samples in a micro-batch of one process.
         world_size: Number of processes that see different data.
         samples_per_epoch: Samples in one pass over the data.
+        tail: Treatment of the end of an epoch, as for the loader.
 
     Returns:
         The horizon, as from :func:`simulate`.
@@ -143,6 +145,7 @@ def simulate_exact(
         micro_batch_size=micro_batch_size,
         world_size=world_size,
         samples_per_epoch=samples_per_epoch,
+        tail=tail,
     )
     context = BatchContext(samples_per_epoch=samples_per_epoch)
     return Horizon(
@@ -153,7 +156,12 @@ def simulate_exact(
 
 
 def exact_layout(
-    *, clock: Clock, micro_batch_size: int, world_size: int, samples_per_epoch: int
+    *,
+    clock: Clock,
+    micro_batch_size: int,
+    world_size: int,
+    samples_per_epoch: int,
+    tail: Tail = "keep",
 ) -> ExactSamples:
     """Returns the layout of an epoch of a GlobalBatchLoader, after checks of its arguments."""
     check_count("micro_batch_size", micro_batch_size, of="samples")
@@ -168,6 +176,7 @@ def exact_layout(
         micro_batch_size=micro_batch_size,
         world_size=world_size,
         samples_per_epoch=samples_per_epoch,
+        tail=tail,
     )
 
 

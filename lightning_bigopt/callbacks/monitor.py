@@ -148,9 +148,8 @@ class OptimizationMonitor(Capability):
             )
         check_layers(fit.parameter_names(), self.layers, tied_names(fit.module))
         self.reset()
-        self._timer.start(
-            fit.trainer.strategy.root_device, samples=fit.clock.samples, tokens=fit.clock.tokens
-        )
+        device, counts = fit.trainer.strategy.root_device, fit.clock.counts()
+        self._timer.start(device, samples=counts.trained_samples, tokens=counts.tokens)
 
     def announce(self, fit: Fit) -> None:
         """Writes the plan of the run to TensorBoard."""
@@ -256,13 +255,13 @@ class OptimizationMonitor(Capability):
             return
         clock = fit.clock
         if batch.samples is not None:
-            values.add("batch/global_size", float(clock.window_samples))
+            values.add("batch/global_size", float(clock.window.trained_samples))
         fetched = values.fetch()
         loggers.show_on_progress_bar(trainer, _for_progress_bar(fetched))
         if due:
             # After the transfer, which waits for the GPU: the events of its updates are complete.
             times = MetricBuffer()
-            counted = None if batch.samples is None else clock.samples
+            counted = None if batch.samples is None else clock.counts().trained_samples
             self._timer.report(samples=counted, tokens=clock.tokens, into=times)
             fetched.update(times.fetch())
             for layers in self._layers.values():
@@ -272,7 +271,7 @@ class OptimizationMonitor(Capability):
     def metrics(self, fit: Fit) -> Mapping[str, float | Tensor]:
         """Returns sizes of the batch, and samples and tokens consumed by the run."""
         clock = fit.clock
-        values = {"batch/accumulate": float(clock.window_batches)}
+        values = {"batch/accumulate": float(clock.window.batches)}
         if self._micro_size is not None:
             values["batch/micro_size"] = float(self._micro_size)
         if clock.samples_are_known:

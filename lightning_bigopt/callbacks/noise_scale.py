@@ -216,7 +216,7 @@ class GradientNoiseScale(Capability):
             # E|g|² = |G|² + tr Σ / b for each part of b samples: the mean over the parts holds for
             # the harmonic mean of their sizes.
             small_square, small_size = square_sum / parts, parts / inverse_sum
-        size = float(fit.clock.window_samples)
+        size = float(fit.clock.window.trained_samples)
         if not small_size < size:
             return
         noise, signal = noise_scale_terms(

@@ -65,27 +65,34 @@ class Span:
     Args:
         updates: Number of updates.
         batches: Loader batches of one process in each update.
-        samples: Samples over all processes in each update; None if unknown.
+        samples: Samples over all processes that each update consumes; None if unknown.
         tokens: Tokens over all processes in each update; None if unknown.
+        left_out: Samples among ``samples`` that are not trained, at the end of an epoch.
 
     Raises:
         ValueError: If an amount is not positive.
 
     Example:
         >>> Span(updates=10, batches=2, samples=64)
-        Span(updates=10, batches=2, samples=64, tokens=None)
+        Span(updates=10, batches=2, samples=64, tokens=None, left_out=0)
     """
 
     updates: int
     batches: int = 1
     samples: float | None = None
     tokens: float | None = None
+    left_out: int = 0
 
     def __post_init__(self) -> None:
         for name in ("updates", "batches", "samples", "tokens"):
             amount = getattr(self, name)
             if amount is not None:
                 check_positive(f"Span.{name}", amount)
+
+    @property
+    def global_batch_size(self) -> float | None:
+        """Samples over all processes that each update trains; None if unknown."""
+        return None if self.samples is None else self.samples - self.left_out
 
     def amount(self, clock: Clock) -> float | None:
         """Returns the amount that one update consumes in the unit of ``clock``; None if unknown.

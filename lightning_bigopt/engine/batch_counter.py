@@ -90,7 +90,8 @@ class BatchCounter:
             # A repeated sample of a GlobalBatchLoader, which does not count, has no tokens either.
             local = count(batch, self._settings.tokens, name="tokens") if self.samples != 0 else 0
             tokens = round(strategies.sum_over_data(trainer, local))
-        return BatchAmounts(total, tokens)
+        left_out = 0 if self.micro_batch is None else self.micro_batch.left_out
+        return BatchAmounts(total + left_out, tokens, left_out=left_out)
 
     def _count_samples(self, trainer: Trainer, batch: Any, index: int) -> int:
         """Sets :attr:`samples`, and returns the samples over all processes."""
@@ -151,7 +152,7 @@ class BatchCounter:
         # Per update, not per batch: gradients of an open window are not saved, so that a resume
         # must yield the batches of the window again.
         if self._exact is not None and self.micro_batch is not None and closes_window:
-            self._exact.advance(self.micro_batch.window.samples)
+            self._exact.advance(self.micro_batch.window.end - self._exact.position)
 
     def loader_state(self) -> dict[str, int] | None:
         """Returns the state of a GlobalBatchLoader; None for other loaders."""

@@ -240,6 +240,7 @@ def simulator(
                 micro_batch_size=min(exact.micro_batch_size, limit),
                 world_size=world,
                 samples_per_epoch=exact.samples,
+                tail=exact.tail,
             )
         horizon = simulate(
             policy,

@@ -37,7 +37,8 @@ class Clock:
         checkpoint_horizon: The horizon of the checkpoint from which this fit resumed.
         cooldown: Start and length of a cooldown on resume, as fractions of the budget.
         batches: Loader batches of one process that have ended.
-        samples: Samples over all processes in these batches.
+        samples: Samples over all processes in these batches, and those left out behind them.
+        left_out: Samples that were left out and not trained, since this object was created.
         tokens: Tokens over all processes in these batches.
         epoch: The position in the current epoch.
         window_is_open: Whether an accumulation window has begun and not ended.
@@ -51,7 +52,7 @@ class Clock:
         self.horizon: Horizon | None = None
         self.checkpoint_horizon: Horizon | None = None
         self.cooldown: tuple[float, float] | None = None
-        self.batches = self.samples = self.tokens = 0
+        self.batches = self.samples = self.tokens = self.left_out = 0
         self.epoch = EpochPosition()
         self.window_is_open = False
         self.samples_are_known = True
@@ -185,6 +186,7 @@ class Clock:
         """Adds the pending amounts to the counts, and closes the window after its last batch."""
         self.batches += self._pending.batches
         self.samples += self._pending.samples
+        self.left_out += self._pending.left_out
         self.tokens += self._pending.tokens
         self.epoch.done += self._of_epoch(self._pending)
         self._pending = BatchAmounts(0, batches=0)
@@ -213,20 +215,16 @@ class Clock:
             epochs=0 if trainer is None else max(self.epoch.ended, loop.processed_epochs(trainer)),
             epoch_done=self.epoch.done + self._of_epoch(pending),
             seconds=self._time.seconds,
+            left_out=self.left_out + pending.left_out,
         )
 
     def _of_epoch(self, amounts: BatchAmounts) -> int:
         return amounts.samples if self.epoch.in_samples else amounts.batches
 
     @property
-    def window_samples(self) -> int:
-        """Samples over all processes in the current window, including the current batch."""
-        return self.samples + self._pending.samples - self._opened.samples
-
-    @property
-    def window_batches(self) -> int:
-        """Batches of one process in the current window, including the current batch."""
-        return self.batches + self._pending.batches - self._opened.batches
+    def window(self) -> RunAmounts:
+        """The amounts of the current window, including the current batch."""
+        return self.counts().since(self._opened)
 
     # ------------------------------------------------------------------------------ progress
 

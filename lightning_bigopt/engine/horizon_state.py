@@ -20,7 +20,7 @@ def horizon_to_state(horizon: Horizon) -> dict[str, Any]:
         "samples_per_epoch": horizon.samples_per_epoch,
         "epochs": horizon.epochs,
         "others": [horizon_to_state(other) for other in horizon.others],
-        "spans": [[s.updates, s.batches, s.samples, s.tokens] for s in horizon.spans],
+        "spans": [_span_to_state(span) for span in horizon.spans],
     }
 
 
@@ -29,12 +29,18 @@ def horizon_from_state(state: dict[str, Any] | None) -> Horizon | None:
     if state is None:
         return None
     spans = tuple(
-        Span(updates=updates, batches=batches, samples=samples, tokens=tokens)
-        for updates, batches, samples, tokens in state["spans"]
+        # The last number is absent if it is 0, and in checkpoints of version 0.1.
+        Span(updates=updates, batches=batches, samples=samples, tokens=tokens, left_out=sum(rest))
+        for updates, batches, samples, tokens, *rest in state["spans"]
     )
     epochs = state["epochs"] if "epochs" in state else _epochs_of_version_0_1(state)
     others = tuple(filter(None, map(horizon_from_state, state.get("others", []))))
     return Horizon(**{**state, "spans": spans, "epochs": epochs, "others": others})
+
+
+def _span_to_state(span: Span) -> list[Any]:
+    state: list[Any] = [span.updates, span.batches, span.samples, span.tokens]
+    return [*state, span.left_out] if span.left_out else state
 
 
 def _epochs_of_version_0_1(state: dict[str, Any]) -> float | None:

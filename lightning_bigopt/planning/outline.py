@@ -88,7 +88,7 @@ def planned_updates(
         yield PlannedUpdate(
             progress=progress,
             learning_rates=tuple(groups.planned("lr", progress)),
-            global_batch_size=span.samples,
+            global_batch_size=span.global_batch_size,
             batches=span.batches,
         )
 

@@ -23,6 +23,7 @@ __all__ = [
     "epoch_samples",
     "exact_loader",
     "last_batch_samples",
+    "may_reload",
     "micro_batch_size",
     "restart_epoch",
     "source_loaders",
@@ -44,6 +45,11 @@ def train_loaders(trainer: Trainer) -> list[Any]:
 def stateful(trainer: Trainer) -> bool:
     """Returns whether every training loader has a state, which Lightning saves and restores."""
     return all(isinstance(loader, _Stateful) for loader in train_loaders(trainer))
+
+
+def may_reload(trainer: Trainer) -> bool:
+    """Returns whether later epochs may have other training loaders."""
+    return bool(trainer.reload_dataloaders_every_n_epochs)  # type: ignore[attr-defined]
 
 
 def exact_loader(trainer: Trainer) -> GlobalBatchLoader | None:

@@ -26,11 +26,14 @@ from lightning_bigopt import (
 from tests.batch_helpers import (
     RAMPED,
     ExactEpochs,
+    Normalizes,
     QuadraticNoise,
     Recorder,
     SaveEvery,
+    TailRecorder,
     TokenProbe,
     Tokens,
+    callbacks_of_tail_recorder,
     noise_loader,
 )
 from tests.distributed.scenarios import POLICY, Sharded, strategy
@@ -155,6 +158,38 @@ def exact_epochs(out: Path) -> Any:
     return found
 
 
+def tails(out: Path) -> Any:
+    """Trains with every tail and resumes at each checkpoint, and with batch normalization."""
+    found = {}
+    for tail in ("keep", "merge", "drop"):
+        straight, save = TailRecorder(tail), SaveEvery(out / f"tail {tail}")
+        fit("ddp", straight, None, *callbacks_of_tail_recorder(), save, max_epochs=3)
+        resumed = {}
+        for number in range(2, save.count, 3):
+            model, ckpt = TailRecorder(tail), save.folder / f"{number}.ckpt"
+            fit("ddp", model, None, *callbacks_of_tail_recorder(), ckpt=ckpt, max_epochs=3)
+            resumed[str(number)] = {"seen": model.seen, "weights": flat(model)}
+        gradients, normalizes = Probe(lr=0.01), Normalizes(torch.nn.BatchNorm1d(6))
+        loader = GlobalBatchLoader(Regression(17), micro_batch_size=4, tail=tail)
+        fit("ddp", gradients, loader, BatchSizeScheduler(ConstantBatchSize(7)), max_epochs=2)
+        error = ""
+        try:  # the tail of 3 samples gives the second process one
+            fit("ddp", normalizes, loader, BatchSizeScheduler(ConstantBatchSize(7)), max_epochs=2)
+        except ValueError as raised:
+            error = str(raised)
+        found[tail] = {
+            "seen": straight.seen,
+            "rates": straight.rates,
+            "weights": flat(straight),
+            "resumed": resumed,
+            "errors": gradients.errors,
+            "windows": [len(window) for window in gradients.windows],
+            "updates": normalizes.updates,
+            "error": error,
+        }
+    return found
+
+
 def resume_from_one_process(out: Path) -> Any:
     """Resumes on two processes from checkpoints that one process wrote in the fixture."""
     found = {}
@@ -262,6 +297,7 @@ NAMES = [
     "exact_order",
     "exact_loader",
     "exact_epochs",
+    "tails",
     "resume_from_one_process",
     "uneven_shards",
     "noise_scales",

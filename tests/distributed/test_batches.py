@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.batch_helpers import Noise, QuadraticNoise, Tokens, ramped, train_recorder
+from tests.batch_helpers import (
+    Noise,
+    QuadraticNoise,
+    Tokens,
+    ramped,
+    train_recorder,
+    train_tail_recorder,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -71,6 +78,32 @@ def test_epochs_of_other_sizes_end_on_the_budget(two_with_batches: Any) -> None:
     rates, _ = ramped(12, 24, 48)
     assert straight == pytest.approx(rates, abs=1e-12)
     assert resumed == straight[6:]
+
+
+@pytest.mark.parametrize("tail", ["keep", "merge", "drop"])
+def test_tails_on_two_processes_are_those_of_one(two_with_batches: Any, tail: str) -> None:
+    results = [result[tail] for result in two_with_batches("tails")]
+    alone = train_tail_recorder(tail)
+    for found in results:
+        assert found["seen"] == alone.seen
+        assert found["rates"] == alone.rates
+        assert found["weights"] == pytest.approx(flat(alone), rel=1e-5, abs=1e-5)
+        assert len(found["resumed"]) > 3
+        for number, resumed in found["resumed"].items():
+            assert resumed["seen"] == found["seen"][-len(resumed["seen"]) :], number
+            assert resumed["weights"] == found["weights"], number
+        assert max(found["errors"]) <= 1e-6
+    both = [sum(sizes) for sizes in zip(*(found["windows"] for found in results), strict=True)]
+    assert both == {"keep": [7, 7, 3], "merge": [7, 10], "drop": [7, 7]}[tail] * 2
+
+
+def test_batch_norm_raises_on_both_processes_before_the_first_update(two_with_batches: Any) -> None:
+    for result in two_with_batches("tails"):
+        assert "got 1 in update 2, which has 3 samples" in result["keep"]["error"]
+        assert "on 2 process(es)" in result["keep"]["error"]
+        assert result["keep"]["updates"] == 0
+        assert result["merge"]["error"] == result["drop"]["error"] == ""
+        assert result["merge"]["updates"] == result["drop"]["updates"] == 4
 
 
 def test_run_on_one_process_resumes_on_two(two_with_batches: Any, one_process: Any) -> None:

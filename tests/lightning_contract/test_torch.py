@@ -207,5 +207,20 @@ def test_one_call_for_many_tensors() -> None:
     assert equal(kept, tensors(2.5, 2.75))
 
 
+@asserts("_BatchNorm")
+@pytest.mark.parametrize(
+    "layer",
+    [nn.BatchNorm1d(2), nn.BatchNorm2d(2), nn.BatchNorm3d(2), nn.SyncBatchNorm(2)],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_every_batch_normalization_has_one_base_class(layer: nn.Module) -> None:
+    """Micro-batches of one sample raise before the first update for all of these, lazy ones too."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    assert isinstance(layer, _BatchNorm)
+    assert isinstance(nn.LazyBatchNorm1d(), _BatchNorm)
+    assert not isinstance(nn.InstanceNorm1d(2), _BatchNorm)
+
+
 def equal(found: Any, expected: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_bigopt.batching.batch_plan import BatchPlan
 from lightning_bigopt.batching.policies.batch_size_policy import BatchSizePolicy
 from lightning_bigopt.batching.window_length import WindowLength
+from lightning_bigopt.callbacks.batch_size.batch_norm_check import BatchNormCheck
 from lightning_bigopt.durations.progress import Progress
 from lightning_bigopt.engine.batch_source import BatchSource
 from lightning_bigopt.engine.stage import Batch, Fit
@@ -66,6 +67,7 @@ class BatchPlanner:
         self.source = self._read_source()
         self._beyond_epoch = 0  # the largest batch of the policy that exceeds an epoch
         self._has_warned = False
+        self._batch_norm = BatchNormCheck(fit)
         self._decided: tuple[Progress, tuple[int, BatchPlan]] | None = None
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
@@ -86,6 +88,14 @@ class BatchPlanner:
             ValueError: If the size of their batches has changed.
         """
         self.source = self.source.check_unchanged(self._read_source())
+
+    def begin_batch(self, batch: Batch) -> None:
+        """Watches the first forward pass for layers that a later micro-batch would fail."""
+        self._batch_norm.begin_batch(batch)
+
+    def end(self) -> None:
+        """Removes hooks on the module."""
+        self._batch_norm.end()
 
     def plan_at(self, progress: Progress) -> tuple[int, BatchPlan]:
         """Returns global batch size and plan of the update that starts at ``progress``."""

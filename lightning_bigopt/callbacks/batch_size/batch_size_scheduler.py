@@ -224,6 +224,8 @@ class BatchSizeScheduler(Capability):
         """Restores the Trainer's accumulation."""
         if isinstance(fit.trainer.accumulate_grad_batches, WindowLength):
             fit.trainer.accumulate_grad_batches = 1
+        if self._planner is not None:
+            self._planner.end()
         self._planner = None
 
     # -------------------------------------------------------------------------------- windows
@@ -237,22 +239,19 @@ class BatchSizeScheduler(Capability):
 
     def begin_batch(self, batch: Batch) -> None:
         """Opens a window, or shortens one that the end of the data cuts."""
-        trainer, window, index = batch.fit.trainer, self._window, batch.index
-        if window is None or index >= window.start + window:
-            window = self._open(batch)
-        elif (
-            batch.micro_batch is None
-            and index + 1 < window.start + window
-            and loop.is_last_batch(trainer)
-        ):
-            window = shorten_window(batch, window)  # a loader without a length has ended
-        self._window = trainer.accumulate_grad_batches = window
-
-    def _open(self, batch: Batch) -> WindowLength:
         assert self._planner is not None  # set in start
+        self._planner.begin_batch(batch)
+        window = self._window
+        if window is None or batch.index >= window.start + window:
+            window = self._open(batch, self._planner)
+        else:
+            window = shorten_window(batch, window)
+        self._window = batch.fit.trainer.accumulate_grad_batches = window
+
+    def _open(self, batch: Batch, planner: BatchPlanner) -> WindowLength:
         progress = batch.fit.clock.update_progress
-        window = self._planner.open_window(batch, progress)
-        self.size = self._planner.size
+        window = planner.open_window(batch, progress)
+        self.size = planner.size
         self.coupling.open_window(window.global_batch_size, progress)
         self._weights.open_window()
         return window.length

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import repeat
 
 from lightning_bigopt.batching.exact_loader import GlobalBatchLoader
 from lightning_bigopt.batching.planned_sizes import sizes_in_epoch
@@ -76,8 +75,9 @@ def _batch_sizes(
     # Lightning may fetch the first batch before on_train_start, where the clock starts otherwise.
     clock = fit.start_clock()
     if loop.is_fast_dev_run(fit.trainer):
-        # Lightning stops after one batch, which must close its window.
-        return repeat(loader.micro_batch_size * world)
+        # Lightning stops after any batch, which must close its window.
+        left = loader.samples - loader.position
+        return _single_micro_batches(left, largest=loader.micro_batch_size * world)
     clock.epoch.read_exact_loader(fit.trainer)  # of a new epoch, whose hooks come later
     horizon, now = clock.horizon, clock.counts()
 
@@ -99,3 +99,11 @@ def _batch_sizes(
         world_size=world,
         samples_per_epoch=loader.samples,
     )
+
+
+def _single_micro_batches(left: int, *, largest: int) -> Iterator[int]:
+    """Yields global batches of one micro-batch that leave no tail, which could be merged."""
+    while left > 0:
+        size = left // 2 if largest < left < 2 * largest else min(left, largest)
+        yield size
+        left -= size

@@ -127,18 +127,26 @@ class LossWeights:
 
 
 def shorten_window(batch: Batch, window: WindowLength) -> WindowLength:
-    """Ends a window with a batch, and rescales the gradients accumulated before it.
+    """Ends a window that the end of the data cuts, with the last batch.
 
-    Their losses were divided by the planned length of the window.
+    The gradients accumulated before it are rescaled, because their losses were divided by the
+    planned length of the window.
 
     Args:
-        batch: The batch that ends the window, before it is trained.
+        batch: A batch within the window, before it is trained.
         window: The window as planned.
 
     Returns:
-        The shortened window.
+        The shortened window; the same one if the data goes on, or the window ends anyway.
     """
     length = batch.index + 1 - window.start
+    # A loader without a length may end at any batch. GlobalBatchLoader plans its windows.
+    if (
+        batch.micro_batch is not None
+        or length == window
+        or not loop.is_last_batch(batch.fit.trainer)
+    ):
+        return window
     gradients = [parameter.grad for parameter in batch.fit.module.parameters()]
     device = batch.fit.trainer.strategy.root_device
     scale_(gradients, torch.full((), window / length, device=device))

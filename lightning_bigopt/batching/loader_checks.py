@@ -1,10 +1,26 @@
-"""Checks of the data set of a GlobalBatchLoader."""
+"""Checks of the arguments of a GlobalBatchLoader."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch.utils.data import DataLoader, IterableDataset
 
-__all__ = ["check_dataset"]
+__all__ = ["check_dataset", "check_options"]
+
+_RESERVED_OPTIONS = (
+    "batch_sampler",
+    "batch_size",
+    "collate_fn",
+    "dataset",
+    "drop_last",
+    "generator",
+    "num_workers",
+    "persistent_workers",
+    "sampler",
+    "shuffle",
+)
 
 
 def check_dataset(dataset: object) -> None:
@@ -25,3 +41,17 @@ def check_dataset(dataset: object) -> None:
         )
     if not len(dataset):
         raise ValueError("dataset must not be empty, got a length of 0; check its files")
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises for arguments of the inner DataLoader that the loader sets itself.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    reserved = sorted(set(options).intersection(_RESERVED_OPTIONS))
+    if reserved:
+        raise ValueError(
+            f"options must not contain {', '.join(reserved)}, got {dict(options)!r}; "
+            "remove them, because GlobalBatchLoader sets them itself"
+        )
