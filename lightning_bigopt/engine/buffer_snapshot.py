@@ -64,7 +64,7 @@ class _Entry:
                 self.copy, self.may_be_constant = self.local.clone(), False
         elif self.local.numel() < _LARGE or not self.may_be_constant:
             self.copy.copy_(self.local)
-        elif torch.equal(self.copy, self.local):
+        elif _has_same_bits(self.copy, self.local):
             # Most large buffers are constant: masks, tables of positions.
             self.copy, self.version = None, _version(self.tensor)
         else:
@@ -83,17 +83,18 @@ class _Entry:
 
 
 class BufferSnapshot:
-    """Saves and restores the buffers of modules in training mode.
+    """Saves and restores the buffers of a module.
 
     A forward pass changes running statistics, codebooks, queues or the vectors of a spectral norm
     before the update to which it belongs. A rejected update must not change them, and a checkpoint
     inside a window, whose gradients are lost, must not contain the change. Buffers of any dtype
     are included, because a flag or a counter belongs to the tensor beside it, and so are buffers
-    that the forward pass replaces by new tensors.
+    that the forward pass replaces by new tensors. Sparse, nested, quantized and expanded buffers
+    and other subclasses of tensors are not included.
 
     All copies stay on the device. A buffer with 2^20 elements or more is copied in the first
-    window, and after that only if it changes: the first later window in which it does is not
-    restored. Buffers above 2^26 elements are never copied.
+    window of an epoch, and after that only if it changes: the first later window of the epoch in
+    which it does is not restored. Buffers above 2^26 elements are never copied.
 
     Attributes:
         modules: The modules that were found; empty if none of them has a buffer.
@@ -112,25 +113,29 @@ class BufferSnapshot:
     def __init__(self) -> None:
         self.modules: list[nn.Module] = []
         self._entries: list[_Entry] = []
+        self._empty: list[tuple[nn.Module, str]] = []  # buffers that are None
         self._keys: list[tuple[int, torch.Size]] = []
         self._small: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._large: list[_Entry] = []
+        self._before_evaluation: list[Tensor | None] = []
 
     def watch(self, module: nn.Module) -> None:
         """Finds the modules inside a module; call it once per epoch, because they may change."""
-        has_buffers = next(module.buffers(), None) is not None
-        self.modules = list(module.modules()) if has_buffers else []
+        vars(self).update(vars(BufferSnapshot()))
+        if next(module.buffers(), None) is not None:
+            self.modules = list(module.modules())
 
     @torch.no_grad()
     def save(self) -> None:
-        """Copies the buffers of all modules in training mode."""
-        found = [
-            (module, name, buffer)
-            for module in self.modules
-            if module.training
-            for name, buffer in _buffers(module).items()
-            if _is_saved(buffer)
-        ]
+        """Copies the buffers."""
+        found, self._empty = [], []
+        for module in self.modules:
+            for name, buffer in _buffers(module).items():
+                if buffer is None:
+                    self._empty.append((module, name))
+                # A lazy buffer has no shape before its first forward pass, and a nested one never.
+                elif not (is_lazy(buffer) or buffer.is_nested):
+                    found.append((module, name, buffer))
         keys = [(id(buffer), buffer.shape) for *_, buffer in found]
         if keys != self._keys:
             self._keys = keys
@@ -143,15 +148,17 @@ class BufferSnapshot:
             entry.save()
 
     def _begin(self, found: list[tuple[nn.Module, str, Tensor]]) -> None:
-        """Copies other buffers than before: modules were frozen, or have replaced a tensor."""
+        """Copies other buffers than before: the forward pass has replaced a tensor."""
         before = {(id(entry.module), entry.name): entry for entry in self._entries}
         self._entries = []
         for module, name, tensor in found:
             entry = before.get((id(module), name))
             if entry is not None and entry.tensor is tensor and entry.has_shape:
                 entry.save()
-            else:
+            elif _can_be_copied(tensor):
                 entry = _Entry(module, name, tensor)
+            else:
+                continue
             self._entries.append(entry)
         small = [e for e in self._entries if e.tensor.numel() < _LARGE and e.copy is not None]
         self._small = [e.local for e in small], [e.copy for e in small if e.copy is not None]
@@ -160,6 +167,9 @@ class BufferSnapshot:
     @torch.no_grad()
     def restore_(self) -> None:
         """Restores the buffers bit for bit."""
+        for module, name in self._empty:
+            if name in _buffers(module):
+                _buffers(module)[name] = None
         for entry in self._entries:
             _buffers(entry.module)[entry.name] = entry.tensor
             if entry.copy is None:
@@ -172,24 +182,53 @@ class BufferSnapshot:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Registers copies of the saved buffers with the modules; puts the current ones back."""
-        replaced = []
-        for entry in self._entries:
-            buffers, saved = _buffers(entry.module), entry.saved()
-            if saved is not None and entry.name in buffers:
-                replaced.append((buffers, entry.name, buffers[entry.name]))
-                buffers[entry.name] = saved
+        replaced: list[tuple[dict[str, Tensor | None], str, Tensor | None]] = []
+
+        def replace(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+            buffers = _buffers(module)
+            if name in buffers:
+                replaced.append((buffers, name, buffers[name]))
+                buffers[name] = tensor
+
         try:
+            for module, name in self._empty:
+                replace(module, name, None)
+            for entry in self._entries:
+                saved = entry.saved()
+                if saved is not None:
+                    replace(entry.module, entry.name, saved)
             yield
         finally:
             for buffers, name, current in replaced:
                 buffers[name] = current
 
     @torch.no_grad()
+    def begin_evaluation(self) -> None:
+        """Remembers the current buffers before an evaluation inside the window."""
+        current = [_buffers(entry.module).get(entry.name) for entry in self._entries]
+        self._before_evaluation = [None if b is None else to_local(b).clone() for b in current]
+
+    @torch.no_grad()
+    def end_evaluation(self) -> None:
+        """Keeps what the evaluation has written to buffers, such as a threshold.
+
+        Compared by value, because averaged weights may have been exchanged in the meantime.
+        """
+        before, self._before_evaluation = self._before_evaluation, []
+        for entry, old in zip(self._entries, before, strict=False):
+            current = _buffers(entry.module).get(entry.name)
+            if current is None or old is None or not _can_be_copied(current):
+                continue
+            if not _has_same_bits(old, to_local(current)):
+                entry.tensor, entry.copy = current, to_local(current).clone()
+                self._keys = []  # the lists of tensors are made again
+
+    @torch.no_grad()
     def restore_nonfinite_(self) -> None:
         """Restores the numbers that have become non-finite."""
         for entry in self._entries:
             current = _buffers(entry.module).get(entry.name)
-            if current is None or entry.copy is None:
+            if current is None or entry.copy is None or current.dtype.itemsize == 1:
                 continue
             local = to_local(current)
             if local.shape == entry.copy.shape:
@@ -200,6 +239,22 @@ class BufferSnapshot:
         return vars(BufferSnapshot())
 
 
-def _is_saved(buffer: Any) -> bool:
-    # A buffer may be None, and that of a lazy module has no values before its first forward pass.
-    return buffer is not None and not is_lazy(buffer) and buffer.numel() <= _TOO_LARGE
+def _can_be_copied(buffer: Tensor) -> bool:
+    """Returns whether torch copies, compares and overwrites such a tensor, and it is not too large.
+
+    Expanded tensors cannot be overwritten, and inference tensors not during training.
+    """
+    local = to_local(buffer)
+    return (
+        type(local) is Tensor
+        and local.layout is torch.strided
+        and not (local.is_quantized or local.is_meta or local.is_inference())
+        and not any(n > 1 and s == 0 for n, s in zip(local.shape, local.stride(), strict=True))
+        and local.numel() <= _TOO_LARGE
+    )
+
+
+def _has_same_bits(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))

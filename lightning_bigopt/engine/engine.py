@@ -144,9 +144,9 @@ class Engine(EvaluationHooks, StepHooks):
             return
         assert self._counter is not None  # set in on_train_start
         self._batch = None
-        if self.clock.window_is_open:
+        if (buffers := self._window_buffers()) is not None:
             # The epoch was left inside a window, whose gradients are lost.
-            self._fit.buffers.restore_()
+            buffers.restore_()
         self.clock.end_epoch(trainer)
         self._counter.end_epoch()
         if self.clock.budget_exhausted:
@@ -211,11 +211,13 @@ class Engine(EvaluationHooks, StepHooks):
     ) -> None:
         """Ends the evaluation and the fit; Lightning does not call ``teardown`` after an error."""
         self._end_failed_evaluation(trainer, pl_module)
-        self.finish_batch()
-        if self._fit is not None and self.clock.window_is_open:
+        try:
+            self.finish_batch()
             # As at the end of an epoch. ModelCheckpoint(save_on_exception=True) saves later.
-            self._fit.buffers.restore_()
-        self._end()
+            if (buffers := self._window_buffers()) is not None:
+                buffers.restore_()
+        finally:
+            self._end()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ends the fit, and drops loaded state that was not applied."""
@@ -267,7 +269,8 @@ class Engine(EvaluationHooks, StepHooks):
         # of the batch must come first, so that weights and states belong to the same update.
         self.finish_batch()
         # The gradients of an open window are lost, and the batches may be trained again.
-        with fit.buffers.in_place() if self.clock.window_is_open else nullcontext():
+        buffers = self._window_buffers()
+        with nullcontext() if buffers is None else buffers.in_place():
             weights = collect()
         for capability in self._stages["saved_weights"]:
             weights = capability.saved_weights(weights)

@@ -339,3 +339,68 @@ def test_manual_optimization_saves_the_buffers_of_its_batches(tmp_path: Path) ->
     train(module, *own, data=ResumableLoader(52, 4))
     for path in (saves.full, saves.weights):
         assert_equal(torch.load(path, weights_only=True)["state_dict"], ends[4])
+
+
+class Threshold(Buffers):
+    """Validation writes a buffer, and the training step that of a module in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("threshold", torch.tensor(-1.0))
+        self.teacher = nn.BatchNorm1d(5).eval()
+        self.register_buffer("first_seen", None)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.teacher.running_mean.copy_(self.net[2].running_mean)
+        if self.first_seen is None:
+            self.first_seen = batch[0].mean()
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.threshold.fill_(self.trainer.fit_loop.epoch_loop.batch_progress.total.ready)
+
+
+@pytest.mark.filterwarnings("ignore:Found 1 module")
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 5, 6, 8, 9])
+def test_values_that_validation_writes_are_kept(tmp_path: Path, batch: int) -> None:
+    def run(module: Threshold, *own: Any, **resume: Any) -> None:
+        options: dict[str, Any] = {**QUIET, "max_epochs": 2, "val_check_interval": 4}
+        trainer = L.Trainer(**options, callbacks=[*callbacks(), *own])
+        validation = torch.utils.data.DataLoader(Regression(4), batch_size=4)
+        if resume:
+            resume["weights_only"] = True
+        trainer.fit(module, global_batches(), validation, **resume)
+
+    straight, records = Threshold(), RecordsUpdates()
+    saves = Saves(tmp_path, "on_train_batch_end", batch=batch)
+    run(straight, records, saves)
+    validated = torch.tensor(4.0 * ((batch - 1) // 4))  # before the validation of its own batch
+    expected = records.states[saves.step]
+    if validated > 0:
+        expected["threshold"] = validated
+    for path in (saves.full, saves.weights):
+        saved = torch.load(path, weights_only=True)["state_dict"]
+        assert_equal(saved, expected)
+    fresh = Threshold()
+    if saves.step:
+        fresh.first_seen = torch.tensor(0.0)
+    run(fresh, ckpt_path=saves.full)
+    resumed, again = copied(fresh), copied(straight)
+    for state in (resumed, again):
+        state.pop("threshold")  # the resumed run may repeat no validation inside its window
+    assert_equal(resumed, again)
+
+
+def test_error_in_a_window_is_not_hidden_by_a_buffer_that_cannot_be_restored() -> None:
+    class Expanded(Buffers):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("ones", torch.ones(1).expand(4))
+
+    module = Expanded()
+    stops = StopsAt("on_after_backward", batch=5, error=ZeroDivisionError())
+    trainer = L.Trainer(**QUIET, max_epochs=1, callbacks=[*callbacks(), stops])
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit(module, global_batches())
+    assert "lightning_module_state_dict" not in vars(trainer.strategy)

@@ -43,7 +43,7 @@ class StepGuard(Capability):
     """Rejects harmful updates before they are applied, with one decision for all processes.
 
     A skipped update leaves parameters, optimizer state and step counters unchanged bit for bit, and
-    the buffers of modules in training mode, such as running statistics and codebooks. Its data
+    the buffers of the module, such as running statistics and codebooks. Its data
     counts as consumed: ``global_step``, the learning-rate schedule and the clock advance.
     Under 16-mixed the GradScaler handles overflows: it skips the update and lowers its scale, and
     the guard does not count it. Several optimizers (manual optimization) are inspected separately,
@@ -129,6 +129,7 @@ class StepGuard(Capability):
         self._window.clear()
         # In manual optimization a window ends with an update, and may contain several batches.
         self._buffers = fit.buffers if fit.module.automatic_optimization else BufferSnapshot()
+        self.begin_epoch(fit)  # which is not called in an epoch that is resumed in its middle
         if self._state.has_backoffs:
             fit.groups.adjust("lr", lambda lr, _: self._state.apply_backoffs(lr), owner=self)
 
@@ -136,10 +137,14 @@ class StepGuard(Capability):
         """Logs changes of detectors and actions since the checkpoint."""
         self._state.report_changes()
 
+    def begin_epoch(self, fit: Fit) -> None:
+        """Finds the modules whose buffers are saved; they may be others than before."""
+        if self._buffers is not fit.buffers:
+            self._buffers.watch(fit.module)
+
     def begin_batch(self, batch: Batch) -> None:
         """Saves the buffers before a window, and the batch if batches are recorded."""
         if self._window.is_over and self._buffers is not batch.fit.buffers:
-            self._buffers.watch(batch.fit.module)
             self._buffers.save()
         self._window.begin(batch)
 

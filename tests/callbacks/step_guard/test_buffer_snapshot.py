@@ -143,16 +143,72 @@ def test_equal_to_a_run_without_the_bad_batch() -> None:
     assert torch.equal(rejected.net[0].mean, without.net[0].mean)
 
 
-def test_statistics_of_a_module_in_evaluation_mode_are_named() -> None:
-    """They are not saved, and the forward pass of such a module should not change them."""
-
+def test_statistics_of_a_module_in_evaluation_mode_are_restored() -> None:
     class Teacher(Restored):
         def on_train_batch_start(self, *args: Any) -> None:
             self.net[0].eval()
 
     module = Teacher(Codebook("in place"), {2: math.nan})
+    fit(module, StepGuard([NonFinite()], max_consecutive=3), size=16)
+    assert module.net[0].mean.isfinite().all()
+    assert torch.equal(module.statistics[1][0], module.statistics[2][0])
+
+
+def test_nan_in_a_buffer_that_is_not_restored_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buffer_snapshot, "_TOO_LARGE", 3)
+    module = Restored(Codebook("in place"), {2: math.nan})
     with pytest.raises(RuntimeError, match=r"net\.0\.mean contains NaN, so that every"):
         fit(module, StepGuard([NonFinite()], max_consecutive=3), size=16)
+
+
+UNUSUAL = {
+    "sparse": lambda: torch.eye(4).to_sparse(),
+    "expanded": lambda: torch.ones(1).expand(4),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "fp8": lambda: torch.ones(4).to(torch.float8_e4m3fn),
+    "fp4": lambda: torch.ones(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+    "scalar": lambda: torch.tensor(1.0),
+    "empty": lambda: torch.zeros(0),
+    "complex": lambda: torch.ones(4, dtype=torch.complex64),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype", "ignore:.*Sparse")
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("kind", [*UNUSUAL, "inference"])
+def test_unusual_buffers_are_no_obstacle(
+    kind: str, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if large:
+        monkeypatch.setattr(buffer_snapshot, "_LARGE", 0)
+    module = Restored(Codebook("in place"), {4: math.nan})
+    with torch.inference_mode(kind == "inference"):
+        buffer = torch.ones(4) if kind == "inference" else UNUSUAL[kind]()
+    module.net[0].register_buffer("unusual", buffer, persistent=False)
+    module.on_train_batch_end = lambda *args: None  # type: ignore[method-assign]
+    fit(module, StepGuard([NonFinite()]), size=16)
+    fit(module, StepGuard([NonFinite()]), size=16, **cpu_precision("16-mixed"))
+    assert module.net[0].unusual is buffer
+    assert module.net[0].mean.isfinite().all()
+
+
+def test_failed_copy_leaves_no_copies_in_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, snapshot = nn.BatchNorm1d(4), BufferSnapshot()
+    snapshot.watch(layer)
+    snapshot.save()
+    before, calls = dict(layer.named_buffers()), []
+    original = buffer_snapshot._Entry.saved
+
+    def saved(entry: Any) -> Any:
+        calls.append(entry)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError
+        return original(entry)
+
+    monkeypatch.setattr(buffer_snapshot._Entry, "saved", saved)
+    with pytest.raises(torch.OutOfMemoryError), snapshot.in_place():
+        raise AssertionError
+    assert all(layer.get_buffer(name) is buffer for name, buffer in before.items())
 
 
 def test_scaler_keeps_finite_entries_of_a_replaced_buffer() -> None:
@@ -179,3 +235,10 @@ def test_large_buffers_that_do_not_change_are_not_copied() -> None:
     copies = [entry.copy for entry in snapshot._entries]
     assert copies[0] is None
     assert copies[1] is not None
+    # Torch does not count changes through ``data``; the next epoch finds them.
+    snapshot.watch(layer)
+    for _ in range(2):
+        snapshot.save()
+        layer.table.data.add_(1.0)
+    snapshot.restore_()
+    assert layer.table[0] == 1.0
