@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from lightning_bigopt.durations.duration import amount_of
 from lightning_bigopt.engine.stage import Fit
 from lightning_bigopt.engine.update import Update
-from lightning_bigopt.monitoring import tensorboard
+from lightning_bigopt.monitoring import earlier_events, tensorboard
 from lightning_bigopt.monitoring.tags import tag_name
 from lightning_bigopt.optimizers.names import group_names
 from lightning_bigopt.planning.outline import planned_updates
@@ -72,7 +72,8 @@ def _write_dashboard(
 def write_start(fit: Fit, axis: XAxis) -> None:
     """Writes the plan (as text and as curves) and the dashboard to TensorBoard.
 
-    After a resume the curves start at the first update of the resumed run.
+    After a resume the curves start at the first update of the resumed run. In a folder with events
+    of an earlier start of the run, those that this start logs again are discarded.
     """
     trainer = fit.trainer
     if not trainer.is_global_zero:
@@ -81,9 +82,12 @@ def write_start(fit: Fit, axis: XAxis) -> None:
     resumed = trainer.global_step > 0
     first = loop.next_logger_step(trainer)
     for writer, prefix in loggers.tensorboard_writers(trainer).values():
-        if resumed:
+        # A second fit of a Trainer, without a checkpoint, continues behind its own events.
+        continues = earlier_events.has_logged_fit(writer) and trainer.ckpt_path is None
+        if not continues and (resumed or earlier_events.holds_earlier_training(writer, prefix)):
             step = first if axis == "updates" else getattr(fit.clock, axis) + 1
-            tensorboard.purge_from(writer, step)
+            earlier_events.discard_from(writer, step if resumed else 0)
+        earlier_events.mark_fit(writer)
         writer.add_text(prefix + "plan", plan_text(fit), first)
         planned = planned_curves(fit, axis, first=first if resumed else 0)
         curves = [(at, {prefix + tag: v for tag, v in values.items()}) for at, values in planned]
