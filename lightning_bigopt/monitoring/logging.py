@@ -193,8 +193,13 @@ def plan_text(fit: Fit) -> str:
                 for key in ("lr", "weight_decay", "betas")
                 if shown.get(key) is not None
             )
-    lines = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
-    return "\n".join(lines)
+    cells = [(_table_cell(key), _table_cell(value)) for key, value in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in cells)])
+
+
+def _table_cell(text: str) -> str:
+    """Returns a text in one line, without the character that separates cells in Markdown."""
+    return " ".join(text.splitlines()).replace("|", r"\|")
 
 
 def write_end(fit: Fit) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -145,7 +146,7 @@ def write_report(
         )
     page = render_report(_with_different_names([read_run(folder) for folder in several]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page, encoding="utf-8", errors="replace")  # a folder's name may be no UTF-8
     return path
 
 
@@ -209,8 +210,12 @@ def _table_rows(text: str) -> list[list[str]]:
         >>> _table_rows("| | |\n|---|---|\n| budget | `10 steps` |")
         [['budget', '10 steps']]
     """
-    rows = [line.strip("| ").split(" | ", 1) for line in text.splitlines()[2:]]
-    return [[cell.strip("` ") for cell in row] for row in rows if len(row) == 2]
+    # plan_text writes a vertical bar in a name as \|.
+    rows = [
+        re.split(r"(?<!\\) \| ", line.strip("| "), maxsplit=1) for line in text.splitlines()[2:]
+    ]
+    cells = [[cell.replace(r"\|", "|").strip("` ") for cell in row] for row in rows]
+    return [row for row in cells if len(row) == 2]
 
 
 def _weighted_mean(fractions: Curve) -> float | None:

@@ -115,6 +115,7 @@ def _is_log(path: Path) -> bool:
 
 
 def _name(home: Path) -> str:
+    home = home.resolve()  # the folder "." has no name
     return home.name if not home.name.startswith("version_") else f"{home.parent.name}/{home.name}"
 
 
