@@ -23,6 +23,8 @@ from lightning_bigopt import (
     AutoClip,
     BatchSizeScheduler,
     BatchSizeSteps,
+    ConstantBatchSize,
+    GlobalBatchLoader,
     GradientClipping,
     GradientNoiseScale,
     Groups,
@@ -438,6 +440,41 @@ def output_folders(out: Path) -> Any:
     return found
 
 
+class Bad(Probe):
+    """Trains on batches whose loss is NaN; records their first samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: list[int] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.first.append(int(batch[2][0]))
+        return self.loss(batch[0], batch[1]) * math.nan
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None: ...
+
+
+def rejected_batches(out: Path) -> Any:
+    """Resumes within a window of three micro-batches; returns the indices of rejected batches."""
+    path = out / "within.ckpt"
+
+    class Saves(L.Callback):
+        def on_train_batch_end(
+            self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, index: int
+        ) -> None:
+            if index == 4:
+                trainer.save_checkpoint(path)
+
+    found = []
+    for ckpt, more in ((None, [Saves()]), (path, [])):
+        model, guard = Bad(), StepGuard(max_consecutive=99)
+        data = GlobalBatchLoader(Regression(48), micro_batch_size=2, shuffle="sequential")
+        scheduler = BatchSizeScheduler(ConstantBatchSize(12))
+        fit("ddp", model, data, guard, scheduler, *more, max_epochs=1, ckpt=ckpt)
+        found.append([[i for update in guard.rejections for i in update.batches], model.first])
+    return found
+
+
 def restarted(out: Path) -> Any:
     """Starts a run three times in its TensorBoard folder; returns the logged steps."""
     for steps in (3, 2, 5):
@@ -517,4 +554,5 @@ NAMES = [
     "uncounted",
     "output_folders",
     "restarted",
+    "rejected_batches",
 ]

@@ -32,7 +32,9 @@ class RejectedUpdate:
     Args:
         update: The Trainer's ``global_step`` before the update.
         epoch: The epoch.
-        batches: Indices of the micro-batches of its window, within the epoch.
+        batches: Indices of the micro-batches of its window in the epoch: the ``batch_idx`` of
+            ``training_step``. With a GlobalBatchLoader, which repeats an interrupted window after a
+            resume, the ``batch_idx`` of the run without interruption.
         optimizer: Label of the optimizer; empty if there is only one.
         detector: Class name of the detector that rejected the update.
         reason: Reason for the rejection.
@@ -141,9 +143,10 @@ class WindowRecorder:
         """Adds a micro-batch with its loss; the first one after :meth:`close` opens a window."""
         if self._is_decided:
             self._window, self._is_decided = [], False
+        micro = batch.micro_batch
         self._window.append(
             _MicroBatch(
-                index=batch.index,
+                index=batch.index if micro is None else micro.epoch_index,
                 # Batches that are not counted have equal weights.
                 samples=1 if batch.samples is None else batch.samples,
                 loss=loss,
