@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -31,7 +29,9 @@ def check_report(trainer: Trainer, report: str | None) -> None:
     """
     if report is None or loop.is_fast_dev_run(trainer):
         return
-    error = _report_error(Path(report)) if trainer.is_global_zero else None
+    error = None
+    if trainer.is_global_zero:
+        error = output_paths.file_error("report", report, example="report.html")
     output_paths.raise_on_every_process(trainer, error, name="report")
     if loggers.log_folder(trainer) is None:
         kinds = ", ".join(type(logger).__name__ for logger in trainer.loggers)
@@ -46,22 +46,6 @@ def check_report(trainer: Trainer, report: str | None) -> None:
                 f"{module} must be installed for OptimizationMonitor(report=); run pip install "
                 "'lightning-bigopt[plot]'"
             )
-
-
-def _report_error(report: Path) -> ValueError | None:
-    """Returns the error of a file that cannot be written; None if it can."""
-    if os.path.isdir(report):  # noqa: PTH112  # Path.is_dir raises for a name that is too long
-        return ValueError(
-            f"report must be the name of a file, got the folder {str(report)!r}; write "
-            f"{str(report / 'report.html')!r}"
-        )
-    problem = output_paths.folder_problem(report.parent)
-    if problem:
-        return ValueError(
-            f"report must be a file in a folder that can be written to, got {str(report)!r} in "
-            f"{str(report.parent)!r}, {problem}; choose another folder"
-        )
-    return None
 
 
 def write_run_report(trainer: Trainer, report: str | None) -> None:

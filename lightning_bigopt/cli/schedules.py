@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_bigopt.cli.command import Command, require
 from lightning_bigopt.cli.expressions import parse_schedule, schedule_names
+from lightning_bigopt.trainer_access.output_paths import file_error
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -112,8 +113,13 @@ def draw(schedules: Sequence[Schedule], max_steps: int, path: str) -> None:
         schedules: The schedules.
         max_steps: Updates in the run.
         path: File to write; its suffix selects the format.
+
+    Raises:
+        ValueError: If the file is a folder or cannot be written.
     """
     require("matplotlib", extra="plot")
+    if error := file_error("picture", path, example="schedules.png"):
+        raise error
     from matplotlib.figure import Figure
 
     from lightning_bigopt.reporting.picture import drawn_label, plain_text, save_picture

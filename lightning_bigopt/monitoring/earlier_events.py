@@ -76,7 +76,8 @@ def discard_from(writer: SummaryWriter, step: int) -> None:
     ]
     files = file_writer(writer)
     start = SessionLog(status=SessionLog.START)
-    # Twice, because TensorBoard's pages ignore the first of a run. EventAccumulator does not.
+    # Twice, because TensorBoard ignores the first one of a run (without its data server, which
+    # hides values by their steps); its class EventAccumulator does not.
     for _ in range(2):
         files.add_event(Event(step=step, session_log=start), step)
     for event in kept:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_bigopt.trainer_access.output_paths import file_error
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -133,14 +135,12 @@ class TrainingPlan:
             The path.
 
         Raises:
-            ValueError: If the path is a folder, or matplotlib does not support the format.
+            ValueError: If the path is a folder or cannot be written, or matplotlib does not support
+                the format.
         """
         target = Path(path)
-        if target.is_dir():
-            raise ValueError(
-                f"path must be the name of a file, got the folder {str(target)!r}; write "
-                f"{str(target / 'plan.png')!r}"
-            )
+        if error := file_error("path", target, example="plan.png"):
+            raise error
         # Imported late, because drawing is rare.
         from lightning_bigopt.reporting.picture import new_picture, save_picture
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from os import PathLike, fspath
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-__all__ = ["check_path", "folder_problem", "raise_on_every_process"]
+__all__ = ["check_path", "file_error", "folder_problem", "raise_on_every_process"]
 
 
 def check_path(name: str, path: object, *, of: str, example: str) -> None:
@@ -65,6 +66,33 @@ def folder_problem(folder: str | PathLike[str]) -> str:
             return f"to which nothing can be written ({error.strerror})"
         return ""
     return "which is on a drive that does not exist"
+
+
+def file_error(name: str, path: str | PathLike[str], *, example: str) -> ValueError | None:
+    """Returns the error of a file that cannot be written; None if it can.
+
+    Args:
+        name: Name of the argument.
+        path: The file.
+        example: A good name for the file.
+
+    Example:
+        >>> print(file_error("output", ".", example="report.html"))
+        output must be the name of a file, got the folder '.'; write 'report.html'
+    """
+    file = Path(path)
+    if os.path.isdir(file):  # noqa: PTH112  # Path.is_dir raises for a name that is too long
+        return ValueError(
+            f"{name} must be the name of a file, got the folder {str(file)!r}; write "
+            f"{str(file / example)!r}"
+        )
+    problem = folder_problem(file.parent)
+    if problem:
+        return ValueError(
+            f"{name} must be a file in a folder that can be written to, got {str(file)!r} in "
+            f"{str(file.parent)!r}, {problem}; choose another folder"
+        )
+    return None
 
 
 def raise_on_every_process(trainer: Trainer, error: ValueError | None, *, name: str) -> None:

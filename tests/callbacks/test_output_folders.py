@@ -26,6 +26,8 @@ from lightning_bigopt import (
     StepGuard,
     replay,
 )
+from lightning_bigopt.cli.schedules import draw
+from lightning_bigopt.reporting.report import write_report
 from lightning_bigopt.reporting.runs import read_run
 from lightning_bigopt.tuning import plan
 from tests.bad_batches import BadBatchModule, fit
@@ -88,6 +90,24 @@ def test_file_for_the_report_is_checked_at_fit_start(
     monitor = OptimizationMonitor(report=str(folder / "report.html"))
     with pytest.raises(ValueError, match="^report must be a file in .* in " + message + "choose"):
         fit(Probe(), monitor, logger=CSVLogger(tmp_path / "logs"))
+
+
+def test_files_of_reports_and_pictures_are_checked_before_they_are_made(
+    unwritable: tuple[Path, str], tmp_path: Path
+) -> None:
+    folder, message = unwritable
+    logger = CSVLogger(tmp_path / "logs")
+    fit(Probe(), OptimizationMonitor(every=1), logger=logger)
+    scheduler = LearningRateScheduler(Linear())
+    trainer = L.Trainer(**QUIET | {"callbacks": [scheduler], "max_steps": 4})
+    planned = plan(trainer, Probe(), loader(16, 2))
+    for name, write in (
+        ("output", lambda: write_report(logger.log_dir, folder / "report.html")),
+        ("path", lambda: planned.picture(folder / "plan.png")),
+        ("picture", lambda: draw([Linear()], 100, str(folder / "schedules.png"))),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} must be a file in .* in {message}choose"):
+            write()
 
 
 @pytest.mark.parametrize("path", ["", 5, b"rejected", ["rejected"]])
