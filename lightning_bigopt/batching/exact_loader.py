@@ -41,8 +41,8 @@ class GlobalBatchLoader:
     The loader is a plain iterable without a length, so Lightning does not replace it.
     ``BatchSizeScheduler`` sets its state before each ``iter()``:
 
-    - :attr:`epoch` and :attr:`position` (samples of the epoch trained so far), with
-      :meth:`advance` and :meth:`end_epoch`, or with :meth:`load_state_dict`;
+    - :attr:`epoch`, :attr:`position` (samples of the epoch trained so far) and :attr:`batches` (of
+      this process), with :meth:`advance` and :meth:`end_epoch`, or with :meth:`load_state_dict`;
     - ``rank`` and ``world_size``, with :meth:`set_rank`;
     - the global batches of the next updates, with :meth:`set_batch_sizes`.
 
@@ -115,12 +115,12 @@ class GlobalBatchLoader:
         self.num_workers = num_workers
         self.collate_fn = collate_fn
         self.options = dict(options or {})
-        self.epoch = 0
-        self.position = 0
+        self.epoch = self.position = self.batches = 0
         self.rank = 0
         self.world_size = 1
         self._sizes: Sizes | None = None
         self._yielded: dict[int, _Yielded] = {}
+        self._first = 0  # batches of the epoch before those yielded
 
     # --------------------------------------------------------------------------------- state
 
@@ -178,7 +178,7 @@ class GlobalBatchLoader:
         Lightning ends an epoch twice if it resumes from a checkpoint saved at the end of an epoch.
         """
         if self.position:
-            self.epoch, self.position = self.epoch + 1, 0
+            self.epoch, self.position, self.batches = self.epoch + 1, 0, 0
 
     def state_dict(self) -> dict[str, int]:
         """Returns epoch and position as plain numbers, the same on every process."""
@@ -186,6 +186,7 @@ class GlobalBatchLoader:
             "version": self.version,
             "epoch": self.epoch,
             "position": self.position,
+            "batches": self.batches,
             "seed": self.seed,
             "samples": self.samples,
         }
@@ -206,6 +207,7 @@ class GlobalBatchLoader:
                     f"{mine}; resume from the end of an epoch, or restore {name}"
                 )
         self.epoch, self.position = state["epoch"], state["position"]
+        self.batches = state.get("batches", 0)  # version 0.1 has not saved it
         if not is_inside:
             self.end_epoch()
 
@@ -233,6 +235,7 @@ class GlobalBatchLoader:
         return MicroBatch(
             window=window,
             index=index_in_window,
+            epoch_index=self._first + index,
             samples=mine,
             world_size=self.world_size,
         )
@@ -282,7 +285,7 @@ class GlobalBatchLoader:
         if self.position >= self.samples:
             self.end_epoch()
         # A new dict, because the generator of an earlier iter() may still write to the old one.
-        self._yielded = {}
+        self._yielded, self._first = {}, self.batches
         dataset: Any = self.dataset
         if self.randomness == "sample":
             dataset = SampleStreams(dataset, seed=mixed_seed(self.seed, self.epoch))

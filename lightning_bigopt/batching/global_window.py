@@ -40,6 +40,7 @@ class MicroBatch:
     Args:
         window: The window that the micro-batch belongs to.
         index: Index of the micro-batch in the window, from 0.
+        epoch_index: Index of the micro-batch in the epoch, from 0, in the run without interruption.
         samples: Samples that count on this process; 0 if the batch only repeats a sample.
         world_size: Number of processes that share the window.
 
@@ -51,6 +52,7 @@ class MicroBatch:
 
     window: GlobalWindow
     index: int
+    epoch_index: int = 0
     samples: int
     world_size: int
 

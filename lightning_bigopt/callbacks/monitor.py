@@ -8,11 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 from lightning_bigopt.arguments import explain_arguments
-from lightning_bigopt.callbacks.run_report import (
-    check_report,
-    check_report_name,
-    write_run_report,
-)
+from lightning_bigopt.callbacks.run_report import check_report, write_run_report
 from lightning_bigopt.checks import check_choice, check_count
 from lightning_bigopt.engine.batch_contents import BatchCount
 from lightning_bigopt.engine.capability import Capability
@@ -30,6 +26,7 @@ from lightning_bigopt.monitoring.tags import tag_name
 from lightning_bigopt.optimizers.names import group_names
 from lightning_bigopt.parameters import tied_names
 from lightning_bigopt.trainer_access import loggers, loop
+from lightning_bigopt.trainer_access.output_paths import check_path
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -73,10 +70,10 @@ class OptimizationMonitor(Capability):
     Samples that cannot be counted, as of a batch of strings, are left out of the log.
 
     Raises:
-        ValueError: If an argument is out of range; at fit start if ``report`` is a folder, or there
-            is no logger to read from; at train start if ``x_axis`` is tokens and no callback counts
-            them, or a pattern matches no parameter; at the first batch if ``x_axis`` is samples and
-            they cannot be counted.
+        ValueError: If an argument is out of range; at fit start if ``report`` is a folder or cannot
+            be written, or there is no logger to read from; at train start if ``x_axis`` is tokens
+            and no callback counts them, or a pattern matches no parameter; at the first batch if
+            ``x_axis`` is samples and they cannot be counted.
         ImportError: At fit start for ``report`` without matplotlib or jinja2.
 
     Example:
@@ -113,7 +110,7 @@ class OptimizationMonitor(Capability):
         # Only for its checks of the arguments.
         LayerMonitor(layers, _ALL_LAYER_VALUES if per_layer is None else per_layer)
         self.per_layer = _ALL_LAYER_VALUES if per_layer is None else tuple(per_layer)
-        check_report_name(report)
+        check_path("report", report, of="file", example="report.html")
         self.every, self.histograms_every, self.x_axis = every, histograms_every, x_axis
         self.layers = layers
         self.report = report

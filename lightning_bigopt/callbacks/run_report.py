@@ -3,50 +3,36 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from os import PathLike, fspath
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_bigopt.trainer_access import loggers, loop
+from lightning_bigopt.trainer_access import loggers, loop, output_paths
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-__all__ = ["check_report", "check_report_name", "write_run_report"]
-
-
-def check_report_name(report: object) -> None:
-    """Raises unless ``report`` is the name of a file or None.
-
-    Raises:
-        ValueError: If it is anything else, such as an empty string.
-    """
-    if report is not None and not (isinstance(report, (str, PathLike)) and fspath(report)):
-        raise ValueError(
-            f"report must be the name of a file or None, got {report!r}; write 'report.html'"
-        )
+__all__ = ["check_report", "write_run_report"]
 
 
 def check_report(trainer: Trainer, report: str | None) -> None:
-    """Raises if the report could not be written at the end of the fit.
+    """Raises if the report could not be written at the end of the fit. A collective.
 
     Args:
         trainer: The Trainer.
         report: File of the report; None for no report.
 
     Raises:
-        ValueError: If the file is a folder, or there is no TensorBoardLogger and no CSVLogger.
+        ValueError: If the file is a folder or cannot be written, or there is no TensorBoardLogger
+            and no CSVLogger.
         ImportError: If matplotlib or jinja2 is not installed.
     """
     if report is None or loop.is_fast_dev_run(trainer):
         return
-    if Path(report).is_dir():
-        raise ValueError(
-            f"report must be the name of a file, got the folder {str(report)!r}; write "
-            f"{str(Path(report, 'report.html'))!r}"
-        )
+    error = None
+    if trainer.is_global_zero:
+        error = output_paths.file_error("report", report, example="report.html")
+    output_paths.raise_on_every_process(trainer, error, name="report")
     if loggers.log_folder(trainer) is None:
         kinds = ", ".join(type(logger).__name__ for logger in trainer.loggers)
         raise ValueError(

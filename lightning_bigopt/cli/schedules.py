@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_bigopt.cli.command import Command, require
 from lightning_bigopt.cli.expressions import parse_schedule, schedule_names
+from lightning_bigopt.trainer_access.output_paths import file_error
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -111,25 +113,32 @@ def draw(schedules: Sequence[Schedule], max_steps: int, path: str) -> None:
         schedules: The schedules.
         max_steps: Updates in the run.
         path: File to write; its suffix selects the format.
+
+    Raises:
+        ValueError: If the file is a folder or cannot be written.
     """
     require("matplotlib", extra="plot")
+    if error := file_error("picture", path, example="schedules.png"):
+        raise error
     from matplotlib.figure import Figure
 
+    from lightning_bigopt.reporting.picture import drawn_label, plain_text, save_picture
     from lightning_bigopt.reporting.plots import plot_schedule
 
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    ax = figure.subplots()
-    curves = []
-    for schedule in schedules:
-        count = len(ax.lines)
-        plot_schedule(schedule, max_steps, ax=ax)
-        curves.append(ax.lines[count])  # the curve is drawn first, then its boundaries
-        curves[-1].set_label(repr(schedule))
-    ax.relim()
-    ax.autoscale(axis="y")
-    ax.set_ylim(bottom=0)
-    figure.legend(handles=curves, loc="outside lower center", fontsize="small")
-    figure.savefig(path, dpi=120)
+    with plain_text():
+        figure = Figure(figsize=(8, 4), layout="constrained")
+        ax = figure.subplots()
+        curves = []
+        for schedule in schedules:
+            count = len(ax.lines)
+            plot_schedule(schedule, max_steps, ax=ax)
+            curves.append(ax.lines[count])  # the curve is drawn first, then its boundaries
+            curves[-1].set_label(drawn_label(repr(schedule)))
+        ax.relim()
+        ax.autoscale(axis="y")
+        ax.set_ylim(bottom=0)
+        figure.legend(handles=curves, loc="outside lower center", fontsize="small")
+    save_picture(figure, Path(path))
 
 
 SCHEDULES = Command(

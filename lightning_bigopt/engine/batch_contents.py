@@ -26,6 +26,8 @@ BatchWeight: TypeAlias = str | Callable[[Any], float | Tensor] | None
 def named_function(how: BatchWeight, *, name: str) -> BatchWeight:
     """Resolves a dotted name such as ``"package.module.function"`` in a config to the function.
 
+    The module is imported, which runs its code: a config must be as trusted as a script.
+
     Args:
         how: A function, its dotted name, the name of a field of the batch, or None.
         name: Name of the argument, for the error message.
@@ -42,27 +44,37 @@ def named_function(how: BatchWeight, *, name: str) -> BatchWeight:
         >>> named_function("input_ids", name="tokens")
         'input_ids'
     """
-    if how is not None and not isinstance(how, str) and not callable(how):
+    function: Any = _imported(how, name) if isinstance(how, str) and "." in how else how
+    is_function = callable(function) and not isinstance(function, type)
+    if is_function or how is None or (isinstance(how, str) and function is how):
+        return function  # type: ignore[no-any-return]
+    if isinstance(how, str):
+        kind = "class" if isinstance(function, type) else type(function).__name__
         raise ValueError(
-            f"{name} must be a function of the batch, its dotted name, or the name of one of the "
-            f"batch's fields, got {how!r}; write lambda batch: ..."
+            f"{name} must name a function, got {how!r}, which is a {kind}; write "
+            "'package.module.function'"
         )
-    if not isinstance(how, str) or "." not in how:
-        return how
+    raise ValueError(f"{_must_be(name)}, got {how!r}; write lambda batch: ...")
+
+
+def _must_be(name: str) -> str:
+    return (
+        f"{name} must be a function of the batch, its dotted name, or the name of one of the "
+        "batch's fields"
+    )
+
+
+def _imported(path: str, name: str) -> Any:
+    """Imports what a dotted name names."""
+    advice = "write 'package.module.function'"
+    if not all(part.isidentifier() for part in path.split(".")):  # pkgutil accepts other forms
+        raise ValueError(f"{_must_be(name)}, got {path!r}, which is none of these; {advice}")
     try:
-        resolved = pkgutil.resolve_name(how)
-    except (ImportError, AttributeError, ValueError) as error:
+        return pkgutil.resolve_name(path)
+    except Exception as error:  # a module may raise anything when it is imported
         raise ValueError(
-            f"{name} must be a function of the batch, its dotted name, or the name of one of the "
-            f"batch's fields, got {how!r} ({error}); write 'package.module.function'"
+            f"{_must_be(name)}, got {path!r} ({type(error).__name__}: {error}); {advice}"
         ) from error
-    if not callable(resolved):
-        raise ValueError(
-            f"{name} must name a function, got {how!r}, which is a {type(resolved).__name__}; "
-            "write 'package.module.function'"
-        )
-    function: Callable[[Any], float | Tensor] = resolved
-    return function
 
 
 def count(batch: Any, how: BatchCount, *, name: str) -> int:

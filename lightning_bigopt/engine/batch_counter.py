@@ -153,6 +153,7 @@ class BatchCounter:
         # must yield the batches of the window again.
         if self._exact is not None and self.micro_batch is not None and closes_window:
             self._exact.advance(self.micro_batch.window.end - self._exact.position)
+            self._exact.batches = self.micro_batch.epoch_index + 1
 
     def loader_state(self) -> dict[str, int] | None:
         """Returns the state of a GlobalBatchLoader; None for other loaders."""

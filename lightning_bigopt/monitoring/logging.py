@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from lightning_bigopt.durations.duration import amount_of
 from lightning_bigopt.engine.stage import Fit
 from lightning_bigopt.engine.update import Update
-from lightning_bigopt.monitoring import tensorboard
+from lightning_bigopt.monitoring import earlier_events, tensorboard
 from lightning_bigopt.monitoring.tags import tag_name
 from lightning_bigopt.optimizers.names import group_names
 from lightning_bigopt.planning.outline import planned_updates
@@ -55,8 +55,9 @@ def log_values(fit: Fit, values: Mapping[str, float], axis: XAxis) -> None:
         if logger in writers:
             writer, prefix = writers[logger]
             named = {prefix + tag: value for tag, value in values.items()} if prefix else values
-            tensorboard.write_scalars(writer, named, step=step)
-            _write_dashboard(trainer, writer, named, prefix)
+            with loggers.failed_writes_warn(logger):
+                tensorboard.write_scalars(writer, named, step=step)
+                _write_dashboard(trainer, writer, named, prefix)
         else:
             loggers.log_metrics(logger, values, step=step)
 
@@ -72,23 +73,36 @@ def _write_dashboard(
 def write_start(fit: Fit, axis: XAxis) -> None:
     """Writes the plan (as text and as curves) and the dashboard to TensorBoard.
 
-    After a resume the curves start at the first update of the resumed run.
+    After a resume the curves start at the first update of the resumed run. In a folder with events
+    of an earlier start of the run, those that this start logs again are discarded.
     """
     trainer = fit.trainer
     if not trainer.is_global_zero:
         return
     _hint_at_placeholder(trainer)
-    resumed = trainer.global_step > 0
     first = loop.next_logger_step(trainer)
-    for writer, prefix in loggers.tensorboard_writers(trainer).values():
-        if resumed:
-            step = first if axis == "updates" else getattr(fit.clock, axis) + 1
-            tensorboard.purge_from(writer, step)
-        writer.add_text(prefix + "plan", plan_text(fit), first)
-        planned = planned_curves(fit, axis, first=first if resumed else 0)
+    planned = list(planned_curves(fit, axis, first=first if trainer.global_step else 0))
+    for logger, (writer, prefix) in loggers.tensorboard_writers(trainer).items():
         curves = [(at, {prefix + tag: v for tag, v in values.items()}) for at, values in planned]
-        tensorboard.write_curves(writer, curves)
-        tensorboard.write_dashboard(writer, {tag for _, v in curves for tag in v}, prefix=prefix)
+        tags = {tag for _, values in curves for tag in values}
+        with loggers.failed_writes_warn(logger):
+            _discard_repeated(fit, axis, writer, prefix)
+            writer.add_text(prefix + "plan", plan_text(fit), first)
+            tensorboard.write_curves(writer, curves)
+            tensorboard.write_dashboard(writer, tags, prefix=prefix)
+
+
+def _discard_repeated(fit: Fit, axis: XAxis, writer: SummaryWriter, prefix: str) -> None:
+    """Discards the events of an earlier start of the run that this start logs again."""
+    trainer = fit.trainer
+    resumed = trainer.global_step > 0
+    # A second fit of a Trainer, without a checkpoint, continues behind its own events.
+    continues = earlier_events.has_logged_fit(writer) and trainer.ckpt_path is None
+    if not continues and (resumed or earlier_events.holds_earlier_training(writer, prefix)):
+        is_counted = axis != "updates"
+        step = getattr(fit.clock, axis) + 1 if is_counted else loop.next_logger_step(trainer)
+        earlier_events.discard_from(writer, step if resumed else 0)
+    earlier_events.mark_fit(writer)
 
 
 def _hint_at_placeholder(trainer: Trainer) -> None:
@@ -150,15 +164,17 @@ def write_histograms(fit: Fit, update: Update, axis: XAxis) -> None:
         full = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.to_dense()
         # NumPy cannot compute a histogram of values that are not finite.
         if trainer.is_global_zero and full.numel() and bool(full.isfinite().all()):
-            for writer, prefix in loggers.tensorboard_writers(trainer).values():
+            for logger, (writer, prefix) in loggers.tensorboard_writers(trainer).items():
                 tag = prefix + tag_name("histograms/grad", name)
-                writer.add_histogram(tag, full.float().cpu(), _current_step(fit, axis))
+                with loggers.failed_writes_warn(logger):
+                    writer.add_histogram(tag, full.float().cpu(), _current_step(fit, axis))
 
 
 def write_rejection(fit: Fit, reason: str, axis: XAxis) -> None:
     """Writes the reason why the current update is rejected to TensorBoard, as text."""
-    for writer, prefix in loggers.tensorboard_writers(fit.trainer).values():
-        writer.add_text(prefix + "guard/rejected", reason, _current_step(fit, axis))
+    for logger, (writer, prefix) in loggers.tensorboard_writers(fit.trainer).items():
+        with loggers.failed_writes_warn(logger):
+            writer.add_text(prefix + "guard/rejected", reason, _current_step(fit, axis))
 
 
 def _current_step(fit: Fit, axis: XAxis) -> int:
@@ -189,8 +205,13 @@ def plan_text(fit: Fit) -> str:
                 for key in ("lr", "weight_decay", "betas")
                 if shown.get(key) is not None
             )
-    lines = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
-    return "\n".join(lines)
+    cells = [(_table_cell(key), _table_cell(value)) for key, value in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in cells)])
+
+
+def _table_cell(text: str) -> str:
+    """Returns a text in one line, without the character that separates cells in Markdown."""
+    return " ".join(text.splitlines()).replace("|", r"\|")
 
 
 def write_end(fit: Fit) -> None:
@@ -221,8 +242,9 @@ def write_end(fit: Fit) -> None:
     values.update(fit.module.hparams)
     has_row = loggers.loggers_with_placeholder(trainer)
     for logger, (writer, prefix) in writers.items():
-        _write_dashboard(trainer, writer, (), prefix)
-        if logger not in has_row:
-            named = {prefix + tag: value for tag, value in metrics.items()}
-            tensorboard.write_hyperparameters(writer, values, metrics=named)
-        writer.flush()
+        with loggers.failed_writes_warn(logger):
+            _write_dashboard(trainer, writer, (), prefix)
+            if logger not in has_row:
+                named = {prefix + tag: value for tag, value in metrics.items()}
+                tensorboard.write_hyperparameters(writer, values, metrics=named)
+            writer.flush()

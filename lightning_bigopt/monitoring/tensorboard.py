@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DASHBOARD",
-    "purge_from",
+    "file_writer",
     "write_curves",
     "write_dashboard",
     "write_hyperparameters",
@@ -78,7 +78,7 @@ def write_scalars(writer: SummaryWriter, values: Mapping[str, float], *, step: i
     add = summary.value.add  # faster than Summary(value=[...]), which copies each message
     for tag, value in values.items():
         add(tag=tag, simple_value=value)
-    _files(writer).add_summary(summary, step)
+    file_writer(writer).add_summary(summary, step)
 
 
 @cache
@@ -94,17 +94,6 @@ def write_curves(writer: SummaryWriter, points: Iterable[tuple[int, Mapping[str,
     for step, values in points:
         if values:
             write_scalars(writer, values, step=step)
-
-
-def purge_from(writer: SummaryWriter, step: int) -> None:
-    """Writes the event after which readers discard all earlier events from ``step`` on.
-
-    These are the events that an interrupted run logged after the checkpoint.
-    """
-    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
-    event = Event(step=step, session_log=SessionLog(status=SessionLog.START))
-    _files(writer).add_event(event, step)
 
 
 def write_dashboard(writer: SummaryWriter, tags: Collection[str], *, prefix: str = "") -> None:
@@ -169,9 +158,9 @@ def write_hyperparameters(
     }
     describe: Any = hparams  # untyped
     for summary in describe(plain, dict(metrics)):
-        _files(writer).add_summary(summary)
+        file_writer(writer).add_summary(summary)
 
 
-def _files(writer: Any) -> Any:
+def file_writer(writer: Any) -> Any:
     """Returns the file writer, which accepts events; Lightning's logger uses it too."""
     return writer._get_file_writer()  # noqa: SLF001

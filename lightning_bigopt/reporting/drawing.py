@@ -70,9 +70,7 @@ def draw(chart: Chart, runs: Sequence[Run]) -> str | None:
         with_data, rows = [], [0]
         for axis, run, lines, plan, own in zip(axes, runs, solid, dashed, colors, strict=True):
             if len(runs) > 1:
-                axis.set_title(
-                    short_label(run.name, limit=_MAX_TITLE), fontsize=10, parse_math=False
-                )
+                axis.set_title(short_label(run.name, limit=_MAX_TITLE), fontsize=10)
             if not lines and not plan:
                 show_not_logged(axis)
                 continue

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,9 +15,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "add_legend",
+    "drawn_label",
     "figure_width",
     "format_number",
     "new_picture",
+    "plain_text",
+    "save_picture",
     "set_number_format",
     "short_label",
     "short_labels",
@@ -76,17 +82,31 @@ def short_labels(tags: Iterable[str], prefixes: Sequence[str]) -> dict[str, str]
     labels: dict[str, str] = {}
     for tag in tags:
         label = _without_prefix(tag, prefixes[0]) if len(prefixes) == 1 else tag
-        if label.startswith("_"):  # matplotlib would leave it out of the legend
+        if label.startswith("_"):
             label = tag
         short = short_label(label)
-        labels[tag] = label if short in labels.values() else short
+        labels[tag] = drawn_label(label) if short in labels.values() else short
     return labels
 
 
 def short_label(name: str, *, limit: int = _MAX_LABEL) -> str:
-    """Returns a name, without its middle if it has more characters than ``limit``."""
+    """Returns a name as it is drawn, without its middle if it is longer than ``limit``."""
     half = (limit - 1) // 2
-    return name if len(name) <= limit else f"{name[:half]}…{name[-half:]}"
+    return drawn_label(name if len(name) <= limit else f"{name[:half]}…{name[-half:]}")
+
+
+def drawn_label(name: str) -> str:
+    r"""Returns a name without what matplotlib and SVG cannot draw in one line of text.
+
+    A space before an underscore keeps the name in legends, which leave out ``_name``.
+
+    Example:
+        >>> drawn_label("_x"), drawn_label("two\nlines"), drawn_label("a$b$")
+        (' _x', 'two lines', 'a$b$')
+    """
+    spaces = " ".join(name.splitlines())
+    drawn = "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in spaces)
+    return f" {drawn}" if drawn.startswith("_") else drawn
 
 
 def _without_prefix(tag: str, prefix: str) -> str:
@@ -126,7 +146,7 @@ def add_legend(axis: Axes, *, width: float = 0.0, columns: int | None = None) ->
         entry = _CHARACTER * max(map(len, labels)) + _HANDLE
         columns = min(max(int(width / entry), 1), _MAX_COLUMNS)
         below = ScaledTranslation(0, -_LEGEND_DISTANCE, axis.figure.dpi_scale_trans)
-        legend = axis.legend(
+        axis.legend(
             handles,
             labels,
             ncols=columns,
@@ -138,11 +158,7 @@ def add_legend(axis: Axes, *, width: float = 0.0, columns: int | None = None) ->
         )
     else:
         figure: Any = axis.figure
-        legend = figure.legend(
-            handles, labels, ncols=columns, loc="outside lower center", **options
-        )
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # a dollar sign in a name is no formula
+        figure.legend(handles, labels, ncols=columns, loc="outside lower center", **options)
     return math.ceil(len(labels) / columns)
 
 
@@ -162,11 +178,34 @@ def new_picture(
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(figure_width(columns), _HEIGHT), layout="constrained")
-    grid = figure.subplots(1, columns, sharex=shares_x, sharey=True, squeeze=False)
-    rows = paint(list(grid[0]))
+    with plain_text():
+        figure = Figure(figsize=(figure_width(columns), _HEIGHT), layout="constrained")
+        grid = figure.subplots(1, columns, sharex=shares_x, sharey=True, squeeze=False)
+        rows = paint(list(grid[0]))
     figure.set_figheight(_HEIGHT + _LEGEND_ROW * rows)
     return figure
+
+
+@contextmanager
+def plain_text() -> Iterator[None]:
+    """Makes matplotlib draw all new texts as they are: a dollar sign in a name is no formula."""
+    import matplotlib as mpl
+
+    options: dict[Any, Any] = {
+        "text.parse_math": False,
+        "text.usetex": False,
+        "axes.formatter.use_mathtext": False,
+        "svg.fonttype": "none",
+    }
+    with mpl.rc_context(options):
+        yield
+
+
+def save_picture(figure: Any, path: Path) -> None:
+    """Writes a figure to a file, whose suffix selects the format, and makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with plain_text():
+        figure.savefig(path, dpi=120)
 
 
 def figure_width(columns: int) -> float:
@@ -179,10 +218,10 @@ def to_svg(figure: Any) -> str:
 
     Text stays text, so that it can be searched and copied.
     """
-    import matplotlib as mpl
-
     buffer = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none"}):
+    with plain_text(), warnings.catch_warnings():
+        # The browser draws the text, with fonts of its own.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(buffer, format="svg", metadata={"Date": None})  # no date in the file
     text = buffer.getvalue()
     return text[text.index("<svg") :]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_bigopt.trainer_access.output_paths import file_error
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -133,27 +135,28 @@ class TrainingPlan:
             The path.
 
         Raises:
-            ValueError: If the path is a folder, or matplotlib does not support the format.
+            ValueError: If the path is a folder or cannot be written, or matplotlib does not support
+                the format.
         """
         target = Path(path)
-        if target.is_dir():
-            raise ValueError(
-                f"path must be the name of a file, got the folder {str(target)!r}; write "
-                f"{str(target / 'plan.png')!r}"
-            )
-        from lightning_bigopt.reporting.picture import new_picture  # drawing is rare
+        if error := file_error("path", target, example="plan.png"):
+            raise error
+        # Imported late, because drawing is rare.
+        from lightning_bigopt.reporting.picture import new_picture, save_picture
 
-        figure = new_picture(lambda axes: self._paint(axes[0]))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(target, dpi=120)
+        save_picture(new_picture(lambda axes: self._paint(axes[0])), target)
         return target
 
     def _paint(self, axis: Axes) -> int:
         """Draws learning rates and batch sizes; returns the rows of the legend below: none."""
+        from lightning_bigopt.reporting.picture import short_label
+
         has_updates = all(row.update is not None for row in self.rows)
         xs = [_x_position(row) for row in self.rows]
         for group in self.rows[0].learning_rates if self.rows else ():
-            axis.plot(xs, [row.learning_rates[group] for row in self.rows], label=group)
+            axis.plot(
+                xs, [row.learning_rates[group] for row in self.rows], label=short_label(group)
+            )
         axis.set_xlabel("update" if has_updates else "fraction of the budget, %")
         axis.set_ylabel("learning rate")
         for boundary in self.boundaries:
@@ -162,7 +165,7 @@ class TrainingPlan:
             axis.text(
                 x,
                 1.01,
-                boundary.name,
+                short_label(boundary.name),
                 fontsize=7,
                 ha="center",
                 transform=axis.get_xaxis_transform(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -15,6 +16,7 @@ from lightning_bigopt.monitoring.tags import TAGS, find_tag
 from lightning_bigopt.reporting.charts import CHARTS
 from lightning_bigopt.reporting.drawing import describe, draw
 from lightning_bigopt.reporting.runs import Curve, Run, read_run
+from lightning_bigopt.trainer_access.output_paths import file_error
 
 __all__ = ["clip_audit", "render_report", "write_report"]
 
@@ -130,7 +132,8 @@ def write_report(
         The path of the HTML file.
 
     Raises:
-        ValueError: If no folder is given, if a folder holds no logs, or if ``output`` is a folder.
+        ValueError: If no folder is given, if a folder holds no logs, or if ``output`` is a folder
+            or cannot be written.
     """
     several = [folders] if isinstance(folders, (str, PathLike)) else folders
     if not several:
@@ -138,14 +141,11 @@ def write_report(
             "folders must be the log folders of at least one run, got none; pass trainer.log_dir"
         )
     path = Path(output)
-    if path.is_dir():
-        raise ValueError(
-            f"output must be the name of a file, got the folder {str(path)!r}; write "
-            f"{str(path / 'report.html')!r}"
-        )
+    if error := file_error("output", path, example="report.html"):
+        raise error
     page = render_report(_with_different_names([read_run(folder) for folder in several]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page, encoding="utf-8", errors="replace")  # a folder's name may be no UTF-8
     return path
 
 
@@ -209,8 +209,12 @@ def _table_rows(text: str) -> list[list[str]]:
         >>> _table_rows("| | |\n|---|---|\n| budget | `10 steps` |")
         [['budget', '10 steps']]
     """
-    rows = [line.strip("| ").split(" | ", 1) for line in text.splitlines()[2:]]
-    return [[cell.strip("` ") for cell in row] for row in rows if len(row) == 2]
+    # plan_text writes a vertical bar in a name as \|.
+    rows = [
+        re.split(r"(?<!\\) \| ", line.strip("| "), maxsplit=1) for line in text.splitlines()[2:]
+    ]
+    cells = [[cell.replace(r"\|", "|").strip("` ") for cell in row] for row in rows]
+    return [row for row in cells if len(row) == 2]
 
 
 def _weighted_mean(fractions: Curve) -> float | None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 __all__ = ["Curve", "Run", "holds_logs", "read_run"]
 
@@ -115,6 +115,7 @@ def _is_log(path: Path) -> bool:
 
 
 def _name(home: Path) -> str:
+    home = home.resolve()  # the folder "." has no name
     return home.name if not home.name.startswith("version_") else f"{home.parent.name}/{home.name}"
 
 
@@ -132,7 +133,15 @@ def _from_events(home: Path) -> tuple[dict[str, Curve], dict[str, list[str]]]:
         EventAccumulator,
     )
 
-    events = EventAccumulator(str(home), size_guidance={SCALARS: 0, TENSORS: 1000})
+    class Events(EventAccumulator):  # type: ignore[misc]  # untyped
+        """Discards the texts, too, that an earlier start of a run has logged."""
+
+        def _Purge(self, event: Any, by_tags: bool) -> None:  # noqa: FBT001, N802
+            super()._Purge(event, by_tags)
+            if not by_tags:
+                self.tensors.FilterItems(lambda logged: logged.step < event.step)
+
+    events = Events(str(home), size_guidance={SCALARS: 0, TENSORS: 1000})
     events.Reload()
     tags = events.Tags()
     curves = {

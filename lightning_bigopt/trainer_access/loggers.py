@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 __all__ = [
+    "failed_writes_warn",
     "log_folder",
     "log_metrics",
     "log_to_all",
@@ -36,16 +40,39 @@ def log_folder(trainer: Trainer) -> str | None:
 
 
 def log_metrics(logger: Logger, values: Mapping[str, float], *, step: int) -> None:
-    """Logs values and writes them to disk.
+    """Logs values and writes them to disk; an error of writing is a warning.
 
     Args:
         logger: The logger.
         values: Values by tag.
         step: Step of the values.
     """
-    logger.log_metrics(dict(values), step=step)
-    if isinstance(logger, CSVLogger):
-        logger.save()  # it buffers 100 steps, which a killed run would lose
+    with failed_writes_warn(logger):
+        logger.log_metrics(dict(values), step=step)
+        if isinstance(logger, CSVLogger):
+            logger.save()  # it buffers 100 steps, which a killed run would lose
+
+
+@contextmanager
+def failed_writes_warn(logger: Logger) -> Iterator[None]:
+    """Turns an error of writing to a logger into a warning, once for each logger.
+
+    A full disk must not end the training: these values are about it, not its result.
+    """
+    try:
+        yield
+    except OSError as error:
+        if logger not in _failed:
+            _failed.add(logger)
+            rank_zero_warn(
+                f"{type(logger).__name__} could not write ({type(error).__name__}: {error}). The "
+                "training continues, without another warning; values of lightning_bigopt are lost."
+            )
+        # TensorBoard raises the same error at every event; its traceback would grow each time.
+        error.__traceback__ = None
+
+
+_failed: WeakSet[Logger] = WeakSet()
 
 
 def log_to_all(trainer: Trainer, values: Mapping[str, float], *, step: int) -> None:

@@ -6,13 +6,16 @@ import functools
 import itertools
 import math
 import os
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.data import DistributedSampler
 
@@ -20,6 +23,8 @@ from lightning_bigopt import (
     AutoClip,
     BatchSizeScheduler,
     BatchSizeSteps,
+    ConstantBatchSize,
+    GlobalBatchLoader,
     GradientClipping,
     GradientNoiseScale,
     Groups,
@@ -397,6 +402,92 @@ def monitored(out: Path) -> Any:
     return found
 
 
+def output_folders(out: Path) -> Any:
+    """Trains with folders that one of the processes cannot write to, from the start or later."""
+    rank = int(os.environ["RANK"])
+    (out / "file").touch()
+
+    def error_of(callback: Any) -> str:
+        try:
+            fit("ddp", Probe(), loader(32, 4), callback, max_epochs=1, logger=CSVLogger(out))
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    # A folder of each process's own, of which only one is a file.
+    own = out / "file" if rank == 1 else out / "folder"
+    found: dict[str, Any] = {
+        "batches of process 1": error_of(StepGuard(forensics=str(own))),
+        "report of process 0": error_of(OptimizationMonitor(report=str(out / "file" / "a.html"))),
+    }
+    folder = out / f"of rank {rank}"
+    guard = StepGuard([NonFinite()], forensics=str(folder))
+
+    class BreaksFolder(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+            if trainer.global_step == 1 and rank == 1:
+                folder.touch()
+
+    model = BadBatchModule({2: math.nan, 4: math.nan}, rank=0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit("ddp", model, loader(64, 4), BreaksFolder(), guard, max_epochs=1)
+    found["later"] = {
+        "weights": weights(model),
+        "files": [update.file is not None for update in guard.rejections],
+        "warnings": sum("could not be written" in str(w.message) for w in caught),
+    }
+    return found
+
+
+class Bad(Probe):
+    """Trains on batches whose loss is NaN; records their first samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: list[int] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.first.append(int(batch[2][0]))
+        return self.loss(batch[0], batch[1]) * math.nan
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None: ...
+
+
+def rejected_batches(out: Path) -> Any:
+    """Resumes within a window of three micro-batches; returns the indices of rejected batches."""
+    path = out / "within.ckpt"
+
+    class Saves(L.Callback):
+        def on_train_batch_end(
+            self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, index: int
+        ) -> None:
+            if index == 4:
+                trainer.save_checkpoint(path)
+
+    found = []
+    for ckpt, more in ((None, [Saves()]), (path, [])):
+        model, guard = Bad(), StepGuard(max_consecutive=99)
+        data = GlobalBatchLoader(Regression(48), micro_batch_size=2, shuffle="sequential")
+        scheduler = BatchSizeScheduler(ConstantBatchSize(12))
+        fit("ddp", model, data, guard, scheduler, *more, max_epochs=1, ckpt=ckpt)
+        found.append([[i for update in guard.rejections for i in update.batches], model.first])
+    return found
+
+
+def restarted(out: Path) -> Any:
+    """Starts a run three times in its TensorBoard folder; returns the logged steps."""
+    for steps in (3, 2, 5):
+        time.sleep(1 - time.time() % 1)  # event files are sorted by seconds
+        logger = TensorBoardLogger(out, name="restarted", version="0")
+        monitor = OptimizationMonitor(every=1)
+        fit("ddp", Probe(), loader(64, 4), monitor, max_steps=steps, logger=logger)
+    if os.environ["RANK"] != "0":
+        return None
+    events = EventAccumulator(logger.log_dir).Reload()
+    return [event.step for event in events.Scalars("grad_norm/total")]
+
+
 class AnyBatch(Probe):
     """Trains on batches of tensors or texts alike."""
 
@@ -461,4 +552,7 @@ NAMES = [
     "gradients",
     "monitored",
     "uncounted",
+    "output_folders",
+    "restarted",
+    "rejected_batches",
 ]

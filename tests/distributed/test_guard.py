@@ -127,3 +127,9 @@ def test_noise_scale_reads_the_first_evaluation_of_an_update(two_processes: Any)
     for result in two_processes("repeated"):
         assert result["noise SAM"] == result["noise SGD"]
         assert result["noise SAM"]["updates"] == 4
+
+
+def test_rejected_batches_have_the_index_of_their_data_after_a_resume(two_processes: Any) -> None:
+    for straight, resumed in two_processes("rejected_batches"):
+        assert straight[0] == list(range(12))
+        assert resumed == [straight[0][3:], straight[1][3:]]

@@ -30,3 +30,24 @@ def test_norms_are_those_of_full_parameters_and_one_file_is_written(
         for (step, truth), (other, found) in zip(whole[tag], sharded[tag], strict=True):
             assert step == other
             assert found == pytest.approx(truth, rel=1e-4, abs=1e-12), tag
+
+
+def test_restarted_run_is_logged_once(two_processes: Any) -> None:
+    assert two_processes("restarted") == [list(range(5)), None]
+
+
+def test_folder_that_one_process_cannot_write_to_raises_on_both(two_processes: Any) -> None:
+    first, second = two_processes("output_folders")
+    other = "must be writable on every process, got an error on another process than process"
+    batches, report = "batches of process 1", "report of process 0"
+    assert first[batches] == f"forensics {other} 0; read its message"
+    assert second[batches].startswith("forensics must be a folder that can be written to, got '")
+    assert first[report].startswith("report must be a file in a folder that can be written to, ")
+    assert second[report] == f"report {other} 1; read its message"
+
+
+def test_folder_that_breaks_on_one_process_gives_one_warning(two_processes: Any) -> None:
+    first, second = (result["later"] for result in two_processes("output_folders"))
+    assert first["weights"] == second["weights"]
+    assert (first["files"], first["warnings"]) == ([True, True], 0)
+    assert (second["files"], second["warnings"]) == ([False, False], 1)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.plugins.hparams import plugin_data_pb2
 from torch import Tensor, nn
 
 from lightning_bigopt.monitoring.tags import TAGS
@@ -64,6 +67,23 @@ def curves_in_tensorboard(trainer: L.Trainer) -> dict[str, list[tuple[int, float
     return {
         tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
     }
+
+
+def rows_of(folder: str | Path) -> tuple[list[str], dict[str, Any]]:
+    """Returns the names of the metrics and the values of the only row of the HParams tab."""
+    kinds = {"_hparams_/experiment": [], "_hparams_/session_start_info": []}
+    for file in Path(folder).rglob("events*"):
+        for event in EventFileLoader(str(file)).Load():
+            for value in event.summary.value:
+                if value.tag in kinds:
+                    data = value.metadata.plugin_data.content
+                    kinds[value.tag].append(plugin_data_pb2.HParamsPluginData.FromString(data))
+    (experiment,), (start,) = kinds.values()
+    values = {
+        name: getattr(value, value.WhichOneof("kind"))
+        for name, value in start.session_start_info.hparams.items()
+    }
+    return [info.name.tag for info in experiment.experiment.metric_infos], values
 
 
 def batch_tokens(batch: Any) -> int:

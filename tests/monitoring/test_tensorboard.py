@@ -10,14 +10,13 @@ import lightning as L
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.custom_scalar import layout_pb2
-from tensorboard.plugins.hparams import plugin_data_pb2
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_bigopt import GradientClipping, NormClip, OptimizationMonitor, StepGuard
 from lightning_bigopt.monitoring.tensorboard import DASHBOARD, write_dashboard
 from tests.helpers import QUIET, Probe, loader
+from tests.monitoring.helpers import rows_of
 
 TITLES = [title for charts in DASHBOARD.values() for title in charts]
 
@@ -110,23 +109,6 @@ def test_hint_to_disable_the_placeholder_metric_is_logged_once(
         train(logger, module=LogsMetrics(saves=saves))
         train(logger, module=LogsMetrics(saves=saves))
     assert caplog.text.count("default_hp_metric=False") == is_logged
-
-
-def rows_of(folder: str | Path) -> tuple[list[str], dict[str, Any]]:
-    """Returns the names of the metrics and the values of the only row of the HParams tab."""
-    kinds = {"_hparams_/experiment": [], "_hparams_/session_start_info": []}
-    for file in Path(folder).rglob("events*"):
-        for event in EventFileLoader(str(file)).Load():
-            for value in event.summary.value:
-                if value.tag in kinds:
-                    data = value.metadata.plugin_data.content
-                    kinds[value.tag].append(plugin_data_pb2.HParamsPluginData.FromString(data))
-    (experiment,), (start,) = kinds.values()
-    values = {
-        name: getattr(value, value.WhichOneof("kind"))
-        for name, value in start.session_start_info.hparams.items()
-    }
-    return [info.name.tag for info in experiment.experiment.metric_infos], values
 
 
 @pytest.mark.parametrize("prefix", ["", "trial"])

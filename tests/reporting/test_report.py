@@ -194,9 +194,15 @@ def test_prefix_of_the_logger_does_not_change_the_report(kind: Any, logged_run: 
     assert pages[0].headings[1:] == pages[1].headings[1:]
 
 
-def path_inside_a_file(tmp_path: Path) -> Path:
-    (tmp_path / "file").touch()
-    return tmp_path / "file" / "report.html"
+class BreaksFolder(L.Callback):
+    """Puts a file in the place of a folder after some updates."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == 3:
+            self.folder.touch()
 
 
 @pytest.mark.filterwarnings("ignore:The report .* could not be written")
@@ -205,13 +211,18 @@ def test_report_that_cannot_be_written_does_not_hide_the_error_of_the_run(tmp_pa
         train(
             TensorBoardLogger(tmp_path),
             RaisesAtStep(5, ZeroDivisionError()),
-            report=path_inside_a_file(tmp_path),
+            BreaksFolder(tmp_path / "reports"),
+            report=tmp_path / "reports" / "report.html",
         )
 
 
 def test_report_that_cannot_be_written_gives_a_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"could not be written .*bigopt report "):
-        trainer = train(TensorBoardLogger(tmp_path), report=path_inside_a_file(tmp_path))
+        trainer = train(
+            TensorBoardLogger(tmp_path),
+            BreaksFolder(tmp_path / "reports"),
+            report=tmp_path / "reports" / "report.html",
+        )
     assert trainer.global_step == 24
 
 

@@ -87,6 +87,12 @@ class GuardState:
 
     # ------------------------------------------------------------------------------- counts
 
+    def count_rejection(self, guarded: dict[str, Any], detector: str) -> None:
+        """Counts a rejection of an optimizer's update: in total, in a row and by detector."""
+        guarded["consecutive"] += 1
+        guarded["rejected"] += 1
+        guarded["detected"][detector] = guarded["detected"].get(detector, 0) + 1
+
     def total(self, count: str) -> int:
         """Sums a count over all optimizers: ``"rejected"`` or ``"skipped"``."""
         return sum(record[count] for record in self._guarded.values())

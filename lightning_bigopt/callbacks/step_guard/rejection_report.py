@@ -1,17 +1,17 @@
-"""Describes rejected updates, and writes their batches to files for ``replay``."""
+"""Describes rejected updates, and records their batches for ``replay``."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lightning_bigopt.batching.randomness import random_state
+from lightning_bigopt.callbacks.step_guard.rejection_files import RejectionFiles
 from lightning_bigopt.engine.stage import Batch
 from lightning_bigopt.engine.update import Update
 from lightning_bigopt.gradients.gradient_norms import GradientNorms
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["RejectedUpdate", "WindowRecorder"]
 
 _MAX_NAMES = 5
-_MAX_FILES = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +32,9 @@ class RejectedUpdate:
     Args:
         update: The Trainer's ``global_step`` before the update.
         epoch: The epoch.
-        batches: Indices of the micro-batches of its window, within the epoch.
+        batches: Indices of the micro-batches of its window in the epoch: the ``batch_idx`` of
+            ``training_step``. With a GlobalBatchLoader, which repeats an interrupted window after a
+            resume, the ``batch_idx`` of the run without interruption.
         optimizer: Label of the optimizer; empty if there is only one.
         detector: Class name of the detector that rejected the update.
         reason: Reason for the rejection.
@@ -45,7 +46,8 @@ class RejectedUpdate:
         parameters: Names and gradient norms of non-finite gradients, or else of the largest; at
             most five.
         nonfinite: Number of parameters with a non-finite gradient.
-        file: File with the batches and random states of this process; None if none was written.
+        file: File with the batches and random states of this process; None if none was written, or
+            it could not be written.
 
     Example:
         >>> update = RejectedUpdate(
@@ -115,12 +117,11 @@ class WindowRecorder:
     """Records the losses of the current window on the device, and optionally its batches.
 
     Args:
-        folder: Folder for the batches of rejected updates; None to record no batches.
+        files: Writes the batches of rejected updates; without a folder none are recorded.
     """
 
-    def __init__(self, folder: str | None) -> None:
-        self.folder = folder
-        self._files = 0
+    def __init__(self, files: RejectionFiles) -> None:
+        self.files = files
         self._window: list[_MicroBatch] = []
         self._is_decided = False
         self._data: Any = None
@@ -133,7 +134,7 @@ class WindowRecorder:
 
     def begin(self, batch: Batch) -> None:
         """Copies the batch and the random state before the batch is trained."""
-        if self.folder is not None:
+        if self.files.folder is not None:
             # The training step may write to the tensors of the batch, or remove fields from it.
             self._data = _map_tensors(batch.data, _clone)
             self._random = random_state(batch.fit.trainer.strategy.root_device)
@@ -142,9 +143,10 @@ class WindowRecorder:
         """Adds a micro-batch with its loss; the first one after :meth:`close` opens a window."""
         if self._is_decided:
             self._window, self._is_decided = [], False
+        micro = batch.micro_batch
         self._window.append(
             _MicroBatch(
-                index=batch.index,
+                index=batch.index if micro is None else micro.epoch_index,
                 # Batches that are not counted have equal weights.
                 samples=1 if batch.samples is None else batch.samples,
                 loss=loss,
@@ -206,39 +208,29 @@ class WindowRecorder:
             rank=next((r for r, (loss, _) in enumerate(worst) if not math.isfinite(loss)), None),
             parameters=gradients,
             nonfinite=count,
-            file=self._next_file(trainer),
         )
-        if rejected.file is not None:
-            self._write(rejected, trainer)
-        return rejected
+        path = self.files.next_file(trainer)
+        if path is None:
+            return rejected
+        named = replace(rejected, file=str(path))
+        is_written = self.files.write(path, lambda: self._contents(named, trainer))
+        return named if is_written else rejected
 
-    def _next_file(self, trainer: Trainer) -> str | None:
-        if self.folder is None or self._files >= _MAX_FILES:
-            return None
-        self._files += 1
-        name = f"update-{trainer.global_step:08d}-rank{trainer.global_rank}.pt"
-        return str(Path(self.folder) / name)
-
-    def _write(self, rejected: RejectedUpdate, trainer: Trainer) -> None:
-        assert rejected.file is not None  # checked by the caller
-        Path(rejected.file).parent.mkdir(parents=True, exist_ok=True)
-        torch.save(
-            {
-                "version": 1,
-                "rejected": asdict(rejected),
-                "precision": str(trainer.precision),
-                "window": [
-                    {
-                        "index": micro.index,
-                        "samples": micro.samples,
-                        "batch": _map_tensors(micro.data, Tensor.cpu),
-                        "random": micro.random,
-                    }
-                    for micro in self._window
-                ],
-            },
-            rejected.file,
-        )
+    def _contents(self, rejected: RejectedUpdate, trainer: Trainer) -> dict[str, Any]:
+        return {
+            "version": 1,
+            "rejected": asdict(rejected),
+            "precision": str(trainer.precision),
+            "window": [
+                {
+                    "index": micro.index,
+                    "samples": micro.samples,
+                    "batch": _map_tensors(micro.data, Tensor.cpu),
+                    "random": micro.random,
+                }
+                for micro in self._window
+            ],
+        }
 
 
 def _map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:

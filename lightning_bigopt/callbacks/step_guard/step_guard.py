@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from os import fspath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.callbacks.step_guard.conflicts import check_conflicts
 from lightning_bigopt.callbacks.step_guard.guard_state import GuardState
+from lightning_bigopt.callbacks.step_guard.rejection_files import RejectionFiles
 from lightning_bigopt.callbacks.step_guard.rejection_report import RejectedUpdate, WindowRecorder
 from lightning_bigopt.callbacks.step_guard.too_many_rejections import too_many_rejections
 from lightning_bigopt.checks import check_count, checked_tuple
@@ -59,16 +59,17 @@ class StepGuard(Capability):
         max_consecutive: Number of rejections in a row that ends the run. The error names the last
             checkpoint before the first of them.
         forensics: Folder to which every process writes the batches and random states of at most 20
-            rejected updates, for :func:`~lightning_bigopt.replay`; None to write nothing. The
-            micro-batches of a window then stay in memory until its update.
+            rejected updates, for :func:`~lightning_bigopt.replay` (a failed write only warns);
+            None for none. The micro-batches of a window then stay in memory until its update.
 
     Logs:
         With an OptimizationMonitor ``guard/skipped``, ``guard/rejected/<detector>``, and the reason
         of each rejection as text in TensorBoard.
 
     Raises:
-        ValueError: At fit start with DeepSpeed, with an optimizer of Opacus, and for a
-            :class:`~lightning_bigopt.gradients.Backoff` without a LearningRateScheduler.
+        ValueError: At fit start with DeepSpeed, with an optimizer of Opacus, for a
+            :class:`~lightning_bigopt.gradients.Backoff` without a LearningRateScheduler, and if a
+            process cannot write to ``forensics``.
         RuntimeError: After ``max_consecutive`` rejections in a row.
 
     State:
@@ -106,13 +107,14 @@ class StepGuard(Capability):
             "actions", (Skip(),) if actions is None else actions, Action, hint="try [Skip()]"
         )
         check_count("max_consecutive", max_consecutive, of="updates")
-        limits = [action.after for action in self.actions if isinstance(action, Abort)]
-        self._limit = min([max_consecutive, *limits])
+        self._limit = min(
+            [max_consecutive, *(a.after for a in self.actions if isinstance(a, Abort))]
+        )
         self._clips_to_median = any(isinstance(action, ClipToMedian) for action in self.actions)
         # The loss of a window is the mean over its samples.
         reads_loss = any(detector.quantity == "loss" for detector in self.detectors)
         self.needs_samples = "optional" if reads_loss or forensics is not None else None
-        self._window = WindowRecorder(None if forensics is None else fspath(forensics))
+        self._window = WindowRecorder(RejectionFiles(forensics))
         self._buffers = BufferSnapshot()
         self._state = GuardState(self.detectors, self.actions)
         self._rejections: deque[RejectedUpdate] = deque(maxlen=_MAX_REJECTIONS)
@@ -121,8 +123,9 @@ class StepGuard(Capability):
     # ---------------------------------------------------------------------------- lifetime
 
     def check_fit(self, fit: Fit) -> None:
-        """Raises for optimizers whose step cannot be skipped, and a Backoff without scheduler."""
+        """Raises for steps that cannot be skipped, a Backoff alone, and an unwritable folder."""
         check_conflicts(fit, has_backoffs=self._state.has_backoffs)
+        self._window.files.check(fit.trainer)
 
     def start(self, fit: Fit) -> None:
         """Starts with an empty window: checkpoints contain no gradients."""
@@ -166,8 +169,7 @@ class StepGuard(Capability):
         self._window.clear()
         self._buffers = BufferSnapshot()
         if self.rejected:
-            updates = amount_of(self.rejected, "updates")
-            rank_zero_info(f"StepGuard rejected {updates} of this run.")
+            rank_zero_info(f"StepGuard rejected {amount_of(self.rejected, 'updates')} of this run.")
 
     # ------------------------------------------------------------------------------ decision
 
@@ -252,10 +254,7 @@ class StepGuard(Capability):
     ) -> None:
         if guarded["consecutive"] == 0:
             guarded["checkpoint"] = trainer_callbacks.newest_checkpoint(trainer)
-        guarded["consecutive"] += 1
-        guarded["rejected"] += 1
-        counts = guarded["detected"]
-        counts[verdict.detector] = counts.get(verdict.detector, 0) + 1
+        self._state.count_rejection(guarded, verdict.detector)
         rejected = self._window.report(trainer, update, verdict, norm)
         self._rejections.append(rejected)
         rank_zero_info(str(rejected))
