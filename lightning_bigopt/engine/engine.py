@@ -166,7 +166,7 @@ class Engine(StepHooks):
         self._start_clock()
         optimizer_setup.adopt_values(fit.trainer, fit.groups)  # of a learning-rate finder
         fit.shard_group = strategies.shard_group(fit.trainer)
-        strategies.check_first_window(fit.trainer)
+        fit_setup.check_processes(fit)
         needs = fit_setup.needs_samples(fit)
         self._counter = BatchCounter(fit.trainer, self.clock, needs_samples=needs)
         fit.optimizers.start([optimizer for _, optimizer in fit.groups])

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from lightning_bigopt.engine import process_settings
 from lightning_bigopt.engine.amounts import NeedsSamples
 from lightning_bigopt.engine.batch_source import simulate_constant
 from lightning_bigopt.engine.optimizer_setup import restore_repeated_evaluations
 from lightning_bigopt.engine.stage import Fit, Stages
-from lightning_bigopt.trainer_access import loaders, saved_weights
+from lightning_bigopt.trainer_access import loaders, saved_weights, strategies
 
 __all__ = [
     "check",
+    "check_processes",
     "check_version",
     "install",
     "needs_samples",
@@ -57,6 +59,7 @@ def check(fit: Fit, run: object) -> None:
     for capability in fit.capabilities:
         capability.check_fit(fit)
         capability.check_optimizers(fit)
+    process_settings.publish_settings(fit)
 
 
 def install(
@@ -113,6 +116,20 @@ def restore(fit: Fit, loaded: dict[str, Any] | None) -> bool:
         fit.groups.restore_written({} if loaded is None else loaded.get("written", {}))
     cooldown = fit.clock.cooldown if clock is None else clock.get("cooldown")
     return cooldown is not None and "lr" in fit.groups
+
+
+def check_processes(fit: Fit) -> None:
+    """Raises if processes differ in their settings or budgets, or a window does not fit DDP.
+
+    Args:
+        fit: The fit, after :func:`start_clock`.
+
+    Raises:
+        ValueError: If processes differ, or for DDP with a static graph.
+    """
+    process_settings.check_settings(fit)
+    process_settings.check_horizons(fit)
+    strategies.check_first_window(fit.trainer)
 
 
 def start_clock(fit: Fit, simulators: Sequence[Stages], *, needs_horizon: bool) -> None:
