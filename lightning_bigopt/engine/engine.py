@@ -223,16 +223,9 @@ class Engine(StepHooks):
         self._idle_state = self._fit_state(self._fit)
         fit, self._fit = self._fit, None
         self._unlisted = []
-        for capability in fit.capabilities:
-            capability.end(fit)
-            capability.fit = None
-        fit_setup.uninstall(fit)
-        optimizer_setup.report_changes(fit.groups)
-        optimizer_setup.uninstall(fit.groups)
-        if self._update_check is not None:
-            self._update_check.remove()
-        self.clock.stop()
+        check = self._update_check
         self._clear_fit()
+        fit_setup.end(fit, check)
 
     def _take_snapshot(self) -> Snapshot:
         fit = self._fit
