@@ -378,7 +378,7 @@ NUMBERS: dict[str, Case] = {
     "the folder of forensics is a file": Case(
         both(block_forensics, at("batch", scaled(NAN))),
         (AT,),
-        ends=("RuntimeError|finished", r"\w+Error|finished"),
+        ends=(r"\w+Error|finished", r"\w+Error|finished"),
     ),
 }
 STOPS: dict[str, Case] = {
