@@ -21,7 +21,7 @@ from tests.helpers import QUIET, Probe, Regression, ResumableLoader, loader
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 
 EVERY = list(overriding([]))
-# Called where something else asks for them: a monitor, a second process, a snapshot, another Trainer.
+# Called where something else asks for them: a monitor, several processes, a snapshot, a second run.
 ON_DEMAND = {"metrics", "specification", "settings_as_code", "snapshot", "restore", "reset"}
 
 
