@@ -6,11 +6,13 @@ Every message reads ``name must be <constraint>, got <value>; <advice>``.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any, Literal, get_args
 
 __all__ = [
+    "as_code",
     "check_between",
     "check_choice",
     "check_count",
@@ -19,6 +21,7 @@ __all__ = [
     "check_positive",
     "checked_tuple",
     "shown",
+    "without_addresses",
 ]
 
 _LONGEST_REPR = 120  # characters
@@ -223,6 +226,24 @@ def shown(value: object) -> str:
     text = repr(value)
     is_short = len(text) <= _LONGEST_REPR and "\n" not in text and " at 0x" not in text
     return text if is_short else _with_article(type(value).__name__)
+
+
+def as_code(value: object) -> str:
+    """Returns the ``repr`` of a specification without the addresses of objects in it.
+
+    An address differs in every process. Without them, a rule of a user without a ``repr`` of its
+    own does not count as changed in every resumed run.
+
+    Example:
+        >>> as_code([len, object()])
+        '[<built-in function len>, <object object>]'
+    """
+    return str(without_addresses(repr(value)))
+
+
+def without_addresses(value: Any) -> Any:
+    """Removes the addresses of objects from a text; returns other values unchanged."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", value) if isinstance(value, str) else value
 
 
 def _with_article(name: str) -> str:

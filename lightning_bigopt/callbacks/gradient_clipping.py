@@ -11,12 +11,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_bigopt.arguments import explain_arguments
-from lightning_bigopt.callbacks.resume_report import (
-    as_code,
-    changed_settings,
-    report_changed_settings,
-)
-from lightning_bigopt.checks import check_choice, check_instance
+from lightning_bigopt.callbacks.resume_report import changed_settings, report_changed_settings
+from lightning_bigopt.checks import as_code, check_choice, check_instance
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.stage import Batch, Fit
 from lightning_bigopt.engine.update import Update

@@ -8,7 +8,7 @@ from typing import Any
 from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.callbacks.resume_report import is_resumed, report_changes, with_adopted
 from lightning_bigopt.callbacks.schedules import GroupSchedules
-from lightning_bigopt.checks import check_choice
+from lightning_bigopt.checks import as_code, check_choice
 from lightning_bigopt.engine.batch_contents import BatchCount
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.clock_settings import ClockSettings, OnResume
@@ -152,6 +152,10 @@ class HyperparameterScheduler(Capability):
     def specification(self) -> str:
         """Returns the schedule as code."""
         return repr(self.schedule)
+
+    def settings_as_code(self) -> dict[str, str]:
+        """Returns the schedules of the groups, and the owner of the base values."""
+        return {name: as_code(getattr(self, name)) for name in ("groups", "base")}
 
     def saved_state(self) -> dict[str, Any]:
         """Returns the schedules as code."""

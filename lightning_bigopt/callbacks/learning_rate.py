@@ -15,7 +15,7 @@ from lightning_bigopt.callbacks.resume_report import (
     with_adopted,
 )
 from lightning_bigopt.callbacks.schedules import GroupSchedules
-from lightning_bigopt.checks import check_between, check_choice, check_non_negative
+from lightning_bigopt.checks import as_code, check_between, check_choice, check_non_negative
 from lightning_bigopt.durations.duration import DurationLike
 from lightning_bigopt.engine.batch_contents import BatchCount
 from lightning_bigopt.engine.capability import Capability
@@ -31,6 +31,17 @@ from lightning_bigopt.trainer_access import schedulers, strategies
 __all__ = ["LearningRateScheduler"]
 
 ModuleScheduler: TypeAlias = Literal["raise", "replace"]
+
+_ARGUMENTS = (
+    "groups",
+    "optimizers",
+    "min_lr",
+    "max_lr",
+    "module_scheduler",
+    "cooldown_shape",
+    "cooldown_end",
+    "base_lr",
+)
 
 
 @explain_arguments
@@ -241,6 +252,10 @@ class LearningRateScheduler(Capability):
     def specification(self) -> str:
         """Returns the schedule as code."""
         return repr(self.schedule)
+
+    def settings_as_code(self) -> dict[str, str]:
+        """Returns all arguments besides the schedule and the settings of the clock."""
+        return {name: as_code(getattr(self, name)) for name in _ARGUMENTS}
 
     def saved_state(self) -> dict[str, Any]:
         """Returns the schedules as code."""

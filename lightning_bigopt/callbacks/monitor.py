@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.callbacks.run_report import check_report, write_run_report
-from lightning_bigopt.checks import check_choice, check_count
+from lightning_bigopt.checks import as_code, check_choice, check_count
 from lightning_bigopt.engine.batch_contents import BatchCount
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.clock_settings import ClockSettings
@@ -284,6 +284,11 @@ class OptimizationMonitor(Capability):
     def end_evaluation(self, trainer: Trainer, module: LightningModule) -> None:
         """Resumes the timer."""
         self._timer.resume()
+
+    def settings_as_code(self) -> dict[str, str]:
+        """Returns the arguments that determine which updates are measured, and how."""
+        names = ("every", "layers", "per_layer", "histograms_every", "x_axis")
+        return {name: as_code(getattr(self, name)) for name in names}
 
 
 def _for_progress_bar(values: Mapping[str, float]) -> dict[str, float]:

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_bigopt.arguments import explain_arguments
+from lightning_bigopt.checks import as_code
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.stage import Batch, Fit
 from lightning_bigopt.engine.update import Update
@@ -275,6 +276,11 @@ class GradientNoiseScale(Capability):
         """Clears the estimator."""
         self.estimator.reset()
         self._report = self.estimator.report()
+
+    def settings_as_code(self) -> dict[str, str]:
+        """Returns all arguments."""
+        names = ("decay", "minimum_updates")
+        return {name: as_code(getattr(self.estimator, name)) for name in names}
 
     def saved_state(self) -> dict[str, Any]:
         """Returns the sums of the estimator."""

@@ -10,7 +10,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_bigopt.arguments import explain_arguments
-from lightning_bigopt.checks import check_between, check_choice, check_count, check_instance
+from lightning_bigopt.checks import (
+    as_code,
+    check_between,
+    check_choice,
+    check_count,
+    check_instance,
+)
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.stage import LEARNING_RATE, Fit
 
@@ -180,6 +186,11 @@ class ReduceOnPlateau(Capability):
                 f"learning rate is now multiplied by {self.factor:g}."
             )
             self.fit.rewrite_groups()
+
+    def settings_as_code(self) -> dict[str, str]:
+        """Returns all arguments."""
+        options = {"monitor": self.monitor, "check": self.check, **self._options}
+        return {name: as_code(value) for name, value in options.items()}
 
     def saved_state(self) -> dict[str, Any]:
         """Returns the factor, the best value and the counters."""

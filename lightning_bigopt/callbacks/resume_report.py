@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_bigopt.checks import without_addresses
 from lightning_bigopt.engine.budget import describe_budget
 from lightning_bigopt.engine.clock import Clock
 from lightning_bigopt.engine.stage import Fit
 
 __all__ = [
-    "as_code",
     "changed_settings",
     "differences",
     "is_resumed",
@@ -46,25 +45,8 @@ def differences(
         old, new = before.get(name), now.get(name)
         if isinstance(old, Mapping) or isinstance(new, Mapping):
             yield from differences(old or {}, new or {}, under=f"{under}{name}.")
-        elif _without_addresses(old) != _without_addresses(new):
+        elif without_addresses(old) != without_addresses(new):
             yield f"{under}{name}: {_format(old)} → {_format(new)}"
-
-
-def as_code(value: object) -> str:
-    """Returns the ``repr`` of a specification without the addresses of objects in it.
-
-    An address differs in every process. Without them, a rule of a user without a ``repr`` of its
-    own does not count as changed in every resumed run.
-
-    Example:
-        >>> as_code([len, object()])
-        '[<built-in function len>, <object object>]'
-    """
-    return str(_without_addresses(repr(value)))
-
-
-def _without_addresses(value: Any) -> Any:
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", value) if isinstance(value, str) else value
 
 
 def changed_settings(saved: Mapping[str, str] | None, used: Mapping[str, str]) -> list[str]:

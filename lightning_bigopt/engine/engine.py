@@ -179,7 +179,7 @@ class Engine(EvaluationHooks, StepHooks):
         self._start_clock()
         optimizer_setup.adopt_values(fit.trainer, fit.groups)  # of a learning-rate finder
         fit.shard_group = strategies.shard_group(fit.trainer)
-        strategies.check_first_window(fit.trainer)
+        fit_setup.check_processes(fit)
         needs = fit_setup.needs_samples(fit)
         self._counter = BatchCounter(fit.trainer, self.clock, needs_samples=needs)
         fit.optimizers.start([optimizer for _, optimizer in fit.groups])
@@ -238,16 +238,9 @@ class Engine(EvaluationHooks, StepHooks):
         self._idle_state = self._fit_state(self._fit)
         fit, self._fit = self._fit, None
         self._unlisted = []
-        for capability in fit.capabilities:
-            capability.end(fit)
-            capability.fit = None
-        fit_setup.uninstall(fit)
-        optimizer_setup.report_changes(fit.groups)
-        optimizer_setup.uninstall(fit.groups)
-        if self._update_check is not None:
-            self._update_check.remove()
-        self.clock.stop()
+        check = self._update_check
         self._clear_fit()
+        fit_setup.end(fit, check)
 
     def _take_snapshot(self) -> Snapshot:
         fit = self._fit

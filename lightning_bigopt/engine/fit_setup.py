@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
+from lightning_bigopt.engine import optimizer_setup, process_settings
 from lightning_bigopt.engine.amounts import NeedsSamples
 from lightning_bigopt.engine.batch_source import simulate_constant
-from lightning_bigopt.engine.optimizer_setup import restore_repeated_evaluations
 from lightning_bigopt.engine.stage import Fit, Stages
-from lightning_bigopt.trainer_access import loaders, saved_weights
+from lightning_bigopt.engine.update_check import UpdateCheck
+from lightning_bigopt.trainer_access import loaders, saved_weights, strategies
 
 __all__ = [
     "check",
+    "check_processes",
     "check_version",
+    "end",
     "install",
     "needs_samples",
     "restore",
     "saved_bases",
     "start_clock",
-    "uninstall",
 ]
 
 
@@ -57,6 +60,7 @@ def check(fit: Fit, run: object) -> None:
     for capability in fit.capabilities:
         capability.check_fit(fit)
         capability.check_optimizers(fit)
+    process_settings.publish_settings(fit)
 
 
 def install(
@@ -78,10 +82,26 @@ def install(
     saved_weights.replace_saved_weights(trainer, collect_weights)
 
 
-def uninstall(fit: Fit) -> None:
-    """Undoes :func:`install`."""
-    loaders.stop_watching_loaders(fit.trainer)
-    saved_weights.restore_saved_weights(fit.trainer)
+def end(fit: Fit, update_check: UpdateCheck | None) -> None:
+    """Ends all capabilities, stops the clock, and undoes all changes to Trainer and optimizers.
+
+    After an error in one of them the others still run, such as one of a logger whose disk is full.
+
+    Args:
+        fit: The fit.
+        update_check: The check of the updates, whose hooks are removed.
+    """
+    with ExitStack() as stack:  # calls the last one first
+        stack.callback(fit.clock.stop)
+        if update_check is not None:
+            stack.callback(update_check.remove)
+        stack.callback(optimizer_setup.uninstall, fit.groups)
+        stack.callback(optimizer_setup.report_changes, fit.groups)
+        stack.callback(saved_weights.restore_saved_weights, fit.trainer)
+        stack.callback(loaders.stop_watching_loaders, fit.trainer)
+        for capability in reversed(fit.capabilities):
+            stack.callback(setattr, capability, "fit", None)
+            stack.callback(capability.end, fit)
 
 
 def restore(fit: Fit, loaded: dict[str, Any] | None) -> bool:
@@ -107,12 +127,26 @@ def restore(fit: Fit, loaded: dict[str, Any] | None) -> bool:
         fit.restored_bases.update(loaded["groups"])
         fit.groups.load_state_dict(loaded["groups"])
         fit.clock.samples_are_known = loaded.get("samples_are_known", True)
-        restore_repeated_evaluations(fit.groups, loaded.get("repeat", ()))
+        optimizer_setup.restore_repeated_evaluations(fit.groups, loaded.get("repeat", ()))
     if loaded is not None or fit.trainer.ckpt_path is not None:
         # The optimizers hold the values of the checkpoint, not those that were configured.
         fit.groups.restore_written({} if loaded is None else loaded.get("written", {}))
     cooldown = fit.clock.cooldown if clock is None else clock.get("cooldown")
     return cooldown is not None and "lr" in fit.groups
+
+
+def check_processes(fit: Fit) -> None:
+    """Raises if processes differ in their settings or budgets, or a window does not fit DDP.
+
+    Args:
+        fit: The fit, after :func:`start_clock`.
+
+    Raises:
+        ValueError: If processes differ, or for DDP with a static graph.
+    """
+    process_settings.check_settings(fit)
+    process_settings.check_horizons(fit)
+    strategies.check_first_window(fit.trainer)
 
 
 def start_clock(fit: Fit, simulators: Sequence[Stages], *, needs_horizon: bool) -> None:

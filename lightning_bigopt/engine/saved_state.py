@@ -14,6 +14,13 @@ class SavedState:
         """Returns the loaded state that has not been applied yet, and clears it."""
         return None
 
+    def settings_as_code(self) -> dict[str, str]:
+        """Returns the arguments that must be equal on all processes, as code by name.
+
+        Those in :meth:`~lightning_bigopt.engine.stage.Stages.specification` need not be repeated.
+        """
+        return {}
+
     def saved_state(self) -> dict[str, Any]:
         """Returns the state that training changes, as plain numbers, strings and tensors."""
         return {}

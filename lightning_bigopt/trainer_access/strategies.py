@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
 from lightning_bigopt.gradients.local_gradient_norm import LocalGradientNorm
@@ -20,6 +20,7 @@ __all__ = [
     "data_parallel_size",
     "data_rank",
     "is_deepspeed",
+    "process_store",
     "register_gradient_norm_hook",
     "shard_group",
     "shards_gradients",
@@ -62,6 +63,18 @@ def sum_over_data_(trainer: Trainer, values: Tensor) -> Tensor:
             group = mesh["data_parallel"].get_group()
         torch.distributed.all_reduce(values, group=group)
     return values
+
+
+def process_store(trainer: Trainer) -> Any:
+    """Returns the key-value store of the process group, which can be read without waiting.
+
+    None for one process, and for a backend without a store, such as MPI.
+    """
+    if trainer.world_size == 1 or not distributed.is_available():
+        return None
+    if not distributed.is_initialized():
+        return None
+    return distributed.distributed_c10d._get_default_store()
 
 
 def is_deepspeed(trainer: Trainer) -> bool:

@@ -28,7 +28,7 @@ from lightning_bigopt import (
     StepGuard,
     ZClip,
 )
-from lightning_bigopt.callbacks.resume_report import as_code
+from lightning_bigopt.checks import as_code
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.stage import Batch
 from lightning_bigopt.gradients import ClipDecision, ClippingRule, Detector

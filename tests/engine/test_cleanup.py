@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_bigopt import (
     BatchSizeScheduler,
@@ -19,6 +20,7 @@ from lightning_bigopt import (
     NormClip,
     OptimizationMonitor,
 )
+from lightning_bigopt.engine.capability import Capability
 from tests.helpers import QUIET, Probe, ResumableLoader, loader
 
 
@@ -131,3 +133,52 @@ def test_clipping_of_lightning_works_after_a_fit_with_gradient_clipping(fails: b
     again.fit(module, loader(12, 2))
     assert norms
     assert max(norms) == pytest.approx(1e-4, rel=0.02)
+
+
+class EndsWithAnError(Capability):
+    """A capability of a user whose end fails."""
+
+    owns, rank = "end", 1
+
+    def end(self, fit: Any) -> None:
+        raise OSError("no space left")
+
+
+def test_error_at_the_end_of_a_capability_leaves_nothing_behind() -> None:
+    trainer = L.Trainer(**QUIET, max_epochs=1, callbacks=[EndsWithAnError(), *four_callbacks()])
+    with pytest.raises(OSError, match="no space left"):
+        trainer.fit(Probe(), loader(12, 2))
+    assert "lightning_module_state_dict" not in vars(trainer.strategy)
+    assert "step" not in vars(trainer.optimizers[0])
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        assert not (isinstance(callback, Capability) and callback.fit)
+
+
+class LogsAndFails(FailsAtBatchThree):
+    """Logs its loss; the files of the logger fail together with the module."""
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        if batch_idx == 3:
+            self.logger.experiment._get_file_writer().add_summary = no_space  # type: ignore[union-attr]
+        loss = super().training_step(batch, batch_idx)
+        self.log("train_loss", loss)
+        return loss
+
+
+def no_space(*arguments: Any) -> None:
+    raise OSError("no space left")
+
+
+def test_full_disk_does_not_hide_the_error_that_ends_the_fit(tmp_path: Path) -> None:
+    trainer = L.Trainer(
+        **{**QUIET, "logger": TensorBoardLogger(tmp_path, default_hp_metric=False)},
+        max_epochs=1,
+        log_every_n_steps=1,
+        callbacks=four_callbacks(),
+    )
+    with (
+        pytest.warns(UserWarning, match=r"could not be written to TensorBoard \(OSError: no space"),
+        pytest.raises(ArithmeticError),
+    ):
+        trainer.fit(LogsAndFails(), loader(12, 2))
+    assert "step" not in vars(trainer.optimizers[0])

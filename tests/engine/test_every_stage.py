@@ -21,8 +21,8 @@ from tests.helpers import QUIET, Probe, Regression, ResumableLoader, loader
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 
 EVERY = list(overriding([]))
-# Called where something else asks for them: a monitor, a snapshot, a Trainer that is not the first.
-ON_DEMAND = {"metrics", "specification", "snapshot", "restore", "reset"}
+# Called where something else asks for them: a monitor, several processes, a snapshot, a second run.
+ON_DEMAND = {"metrics", "specification", "settings_as_code", "snapshot", "restore", "reset"}
 
 
 class Records(Capability):

@@ -483,3 +483,20 @@ def test_a_loader_with_a_state_is_stateful() -> None:
 
     assert isinstance(WithState(), _Stateful)
     assert not isinstance(batches(), _Stateful)
+
+
+def test_processes_meet_between_the_starts_of_the_fit_and_of_training() -> None:
+    """Every process has published its settings when one of them reads those of the others."""
+    seen: list[str] = []
+
+    class Notes(L.Callback):
+        def on_fit_start(self, trainer: Any, module: Any) -> None:
+            seen.append("fit")
+            barrier = trainer.strategy.barrier
+            trainer.strategy.barrier = lambda *names: (seen.append("barrier"), barrier(*names))
+
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            seen.append("train")
+
+    trainer(Notes()).fit(Small(), batches(2))
+    assert "barrier" in seen[seen.index("fit") : seen.index("train")]

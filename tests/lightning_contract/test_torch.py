@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, LambdaLR, SequentialLR
 
 from tests.lightning_contract.private_names import asserts
@@ -224,3 +224,21 @@ def test_every_batch_normalization_has_one_base_class(layer: nn.Module) -> None:
 
 def equal(found: Any, expected: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+# ---------------------------------------------------------------------------------- processes
+
+
+@asserts("_get_default_store")
+def test_a_process_group_has_a_store_that_can_be_read_without_waiting() -> None:
+    """Processes compare their callbacks through it: a collective waits for one that has none."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        store = distributed.distributed_c10d._get_default_store()
+        store.set("key", "text")
+        assert (store.check(["key"]), store.check(["key", "other"])) == (True, False)
+        assert store.get("key") == b"text"
+        store.delete_key("key")
+        assert not store.check(["key"])
+    finally:
+        distributed.destroy_process_group()

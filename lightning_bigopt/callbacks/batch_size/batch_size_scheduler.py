@@ -24,8 +24,8 @@ from lightning_bigopt.callbacks.batch_size.coupling import BatchCoupling
 from lightning_bigopt.callbacks.batch_size.exact_loader import prepare_exact_loader
 from lightning_bigopt.callbacks.batch_size.loss_weights import LossWeights, shorten_window
 from lightning_bigopt.callbacks.noise_scale import GradientNoiseScale
-from lightning_bigopt.callbacks.resume_report import as_code, report_changed_settings
-from lightning_bigopt.checks import check_count, check_instance
+from lightning_bigopt.callbacks.resume_report import report_changed_settings
+from lightning_bigopt.checks import as_code, check_count, check_instance
 from lightning_bigopt.durations.duration import DurationLike
 from lightning_bigopt.engine.batch_contents import BatchCount, BatchWeight
 from lightning_bigopt.engine.batch_source import simulator
@@ -136,8 +136,7 @@ class BatchSizeScheduler(Capability):
         for name, size in (micro_sizes | {"max_micro_batch_size": max_micro_batch_size}).items():
             if size is not None:
                 check_count(name, size, of="samples", hint="write an int such as 256")
-        self.micro_batch_size = micro_batch_size
-        self.max_micro_batch_size = max_micro_batch_size
+        self.micro_batch_size, self.max_micro_batch_size = micro_batch_size, max_micro_batch_size
         self.settings = ClockSettings(budget=budget, samples=samples, tokens=tokens)
         self.requires = (GradientNoiseScale,) if policy.adaptive else ()
         # For thresholds in fractions of the budget.
@@ -208,7 +207,7 @@ class BatchSizeScheduler(Capability):
     def announce(self, fit: Fit) -> None:
         """Logs the plan, changes since the checkpoint, and a resume within a window."""
         saved, self._saved_settings = self._saved_settings, None
-        report_changed_settings(saved, self._settings())
+        report_changed_settings(saved, self.settings_as_code())
         assert self._planner is not None  # set in start
         changes = self._planner.changes()
         text = self._planner.describe(changes)
@@ -283,7 +282,8 @@ class BatchSizeScheduler(Capability):
         """Returns the policy as code."""
         return repr(self.policy)
 
-    def _settings(self) -> dict[str, str]:
+    def settings_as_code(self) -> dict[str, str]:
+        """Returns policy, weight and scaling."""
         code = {self.owns: as_code(self.policy), "weight": as_code(self._weights.weight)}
         return code | self.coupling.settings()
 
@@ -301,7 +301,7 @@ class BatchSizeScheduler(Capability):
             "size": self.size,
             "coupling": self.coupling.state_dict(),
             "weights": self._weights.state_dict(),
-            "settings": self._settings(),
+            "settings": self.settings_as_code(),
         }
 
     def load_saved_state(self, state: dict[str, Any]) -> None:

@@ -16,8 +16,7 @@ from lightning_bigopt.batching.scaling_rules import (
     scaled_beta,
     weight_decay_factor,
 )
-from lightning_bigopt.callbacks.resume_report import as_code
-from lightning_bigopt.checks import check_choice
+from lightning_bigopt.checks import as_code, check_choice
 from lightning_bigopt.durations.duration import Duration, DurationLike
 from lightning_bigopt.durations.progress import Progress
 from lightning_bigopt.engine.clock import Clock

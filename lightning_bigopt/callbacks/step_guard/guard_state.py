@@ -6,7 +6,8 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_bigopt.callbacks.resume_report import as_code, report_changed_settings
+from lightning_bigopt.callbacks.resume_report import report_changed_settings
+from lightning_bigopt.checks import as_code
 from lightning_bigopt.gradients.actions import Action, Backoff
 from lightning_bigopt.gradients.detectors import NormSpike
 from lightning_bigopt.gradients.guard import Detector, DetectorState
