@@ -132,12 +132,9 @@ class OptimizationMonitor(Capability):
 
     # ------------------------------------------------------------------------- start and end
 
-    def check_fit(self, fit: Fit) -> None:
-        """Raises if the report could not be written."""
-        check_report(fit.trainer, self.report)
-
     def start(self, fit: Fit) -> None:
-        """Checks the patterns of layers and the x axis, and starts the timer."""
+        """Checks the report, the patterns of layers and the x axis, and starts the timer."""
+        check_report(fit.trainer, self.report)
         if self.x_axis == "tokens" and fit.clock.settings.tokens is None:
             raise ValueError(
                 "tokens must be counted for x_axis='tokens', got no callback that counts them; "

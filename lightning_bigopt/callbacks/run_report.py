@@ -27,12 +27,14 @@ def check_report(trainer: Trainer, report: str | None) -> None:
             and no CSVLogger.
         ImportError: If matplotlib or jinja2 is not installed.
     """
-    if report is None or loop.is_fast_dev_run(trainer):
+    if loop.is_fast_dev_run(trainer):
         return
     error = None
-    if trainer.is_global_zero:
+    if report is not None and trainer.is_global_zero:
         error = output_paths.file_error("report", report, example="report.html")
     output_paths.raise_on_every_process(trainer, error, name="report")
+    if report is None:
+        return
     if loggers.log_folder(trainer) is None:
         kinds = ", ".join(type(logger).__name__ for logger in trainer.loggers)
         raise ValueError(

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning_bigopt.batching.exact_loader import GlobalBatchLoader
-from lightning_bigopt.engine import budget, fit_setup, optimizer_setup
+from lightning_bigopt.engine import budget, fit_setup, optimizer_setup, process_settings
 from lightning_bigopt.engine.batch_counter import BatchCounter
 from lightning_bigopt.engine.clock import Clock
 from lightning_bigopt.engine.evaluation import EvaluationHooks
@@ -104,6 +104,7 @@ class Engine(EvaluationHooks, StepHooks):
         # new capabilities, because mixins make new callbacks for a new module.
         self._set_capabilities(self._fit, self._collect(trainer))
         fit_setup.check(self._fit, self._run)
+        process_settings.publish_settings(self._fit)
         self._fit.controls_steps = bool(self._updating)
         fit_setup.install(
             self._fit,
@@ -179,7 +180,8 @@ class Engine(EvaluationHooks, StepHooks):
         self._start_clock()
         optimizer_setup.adopt_values(fit.trainer, fit.groups)  # of a learning-rate finder
         fit.shard_group = strategies.shard_group(fit.trainer)
-        fit_setup.check_processes(fit)
+        process_settings.check_processes(fit)
+        strategies.check_first_window(fit.trainer)
         needs = fit_setup.needs_samples(fit)
         self._counter = BatchCounter(fit.trainer, self.clock, needs_samples=needs)
         fit.optimizers.start([optimizer for _, optimizer in fit.groups])

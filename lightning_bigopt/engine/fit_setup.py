@@ -6,16 +6,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from lightning_bigopt.engine import optimizer_setup, process_settings
+from lightning_bigopt.engine import optimizer_setup
 from lightning_bigopt.engine.amounts import NeedsSamples
 from lightning_bigopt.engine.batch_source import simulate_constant
 from lightning_bigopt.engine.stage import Fit, Stages
 from lightning_bigopt.engine.update_check import UpdateCheck
-from lightning_bigopt.trainer_access import loaders, saved_weights, strategies
+from lightning_bigopt.trainer_access import loaders, saved_weights
 
 __all__ = [
     "check",
-    "check_processes",
     "check_version",
     "end",
     "install",
@@ -60,7 +59,6 @@ def check(fit: Fit, run: object) -> None:
     for capability in fit.capabilities:
         capability.check_fit(fit)
         capability.check_optimizers(fit)
-    process_settings.publish_settings(fit)
 
 
 def install(
@@ -133,20 +131,6 @@ def restore(fit: Fit, loaded: dict[str, Any] | None) -> bool:
         fit.groups.restore_written({} if loaded is None else loaded.get("written", {}))
     cooldown = fit.clock.cooldown if clock is None else clock.get("cooldown")
     return cooldown is not None and "lr" in fit.groups
-
-
-def check_processes(fit: Fit) -> None:
-    """Raises if processes differ in their settings or budgets, or a window does not fit DDP.
-
-    Args:
-        fit: The fit, after :func:`start_clock`.
-
-    Raises:
-        ValueError: If processes differ, or for DDP with a static graph.
-    """
-    process_settings.check_settings(fit)
-    process_settings.check_horizons(fit)
-    strategies.check_first_window(fit.trainer)
 
 
 def start_clock(fit: Fit, simulators: Sequence[Stages], *, needs_horizon: bool) -> None:

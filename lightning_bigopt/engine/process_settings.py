@@ -13,7 +13,7 @@ from lightning_bigopt.checks import as_code, without_addresses
 from lightning_bigopt.engine.stage import Fit
 from lightning_bigopt.trainer_access import strategies
 
-__all__ = ["check_horizons", "check_settings", "publish_settings"]
+__all__ = ["check_processes", "publish_settings"]
 
 _RESULT = "lightning_bigopt/settings/difference"
 _CLOCK_SETTINGS = ("budget", "on_resume", "cooldown")
@@ -30,7 +30,20 @@ def publish_settings(fit: Fit) -> None:
     store.set(_key(trainer.global_rank), json.dumps(_settings(fit)))
 
 
-def check_settings(fit: Fit) -> None:
+def check_processes(fit: Fit) -> None:
+    """Raises if processes have other callbacks of this package, other arguments or budgets.
+
+    Args:
+        fit: The fit, when its clock has started.
+
+    Raises:
+        ValueError: If processes differ.
+    """
+    _check_settings(fit)
+    _check_horizons(fit)
+
+
+def _check_settings(fit: Fit) -> None:
     """Raises if a process has other callbacks of this package, or other arguments.
 
     Called when all processes have passed a barrier after :func:`publish_settings`. A process
@@ -63,10 +76,10 @@ def check_settings(fit: Fit) -> None:
     )
 
 
-def check_horizons(fit: Fit) -> None:
+def _check_horizons(fit: Fit) -> None:
     """Raises if the budget of the run differs between processes. A collective.
 
-    Called after :func:`check_settings`: all processes get here.
+    Called after :func:`_check_settings`: all processes get here.
 
     Raises:
         ValueError: If a process has another budget, because its data set has another length, for

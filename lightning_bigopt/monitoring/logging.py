@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from weakref import WeakSet
 
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.tensor import DTensor
 
 from lightning_bigopt.durations.duration import amount_of
@@ -218,18 +218,8 @@ def write_end(fit: Fit) -> None:
     """Completes the dashboard, and writes the run's row of TensorBoard's HParams tab.
 
     The row holds the hyperparameters and the final metrics. Nothing is written if Lightning has
-    already written a row, with its placeholder hp_metric. An error becomes a warning.
+    already written a row, with its placeholder hp_metric.
     """
-    try:
-        _write_end(fit)
-    except Exception as error:  # noqa: BLE001  # it would hide an error that has ended the fit
-        rank_zero_warn(
-            f"The final metrics could not be written to TensorBoard ({type(error).__name__}: "
-            f"{error})."
-        )
-
-
-def _write_end(fit: Fit) -> None:
     trainer = fit.trainer
     metrics = {
         name: float(value)

@@ -177,7 +177,7 @@ def test_full_disk_does_not_hide_the_error_that_ends_the_fit(tmp_path: Path) -> 
         callbacks=four_callbacks(),
     )
     with (
-        pytest.warns(UserWarning, match=r"could not be written to TensorBoard \(OSError: no space"),
+        pytest.warns(UserWarning, match=r"TensorBoardLogger could not write \(OSError: no space"),
         pytest.raises(ArithmeticError),
     ):
         trainer.fit(LogsAndFails(), loader(12, 2))

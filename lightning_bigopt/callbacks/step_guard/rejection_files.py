@@ -42,9 +42,8 @@ class RejectionFiles:
         Raises:
             ValueError: If the folder is a file, is below one, or cannot be written to.
         """
-        if self.folder is None:
-            return
-        problem, error = output_paths.folder_problem(self.folder), None
+        problem = "" if self.folder is None else output_paths.folder_problem(self.folder)
+        error = None
         if problem:
             error = ValueError(
                 f"forensics must be a folder that can be written to, got {self.folder!r}, "

@@ -107,13 +107,12 @@ class StepGuard(Capability):
             "actions", (Skip(),) if actions is None else actions, Action, hint="try [Skip()]"
         )
         check_count("max_consecutive", max_consecutive, of="updates")
-        self._limit = min(
-            [max_consecutive, *(a.after for a in self.actions if isinstance(a, Abort))]
-        )
+        limits = [action.after for action in self.actions if isinstance(action, Abort)]
+        self._limit = min([max_consecutive, *limits])
         self._clips_to_median = any(isinstance(action, ClipToMedian) for action in self.actions)
         # The loss of a window is the mean over its samples.
-        reads_loss = any(detector.quantity == "loss" for detector in self.detectors)
-        self.needs_samples = "optional" if reads_loss or forensics is not None else None
+        self._reads_loss = any(detector.quantity == "loss" for detector in self.detectors)
+        self.needs_samples = "optional" if self._reads_loss or forensics is not None else None
         self._window = WindowRecorder(RejectionFiles(forensics))
         self._buffers = BufferSnapshot()
         self._state = GuardState(self.detectors, self.actions)
@@ -123,12 +122,12 @@ class StepGuard(Capability):
     # ---------------------------------------------------------------------------- lifetime
 
     def check_fit(self, fit: Fit) -> None:
-        """Raises for steps that cannot be skipped, a Backoff alone, and an unwritable folder."""
+        """Raises for optimizers whose step cannot be skipped, and a Backoff without scheduler."""
         check_conflicts(fit, has_backoffs=self._state.has_backoffs)
-        self._window.files.check(fit.trainer)
 
     def start(self, fit: Fit) -> None:
-        """Starts with an empty window: checkpoints contain no gradients."""
+        """Starts with an empty window: checkpoints contain no gradients. Checks the folder."""
+        self._window.files.check(fit.trainer)
         self._window.clear()
         # In manual optimization a window ends with an update, and may contain several batches.
         self._buffers = fit.buffers if fit.module.automatic_optimization else BufferSnapshot()
@@ -206,7 +205,7 @@ class StepGuard(Capability):
             flag = precision.scaler_found_inf(trainer, update.optimizer)
             overflow = like if flag is None else flag.to(like)
         numbers = [total.to(like), overflow]
-        if any(detector.quantity == "loss" for detector in self.detectors):
+        if self._reads_loss:
             numbers += self._window.weighted_loss(like)
         # One all-reduce and one transfer for all numbers. The decision is made on the mean of the
         # norms of all processes, so that it is the same everywhere. Clipping reads the norm of this
