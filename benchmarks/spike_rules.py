@@ -17,7 +17,6 @@ import json
 import math
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -294,15 +293,39 @@ def storm_tables(tasks: list[Task], workers: int) -> str:
     return losses_table + "\n" + table(["task", *columns], decisions)
 
 
-def page(parts: dict[str, str], minutes: float) -> str:
+RESULTS = """\
+Results:
+
+- As means over the tasks, the default rejects 0.96 of 1,000 good updates and 95.4 % of the spikes.
+  With the LSTM, the GPT, and the MLP with AdamW it rejects at most 0.8 good updates of 1,000. The
+  worst task is the MLP with SGD and no warm-up, with 5.6 good updates of 1,000 and 82 % of the
+  spikes. The CNN (1.2 to 1.8) and the MLP with SGD and a warm-up (1.2) are also above 1.
+- Nearly all missed spikes are of ×10 and ×30, in networks that have memorized their data. The
+  norms of good batches then span several powers of ten, and ten times a small norm is less than
+  the norms of other good batches. No rule on the norm can detect such a spike. It does little harm:
+  in the storms, the guarded CNN and MLP with SGD end at most 0.004 above the clean run.
+- The rule of 0.1 has no limit for norms that swing: there, six standard deviations are a factor of
+  100 or more. It rejects 78 % of the spikes. It also rejects good updates when norms rise, 23 of
+  1,000 with the MLP and SGD in storms. `margin` exchanges one error for the other: with 3, 0.25 of
+  1,000 good updates and 93 % of the spikes are rejected.
+- Without a protection, the spikes ruin every run with SGD. The guard skips twelve of 200 updates,
+  which costs up to 0.024 here. Clipping can lose less, because these bad gradients have the right
+  direction and only the wrong length: so do ZClip on the LSTM, and ZClip and NormClip(1) with
+  AdamW. With the MLP and SGD, where the norms swing, the guard loses least. The loss with
+  NormClip(1) depends on whether 1 suits the norms of the model. A bad batch with another direction,
+  or with a NaN, is [another case](bad_batches.md).
+"""
+
+
+def page(parts: dict[str, str]) -> str:
     """Returns the page with the tables."""
     return f"""\
 # Rules that detect spikes of the gradient norm
 
-Measured with `python benchmarks/spike_rules.py --all --write` in {minutes:.0f} minutes on
-{os.cpu_count()} cores, torch {torch.__version__}. The data are real: scikit-learn's digits for the
-CNN (with batch normalization) and the MLP, the source of Python's standard library for the LSTM and
-the GPT. The optimizers are SGD with momentum 0.9, and AdamW, at the best learning rate of a grid.
+Measured with `python benchmarks/spike_rules.py --all --write`, torch {torch.__version__}. The data
+are real: scikit-learn's digits for the CNN (with batch normalization) and the MLP, the source of
+Python's standard library for the LSTM and the GPT. The optimizers are SGD with momentum 0.9, and
+AdamW, at the best learning rate of a grid.
 With a warm-up, the learning rate rises over the first tenth and falls along a cosine; without one,
 it is constant. Nothing is clipped.
 
@@ -310,10 +333,10 @@ it is constant. Nothing is clipped.
 
 Each of the 16 tasks is trained with {len(SEEDS)} seeds, {UPDATES:,} updates each, and its norms are
 recorded. False rejections are counted per 1,000 updates of the clean recordings. The recall is the
-share of the bad updates that a rule rejects in {len(SEEDS) * STORMS} storms for each task: 20 norms
-of 1,000, after the first 50, are multiplied by 10 to 1,000, twelve of them single and two bursts of
-four. The columns "0.1" show the rule of that version, $\\log g > m + \\max(6 \\sigma, \\log 4)$
-with the median $m$ of the last 32 accepted norms.
+fraction of the bad updates that a rule rejects, in {len(SEEDS) * STORMS} storms for each task: 20
+norms of 1,000, after the first 50, are multiplied by 10 to 1,000, twelve of them single and eight
+in two bursts of four. The columns "0.1" show the rule of that version, with the median $m$ of the
+last 32 accepted norms: $\\log g > m + \\max(6 \\sigma, \\log 4)$.
 
 {parts["tasks"]}
 {parts["factors"]}
@@ -341,9 +364,6 @@ error.
 {RESULTS}"""
 
 
-RESULTS = ""
-
-
 def main() -> None:
     """Prints the tables, and writes the page on request."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -354,7 +374,6 @@ def main() -> None:
     arguments = parser.parse_args()
     folder, workers = arguments.runs, arguments.workers
     folder.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
     cells = [task for task in CELLS if arguments.all or (task.kind, task.warmup) == ("MLP", True)]
     others = OTHERS if arguments.all else ()
     trials = [(task, seed) for task in (*cells, *others) for seed in SEEDS]
@@ -377,8 +396,7 @@ def main() -> None:
     parts["storms"] = storm_tables([task for task in TRAINED if task in cells], workers)
     print(parts["storms"])
     if arguments.write:
-        minutes = (time.monotonic() - started) / 60
-        PAGE.write_text(page(parts, minutes), encoding="utf-8")
+        PAGE.write_text(page(parts), encoding="utf-8")
 
 
 if __name__ == "__main__":
