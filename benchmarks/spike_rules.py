@@ -15,8 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -368,11 +368,12 @@ def main() -> None:
     """Prints the tables, and writes the page on request."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--all", action="store_true", help="all tasks, instead of two fast ones")
-    parser.add_argument("--runs", type=Path, default=Path(f"/tmp/{os.getpid()}"))  # noqa: S108
+    parser.add_argument("--runs", type=Path, help="folder that keeps the recordings")
     parser.add_argument("--workers", type=int, default=1, help="number of processes")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
     arguments = parser.parse_args()
-    folder, workers = arguments.runs, arguments.workers
+    temporary, workers = tempfile.TemporaryDirectory(), arguments.workers
+    folder = arguments.runs or Path(temporary.name)
     folder.mkdir(parents=True, exist_ok=True)
     cells = [task for task in CELLS if arguments.all or (task.kind, task.warmup) == ("MLP", True)]
     others = OTHERS if arguments.all else ()
@@ -397,6 +398,7 @@ def main() -> None:
     print(parts["storms"])
     if arguments.write:
         PAGE.write_text(page(parts), encoding="utf-8")
+    temporary.cleanup()
 
 
 if __name__ == "__main__":
