@@ -97,20 +97,24 @@ class _Spike(Detector):
         """Smallest distance above the median at which a score is rejected."""
 
     def typical(self, state: DetectorState) -> float | None:
-        """Returns the median of the last quarter of the history; None for an empty one."""
+        """Returns the median of the last eighth of the history; None for an empty one."""
         accepted: list[float] = state["accepted"]
         return self.unscore(self._recent_median(accepted)) if accepted else None
 
     def _recent_median(self, accepted: list[float]) -> float:
-        return median(accepted[-max(1, self.window // 4) :])
+        return median(accepted[-max(1, self.window // 8) :])
 
     def limit(self, state: DetectorState) -> float:
         """Returns the largest value that is accepted; ``inf`` until armed."""
         accepted: list[float] = state["accepted"]
         if len(accepted) < self.armed:
             return math.inf
-        excess = max(self.threshold * spread(accepted), self.least_excess)
-        return self.unscore(self._recent_median(accepted) + excess)
+        middle = self._recent_median(accepted)
+        return self.unscore(max(middle + self.least_excess, self._usual_limit(accepted, middle)))
+
+    def _usual_limit(self, accepted: list[float], middle: float) -> float:
+        """Returns the largest usual score, estimated from the history."""
+        return middle + self.threshold * spread(accepted)
 
     def check(self, value: float, state: DetectorState) -> Verdict | None:
         """Rejects a finite value above the limit; :class:`NonFinite` rejects the others."""
@@ -176,13 +180,21 @@ def spread(scores: Sequence[float]) -> float:
 class NormSpike(_Spike):
     r"""Rejects a gradient norm far above the norms of accepted updates.
 
-    .. math:: \log g > m + \max(\theta \sigma, \log r), \qquad
+    .. math::
+        \log g > \max\bigl(m + \log r,\; \min(m + \theta \sigma,\; x_{(2)} + \log c)\bigr), \qquad
         \sigma = \frac{1.4826}{\sqrt 2} \operatorname{median} |x_t - x_{t-1}|
 
-    with the log-norms :math:`x` of the last ``window`` accepted updates and the median :math:`m`
-    of the last quarter of them. Neither is sensitive to outliers, and both follow a drift of the
-    norm, as during the warm-up of the learning rate. The norms of good batches occasionally reach
-    two or three times the median, which :math:`\sigma` does not cover: hence the ratio :math:`r`.
+    with the log-norms :math:`x` of the last ``window`` accepted updates, the median :math:`m` of
+    the last eighth of them and the second largest :math:`x_{(2)}` of the last half. In words: a
+    norm is rejected if it is more than :math:`r` times the recent median, and also more than
+    :math:`\theta` standard deviations above it or more than :math:`c` times the second-largest
+    recent norm.
+
+    The smaller of these two limits applies. If the norms of a run swing, for example because the
+    model has memorized most of its data, :math:`\sigma` is so large that spikes of 100 times the
+    median are within :math:`\theta \sigma`, but they are above the largest recent norms. If the
+    norms fall, as during the warm-up of the learning rate, the largest recent norms are old, but
+    :math:`\sigma` contains only the slope. One accepted spike hardly changes either limit.
 
     After ``max_rejections`` finite rejections in a row the next norm is accepted, because the level
     of the norms has changed, and the history starts again with the rejected norms. State:
@@ -194,6 +206,9 @@ class NormSpike(_Spike):
         threshold: :math:`\theta`, in standard deviations.
         ratio: :math:`r`: norms below this multiple of the median are never rejected. Raise it for
             batches of one or two samples.
+        margin: :math:`c`: norms above this multiple of the second-largest recent norm are rejected,
+            however large the standard deviation is. Raise it if good updates of a run whose norms
+            swing are rejected; ``inf`` disables this limit.
         max_rejections: Largest number of rejections in a row.
 
     Raises:
@@ -205,17 +220,27 @@ class NormSpike(_Spike):
         >>> for norm in (1.0, 1.1, 0.9):
         ...     spike.accept(norm, state)
         >>> spike.check(100.0, state).reason
-        'the gradient norm is 100, typically 1, at most 4'
+        'the gradient norm is 100, typically 1, at most 5'
     """
 
     _: KW_ONLY
-    ratio: float = 4.0
+    ratio: float = 5.0
+    margin: float = 2.0
 
     noun: ClassVar[str] = "gradient norm"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_between("ratio", self.ratio, 1, math.inf, hint="try 4.0")
+        check_between("ratio", self.ratio, 1, math.inf, hint="try 5.0")
+        if self.margin != math.inf:
+            check_between("margin", self.margin, 1, math.inf, hint="try 2.0, or inf for no limit")
+
+    def _usual_limit(self, accepted: list[float], middle: float) -> float:
+        """Returns the smaller of two limits: by the spread, and by the largest recent norms."""
+        recent = sorted(accepted[-max(2, self.window // 2) :])
+        # The second largest: one accepted spike must not raise the limit for the next ones.
+        largest = recent[-min(2, len(recent))] + math.log(self.margin)
+        return min(super()._usual_limit(accepted, middle), largest)
 
     @property
     def least_excess(self) -> float:
@@ -234,10 +259,13 @@ class NormSpike(_Spike):
 @explain_arguments
 @dataclass(frozen=True)
 class LossSpike(_Spike):
-    """Rejects a loss far above the losses of accepted updates.
+    r"""Rejects a loss far above the losses of accepted updates.
 
-    Works as :class:`NormSpike`, on the loss itself, which may be negative, instead of a logarithm.
-    The smallest distance from the median is therefore in units of the loss, not a ratio.
+    .. math:: \ell > m + \theta \max(\sigma, \text{floor})
+
+    with the median :math:`m` of the last eighth of the history and the standard deviation
+    :math:`\sigma` of :class:`NormSpike`. The losses are used themselves, not their logarithms,
+    because they may be negative; the smallest distance from the median is in units of the loss.
 
     Args:
         window: Number of accepted losses in the history.

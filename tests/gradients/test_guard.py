@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import math
 import random
 
@@ -57,7 +58,7 @@ def norms_with_spikes(length, *, seed=0, rate=0.05):
 @pytest.mark.parametrize(("window", "armed", "patience"), [(128, 32, 5), (16, 4, 2), (8, 8, 1)])
 def test_norm_spike_equals_its_documented_rule(seed, window, armed, patience):
     guard = DetectorsWithState(NonFinite(), NormSpike(window, armed=armed, max_rejections=patience))
-    truth = oracle.SpikeGuard(window, armed, 6.0, 4.0, patience)
+    truth = oracle.SpikeGuard(window, armed=armed, patience=patience)
     decisions = [
         (guard.accepts(norm=g), truth.accepts(g)) for g in norms_with_spikes(600, seed=seed)
     ]
@@ -96,7 +97,47 @@ def test_norms_of_three_times_the_median_are_accepted():
     rng = random.Random(0)
     for t in range(1000):
         assert guard.accepts(norm=math.exp(rng.gauss(0, 0.06)) * (3.0 if t % 50 == 49 else 1.0))
-    assert not guard.accepts(norm=5.0)
+    assert not guard.accepts(norm=6.0)
+
+
+def swinging_norms(length):
+    """Returns norms between 1 and 64 that double for six updates and halve for six."""
+    exponents = [*range(7), *range(5, 0, -1)]
+    return [2.0 ** exponents[t % 12] for t in range(length)]
+
+
+def test_norms_that_swing_are_accepted_and_spikes_above_them_are_rejected():
+    """Six standard deviations are a factor of 78, so those alone accept spikes below 600."""
+    guard = DetectorsWithState(NormSpike())
+    assert all(guard.accepts(norm=norm) for norm in swinging_norms(240))
+    assert guard.accepts(norm=127.0)  # the second largest of the last half is 64
+    assert not guard.accepts(norm=129.0)
+    without = DetectorsWithState(NormSpike(margin=math.inf))
+    assert all(without.accepts(norm=norm) for norm in swinging_norms(240))
+    assert without.accepts(norm=500.0)
+
+
+@pytest.mark.parametrize("margin", [1.5, 3.0])
+def test_one_accepted_spike_does_not_raise_the_limit(margin):
+    guard = DetectorsWithState(NormSpike(armed=32, margin=margin))
+    for norm in (1e6, *swinging_norms(48)):  # the spike comes before the detector is armed
+        assert guard.accepts(norm=norm)
+    assert not guard.accepts(norm=margin * 64.0 + 1.0)
+    assert guard.accepts(norm=margin * 64.0 - 1.0)
+
+
+def test_infinite_margin_leaves_the_limit_by_the_spread():
+    rng = random.Random(0)
+    norms = [math.exp(rng.gauss(0, 0.5)) for _ in range(400)]
+    rule = NormSpike(margin=math.inf)
+    state = rule.initial_state()
+    for norm in norms:
+        rule.accept(norm, state)
+    scores = [math.log(norm) for norm in norms[-128:]]
+    steps = sorted(abs(b - a) for a, b in itertools.pairwise(scores))
+    sigma = 1.4826 * steps[63] / math.sqrt(2)  # 127 differences
+    middle = sum(sorted(scores[-16:])[7:9]) / 2
+    assert rule.limit(state) == pytest.approx(math.exp(middle + 6 * sigma))
 
 
 def test_spikes_are_rejected_and_not_stored():
@@ -188,8 +229,8 @@ def test_verdict_holds_the_reason():
         record(detectors, states, {"norm": 2.0}, None)
     verdict = inspect(detectors, states, norm)
     assert (verdict.detector, verdict.quantity, verdict.value) == ("NormSpike", "norm", 100.0)
-    assert verdict.limit == pytest.approx(8.0)
-    assert verdict.reason == "the gradient norm is 100, typically 2, at most 8"
+    assert verdict.limit == pytest.approx(10.0)
+    assert verdict.reason == "the gradient norm is 100, typically 2, at most 10"
     assert inspect(detectors, states, {"norm": math.nan}).detector == "NonFinite"
 
 
@@ -217,8 +258,10 @@ def test_resumed_detectors_decide_as_uninterrupted(stop):
         (lambda: NormSpike(8), "armed must be at most window, got 32 with window=8"),
         (lambda: NormSpike(armed=0), "armed must be a positive integer, got 0"),
         (lambda: NormSpike(threshold=0.0), "threshold must be positive and finite, got 0.0"),
-        (lambda: NormSpike(ratio=1.0), r"ratio must be in \(1, inf\), got 1.0; try 4.0"),
+        (lambda: NormSpike(ratio=1.0), r"ratio must be in \(1, inf\), got 1.0; try 5.0"),
         (lambda: NormSpike(ratio=math.inf), r"ratio must be in \(1, inf\), got inf"),
+        (lambda: NormSpike(margin=1.0), r"margin must be in \(1, inf\), got 1.0; try 2.0, or inf"),
+        (lambda: NormSpike(margin=math.nan), r"margin must be in \(1, inf\), got nan"),
         (lambda: LossSpike(floor=math.nan), "floor must be positive and finite, got nan"),
         (lambda: LossSpike(max_rejections=-1), "max_rejections must be a positive integer, got -1"),
         (lambda: Backoff(1.0), r"factor must be in \(0, 1\), got 1.0"),
@@ -250,5 +293,7 @@ def test_backoff_recovers_in_the_given_updates_and_stays_at_one():
 
 
 def test_specifications_compare_by_value():
-    assert NormSpike() == NormSpike(128, armed=32, threshold=6.0, ratio=4.0, max_rejections=5)
+    assert NormSpike() == NormSpike(
+        128, armed=32, threshold=6.0, ratio=5.0, margin=2.0, max_rejections=5
+    )
     assert len({Skip(), Skip(), ClipToMedian(), Abort(), Backoff(), NonFinite()}) == 5

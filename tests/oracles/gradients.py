@@ -156,13 +156,20 @@ class StableAdamW:
 
 
 class SpikeGuard:
-    """NormSpike from its formula: recent median and differences of the accepted log-norms."""
+    """NormSpike from its formula: a norm must exceed the median, and one of two other limits."""
 
     def __init__(
-        self, window: int, armed: int, threshold: float, ratio: float, patience: int
+        self,
+        window: int,
+        *,
+        armed: int,
+        patience: int,
+        threshold: float = 6.0,
+        ratio: float = 5.0,
+        margin: float = 2.0,
     ) -> None:
         self.window, self.armed, self.patience = window, armed, patience
-        self.threshold, self.ratio = threshold, ratio
+        self.threshold, self.ratio, self.margin = threshold, ratio, margin
         self.accepted: list[float] = []
         self.refused: list[float] = []
 
@@ -178,8 +185,11 @@ class SpikeGuard:
                 if steps
                 else 0.0
             )
-            center = statistics.median(seen[-max(1, self.window // 4) :])
-            if x > center + self.threshold * sigma and g > self.ratio * math.exp(center):
+            center = statistics.median(seen[-max(1, self.window // 8) :])
+            recent = [math.exp(y) for y in seen[-(self.window // 2) :]]
+            recent.remove(max(recent))
+            is_far = x > center + self.threshold * sigma or g > self.margin * max(recent)
+            if g > self.ratio * math.exp(center) and is_far:
                 if len(self.refused) < self.patience:
                     self.refused.append(x)
                     return False
