@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from pathlib import Path
@@ -16,14 +17,18 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from lightning_bigopt import (
+    Backoff,
     GradientClipping,
     LearningRateScheduler,
+    NonFinite,
     NormClip,
     OptimizationMonitor,
+    ReduceOnPlateau,
+    StepGuard,
     WarmupCosine,
 )
 from lightning_bigopt.reporting.runs import read_run
-from tests.helpers import RaisesAtStep, ResumableLoader, fit, loader
+from tests.helpers import RaisesAtStep, ResumableLoader, SaveAt, fit, loader
 from tests.monitoring.helpers import (
     Blocks,
     batch_tokens,
@@ -193,6 +198,45 @@ def test_run_resumed_into_another_folder_has_the_planned_curve(tmp_path: Path) -
     run = read_run(trainer.log_dir)
     assert "WarmupCosine" in run.texts["plan"]
     assert [step for step, _ in run.curves["plan/lr"]] == [2, 3, 4, 5, 6, 7]
+
+
+class RisingLoss(Blocks):
+    """Logs a loss that never improves, and trains on NaN once."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        step = self.trainer.global_step
+        self.log("rising", float(step), on_epoch=True)
+        return super().training_step(batch, batch_idx) * (math.nan if step == 1 else 1.0)
+
+
+def test_measured_factors_on_the_learning_rate_are_not_planned_after_a_resume(
+    tmp_path: Path,
+) -> None:
+    """The factors of a backoff and a plateau recover or shrink in ways that are not known."""
+
+    def train(name: str, *callbacks: Any, **options: Any) -> dict[str, dict[int, float]]:
+        trainer = fit(
+            RisingLoss(),
+            ResumableLoader(8, 4),
+            LearningRateScheduler(WarmupCosine(warmup="20%")),
+            StepGuard([NonFinite()], actions=[Backoff(recover=100)]),
+            ReduceOnPlateau("rising", patience=0, check="train_epoch"),
+            OptimizationMonitor(every=1),
+            *callbacks,
+            max_steps=12,
+            log_every_n_steps=1,
+            logger=TensorBoardLogger(tmp_path, version=name),
+            **options,
+        )
+        return {tag: dict(points) for tag, points in curves(trainer).items()}
+
+    straight = train("straight", SaveAt(tmp_path / "saved.ckpt", 5))
+    resumed = train("resumed", ckpt_path=tmp_path / "saved.ckpt")
+    first, second = straight["plan/lr"], resumed["plan/lr"]
+    assert second == {step: value for step, value in first.items() if step >= 5}
+    used = next(tag for tag in straight if tag.startswith("optim/lr"))
+    assert straight[used][5] < 0.5 * first[5]
+    assert resumed[used] == {step: v for step, v in straight[used].items() if step >= 5}
 
 
 def test_plan_is_logged_as_text(tmp_path: Path) -> None:

@@ -128,7 +128,8 @@ class StepGuard(Capability):
         """Starts with an empty window: checkpoints contain no gradients."""
         self._window.clear()
         if self._state.has_backoffs:
-            fit.groups.adjust("lr", lambda lr, _: self._state.apply_backoffs(lr), owner=self)
+            apply = self._state.apply_backoffs
+            fit.groups.adjust("lr", lambda lr, _: apply(lr), owner=self, is_planned=False)
 
     def announce(self, fit: Fit) -> None:
         """Logs changes of detectors and actions since the checkpoint."""
