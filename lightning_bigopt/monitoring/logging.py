@@ -57,6 +57,8 @@ def log_values(fit: Fit, values: Mapping[str, float], axis: XAxis) -> None:
             named = {prefix + tag: value for tag, value in values.items()} if prefix else values
             tensorboard.write_scalars(writer, named, step=step)
             _write_dashboard(trainer, writer, named, prefix)
+            # A checkpoint may be saved next: a run that is killed must not lose values before it.
+            writer.flush()
         else:
             loggers.log_metrics(logger, values, step=step)
 

@@ -44,8 +44,8 @@ def log_metrics(logger: Logger, values: Mapping[str, float], *, step: int) -> No
         step: Step of the values.
     """
     logger.log_metrics(dict(values), step=step)
-    if isinstance(logger, CSVLogger):
-        logger.save()  # it buffers 100 steps, which a killed run would lose
+    if isinstance(logger, (CSVLogger, TensorBoardLogger)):
+        logger.save()  # they have buffers, which a killed run would lose
 
 
 def log_to_all(trainer: Trainer, values: Mapping[str, float], *, step: int) -> None:

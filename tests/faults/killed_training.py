@@ -330,6 +330,7 @@ def train(
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
     faulthandler.register(signal.SIGUSR1)  # prints what each thread does
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background ignores it
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     random.seed(rank)

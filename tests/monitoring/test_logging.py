@@ -14,10 +14,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.compat.tensorflow_stub.io import gfile
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from lightning_bigopt import (
     Backoff,
+    BatchSizeScheduler,
+    ConstantBatchSize,
     GradientClipping,
     LearningRateScheduler,
     NonFinite,
@@ -28,7 +31,7 @@ from lightning_bigopt import (
     WarmupCosine,
 )
 from lightning_bigopt.reporting.runs import read_run
-from tests.helpers import RaisesAtStep, ResumableLoader, SaveAt, fit, loader
+from tests.helpers import Probe, RaisesAtStep, ResumableLoader, SaveAt, fit, loader
 from tests.monitoring.helpers import (
     Blocks,
     batch_tokens,
@@ -198,6 +201,45 @@ def test_run_resumed_into_another_folder_has_the_planned_curve(tmp_path: Path) -
     run = read_run(trainer.log_dir)
     assert "WarmupCosine" in run.texts["plan"]
     assert [step for step, _ in run.curves["plan/lr"]] == [2, 3, 4, 5, 6, 7]
+
+
+class ReadsLog(L.Callback):
+    """Reads the last logged step from TensorBoard's files after every batch, as after a kill."""
+
+    def __init__(self, tag: str) -> None:
+        self.tag = tag
+        self.steps: list[int] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        events = EventAccumulator(trainer.log_dir).Reload()
+        if self.tag in events.Tags()["scalars"]:
+            self.steps.append(events.Scalars(self.tag)[-1].step)
+
+
+@pytest.mark.parametrize(
+    ("callback", "tag"),
+    [
+        (OptimizationMonitor(), "grad_norm/total"),
+        (BatchSizeScheduler(ConstantBatchSize(4)), "batch/planned_size"),
+    ],
+    ids=["monitor", "no monitor"],
+)
+def test_values_are_in_the_file_when_a_checkpoint_is_saved(
+    callback: Any, tag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system without appending, such as S3, gets the data of a file when it is flushed."""
+    monkeypatch.delattr(gfile.LocalFileSystem, "append")
+    reads = ReadsLog(tag)
+    fit(
+        Probe(),
+        ResumableLoader(16, 4),
+        callback,
+        reads,
+        max_steps=4,
+        log_every_n_steps=1,
+        logger=TensorBoardLogger(tmp_path),
+    )
+    assert reads.steps == [0, 1, 2, 3]
 
 
 class RisingLoss(Blocks):
