@@ -59,6 +59,13 @@ with StepGuard, and the GradScaler overflows. A loader that saves its own positi
 (see [limits](../limits.md)), so that these runs resume from the newest checkpoint between windows.
 """
 
+OVERDUE = """\
+A SIGINT between two instructions of TensorBoard's queue leaves its writer thread asleep: the run
+ends when that thread wakes up, after two minutes at most. Two processes that get SIGTERM wait for
+each other for ever in some cases, because Lightning's handler starts a collective operation between others; a
+launcher kills them after a while.
+"""
+
 # Seconds until a launcher would kill the processes that are left.
 PATIENCE = 10.0
 
@@ -352,6 +359,7 @@ def report(results: list[Result], forked: list[str], *, seconds: float) -> str:
         "",
         totals("Two processes (DDP, gloo)", pairs),
         "",
+        *([OVERDUE] if any(result.overdue for result in results) else []),
         *failures(results),
         "Forked processes "
         + ("train as one that is started anew." if not forked else f"differ: {forked[:3]}"),
