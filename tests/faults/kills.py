@@ -60,10 +60,10 @@ with StepGuard, and the GradScaler overflows. A loader that saves its own positi
 """
 
 OVERDUE = """\
-A SIGINT between two instructions of TensorBoard's queue leaves its writer thread asleep: the run
-ends when that thread wakes up, after two minutes at most. Two processes that get SIGTERM wait for
-each other for ever in some cases, because Lightning's handler starts a collective operation between others; a
-launcher kills them after a while.
+A SIGINT between two instructions of TensorBoard's queue leaves its writer thread asleep. The
+process ends when that thread wakes up, after two minutes at most. Two processes that get SIGTERM
+may wait for each other without end, because Lightning's handler of the signal starts a collective
+operation. A launcher kills such processes after a while.
 """
 
 # Seconds until a launcher would kill the processes that are left.
