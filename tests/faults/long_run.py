@@ -41,7 +41,7 @@ INTRODUCTION = """\
 TensorBoardLogger (`log_every_n_steps=50`). After a warm-up of {first:,} updates a sample is taken
 and a checkpoint is written every {every:,} updates. The size of a checkpoint varies, because
 GradientClipping keeps up to 512 norms for its summary, and drops every second one when they are
-full.
+full. The objects of the types Counter and Sample are the samples themselves.
 """
 
 
