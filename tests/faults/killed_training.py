@@ -25,6 +25,7 @@ import torch.utils.tensorboard  # imported before the processes are forked
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -288,6 +289,18 @@ class SavesInsideWindows(L.Callback):
             trainer.save_checkpoint(self.folder / f"batch={batches}.ckpt")
 
 
+class SavesOnPreemption(ModelCheckpoint):
+    """Saves after SIGTERM, too, which Lightning handles between two batches.
+
+    A checkpoint after Ctrl-C may be written inside a batch. Lightning then numbers the logged steps
+    of the resumed run from the next one on.
+    """
+
+    def on_exception(self, trainer: L.Trainer, module: Any, exception: BaseException) -> None:
+        if isinstance(exception, SIGTERMException):
+            super().on_exception(trainer, module, exception)
+
+
 class Marks(L.Callback):
     """Creates a file when the first batch starts, and one when training has ended."""
 
@@ -353,11 +366,12 @@ def train(
     callbacks[-1].records = records
     if case.loader == "stateful" and not case.has_ramp:
         options["accumulate_grad_batches"] = 3
-    checkpoints = ModelCheckpoint(
+    checkpoints = SavesOnPreemption(
         path / "checkpoints",
         filename="{step}",
         every_n_train_steps=3,
         save_top_k=-1,
+        save_on_exception=case.processes == 1,
         enable_version_counter=False,
     )
     callbacks += [
