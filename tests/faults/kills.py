@@ -54,9 +54,10 @@ killed again, until it finishes. The whole run is compared with the uninterrupte
 
 Checkpoints are written by `ModelCheckpoint(every_n_train_steps=3)`, after SIGTERM, and after every
 fifth micro-batch, most of these inside an accumulation window of 2 to 7 micro-batches. The batch
-grows in half of the runs. Three updates have gradients of 1e4 times the usual size, one is NaN in the runs
-with StepGuard, and the GradScaler overflows. A loader that saves its own position loses a window
-(see [limits](../limits.md)), so that these runs resume from the newest checkpoint between windows.
+grows in half of the runs. Three updates have gradients of 1e4 times the usual size, one is NaN in
+the runs with StepGuard, and the GradScaler overflows. A loader that saves its own position loses a
+window (see [limits](../limits.md)), so that these runs resume from the newest checkpoint between
+windows.
 """
 
 OVERDUE = """\
