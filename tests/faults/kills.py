@@ -253,8 +253,6 @@ def checkpoint_of(folder: Path, result: Result) -> Path | None:
     loader with a position of its own, because the gradients of that window are lost
     (docs/limits.md). Lightning's ModelCheckpoint writes such a file after a resume: that of the
     same update again, after the first micro-batch.
-
-    Without a checkpoint, a user starts again with a new log.
     """
     found = sorted((folder / "checkpoints").glob("*.ckpt"), key=lambda p: p.stat().st_mtime_ns)
     for path in reversed(found):
@@ -268,7 +266,6 @@ def checkpoint_of(folder: Path, result: Result) -> Path | None:
                 return path
         path.unlink()
     result.from_scratch += 1
-    shutil.rmtree(folder / "log", ignore_errors=True)
     return None
 
 
