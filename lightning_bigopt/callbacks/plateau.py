@@ -128,7 +128,7 @@ class ReduceOnPlateau(Capability):
 
     def start(self, fit: Fit) -> None:
         """Adds the factor to the adjustments of the learning rate."""
-        fit.groups.adjust("lr", lambda value, _: value * self.factor, owner=self)
+        fit.groups.adjust("lr", lambda value, _: value * self.factor, owner=self, is_planned=False)
         self._checks = 0
         if self.check == "validation" and not fit.trainer.enable_validation:
             self._checks = None

@@ -18,7 +18,7 @@ from lightning_bigopt.engine.stage import Fit, Stages
 from lightning_bigopt.engine.step import StepHooks
 from lightning_bigopt.engine.update_check import UpdateCheck
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
-from lightning_bigopt.trainer_access import strategies
+from lightning_bigopt.trainer_access import loggers, strategies
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -276,6 +276,9 @@ class Engine(EvaluationHooks, StepHooks):
         if self._loaded is not None:
             return self._loaded  # not applied yet, see Capability.state_dict
         self.finish_batch()
+        if self._fit is not None:
+            # A run that is killed after the checkpoint must not lose values before it.
+            loggers.flush(self._fit.trainer)
         return {
             "version": self.version,
             "clock": self.clock.state_dict(),

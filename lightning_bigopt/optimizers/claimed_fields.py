@@ -56,14 +56,29 @@ class ClaimedFields:
         ]
         claim.minimum, claim.maximum = minimum, maximum
 
-    def adjust(self, name: str, adjustment: Adjustment, *, owner: object) -> None:
-        """Adds an adjustment to a claimed field; it is applied after the schedule."""
-        self._claims[name].adjustments[id(owner)] = adjustment
+    def adjust(
+        self, name: str, adjustment: Adjustment, *, owner: object, is_planned: bool = True
+    ) -> None:
+        """Adds an adjustment to a claimed field; it is applied after the schedule.
+
+        Args:
+            name: The field.
+            adjustment: Returns the adjusted value of a value, at a progress.
+            owner: The object to pass to :meth:`release` to undo it.
+            is_planned: Whether the adjustment is known in advance. One that depends on
+                measurements, such as a backoff, is left out of planned values.
+        """
+        claim = self._claims[name]
+        claim.adjustments[id(owner)] = adjustment
+        claim.unplanned.discard(id(owner))
+        if not is_planned:
+            claim.unplanned.add(id(owner))
 
     def release(self, owner: object) -> None:
         """Removes the schedules and adjustments of an owner; scheduled values are kept."""
         for name, claim in list(self._claims.items()):
             claim.adjustments.pop(id(owner), None)
+            claim.unplanned.discard(id(owner))
             if claim.owner == id(owner):
                 claim.owner = claim.minimum = claim.maximum = None
                 claim.frozen_at = self._fraction

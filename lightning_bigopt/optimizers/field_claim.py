@@ -67,6 +67,7 @@ class FieldClaim:
     minimum: float | None = None
     maximum: float | None = None
     adjustments: dict[int, Adjustment] = dataclasses.field(default_factory=dict)  # by id of owner
+    unplanned: set[int] = dataclasses.field(default_factory=set)  # owners of measured adjustments
     owner: int | None = None
     frozen_at: float | None = None  # the fraction at which the owner released the field
 

@@ -241,7 +241,10 @@ class GroupSchedule(ClaimedFields):
             self._has_new_bases |= None in places
 
     def planned(self, name: str, progress: Progress) -> list[PlannedValue]:
-        """Computes the values of a field for the update that starts at ``progress``."""
+        """Computes the planned values of a field for the update that starts at ``progress``.
+
+        Adjustments that depend on measurements are left out.
+        """
         self._follow_groups()
         claim = self._claims.get(name)
         planned: list[PlannedValue] = []
@@ -250,7 +253,7 @@ class GroupSchedule(ClaimedFields):
             if claim is None:
                 values = [float(g[name]) if g.get(name) is not None else None for g in groups]
             else:
-                values = list(_values(claim, index, len(groups), progress))
+                values = list(_values(claim, index, len(groups), progress, is_planned=True))
             planned += [
                 PlannedValue(label, group, value)
                 for group, value in zip(group_names(groups), values, strict=True)
@@ -259,8 +262,12 @@ class GroupSchedule(ClaimedFields):
         return planned
 
 
-def _values(claim: FieldClaim, index: int, groups: int, progress: Progress) -> Iterator[float]:
-    """Computes the value of a field for each group of one optimizer."""
+def _values(
+    claim: FieldClaim, index: int, groups: int, progress: Progress, *, is_planned: bool = False
+) -> Iterator[float]:
+    """Computes the value of a field for each group of one optimizer, or the planned value."""
+    left_out = claim.unplanned if is_planned else ()
+    adjustments = [a for owner, a in claim.adjustments.items() if owner not in left_out]
     fraction = progress.fraction if claim.frozen_at is None else claim.frozen_at
     schedules = claim.schedules[index]
     factors: dict[int, float] = {}  # most groups share one schedule, which is evaluated once
@@ -272,7 +279,7 @@ def _values(claim: FieldClaim, index: int, groups: int, progress: Progress) -> I
             if factor is None:
                 factor = factors[id(schedule)] = schedule(fraction)
             value = base * factor
-        for adjustment in claim.adjustments.values():
+        for adjustment in adjustments:
             value = adjustment(value, progress)
         if claim.maximum is not None:
             value = min(value, claim.maximum)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "failed_writes_warn",
+    "flush",
     "log_folder",
     "log_metrics",
     "log_to_all",
@@ -51,6 +52,13 @@ def log_metrics(logger: Logger, values: Mapping[str, float], *, step: int) -> No
         logger.log_metrics(dict(values), step=step)
         if isinstance(logger, CSVLogger):
             logger.save()  # it buffers 100 steps, which a killed run would lose
+
+
+def flush(trainer: Trainer) -> None:
+    """Writes the buffered values of all TensorBoardLoggers to their files, on process 0."""
+    for logger, (writer, _) in tensorboard_writers(trainer).items():
+        with failed_writes_warn(logger):
+            writer.flush()
 
 
 @contextmanager

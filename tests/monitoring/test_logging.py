@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from pathlib import Path
@@ -13,17 +14,24 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.compat.tensorflow_stub.io import gfile
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from lightning_bigopt import (
+    Backoff,
+    BatchSizeScheduler,
+    ConstantBatchSize,
     GradientClipping,
     LearningRateScheduler,
+    NonFinite,
     NormClip,
     OptimizationMonitor,
+    ReduceOnPlateau,
+    StepGuard,
     WarmupCosine,
 )
 from lightning_bigopt.reporting.runs import read_run
-from tests.helpers import RaisesAtStep, ResumableLoader, fit, loader
+from tests.helpers import Probe, RaisesAtStep, ResumableLoader, SaveAt, fit, loader
 from tests.monitoring.helpers import (
     Blocks,
     batch_tokens,
@@ -193,6 +201,85 @@ def test_run_resumed_into_another_folder_has_the_planned_curve(tmp_path: Path) -
     run = read_run(trainer.log_dir)
     assert "WarmupCosine" in run.texts["plan"]
     assert [step for step, _ in run.curves["plan/lr"]] == [2, 3, 4, 5, 6, 7]
+
+
+class ReadsLog(L.Callback):
+    """Saves after every batch, and reads the last logged step from the files as after a kill."""
+
+    def __init__(self, tag: str, path: Path) -> None:
+        self.tag, self.path = tag, path
+        self.steps: list[int] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        trainer.save_checkpoint(self.path)
+        events = EventAccumulator(trainer.log_dir).Reload()
+        if self.tag in events.Tags()["scalars"]:
+            self.steps.append(events.Scalars(self.tag)[-1].step)
+
+
+@pytest.mark.parametrize(
+    ("callback", "tag"),
+    [
+        (OptimizationMonitor(), "grad_norm/total"),
+        (BatchSizeScheduler(ConstantBatchSize(4)), "batch/planned_size"),
+    ],
+    ids=["monitor", "no monitor"],
+)
+def test_values_are_in_the_file_when_a_checkpoint_is_saved(
+    callback: Any, tag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system without appending, such as S3, gets the data of a file when it is flushed."""
+    monkeypatch.delattr(gfile.LocalFileSystem, "append")
+    reads = ReadsLog(tag, tmp_path / "saved.ckpt")
+    fit(
+        Probe(),
+        ResumableLoader(16, 4),
+        callback,
+        reads,
+        max_steps=4,
+        log_every_n_steps=1,
+        logger=TensorBoardLogger(tmp_path),
+    )
+    assert reads.steps == [0, 1, 2, 3]
+
+
+class RisingLoss(Blocks):
+    """Logs a loss that never improves, and trains on NaN once."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        step = self.trainer.global_step
+        self.log("rising", float(step), on_epoch=True)
+        return super().training_step(batch, batch_idx) * (math.nan if step == 1 else 1.0)
+
+
+def test_measured_factors_on_the_learning_rate_are_not_planned_after_a_resume(
+    tmp_path: Path,
+) -> None:
+    """The factors of a backoff and a plateau recover or shrink in ways that are not known."""
+
+    def train(name: str, *callbacks: Any, **options: Any) -> dict[str, dict[int, float]]:
+        trainer = fit(
+            RisingLoss(),
+            ResumableLoader(8, 4),
+            LearningRateScheduler(WarmupCosine(warmup="20%")),
+            StepGuard([NonFinite()], actions=[Backoff(recover=100)]),
+            ReduceOnPlateau("rising", patience=0, check="train_epoch"),
+            OptimizationMonitor(every=1),
+            *callbacks,
+            max_steps=12,
+            log_every_n_steps=1,
+            logger=TensorBoardLogger(tmp_path, version=name),
+            **options,
+        )
+        return {tag: dict(points) for tag, points in curves(trainer).items()}
+
+    straight = train("straight", SaveAt(tmp_path / "saved.ckpt", 5))
+    resumed = train("resumed", ckpt_path=tmp_path / "saved.ckpt")
+    first, second = straight["plan/lr"], resumed["plan/lr"]
+    assert second == {step: value for step, value in first.items() if step >= 5}
+    used = next(tag for tag in straight if tag.startswith("optim/lr"))
+    assert straight[used][5] < 0.5 * first[5]
+    assert resumed[used] == {step: v for step, v in straight[used].items() if step >= 5}
 
 
 def test_plan_is_logged_as_text(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_bigopt.callbacks.resume_report import report_changed_settings
 from lightning_bigopt.checks import as_code
+from lightning_bigopt.durations.progress import Progress
 from lightning_bigopt.gradients.actions import Action, Backoff
 from lightning_bigopt.gradients.detectors import NormSpike
 from lightning_bigopt.gradients.guard import Detector, DetectorState
@@ -80,8 +81,8 @@ class GuardState:
         for backoff, state in zip(self._backoffs, self._levels, strict=True):
             backoff.accept(state)
 
-    def apply_backoffs(self, value: float) -> float:
-        """Multiplies a learning rate by the levels of all backoffs."""
+    def apply_backoffs(self, value: float, progress: Progress) -> float:
+        """Multiplies a learning rate by the levels of all backoffs; independent of the progress."""
         for state in self._levels:
             value *= state["level"]
         return value

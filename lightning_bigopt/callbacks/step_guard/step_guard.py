@@ -133,7 +133,7 @@ class StepGuard(Capability):
         self._buffers = fit.buffers if fit.module.automatic_optimization else BufferSnapshot()
         self.begin_epoch(fit)  # which is not called in an epoch that is resumed in its middle
         if self._state.has_backoffs:
-            fit.groups.adjust("lr", lambda lr, _: self._state.apply_backoffs(lr), owner=self)
+            fit.groups.adjust("lr", self._state.apply_backoffs, owner=self, is_planned=False)
 
     def announce(self, fit: Fit) -> None:
         """Logs changes of detectors and actions since the checkpoint."""
