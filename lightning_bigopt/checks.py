@@ -1,10 +1,12 @@
 """Checks of arguments, with one wording for each kind of error.
 
-Every message reads ``name must be <constraint>, got <value>; <advice>``.
+Every message reads ``name must be <constraint>, got <value>; <advice>``. Without a hint of the
+caller the advice is a value that is allowed.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Sequence
 from numbers import Real
@@ -40,7 +42,7 @@ def check_choice(name: str, value: object, choices: Any, *, hint: str = "") -> N
         >>> check_choice("mode", "max", ("min", "max"))
         >>> check_choice("mode", "least", ("min", "max"))
         Traceback (most recent call last):
-        ValueError: mode must be 'min' or 'max', got 'least'
+        ValueError: mode must be 'min' or 'max', got 'least'; write mode='min'
     """
     allowed: Sequence[object] = get_args(choices) or choices
     # Not ``value in allowed``: an array or a tensor compares element by element.
@@ -48,7 +50,11 @@ def check_choice(name: str, value: object, choices: Any, *, hint: str = "") -> N
         return
     *first, last = map(repr, allowed)
     listed = f"{', '.join(first)} or {last}" if first else last
-    raise ValueError(f"{name} must be {listed}, got {shown(value)}{_advice(hint)}")
+    if not hint:
+        words = [choice for choice in allowed if isinstance(choice, str)]
+        similar = difflib.get_close_matches(value, words, n=1) if isinstance(value, str) else []
+        hint = f"did you mean {similar[0]!r}?" if similar else f"write {name}={allowed[0]!r}"
+    raise ValueError(f"{name} must be {listed}, got {shown(value)}; {hint}")
 
 
 def check_count(
@@ -79,8 +85,8 @@ def check_count(
         constraint = f"a {'positive' if minimum else 'non-negative'} {noun}"
     else:
         constraint = f"{'a' if of else 'an'} {noun} of at least {minimum}"
-    hint = _without_quotes(value) or hint
-    raise ValueError(f"{name} must be {constraint}, got {shown(value)}{_advice(hint)}")
+    hint = _without_quotes(value) or hint or f"write an integer such as {minimum}"
+    raise ValueError(f"{name} must be {constraint}, got {shown(value)}; {hint}")
 
 
 def check_positive(name: str, value: Any, *, hint: str = "") -> None:
@@ -100,8 +106,8 @@ def check_positive(name: str, value: Any, *, hint: str = "") -> None:
         ValueError: max_norm must be positive and finite, got 0.0; remove the rule to \
 disable clipping
     """
-    if not (_is_number(value) and math.isfinite(value) and value > 0):
-        raise _number_error(name, "positive and finite", value, hint)
+    if not (_is_number(value) and 0 < value < math.inf):
+        raise _number_error(name, "positive and finite", value, hint or "write 1.0")
 
 
 def check_non_negative(name: str, value: Any, *, hint: str = "") -> None:
@@ -118,10 +124,10 @@ def check_non_negative(name: str, value: Any, *, hint: str = "") -> None:
     Example:
         >>> check_non_negative("end", -0.1)
         Traceback (most recent call last):
-        ValueError: end must be non-negative and finite, got -0.1
+        ValueError: end must be non-negative and finite, got -0.1; write 0.0
     """
-    if not (_is_number(value) and math.isfinite(value) and value >= 0):
-        raise _number_error(name, "non-negative and finite", value, hint)
+    if not (_is_number(value) and 0 <= value < math.inf):
+        raise _number_error(name, "non-negative and finite", value, hint or "write 0.0")
 
 
 def check_between(
@@ -155,7 +161,8 @@ def check_between(
     above = _is_number(value) and (value >= low if ends[0] == "[" else value > low)
     if not (above and (value <= high if ends[1] == "]" else value < high)):
         interval = f"{ends[0]}{low:g}, {high:g}{ends[1]}"
-        raise _number_error(name, f"in {interval}", value, hint)
+        example = (low + high) / 2 if math.isfinite(low + high) else low + 1
+        raise _number_error(name, f"in {interval}", value, hint or f"write {example:g}")
 
 
 def check_instance(name: str, value: object, kind: type, *, hint: str = "") -> None:
@@ -179,7 +186,8 @@ def check_instance(name: str, value: object, kind: type, *, hint: str = "") -> N
         expected = _with_article(kind.__name__)
         if isinstance(value, type) and issubclass(value, kind):
             hint = f"write {value.__name__}(...)"
-        raise ValueError(f"{name} must be {expected}, got {shown(value)}{_advice(hint)}")
+        hint = hint or f"write {name}={kind.__name__}(...)"
+        raise ValueError(f"{name} must be {expected}, got {shown(value)}; {hint}")
 
 
 def checked_tuple(name: str, values: Any, kind: type, *, hint: str = "") -> tuple[Any, ...]:
@@ -202,9 +210,11 @@ def checked_tuple(name: str, values: Any, kind: type, *, hint: str = "") -> tupl
         ValueError: sizes must be a list of int objects, got 2; write [2]
     """
     if not isinstance(values, Sequence) or isinstance(values, str) or not values:
-        hint = f"write [{shown(values)}]" if isinstance(values, kind) else hint
+        if isinstance(values, kind):
+            hint = f"write [{shown(values)}]"
         raise ValueError(
-            f"{name} must be a list of {kind.__name__} objects, got {shown(values)}{_advice(hint)}"
+            f"{name} must be a list of {kind.__name__} objects, got {shown(values)}; "
+            f"{hint or f'write {name}=[{kind.__name__}(...)]'}"
         )
     for index, value in enumerate(values):
         check_instance(f"{name}[{index}]", value, kind, hint=hint)
@@ -220,8 +230,11 @@ def shown(value: object) -> str:
     """
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    text = repr(value)
-    is_short = len(text) <= _LONGEST_REPR and "\n" not in text and " at 0x" not in text
+    try:
+        text = repr(value)
+    except Exception:  # an object of a user, a nested list that is too deep, an int of 5000 digits
+        text = ""
+    is_short = 0 < len(text) <= _LONGEST_REPR and "\n" not in text and " at 0x" not in text
     return text if is_short else _with_article(type(value).__name__)
 
 
@@ -235,21 +248,23 @@ def _number_error(name: str, constraint: str, value: object, hint: str) -> Value
         constraint, hint = f"a number {constraint}", _without_quotes(value) or hint
         if not constraint.startswith("a number in"):
             constraint = f"a {constraint.removeprefix('a number ')} number"
-    return ValueError(f"{name} must be {constraint}, got {shown(value)}{_advice(hint)}")
+    return ValueError(f"{name} must be {constraint}, got {shown(value)}; {hint}")
 
 
 def _without_quotes(value: object) -> str:
     """Returns advice for a number that was passed as a string; empty for any other value."""
     try:
-        is_quoted = isinstance(value, str) and math.isfinite(float(value))
+        is_quoted = isinstance(value, str) and len(value) < 30 and math.isfinite(float(value))
     except ValueError:
         return ""
-    return f"write {value} without quotes" if is_quoted else ""
+    return f"write {str(value).strip()} without quotes" if is_quoted else ""
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)  # Real: NumPy scalars too
-
-
-def _advice(hint: str) -> str:
-    return f"; {hint}" if hint else ""
+    if not isinstance(value, Real) or isinstance(value, bool):  # Real: NumPy scalars too
+        return False
+    try:
+        float(value)
+    except OverflowError:  # an int beyond the range of floats
+        return False
+    return True
