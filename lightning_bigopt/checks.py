@@ -12,18 +12,24 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any, Literal, get_args
 
+from lightning_bigopt.descriptions import shown, with_article
+
 __all__ = [
     "check_between",
+    "check_callable",
     "check_choice",
     "check_count",
     "check_instance",
+    "check_items",
     "check_non_negative",
+    "check_number",
     "check_positive",
+    "check_positive_or_none",
     "checked_tuple",
     "shown",
 ]
 
-_LONGEST_REPR = 120  # characters
+_LARGEST_COUNT = 2**53  # the largest int up to which every int is a float
 
 
 def check_choice(name: str, value: object, choices: Any, *, hint: str = "") -> None:
@@ -78,10 +84,12 @@ def check_count(
         Traceback (most recent call last):
         ValueError: size must be a positive number of samples, got 0; write an int such as 256
     """
-    if type(value) is int and value >= minimum:
+    if type(value) is int and minimum <= value <= _LARGEST_COUNT:
         return
     noun = f"number of {of}" if of else "integer"
-    if minimum in (0, 1):
+    if type(value) is int and value > _LARGEST_COUNT:
+        constraint, hint = f"a {noun} of at most 2**53", ""
+    elif minimum in (0, 1):
         constraint = f"a {'positive' if minimum else 'non-negative'} {noun}"
     else:
         constraint = f"{'a' if of else 'an'} {noun} of at least {minimum}"
@@ -108,6 +116,26 @@ disable clipping
     """
     if not (_is_number(value) and 0 < value < math.inf):
         raise _number_error(name, "positive and finite", value, hint or "write 1.0")
+
+
+def check_positive_or_none(hint: str, **values: Any) -> None:
+    """Raises unless each value is a positive and finite number, or None.
+
+    Args:
+        hint: Advice at the end of the message, without the semicolon: what None stands for.
+        values: Names and values of the arguments.
+
+    Raises:
+        ValueError: If a value is neither; a bool is not.
+
+    Example:
+        >>> check_positive_or_none("None if unknown", epochs=None, samples=-1)
+        Traceback (most recent call last):
+        ValueError: samples must be positive and finite, got -1; None if unknown
+    """
+    for name, value in values.items():
+        if value is not None:
+            check_positive(name, value, hint=hint)
 
 
 def check_non_negative(name: str, value: Any, *, hint: str = "") -> None:
@@ -165,6 +193,46 @@ def check_between(
         raise _number_error(name, f"in {interval}", value, hint or f"write {example:g}")
 
 
+def check_number(name: str, value: Any, *, hint: str = "write 1.0") -> None:
+    """Raises unless a value is a finite number.
+
+    Args:
+        name: Name of the argument.
+        value: Value of the argument.
+        hint: Advice at the end of the message, without the semicolon.
+
+    Raises:
+        ValueError: If ``value`` is not such a number; a bool is not.
+
+    Example:
+        >>> check_number("variance", float("nan"))
+        Traceback (most recent call last):
+        ValueError: variance must be finite, got nan; write 1.0
+    """
+    if not (_is_number(value) and math.isfinite(value)):
+        raise _number_error(name, "finite", value, hint)
+
+
+def check_callable(name: str, value: object, *, hint: str = "pass a function") -> None:
+    """Raises unless a value can be called.
+
+    Args:
+        name: Name of the argument.
+        value: Value of the argument.
+        hint: Advice at the end of the message, without the semicolon.
+
+    Raises:
+        ValueError: If ``value`` cannot be called.
+
+    Example:
+        >>> check_callable("collate_fn", 3)
+        Traceback (most recent call last):
+        ValueError: collate_fn must be a function, got 3; pass a function
+    """
+    if not callable(value):
+        raise ValueError(f"{name} must be a function, got {shown(value)}; {hint}")
+
+
 def check_instance(name: str, value: object, kind: type, *, hint: str = "") -> None:
     """Raises unless a value is an instance of a class.
 
@@ -183,7 +251,7 @@ def check_instance(name: str, value: object, kind: type, *, hint: str = "") -> N
         ValueError: size must be an int, got '32'; write 32
     """
     if not isinstance(value, kind):
-        expected = _with_article(kind.__name__)
+        expected = with_article(kind.__name__)
         if isinstance(value, type) and issubclass(value, kind):
             hint = f"write {value.__name__}(...)"
         hint = hint or f"write {name}={kind.__name__}(...)"
@@ -221,26 +289,25 @@ def checked_tuple(name: str, values: Any, kind: type, *, hint: str = "") -> tupl
     return tuple(values)
 
 
-def shown(value: object) -> str:
-    """Returns a short description of a value for a message: its repr, or its class.
+def check_items(name: str, values: Any, kind: type) -> None:
+    """Raises unless a value is a tuple, perhaps an empty one, of instances of a class.
+
+    Args:
+        name: Name of the argument.
+        values: Value of the argument.
+        kind: The class of the elements.
+
+    Raises:
+        ValueError: If ``values`` is no tuple, or has another element.
 
     Example:
-        >>> shown("5%"), shown(list(range(100))), shown(int)
-        ("'5%'", 'a list', 'the class int')
+        >>> check_items("sizes", (1, "2"), int)
+        Traceback (most recent call last):
+        ValueError: sizes[1] must be an int, got '2'; write sizes[1]=int(...)
     """
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    try:
-        text = repr(value)
-    except Exception:  # an object of a user, a nested list that is too deep, an int of 5000 digits
-        text = ""
-    is_short = 0 < len(text) <= _LONGEST_REPR and "\n" not in text and " at 0x" not in text
-    return text if is_short else _with_article(type(value).__name__)
-
-
-def _with_article(name: str) -> str:
-    begins_with_vowel = name[0].lower() in "aeiou" or (name[:2].isupper() and name[0] in "FHLMNRSX")
-    return f"{'an' if begins_with_vowel else 'a'} {name}"
+    check_instance(name, values, tuple, hint=f"write {name}=({kind.__name__}(...),)")
+    for index, value in enumerate(values):
+        check_instance(f"{name}[{index}]", value, kind)
 
 
 def _number_error(name: str, constraint: str, value: object, hint: str) -> ValueError:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from itertools import islice
 
 from torch import nn
 from torch.optim import Optimizer
+
+from lightning_bigopt.checks import shown
 
 __all__ = [
     "as_patterns",
@@ -21,6 +24,7 @@ __all__ = [
     "tied_names",
 ]
 
+_MOST_PATTERNS = 100_000
 # Parts that FSDP1, torch.compile and activation checkpointing insert into names.
 _WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 
@@ -101,9 +105,32 @@ def block_of(name: str) -> str:
     return numbered_prefix(plain) or plain.rpartition(".")[0] or plain
 
 
-def as_patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
-    """Converts one pattern or several patterns to a tuple."""
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+def as_patterns(patterns: str | Iterable[str], *, name: str = "patterns") -> tuple[str, ...]:
+    """Converts one pattern or several patterns to a tuple.
+
+    Args:
+        patterns: A pattern, or several.
+        name: Name of the argument, for the error.
+
+    Raises:
+        ValueError: If an element is no string.
+
+    Example:
+        >>> as_patterns("head.*")
+        ('head.*',)
+    """
+    if isinstance(patterns, str):
+        return (patterns,)
+    is_iterable = isinstance(patterns, Iterable) and not isinstance(patterns, (Mapping, type))
+    try:
+        found = tuple(islice(patterns, _MOST_PATTERNS)) if is_iterable else (None,)
+    except TypeError:  # an array without dimensions
+        found = (None,)
+    if all(isinstance(pattern, str) for pattern in found):
+        return found
+    raise ValueError(
+        f"{name} must be a pattern or a list of patterns, got {shown(patterns)}; write ['head.*']"
+    )
 
 
 @lru_cache(maxsize=64)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.batching.copyable_iterator import CopyableIterator
-from lightning_bigopt.batching.dataset_checks import check_dataset
+from lightning_bigopt.batching.dataset_checks import check_dataset, check_loader_options
 from lightning_bigopt.batching.global_window import GlobalWindow, MicroBatch
 from lightning_bigopt.batching.randomness import SampleStreams, mixed_seed, permutation
 from lightning_bigopt.checks import check_between, check_choice, check_count
@@ -23,18 +23,6 @@ _Window: TypeAlias = tuple[int, int, int]
 """Position, samples and micro-batches, as in ``GlobalWindow``."""
 _Yielded: TypeAlias = tuple[_Window, int, int]
 """Window, index in the window, and samples that count on this process."""
-_RESERVED_OPTIONS = (
-    "batch_sampler",
-    "batch_size",
-    "collate_fn",
-    "dataset",
-    "drop_last",
-    "generator",
-    "num_workers",
-    "persistent_workers",
-    "sampler",
-    "shuffle",
-)
 _MAX_YIELDED = 4096  # far more than workers fetch ahead; bounds memory if micro_batch is unused
 
 
@@ -108,12 +96,8 @@ class GlobalBatchLoader:
         self.samples = len(dataset)  # type: ignore[arg-type]
         check_choice("shuffle", shuffle, ("permute", "sequential"))
         check_choice("randomness", randomness, ("ambient", "sample"))
-        reserved = sorted(set(options or {}).intersection(_RESERVED_OPTIONS))
-        if reserved:
-            raise ValueError(
-                f"options must not contain {', '.join(reserved)}, got {dict(options or {})!r}; "
-                "remove them, because GlobalBatchLoader sets them itself"
-            )
+        check_count("num_workers", num_workers, minimum=0, of="processes")
+        check_loader_options(seed=seed, collate_fn=collate_fn, options=options)
         self.dataset = dataset
         self.micro_batch_size = micro_batch_size
         self.seed = seed

@@ -12,7 +12,7 @@ from lightning_bigopt.batching.simulation import (
     depends_on_tokens,
     exact_layout,
 )
-from lightning_bigopt.checks import check_positive
+from lightning_bigopt.checks import check_choice, check_count, check_instance, check_positive
 from lightning_bigopt.durations.duration import Clock
 from lightning_bigopt.durations.progress import Progress
 
@@ -75,6 +75,13 @@ def planned_sizes(
         ... )
         [2, 2, 4]
     """
+    check_instance("policy", policy, BatchSizePolicy, hint="write ConstantBatchSize(256)")
+    check_instance("start", start, Progress, hint="write Progress(fraction=0.0)")
+    check_choice("clock", clock, ("steps", "batches", "samples"))
+    check_count("position", position, minimum=0, of="samples")
+    check_count("micro_batch_size", micro_batch_size, of="samples")
+    check_count("world_size", world_size, of="processes")
+    check_count("samples_per_epoch", samples_per_epoch, of="samples")
     check_positive("budget", budget)
 
     def progress_after(*, steps: int, batches: int, samples: int) -> Progress:

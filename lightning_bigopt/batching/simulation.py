@@ -9,7 +9,13 @@ from lightning_bigopt.batching.policies.batch_size_policy import (
     check_explicit_sizes,
 )
 from lightning_bigopt.batching.simulated_run import SimulatedRun
-from lightning_bigopt.checks import check_count, check_positive
+from lightning_bigopt.checks import (
+    check_between,
+    check_choice,
+    check_count,
+    check_instance,
+    check_positive,
+)
 from lightning_bigopt.durations.duration import Clock
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.durations.progress import Span
@@ -70,10 +76,15 @@ def simulate(
     """
     check_count("world_size", world_size, of="processes")
     check_count("micro_batch_size", micro_batch_size, of="samples")
-    if last_batch_samples is not None and not 1 <= last_batch_samples <= micro_batch_size:
-        raise ValueError(
-            f"last_batch_samples must be from 1 to micro_batch_size = {micro_batch_size}, got "
-            f"{last_batch_samples!r}; count the samples of one process"
+    if batches_per_epoch is not None:
+        check_count("batches_per_epoch", batches_per_epoch, of="batches", hint="None if unknown")
+    if samples_per_epoch is not None:
+        check_count("samples_per_epoch", samples_per_epoch, of="samples", hint="None if unknown")
+    if last_batch_samples is not None:
+        hint = "count the samples of one process, at most micro_batch_size"
+        check_count("last_batch_samples", last_batch_samples, of="samples", hint=hint)
+        check_between(
+            "last_batch_samples", last_batch_samples, 1, micro_batch_size, ends="[]", hint=hint
         )
     layout = LoaderBatches(
         micro_batch_size=micro_batch_size,
@@ -173,6 +184,7 @@ def exact_layout(
 
 def check_not_adaptive(policy: BatchSizePolicy) -> None:
     """Raises for a policy that depends on measurements."""
+    check_instance("policy", policy, BatchSizePolicy, hint="write ConstantBatchSize(256)")
     if policy.adaptive:
         raise ValueError(
             "policy must be known in advance here, got the adaptive "
@@ -195,6 +207,7 @@ def _spans(
     context: BatchContext,
 ) -> tuple[Span, ...]:
     """Returns the spans of a run from its first update; none if it depends on tokens."""
+    check_choice("clock", clock, Clock)
     check_positive("budget", budget)
     check_not_adaptive(policy)
     if depends_on_tokens(policy, clock):

@@ -10,7 +10,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_bigopt.arguments import explain_arguments
-from lightning_bigopt.checks import check_between, check_choice, check_count, check_instance
+from lightning_bigopt.checks import (
+    check_between,
+    check_choice,
+    check_count,
+    check_instance,
+    check_non_negative,
+)
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.stage import LEARNING_RATE, Fit
 
@@ -79,6 +85,7 @@ class ReduceOnPlateau(Capability):
     ) -> None:
         check_instance("monitor", monitor, str, hint="write the name of a logged metric")
         check_between("factor", factor, 0, 1)
+        check_non_negative("threshold", threshold, hint="write 1e-4")
         check_between("min_factor", min_factor, 0, 1, ends="[)")
         check_count("patience", patience, minimum=0, of="checks")
         check_count("cooldown", cooldown, minimum=0, of="checks")

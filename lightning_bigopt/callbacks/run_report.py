@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_bigopt.checks import shown
 from lightning_bigopt.trainer_access import loggers, loop
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def check_report_name(report: object) -> None:
     """
     if report is not None and not (isinstance(report, (str, PathLike)) and fspath(report)):
         raise ValueError(
-            f"report must be the name of a file or None, got {report!r}; write 'report.html'"
+            f"report must be the name of a file or None, got {shown(report)}; write 'report.html'"
         )
 
 

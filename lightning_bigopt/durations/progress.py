@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lightning_bigopt.checks import check_positive
+from lightning_bigopt.checks import check_number, check_positive
 from lightning_bigopt.durations.duration import Clock, Duration, DurationLike, Unit
 
 __all__ = ["Progress", "Span"]
@@ -24,6 +24,9 @@ class Progress:
         tokens: Tokens over all processes; 0 if they are not counted.
         seconds: Time of training; 0 if it is not measured.
 
+    Raises:
+        ValueError: If an amount is not a number.
+
     Example:
         >>> Progress(fraction=0.5, steps=50, samples=1600).of("10%")
         5.0
@@ -36,6 +39,15 @@ class Progress:
     samples: int = 0
     tokens: int = 0
     seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        # At every update: the checks run only if a value is unusual. NaN is the fraction of an
+        # unknown budget.
+        values = vars(self).values()
+        if all(type(value) is int or type(value) is float for value in values):
+            return
+        for name, value in vars(self).items():
+            check_number(name, value)
 
     def consumed(self, unit: Unit) -> float:
         """Returns the amount consumed in ``unit``.

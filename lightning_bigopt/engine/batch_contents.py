@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_bigopt.checks import shown
+
 __all__ = [
     "BatchCount",
     "BatchWeight",
@@ -45,7 +47,7 @@ def named_function(how: BatchWeight, *, name: str) -> BatchWeight:
     if how is not None and not isinstance(how, str) and not callable(how):
         raise ValueError(
             f"{name} must be a function of the batch, its dotted name, or the name of one of the "
-            f"batch's fields, got {how!r}; write lambda batch: ..."
+            f"batch's fields, got {shown(how)}; write lambda batch: ..."
         )
     if not isinstance(how, str) or "." not in how:
         return how

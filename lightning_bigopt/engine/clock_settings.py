@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal, TypeAlias
 
-from lightning_bigopt.checks import check_choice
+from lightning_bigopt.checks import check_choice, check_instance, shown
 from lightning_bigopt.durations.duration import Duration, DurationLike
 from lightning_bigopt.engine.batch_contents import BatchCount, named_function
 
@@ -46,12 +46,13 @@ class ClockSettings:
 
     def __post_init__(self) -> None:
         if self.budget is not None:
+            check_instance("budget", self.budget, str, hint="write '10000 steps' or '2 hours'")
             length = Duration.parse(self.budget, name="budget")
             unit = length.unit
             if unit == "fraction":
                 raise ValueError(
                     "budget must be in steps, epochs, samples, tokens or a time, got "
-                    f"{self.budget!r}; write '10000 steps' or '2 hours'"
+                    f"{shown(self.budget)}; write '10000 steps' or '2 hours'"
                 )
             if not length.value:
                 raise ValueError(
@@ -70,7 +71,7 @@ class ClockSettings:
         if (self.on_resume == "cooldown") != (self.cooldown is not None):
             raise ValueError(
                 "cooldown must be given with on_resume='cooldown' and only then, got "
-                f"{self.cooldown!r} with on_resume={self.on_resume!r}; write "
+                f"{shown(self.cooldown)} with on_resume={self.on_resume!r}; write "
                 "LearningRateScheduler(schedule, on_resume='cooldown', cooldown='20%')"
             )
         if self.cooldown is not None and not Duration.parse(self.cooldown, name="cooldown").value:

@@ -15,6 +15,8 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_bigopt.checks import check_count
+
 __all__ = ["ByteWindows", "SourceText", "Split", "read_sources"]
 
 Split: TypeAlias = Literal["train", "val"]
@@ -131,6 +133,10 @@ class SourceText(LightningDataModule):
         validation_samples: int | None = 1024,
     ) -> None:
         super().__init__()
+        check_count("micro_batch_size", micro_batch_size, of="samples")
+        check_count("length", length, of="bytes", hint="write 64")
+        if validation_samples is not None:
+            check_count("validation_samples", validation_samples, of="samples", hint="None for all")
         self.micro_batch_size = micro_batch_size
         self.length = length
         self.validation_samples = validation_samples

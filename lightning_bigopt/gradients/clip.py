@@ -9,9 +9,11 @@ from typing import cast
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_bigopt.checks import check_instance, check_non_negative, shown
 from lightning_bigopt.gradients.apply import apply_
 from lightning_bigopt.gradients.clip_decision import ClipDecision
 from lightning_bigopt.gradients.rules.clipping_rule import ClipContext, ClippingRule, RuleState
+from lightning_bigopt.optimizers.names import check_optimizer
 
 __all__ = ["clip_gradients_"]
 
@@ -67,8 +69,12 @@ def clip_gradients_(
         >>> len(state["seed"])
         3
     """
-    if not isinstance(rule, ClippingRule):
-        raise ValueError(f"rule must be a ClippingRule, got {rule!r}; try NormClip(max_norm=1.0)")
+    check_instance("rule", rule, ClippingRule, hint="write NormClip(max_norm=1.0)")
+    if optimizer is not None:
+        check_optimizer(optimizer)
+    if state is not None:
+        check_instance("state", state, dict, hint="write state = rule.initial_state() once")
+    check_non_negative("fraction", fraction)
     named = _named(parameters)
     if state is None:
         state = rule.initial_state()
@@ -107,12 +113,14 @@ def _named(
     if isinstance(parameters, nn.Parameter):
         parameters = [parameters]
     named: list[tuple[str, nn.Parameter]] = []
-    for index, item in enumerate(parameters):
-        name, parameter = item if isinstance(item, tuple) else (f"parameter{index}", item)
-        if not isinstance(parameter, Tensor):
+    is_iterable = isinstance(parameters, Iterable) and not isinstance(parameters, (Tensor, type))
+    for index, item in enumerate(parameters if is_iterable else [parameters]):
+        is_pair = isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
+        name, parameter = item if is_pair else (f"parameter{index}", item)
+        if not isinstance(parameter, Tensor) or not is_iterable:
             raise ValueError(
                 "parameters must be a module, parameters or pairs of name and parameter, got "
-                f"{parameter!r} among them; pass the items() of a dict"
+                f"{shown(parameter)}; pass the module, or the items() of a dict"
             )
         named.append((name, cast("nn.Parameter", parameter)))
     return named

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_bigopt.checks import check_between, check_instance, check_non_negative
 from lightning_bigopt.parameters import (
@@ -93,7 +93,9 @@ def parameter_groups(
         raise ValueError(
             "module must have a parameter to train, got none that requires a gradient; unfreeze one"
         )
-    names, patterns = tuple(parameters), as_patterns(no_decay)
+    names, patterns = tuple(parameters), as_patterns(no_decay, name="no_decay")
+    if layers != "blocks":
+        layers = as_patterns(layers, name="layers")
     tied = tied_names(module)
     check_all_match(names, patterns, tied)
     excluded = first_match(names, patterns)
@@ -138,10 +140,9 @@ def _depths(
         return [
             index for index, (_, run) in enumerate(groupby(names, key=numbered_prefix)) for _ in run
         ]
-    patterns = as_patterns(layers)
-    check_all_match(names, patterns, tied)
+    check_all_match(names, tuple(layers), tied)
     depths = []
-    for name, match in zip(names, first_match(names, patterns), strict=True):
+    for name, match in zip(names, first_match(names, tuple(layers)), strict=True):
         if match is None:
             raise ValueError(
                 f"layers must contain a pattern for every parameter, got none for {name!r}; add "
@@ -156,7 +157,8 @@ def _check(
 ) -> None:
     check_non_negative("weight_decay", weight_decay, hint="for instance 0.1")
     if lr is not None:
-        check_non_negative("lr", float(lr), hint="pass the peak learning rate")  # may be a tensor
+        is_scalar = isinstance(lr, Tensor) and lr.numel() == 1
+        check_non_negative("lr", lr.item() if is_scalar else lr, hint="pass the peak learning rate")
     check_between("min_factor", min_factor, 0, 1, ends="[]", hint="0 sets no lower bound")
     if layer_decay is None:
         return

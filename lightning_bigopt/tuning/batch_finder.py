@@ -18,7 +18,7 @@ from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.batching.batch_plan import plan_update
 from lightning_bigopt.batching.exact_loader import GlobalBatchLoader
 from lightning_bigopt.batching.micro_batch_search import MicroBatchSearch, search_micro_batch_size
-from lightning_bigopt.checks import check_between, check_choice
+from lightning_bigopt.checks import check_between, check_choice, check_count, check_instance
 from lightning_bigopt.optimizers.names import unwrapped
 from lightning_bigopt.optimizers.object_snapshot import ObjectSnapshot
 from lightning_bigopt.trainer_access import loaders, strategies
@@ -74,7 +74,9 @@ class GlobalBatchFinder(Callback):
         search: Literal["binary", "power"] = "binary",
         headroom: float = 0.1,
     ) -> None:
-        plan_update(global_batch_size, world_size=1, max_micro_batch_size=1)  # checks the size
+        check_count("global_batch_size", global_batch_size, of="samples", hint="write 256")
+        check_instance("attribute", attribute, str, hint="write 'micro_batch_size'")
+        check_count("smallest", smallest, of="samples")
         check_choice("search", search, ("binary", "power"))
         check_between("headroom", headroom, 0, 1, ends="[)", hint="write 0.1")
         self.global_batch_size = global_batch_size

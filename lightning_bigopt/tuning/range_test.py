@@ -84,16 +84,14 @@ class LearningRateRangeTest(Callback):
         on_result: OnResult = "use",
         then: OnResult | None = None,
     ) -> None:
-        if not 0.0 < start < end < math.inf:
-            raise ValueError(
-                f"start and end must be 0 < start < end, got {start!r} and {end!r}; write "
-                "start=1e-7, end=1.0"
-            )
+        # Within these bounds the ratio of two learning rates is a float.
+        check_between("start", start, 1e-100, 1e100, ends="[)", hint="write 1e-7")
+        check_between("end", end, start, 1e100, ends="(]", hint="write 1.0")
         check_count("skip", skip, minimum=0, of="points")
         check_count("steps", steps, minimum=skip + 3, of="updates", hint="it must exceed skip")
+        check_between("steps", steps, skip, 1_000_000, ends="(]", hint="100 are enough")
         check_between("smoothing", smoothing, 0, 1, ends="[)")
-        if not stop_at > 1.0:
-            raise ValueError(f"stop_at must be above 1, got {stop_at!r}; inf never stops")
+        check_between("stop_at", stop_at, 1, math.inf, ends="(]", hint="inf never stops")
         if then is not None:
             rank_zero_deprecation(
                 "LearningRateRangeTest(then=) is renamed to on_result= in lightning_bigopt 0.2; "

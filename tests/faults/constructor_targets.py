@@ -21,9 +21,7 @@ from lightning_bigopt import gradients as g
 from lightning_bigopt.batching import BatchContext, MicroBatch
 from tests.faults.conforming import hints
 
-HORIZON = bigopt.Horizon.of_steps(
-    1000, samples_per_step=8, tokens_per_step=64, steps_per_epoch=100
-)
+HORIZON = bigopt.Horizon.of_steps(1000, samples_per_step=8, tokens_per_step=64, steps_per_epoch=100)
 MODULES = ("", ".schedules", ".batching", ".gradients", ".tuning", ".durations", ".optimizers")
 MODULES = (*MODULES, ".callbacks", ".mixins", ".examples", ".monitoring")
 
@@ -246,13 +244,23 @@ VALID: dict[str, dict[str, Callable[[], Any]]] = {
 METHODS: tuple[tuple[str, str, Callable[..., Any], dict[str, Callable[[], Any]]], ...] = (
     ("Schedule.__call__", "schedules", bigopt.Cosine().__call__, _valid(fraction=0.5)),
     ("Schedule.resolve", "schedules", bigopt.Cosine().resolve, _valid(horizon=HORIZON)),
-    ("Schedule.with_cooldown", "schedules", bigopt.Cosine().with_cooldown, _valid(at=0.5, over=0.1)),
+    (
+        "Schedule.with_cooldown",
+        "schedules",
+        bigopt.Cosine().with_cooldown,
+        _valid(at=0.5, over=0.1),
+    ),
     ("Duration.parse", "durations", bigopt.Duration.parse, _valid(value="5%")),
     ("Horizon.of_steps", "durations", bigopt.Horizon.of_steps, _valid(total_steps=100)),
     ("Horizon.fraction", "durations", HORIZON.fraction, _valid(duration="5%")),
     ("Horizon.axis", "durations", HORIZON.axis, _valid(duration="5%")),
     ("Progress.of", "durations", bigopt.Progress(fraction=0.5).of, _valid(duration="5%")),
-    ("BatchSizeSteps.parse", "batch-size policies", bigopt.BatchSizeSteps.parse, _valid(text="0:8 5:9")),
+    (
+        "BatchSizeSteps.parse",
+        "batch-size policies",
+        bigopt.BatchSizeSteps.parse,
+        _valid(text="0:8 5:9"),
+    ),
 )
 
 USES: tuple[tuple[type, str, Callable[[Any], None]], ...] = (

@@ -60,8 +60,6 @@ class NoComparison:
         raise RuntimeError("no truth value")
 
 
-
-
 class Text(str):
     """A string of a subclass."""
 
@@ -91,7 +89,21 @@ _CONSTANTS: tuple[object, ...] = (
     *(np.float64(0.5), np.float64(math.nan), np.float32(0.5), np.float16(7), np.int64(3)),
     *(np.int64(-3), np.bool_(True), np.array(5), Level.HIGH),
     # text
-    *("", " ", "x", "1.0", "nan", "inf", "true", "None", "10%", "-5%", "250%", "5 steps", "0 steps"),
+    *(
+        "",
+        " ",
+        "x",
+        "1.0",
+        "nan",
+        "inf",
+        "true",
+        "None",
+        "10%",
+        "-5%",
+        "250%",
+        "5 steps",
+        "0 steps",
+    ),
     *("0%", "3 epochs", "1e999 steps", "1e30 samples", "5 parsecs", "7 min", "x" * 10_000, "\0"),
     *("line\nbreak", "\ud800", "0:8 50%:16", b"1", b"", Text("5%"), bytearray(b"5")),
     # classes and functions

@@ -35,7 +35,8 @@ class NoiseScaleBatchSize(BatchSizePolicy):
         multiple: Target batch divided by the noise scale, dimensionless.
         hysteresis: Factor, above 1, by which the target must differ from the current batch before
             the batch changes.
-        growth: Largest factor by which the batch changes at a time; at least ``hysteresis``.
+        growth: Largest factor by which the batch changes at a time; at least ``hysteresis``, and
+            ``inf`` for no limit.
         shrink: ``"never"``, or ``"allow"`` to follow a falling noise scale down.
 
     Raises:
@@ -72,11 +73,8 @@ class NoiseScaleBatchSize(BatchSizePolicy):
             )
         check_positive("multiple", self.multiple, hint="write 1.0")
         check_between("hysteresis", self.hysteresis, 1, math.inf, hint="write 1.5")
-        if not self.growth >= self.hysteresis:
-            raise ValueError(
-                f"growth must be at least hysteresis = {self.hysteresis}, got {self.growth!r}; "
-                "write 2.0"
-            )
+        hint = "write 2.0; it must be at least hysteresis"
+        check_between("growth", self.growth, self.hysteresis, math.inf, ends="[]", hint=hint)
         check_choice("shrink", self.shrink, ("never", "allow"))
 
     def __call__(self, progress: Progress, *, context: BatchContext | None = None) -> int:

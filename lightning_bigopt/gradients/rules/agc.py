@@ -69,7 +69,7 @@ class AGC(ClippingRule):
     def __post_init__(self) -> None:
         check_positive("clip_factor", self.clip_factor)
         check_positive("eps", self.eps)
-        object.__setattr__(self, "exclude", as_patterns(self.exclude))
+        object.__setattr__(self, "exclude", as_patterns(self.exclude, name="exclude"))
 
     @property
     def norm_order(self) -> None:
