@@ -12,7 +12,14 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any, Literal, get_args
 
-from lightning_bigopt.descriptions import shown, with_article
+from lightning_bigopt.descriptions import shown
+from lightning_bigopt.type_checks import (
+    check_callable,
+    check_instance,
+    check_items,
+    checked_tuple,
+    path_or_none,
+)
 
 __all__ = [
     "check_between",
@@ -24,8 +31,8 @@ __all__ = [
     "check_non_negative",
     "check_number",
     "check_positive",
-    "check_positive_or_none",
     "checked_tuple",
+    "path_or_none",
     "shown",
 ]
 
@@ -118,26 +125,6 @@ disable clipping
         raise _number_error(name, "positive and finite", value, hint or "write 1.0")
 
 
-def check_positive_or_none(hint: str, **values: Any) -> None:
-    """Raises unless each value is a positive and finite number, or None.
-
-    Args:
-        hint: Advice at the end of the message, without the semicolon: what None stands for.
-        values: Names and values of the arguments.
-
-    Raises:
-        ValueError: If a value is neither; a bool is not.
-
-    Example:
-        >>> check_positive_or_none("None if unknown", epochs=None, samples=-1)
-        Traceback (most recent call last):
-        ValueError: samples must be positive and finite, got -1; None if unknown
-    """
-    for name, value in values.items():
-        if value is not None:
-            check_positive(name, value, hint=hint)
-
-
 def check_non_negative(name: str, value: Any, *, hint: str = "") -> None:
     """Raises unless a value is a finite number, zero or more.
 
@@ -213,103 +200,6 @@ def check_number(name: str, value: Any, *, hint: str = "write 1.0") -> None:
         raise _number_error(name, "finite", value, hint)
 
 
-def check_callable(name: str, value: object, *, hint: str = "pass a function") -> None:
-    """Raises unless a value can be called.
-
-    Args:
-        name: Name of the argument.
-        value: Value of the argument.
-        hint: Advice at the end of the message, without the semicolon.
-
-    Raises:
-        ValueError: If ``value`` cannot be called.
-
-    Example:
-        >>> check_callable("collate_fn", 3)
-        Traceback (most recent call last):
-        ValueError: collate_fn must be a function, got 3; pass a function
-    """
-    if not callable(value):
-        raise ValueError(f"{name} must be a function, got {shown(value)}; {hint}")
-
-
-def check_instance(name: str, value: object, kind: type, *, hint: str = "") -> None:
-    """Raises unless a value is an instance of a class.
-
-    Args:
-        name: Name of the argument.
-        value: Value of the argument.
-        kind: The class.
-        hint: Advice at the end of the message, without the semicolon.
-
-    Raises:
-        ValueError: If ``value`` is of another class.
-
-    Example:
-        >>> check_instance("size", "32", int, hint="write 32")
-        Traceback (most recent call last):
-        ValueError: size must be an int, got '32'; write 32
-    """
-    if not isinstance(value, kind):
-        expected = with_article(kind.__name__)
-        if isinstance(value, type) and issubclass(value, kind):
-            hint = f"write {value.__name__}(...)"
-        hint = hint or f"write {name}={kind.__name__}(...)"
-        raise ValueError(f"{name} must be {expected}, got {shown(value)}; {hint}")
-
-
-def checked_tuple(name: str, values: Any, kind: type, *, hint: str = "") -> tuple[Any, ...]:
-    """Returns a sequence as a tuple; raises unless all its elements are instances of a class.
-
-    Args:
-        name: Name of the argument.
-        values: Value of the argument.
-        kind: The class of the elements.
-        hint: Advice at the end of the message, without the semicolon.
-
-    Raises:
-        ValueError: If ``values`` is no sequence, is empty, or has another element.
-
-    Example:
-        >>> checked_tuple("sizes", [1, 2], int)
-        (1, 2)
-        >>> checked_tuple("sizes", 2, int)
-        Traceback (most recent call last):
-        ValueError: sizes must be a list of int objects, got 2; write [2]
-    """
-    if not isinstance(values, Sequence) or isinstance(values, str) or not values:
-        if isinstance(values, kind):
-            hint = f"write [{shown(values)}]"
-        raise ValueError(
-            f"{name} must be a list of {kind.__name__} objects, got {shown(values)}; "
-            f"{hint or f'write {name}=[{kind.__name__}(...)]'}"
-        )
-    for index, value in enumerate(values):
-        check_instance(f"{name}[{index}]", value, kind, hint=hint)
-    return tuple(values)
-
-
-def check_items(name: str, values: Any, kind: type) -> None:
-    """Raises unless a value is a tuple, perhaps an empty one, of instances of a class.
-
-    Args:
-        name: Name of the argument.
-        values: Value of the argument.
-        kind: The class of the elements.
-
-    Raises:
-        ValueError: If ``values`` is no tuple, or has another element.
-
-    Example:
-        >>> check_items("sizes", (1, "2"), int)
-        Traceback (most recent call last):
-        ValueError: sizes[1] must be an int, got '2'; write sizes[1]=int(...)
-    """
-    check_instance(name, values, tuple, hint=f"write {name}=({kind.__name__}(...),)")
-    for index, value in enumerate(values):
-        check_instance(f"{name}[{index}]", value, kind)
-
-
 def _number_error(name: str, constraint: str, value: object, hint: str) -> ValueError:
     if isinstance(value, str):
         constraint, hint = f"a number {constraint}", _without_quotes(value) or hint
@@ -328,7 +218,8 @@ def _without_quotes(value: object) -> str:
 
 
 def _is_number(value: object) -> bool:
-    if not isinstance(value, Real) or isinstance(value, bool):  # Real: NumPy scalars too
+    is_numpy = isinstance(value, Real) and hasattr(value, "dtype")
+    if not (isinstance(value, (int, float)) or is_numpy) or isinstance(value, bool):
         return False
     try:
         float(value)

@@ -14,7 +14,7 @@ from lightning_bigopt.batching.copyable_iterator import CopyableIterator
 from lightning_bigopt.batching.dataset_checks import check_dataset, check_loader_options
 from lightning_bigopt.batching.global_window import GlobalWindow, MicroBatch
 from lightning_bigopt.batching.randomness import SampleStreams, mixed_seed, permutation
-from lightning_bigopt.checks import check_between, check_choice, check_count
+from lightning_bigopt.checks import check_between, check_choice, check_count, shown
 
 __all__ = ["GlobalBatchLoader"]
 
@@ -158,7 +158,7 @@ class GlobalBatchLoader:
         if not 0 <= samples <= self.samples - self.position:
             raise ValueError(
                 f"samples must be from 0 to the {self.samples - self.position} left in the epoch, "
-                f"got {samples!r}; call end_epoch first"
+                f"got {shown(samples)}; call end_epoch first"
             )
         self.position += samples
 

@@ -12,7 +12,7 @@ from lightning_bigopt.batching.simulation import (
     depends_on_tokens,
     exact_layout,
 )
-from lightning_bigopt.checks import check_choice, check_count, check_instance, check_positive
+from lightning_bigopt.checks import check_choice, check_count, check_instance, check_positive, shown
 from lightning_bigopt.durations.duration import Clock
 from lightning_bigopt.durations.progress import Progress
 
@@ -141,7 +141,7 @@ def sizes_in_epoch(
     if depends_on_tokens(policy, clock):
         raise ValueError(
             "thresholds and budget must not be in tokens with GlobalBatchLoader, whose workers "
-            f"fetch batches before their tokens are counted, got {policy!r} and a budget in "
+            f"fetch batches before their tokens are counted, got {shown(policy)} and a budget in "
             f"{clock}; write them in samples or percent"
         )
     context = BatchContext(samples_per_epoch=samples_per_epoch)

@@ -170,6 +170,7 @@ def exact_layout(
     check_count("micro_batch_size", micro_batch_size, of="samples")
     check_count("world_size", world_size, of="processes")
     check_count("samples_per_epoch", samples_per_epoch, of="samples")
+    check_choice("clock", clock, Clock)
     if clock == "batches":
         raise ValueError(
             "clock must be 'steps', 'samples' or 'tokens' with GlobalBatchLoader, got 'batches'; "

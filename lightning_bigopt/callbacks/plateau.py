@@ -16,6 +16,7 @@ from lightning_bigopt.checks import (
     check_count,
     check_instance,
     check_non_negative,
+    shown,
 )
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.stage import LEARNING_RATE, Fit
@@ -170,7 +171,7 @@ class ReduceOnPlateau(Capability):
         metrics = trainer.callback_metrics
         if self.monitor not in metrics:
             raise ValueError(
-                f"monitor must be a logged metric, got {self.monitor!r}; logged are "
+                f"monitor must be a logged metric, got {shown(self.monitor)}; logged are "
                 f"{', '.join(sorted(metrics)) or 'none'}"
             )
         # A metric logged without sync_dist differs between processes; the mean keeps the learning

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_bigopt.checks import shown
+from lightning_bigopt.checks import path_or_none
 from lightning_bigopt.trainer_access import loggers, loop
 
 if TYPE_CHECKING:
@@ -24,10 +23,7 @@ def check_report_name(report: object) -> None:
     Raises:
         ValueError: If it is anything else, such as an empty string.
     """
-    if report is not None and not (isinstance(report, (str, PathLike)) and fspath(report)):
-        raise ValueError(
-            f"report must be the name of a file or None, got {shown(report)}; write 'report.html'"
-        )
+    path_or_none("report", report, hint="write 'report.html'")
 
 
 def check_report(trainer: Trainer, report: str | None) -> None:

@@ -107,7 +107,7 @@ class GroupSchedules:
         if named or numbered:
             way_out = f"the groups are named {sorted(named | numbered)!r}; {way_out}"
         raise ValueError(
-            f"groups must name parameter groups of the optimizer, got {missing!r}; {way_out}"
+            f"groups must name parameter groups of the optimizer, got {shown(missing)}; {way_out}"
         )
 
     def _check_optimizers(self, known: Iterable[str], *, is_replaced: bool) -> None:
@@ -123,7 +123,7 @@ class GroupSchedules:
                 "schedule as schedule=, which every optimizer without an entry follows"
             )
         raise ValueError(
-            f"optimizers must name optimizers of the Trainer, got {missing!r}; {way_out}"
+            f"optimizers must name optimizers of the Trainer, got {shown(missing)}; {way_out}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -10,7 +11,9 @@ from typing import get_args
 from lightning_bigopt.durations.duration import Clock
 from lightning_bigopt.durations.progress import Span
 
-__all__ = ["amounts_at_ends", "converted"]
+__all__ = ["amounts_at_ends", "converted", "without_straight_corners"]
+
+_TOLERANCE = 1e-9  # relative
 
 
 def amounts_at_ends(spans: Sequence[Span]) -> dict[Clock, list[float]]:
@@ -48,3 +51,21 @@ def converted(value: float, sources: Sequence[float], targets: Sequence[float]) 
     index = min(index, len(sources) - 2)  # beyond the run the last span continues
     each = (targets[index + 1] - targets[index]) / (sources[index + 1] - sources[index])
     return targets[index] + (value - sources[index]) * each
+
+
+def without_straight_corners(
+    points: Sequence[tuple[float, float]],
+) -> tuple[tuple[float, float], ...]:
+    """Returns the corners of a line from the origin; only its ends if it is straight.
+
+    Schedules keep their simple form on a straight line.
+
+    Example:
+        >>> without_straight_corners([(0.0, 0.0), (0.5, 1.0), (1.0, 2.0)])
+        ((0.0, 0.0), (1.0, 2.0))
+    """
+    total = points[-1][1]
+    is_straight = all(
+        math.isclose(amount, share * total, abs_tol=_TOLERANCE * total) for share, amount in points
+    )
+    return (points[0], points[-1]) if is_straight else tuple(points)

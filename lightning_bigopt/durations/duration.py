@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 from decimal import Decimal
+from numbers import Integral
 from typing import Literal, TypeAlias
 
 from lightning_bigopt.checks import check_choice, check_count, check_non_negative, shown
@@ -75,6 +76,9 @@ class Duration:
     def __post_init__(self) -> None:
         check_choice("unit", self.unit, Unit)
         check_non_negative("value", self.value)
+        if type(self.value) not in (int, float):  # a NumPy scalar; str() shows plain numbers
+            plain = int(self.value) if isinstance(self.value, Integral) else float(self.value)
+            object.__setattr__(self, "value", plain)
 
     @classmethod
     def parse(cls, value: DurationLike, *, name: str = "duration") -> Duration:
@@ -105,7 +109,7 @@ class Duration:
         if isinstance(value, float):
             if not 0.0 <= value <= 1.0:
                 raise ValueError(
-                    f"{name} must be a fraction in [0, 1] when it is a float, got {value!r}; "
+                    f"{name} must be a fraction in [0, 1] when it is a float, got {shown(value)}; "
                     f"write an int for steps, or a unit such as {_FORMS}"
                 )
             return cls(value, "fraction")

@@ -8,16 +8,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, cast
 
-from lightning_bigopt.checks import (
-    check_choice,
-    check_items,
-    check_non_negative,
-    check_number,
-    check_positive,
-    check_positive_or_none,
+from lightning_bigopt.checks import check_number
+from lightning_bigopt.durations.conversion import (
+    amounts_at_ends,
+    converted,
+    without_straight_corners,
 )
-from lightning_bigopt.durations.conversion import amounts_at_ends, converted
 from lightning_bigopt.durations.duration import Clock, Duration, DurationLike, amount_of
+from lightning_bigopt.durations.horizon_arguments import check_counts, check_fields
 from lightning_bigopt.durations.progress import Span
 
 __all__ = ["Horizon"]
@@ -69,18 +67,7 @@ class Horizon:
     offset: float = 0
 
     def __post_init__(self) -> None:
-        check_choice("clock", self.clock, Clock)
-        check_positive("budget", self.budget)
-        check_non_negative("offset", self.offset)
-        check_choice("overlong", self.overlong, ("raise", "compress"))
-        check_items("spans", self.spans, Span)
-        check_items("others", self.others, Horizon)
-        check_positive_or_none(
-            "None if it is unknown",
-            batches_per_epoch=self.batches_per_epoch,
-            samples_per_epoch=self.samples_per_epoch,
-            epochs=self.epochs,
-        )
+        check_fields(self)
 
     @classmethod
     def of_steps(
@@ -106,9 +93,8 @@ class Horizon:
             >>> Horizon.of_steps(200).fraction(50)
             0.25
         """
-        check_positive("total_steps", total_steps)
-        check_positive_or_none(
-            "None if it is unknown",
+        check_counts(
+            total_steps=total_steps,
             samples_per_step=samples_per_step,
             tokens_per_step=tokens_per_step,
             steps_per_epoch=steps_per_epoch,
@@ -261,14 +247,7 @@ class Horizon:
             (share, amount - amounts[0])
             for share, amount in zip((0.0, *shares, 1.0), amounts, strict=True)
         ]
-        total = points[-1][1]
-        # A straight line needs two points only; schedules then keep their simple form.
-        if all(
-            math.isclose(amount, share * total, abs_tol=_TOLERANCE * total)
-            for share, amount in points
-        ):
-            return points[0], points[-1]
-        return tuple(points)
+        return without_straight_corners(points)
 
     def span(self, start: float, stop: float) -> Horizon:
         """Returns a part of this horizon as a separate horizon.

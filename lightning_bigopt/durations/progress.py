@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lightning_bigopt.checks import check_number, check_positive
+from lightning_bigopt.checks import check_count, check_non_negative, check_positive
 from lightning_bigopt.durations.duration import Clock, Duration, DurationLike, Unit
 
 __all__ = ["Progress", "Span"]
@@ -25,7 +25,7 @@ class Progress:
         seconds: Time of training; 0 if it is not measured.
 
     Raises:
-        ValueError: If an amount is not a number.
+        ValueError: If an amount is negative, or of another type.
 
     Example:
         >>> Progress(fraction=0.5, steps=50, samples=1600).of("10%")
@@ -41,13 +41,12 @@ class Progress:
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        # At every update: the checks run only if a value is unusual. NaN is the fraction of an
-        # unknown budget.
-        values = vars(self).values()
-        if all(type(value) is int or type(value) is float for value in values):
-            return
-        for name, value in vars(self).items():
-            check_number(name, value)
+        if not (type(self.fraction) is float and math.isnan(self.fraction)):  # of an unknown budget
+            check_non_negative("fraction", self.fraction)
+        for name in ("steps", "batches", "samples", "tokens"):
+            check_count(name, getattr(self, name), minimum=0)
+        check_non_negative("epochs", self.epochs)
+        check_non_negative("seconds", self.seconds)
 
     def consumed(self, unit: Unit) -> float:
         """Returns the amount consumed in ``unit``.
@@ -96,7 +95,9 @@ class Span:
     def __post_init__(self) -> None:
         for name in ("updates", "batches", "samples", "tokens"):
             amount = getattr(self, name)
-            if amount is not None:
+            if name in ("updates", "batches"):
+                check_count(f"Span.{name}", amount)
+            elif amount is not None:
                 check_positive(f"Span.{name}", amount)
 
     def amount(self, clock: Clock) -> float | None:

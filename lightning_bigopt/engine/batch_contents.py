@@ -56,11 +56,11 @@ def named_function(how: BatchWeight, *, name: str) -> BatchWeight:
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{name} must be a function of the batch, its dotted name, or the name of one of the "
-            f"batch's fields, got {how!r} ({error}); write 'package.module.function'"
-        ) from error
+            f"batch's fields, got {shown(how)} ({error}); write 'package.module.function'"
+        ) from None
     if not callable(resolved):
         raise ValueError(
-            f"{name} must name a function, got {how!r}, which is a {type(resolved).__name__}; "
+            f"{name} must name a function, got {shown(how)}, which is a {type(resolved).__name__}; "
             "write 'package.module.function'"
         )
     function: Callable[[Any], float | Tensor] = resolved
@@ -118,7 +118,7 @@ def weigh(batch: Any, how: BatchWeight, *, name: str) -> float | Tensor:
     field = _field(batch, str(how), name)
     if not isinstance(field, Tensor):
         raise ValueError(
-            f"{name} must name a field of the batch that is a tensor, got {how!r}, which is a "
+            f"{name} must name a field of the batch that is a tensor, got {shown(how)}, which is a "
             f"{type(field).__name__}; write lambda batch: ..."
         )
     is_mask = field.dtype == torch.bool or "mask" in str(how)
@@ -130,8 +130,8 @@ def _field(batch: Any, how: str, name: str) -> Any:
         return batch[how]
     except (TypeError, KeyError, IndexError) as error:
         raise ValueError(
-            f"{name} must be a function of the batch or the name of one of its fields, got {how!r} "
-            f"for a batch of {type(batch).__name__}; write lambda batch: ..."
+            f"{name} must be a function of the batch or the name of one of its fields, got "
+            f"{shown(how)} for a batch of {type(batch).__name__}; write lambda batch: ..."
         ) from error
 
 

@@ -56,7 +56,7 @@ class ClockSettings:
                 )
             if not length.value:
                 raise ValueError(
-                    f"budget must be positive, got {self.budget!r}; write '10000 steps' or "
+                    f"budget must be positive, got {shown(self.budget)}; write '10000 steps' or "
                     "'2 hours'"
                 )
             if unit == "tokens" and self.tokens is None:
@@ -75,7 +75,7 @@ class ClockSettings:
                 "LearningRateScheduler(schedule, on_resume='cooldown', cooldown='20%')"
             )
         if self.cooldown is not None and not Duration.parse(self.cooldown, name="cooldown").value:
-            raise ValueError(f"cooldown must be positive, got {self.cooldown!r}; write '20%'")
+            raise ValueError(f"cooldown must be positive, got {shown(self.cooldown)}; write '20%'")
 
     def merge(self, other: ClockSettings) -> ClockSettings:
         """Merges the settings of two callbacks.
@@ -89,7 +89,7 @@ class ClockSettings:
             if first is not None and second is not None and first != second:
                 raise ValueError(
                     f"{field.name} must be the same on every callback, because there is one clock "
-                    f"per Trainer, got {first!r} and {second!r}; pass it once"
+                    f"per Trainer, got {shown(first)} and {second!r}; pass it once"
                 )
             merged[field.name] = second if first is None else first
         return ClockSettings(**merged)

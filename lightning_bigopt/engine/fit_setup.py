@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from lightning_bigopt.checks import shown
 from lightning_bigopt.engine.amounts import NeedsSamples
 from lightning_bigopt.engine.batch_source import simulate_constant
 from lightning_bigopt.engine.optimizer_setup import restore_repeated_evaluations
@@ -173,6 +174,6 @@ def check_version(name: str, state: Mapping[str, Any], known: Collection[int]) -
     if version not in known:
         raise ValueError(
             f"the checkpoint's {name} state must have version "
-            f"{' or '.join(map(str, sorted(known)))}, got {version!r}; resume with the release "
-            "that wrote it"
+            f"{' or '.join(map(str, sorted(known)))}, got {shown(version)}; resume with the "
+            "release that wrote it"
         )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchmetrics import MeanMetric
 
-from lightning_bigopt.checks import check_between, check_count, check_non_negative
+from lightning_bigopt.checks import check_between, check_count, check_non_negative, shown
 
 __all__ = ["BytesGPT", "CausalSelfAttention", "TransformerBlock"]
 
@@ -132,8 +132,8 @@ class BytesGPT(LightningModule):
             check_between(name, size, 1, 65_536, ends="[]")
         if width % (2 * heads):
             raise ValueError(
-                f"width must be a multiple of 2 * heads={2 * heads}, got {width!r}; write "
-                f"{2 * heads * max(1, round(width / (2 * heads)))}"
+                f"width must be a multiple of 2 * heads = 2 * {heads} = {2 * heads}, got "
+                f"{shown(width)}; write {2 * heads * max(1, round(width / (2 * heads)))}"
             )
         self.save_hyperparameters()
         self.lr = lr

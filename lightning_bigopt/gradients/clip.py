@@ -14,6 +14,7 @@ from lightning_bigopt.gradients.apply import apply_
 from lightning_bigopt.gradients.clip_decision import ClipDecision
 from lightning_bigopt.gradients.rules.clipping_rule import ClipContext, ClippingRule, RuleState
 from lightning_bigopt.optimizers.names import check_optimizer
+from lightning_bigopt.parameters import listed
 
 __all__ = ["clip_gradients_"]
 
@@ -73,7 +74,10 @@ def clip_gradients_(
     if optimizer is not None:
         check_optimizer(optimizer)
     if state is not None:
-        check_instance("state", state, dict, hint="write state = rule.initial_state() once")
+        hint = "write state = rule.initial_state() once"
+        check_instance("state", state, dict, hint=hint)
+        if not rule.accepts(state):
+            raise ValueError(f"state must be of {type(rule).__name__}, got {shown(state)}; {hint}")
     check_non_negative("fraction", fraction)
     named = _named(parameters)
     if state is None:
@@ -113,14 +117,15 @@ def _named(
     if isinstance(parameters, nn.Parameter):
         parameters = [parameters]
     named: list[tuple[str, nn.Parameter]] = []
-    is_iterable = isinstance(parameters, Iterable) and not isinstance(parameters, (Tensor, type))
-    for index, item in enumerate(parameters if is_iterable else [parameters]):
+    items = listed(parameters, object)
+    for index, item in enumerate([None] if items is None else items):
         is_pair = isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
         name, parameter = item if is_pair else (f"parameter{index}", item)
-        if not isinstance(parameter, Tensor) or not is_iterable:
+        if not isinstance(parameter, Tensor):
             raise ValueError(
                 "parameters must be a module, parameters or pairs of name and parameter, got "
-                f"{shown(parameter)}; pass the module, or the items() of a dict"
+                f"{shown(parameters if items is None else parameter)}; pass the module, or the "
+                "items() of a dict"
             )
         named.append((name, cast("nn.Parameter", parameter)))
     return named

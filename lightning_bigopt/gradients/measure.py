@@ -78,7 +78,7 @@ def measure(
             # Tied parameters: reversed twice, so that the first name of each is kept, in order.
             pairs = list({id(pair[1]): pair for pair in reversed(pairs)}.values())[::-1]
         gradients = [parameter.grad for _, parameter in pairs]
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, OverflowError, TypeError, ValueError):
         raise ValueError(
             f"parameters must be pairs of name and parameter, got {shown(parameters)}; write "
             "list(module.named_parameters())"

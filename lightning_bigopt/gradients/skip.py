@@ -11,6 +11,7 @@ from lightning_bigopt.checks import shown
 from lightning_bigopt.gradients.apply import clear_
 from lightning_bigopt.gradients.optimizer_step import step_control
 from lightning_bigopt.optimizers.names import check_optimizer
+from lightning_bigopt.parameters import listed
 
 __all__ = ["skip_update_"]
 
@@ -54,9 +55,8 @@ def skip_update_(optimizer: Optimizer, parameters: Iterable[nn.Parameter] | None
 
 
 def _checked(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    is_iterable = isinstance(parameters, Iterable) and not isinstance(parameters, (Tensor, type))
-    found = list(parameters) if is_iterable else [parameters]
-    if is_iterable and all(isinstance(parameter, Tensor) for parameter in found):
+    found = listed(parameters, Tensor)
+    if found is not None:
         return found
     raise ValueError(
         f"parameters must be a list of parameters, got {shown(parameters)}; write "

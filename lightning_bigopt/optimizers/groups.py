@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_bigopt.checks import check_between, check_instance, check_non_negative
+from lightning_bigopt.checks import check_between, check_instance, check_non_negative, shown
 from lightning_bigopt.parameters import (
     as_patterns,
     check_all_match,
@@ -94,10 +94,11 @@ def parameter_groups(
             "module must have a parameter to train, got none that requires a gradient; unfreeze one"
         )
     names, patterns = tuple(parameters), as_patterns(no_decay, name="no_decay")
-    if layers != "blocks":
+    if not (isinstance(layers, str) and layers == "blocks"):
+        check_instance("layers", layers, (list, tuple), hint="write 'blocks' or ['embed.*', '*']")
         layers = as_patterns(layers, name="layers")
     tied = tied_names(module)
-    check_all_match(names, patterns, tied)
+    check_all_match(names, patterns, tied, name="every pattern of no_decay")
     excluded = first_match(names, patterns)
     decays = [
         match is None and parameter.ndim > 1 and name.rpartition(".")[2] != "bias"
@@ -105,7 +106,7 @@ def parameter_groups(
     ]
     if weight_decay and not any(decays):
         raise ValueError(
-            f"weight_decay must be 0 if no parameter has two dimensions, got {weight_decay!r} "
+            f"weight_decay must be 0 if no parameter has two dimensions, got {shown(weight_decay)} "
             f"for {names[0]} and others; under FSDP1, whose shards are flat, make the groups by "
             "name"
         )
@@ -140,7 +141,7 @@ def _depths(
         return [
             index for index, (_, run) in enumerate(groupby(names, key=numbered_prefix)) for _ in run
         ]
-    check_all_match(names, tuple(layers), tied)
+    check_all_match(names, tuple(layers), tied, name="every pattern of layers")
     depths = []
     for name, match in zip(names, first_match(names, tuple(layers)), strict=True):
         if match is None:

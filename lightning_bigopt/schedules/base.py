@@ -13,6 +13,7 @@ from lightning_bigopt.checks import (
     check_choice,
     check_instance,
     check_non_negative,
+    check_number,
     check_positive,
     shown,
 )
@@ -67,7 +68,7 @@ class Schedule(Specification, ABC):
             ValueError: If ``fraction`` is negative, or a duration has not been resolved.
         """
         if type(fraction) is not float:
-            check_instance("fraction", fraction, (float, int), hint="write 0.5")
+            check_number("fraction", fraction, hint="write 0.5")
         if not fraction >= 0.0:  # also true for NaN
             if math.isnan(fraction) and self.is_constant:
                 return self.factor(0.0)

@@ -68,7 +68,7 @@ class RangeTest:
         for index, rate in enumerate(self.learning_rates):
             check_positive(f"learning_rates[{index}]", rate, hint="write 1e-3")
         for index, loss in enumerate(self.losses):  # a diverged run ends with infinities or NaN
-            check_instance(f"losses[{index}]", loss, (int, float), hint="write a float")
+            check_instance(f"losses[{index}]", loss, float, hint="write a float")
         if len(self.learning_rates) != len(self.losses):
             raise ValueError(
                 f"losses must have one number for each of the {len(self.learning_rates)} "

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_deprecation, rank_zero_info, r
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_bigopt.arguments import explain_arguments
-from lightning_bigopt.checks import check_between, check_choice, check_count
+from lightning_bigopt.checks import check_between, check_choice, check_count, shown
 from lightning_bigopt.engine.engine import Engine
 from lightning_bigopt.optimizers.object_snapshot import ObjectSnapshot
 from lightning_bigopt.removed import RemovedAttribute
@@ -86,13 +86,15 @@ class LearningRateRangeTest(Callback):
     ) -> None:
         # Within these bounds the ratio of two learning rates is a float.
         check_between("start", start, 1e-100, 1e100, ends="[)", hint="write 1e-7")
-        check_between("end", end, start, 1e100, ends="(]", hint="write 1.0")
+        hint = f"write a learning rate above start={shown(start)}"
+        check_between("end", end, start, 1e100, ends="(]", hint=hint)
         check_count("skip", skip, minimum=0, of="points")
         check_count("steps", steps, minimum=skip + 3, of="updates", hint="it must exceed skip")
         check_between("steps", steps, skip, 1_000_000, ends="(]", hint="100 are enough")
         check_between("smoothing", smoothing, 0, 1, ends="[)")
         check_between("stop_at", stop_at, 1, math.inf, ends="(]", hint="inf never stops")
         if then is not None:
+            check_choice("then", then, OnResult)
             rank_zero_deprecation(
                 "LearningRateRangeTest(then=) is renamed to on_result= in lightning_bigopt 0.2; "
                 f"write LearningRateRangeTest(on_result={then!r})"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import re
 import sys
 import types
@@ -38,7 +39,6 @@ _NAMES = {
     "Trainer": Trainer,
     "nn": nn,
 }
-_DURATION = Union[Duration, int, float, str]  # noqa: UP007  # equal to DurationLike
 _TEXT = re.compile(r"\s*\+?(\d[\d_.]*|\.\d+)(e[+-]?\d+)?\s*[KMBT]?\s*(%|[a-z]+)?\s*", re.IGNORECASE)
 
 
@@ -74,27 +74,29 @@ def _conforms(value: Any, hint: Any) -> bool:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         members = set(arguments)
-        if set(get_args(_DURATION)) <= members:
-            if _is_duration(value):
-                return True
-            arguments = tuple(members - set(get_args(_DURATION)))
-        return any(_conforms(value, member) for member in arguments)
+        if {int, float, str} <= members:  # the type of a duration
+            return _is_duration(value) or any(
+                conforms(value, member) for member in members - {Duration, int, float, str}
+            )
+        return any(conforms(value, member) for member in arguments)
     if origin is Literal:
         return any(type(value) is type(choice) and value == choice for choice in arguments)
-    if origin is tuple and arguments and arguments[-1] is not Ellipsis:
+    if origin is tuple and arguments[-1] is Ellipsis:
+        origin = AbcIterable  # stored as a tuple
+    if origin is tuple:
         return (
             isinstance(value, tuple)
             and len(value) == len(arguments)
             and all(map(_conforms, value, arguments))
         )
-    if origin in (tuple, list) or (origin is not None and issubclass(origin, Sequence)):
+    if origin is list or (origin is not None and issubclass(origin, Sequence)):
         return (
             isinstance(value, Sequence)
             and not isinstance(value, str | bytes | bytearray)
             and all(_conforms(item, arguments[0]) for item in value[:10])
         )
     if origin is AbcIterable:
-        return not isinstance(value, str | bytes | bytearray) and all(
+        return not isinstance(value, str | bytes | bytearray | Tensor | Mapping) and all(
             _conforms(item, arguments[0]) for item in value
         )
     if origin is not None and issubclass(origin, Mapping):
@@ -104,7 +106,16 @@ def _conforms(value: Any, hint: Any) -> bool:
         )
     if origin is not None and origin is Callable:
         return callable(value)
-    return isinstance(value, origin or hint)
+    kind = origin or hint
+    if kind is Dataset:  # torch's loaders take anything with a length and an index
+        return (
+            len(value) > 0
+            and hasattr(value, "__getitem__")
+            and not isinstance(value, str | bytes | bytearray | Mapping | type)
+        )
+    if kind is str:
+        return isinstance(value, str | os.PathLike)
+    return isinstance(value, kind)
 
 
 def _is_duration(value: Any) -> bool:

@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 import lightning_bigopt as bigopt
 from lightning_bigopt import gradients as g
 from lightning_bigopt.batching import BatchContext, MicroBatch
-from tests.faults.conforming import hints
+from tests.faults.conforming import conforms, hints
 
 HORIZON = bigopt.Horizon.of_steps(1000, samples_per_step=8, tokens_per_step=64, steps_per_epoch=100)
 MODULES = ("", ".schedules", ".batching", ".gradients", ".tuning", ".durations", ".optimizers")
@@ -43,6 +43,25 @@ NOT_CALLED = {
 """Public names that are not called with hostile values, and why."""
 
 
+LEFT_OUT = {
+    # names for messages, which no user passes
+    *((call, "name") for call in ("plan_update", "Horizon.fraction", "Horizon.axis")),
+    ("Duration.parse", "name"),
+    # a function of the user, whose own errors pass through
+    ("search_micro_batch_size", "try_size"),
+    # for distributed strategies
+    *(("measure", name) for name in ("process_group", "is_sharded")),
+}
+"""Arguments that get no hostile values, by the name of the target."""
+
+INFINITE = {
+    *(("LearningRateRangeTest", "stop_at"), ("NoiseScaleBatchSize", "growth")),
+    *(("NormClip", "norm_type"), ("PerParameterNormClip", "norm_type"), ("measure", "norm_type")),
+    *(("adascale_gain", "kappa"), ("Schedule.__call__", "fraction")),
+}
+"""Arguments that may be infinite, as documented."""
+
+
 @dataclass(frozen=True)
 class Target:
     """A class or function with a valid call.
@@ -63,8 +82,21 @@ class Target:
 
     @cached_property
     def hints(self) -> dict[str, Any]:
-        """The types of the arguments."""
-        return hints(self.call)
+        """The types of the arguments that get hostile values."""
+        found = hints(self.call)
+        return {name: kind for name, kind in found.items() if (self.name, name) not in LEFT_OUT}
+
+    def may_be(self, name: str, value: object) -> bool:
+        """Returns whether an argument may have a value, by its type or as documented."""
+        if isinstance(value, float) and value == math.inf and (self.name, name) in INFINITE:
+            return True
+        if (self.name, name) == ("RangeTest", "losses") and isinstance(value, list | tuple):
+            return all(isinstance(loss, float | int) for loss in value)  # a diverged run has NaN
+        if (self.name, name) == ("Progress", "fraction") and isinstance(value, float):
+            return math.isnan(value) or conforms(value, float)  # NaN: of an unknown budget
+        if (self.name, name) == ("parameter_groups", "lr") and isinstance(value, torch.Tensor):
+            return value.numel() == 1  # torch's optimizers take a tensor, too
+        return conforms(value, self.hints[name])
 
 
 def optimizer() -> torch.optim.Optimizer:
@@ -170,7 +202,7 @@ VALID: dict[str, dict[str, Callable[[], Any]]] = {
     "ConstantBatchSize": _valid(size=8),
     "NoiseScaleBatchSize": _valid(low=8, high=64),
     "SchedulePolicy": _valid(schedule=bigopt.StepDecay(), base=64),
-    "SeesawBatchSize": _valid(schedule=bigopt.Cosine(), base=8),
+    "SeesawBatchSize": _valid(schedule=bigopt.Seesaw(bigopt.Cosine()), base=8),
     "Chain": _valid(parts=[("50%", bigopt.Constant()), bigopt.Cosine()]),
     "Clamp": _valid(schedule=bigopt.Cosine(), low=0.1),
     "Product": _valid(schedules=[bigopt.Linear(), bigopt.Cosine()]),

@@ -84,13 +84,14 @@ class BatchSizeSteps(BatchSizePolicy):
             check_count(f"sizes[{shown(threshold)}]", size, of="samples", hint=_HINT)
             if position == 0 and length.value != 0:
                 raise ValueError(
-                    f"sizes must start at zero, got {threshold!r} as the first threshold; "
+                    f"sizes must start at zero, got {shown(threshold)} as the first threshold; "
                     "put '0%' before it"
                 )
             if length.value <= last.get(length.unit, -1.0):
                 raise ValueError(
-                    f"sizes must have ascending thresholds in {length.unit}, got {threshold!r} "
-                    f"after {Duration(last[length.unit], length.unit)}; sort them"
+                    f"sizes must have ascending thresholds in {length.unit}, got "
+                    f"{shown(threshold)} after {Duration(last[length.unit], length.unit)}; sort "
+                    "them"
                 )
             last[length.unit] = length.value
         if len({size for _, size in self._pairs}) == 1:
@@ -204,7 +205,7 @@ class BatchSizeRamp(BatchSizePolicy):
         check_count("end", self.end, of="samples", hint=_HINT)
         length = Duration.parse(self.over, name="over")
         if length.value == 0:
-            raise ValueError(f"over must be positive, got {self.over!r}; write over='30%'")
+            raise ValueError(f"over must be positive, got {shown(self.over)}; write over='30%'")
         if self.start == self.end:
             raise ValueError(
                 f"end must differ from start, got {self.end} for both; use "

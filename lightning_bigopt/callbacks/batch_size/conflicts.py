@@ -13,6 +13,7 @@ from lightning_bigopt.batching.policies.fixed_batch import (
     SingleSample,
 )
 from lightning_bigopt.callbacks.batch_size.coupling import BatchCoupling
+from lightning_bigopt.checks import shown
 from lightning_bigopt.engine.stage import Fit
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 from lightning_bigopt.trainer_access import strategies
@@ -27,7 +28,7 @@ def check_scaling(policy: BatchSizePolicy, coupling: BatchCoupling) -> None:
     if coupling.is_active and isinstance(policy, CONSTANT_POLICIES):
         raise ValueError(
             "policy must change the batch size with lr_scaling, beta2_scaling or "
-            f"weight_decay_scaling, got {policy!r}, which is constant; remove the scaling"
+            f"weight_decay_scaling, got {shown(policy)}, which is constant; remove the scaling"
         )
 
 

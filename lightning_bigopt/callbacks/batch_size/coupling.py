@@ -17,7 +17,7 @@ from lightning_bigopt.batching.scaling_rules import (
     weight_decay_factor,
 )
 from lightning_bigopt.callbacks.resume_report import as_code
-from lightning_bigopt.checks import check_choice
+from lightning_bigopt.checks import check_choice, shown
 from lightning_bigopt.durations.duration import Duration, DurationLike
 from lightning_bigopt.durations.progress import Progress
 from lightning_bigopt.engine.clock import Clock
@@ -72,10 +72,12 @@ class BatchCoupling:
                     f"{rewarmup!r}; write '1%'"
                 )
             if not self.rewarmup.value:
-                raise ValueError(f"rewarmup must be positive or None, got {rewarmup!r}; None jumps")
+                raise ValueError(
+                    f"rewarmup must be positive or None, got {shown(rewarmup)}; None jumps"
+                )
             if lr_scaling is None:
                 raise ValueError(
-                    f"rewarmup must be None without lr_scaling, got {rewarmup!r}; pass "
+                    f"rewarmup must be None without lr_scaling, got {shown(rewarmup)}; pass "
                     "lr_scaling='sqrt' or 'linear'"
                 )
         self.lr_scaling = lr_scaling

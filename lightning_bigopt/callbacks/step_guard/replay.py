@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 
 from lightning_bigopt.batching.randomness import preserve_random_state, set_random_state
-from lightning_bigopt.checks import check_choice
+from lightning_bigopt.checks import check_choice, shown
 from lightning_bigopt.gradients.gradient_norms import GradientNorms
 from lightning_bigopt.gradients.measure import measure
 
@@ -167,8 +167,8 @@ def _loss(module: LightningModule, batch: Any, index: int) -> Tensor:
     loss = output["loss"] if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor):
         raise ValueError(
-            f"training_step must return a loss for a replay, got {output!r}; manual optimization "
-            "cannot be replayed"
+            f"training_step must return a loss for a replay, got {shown(output)}; manual "
+            "optimization cannot be replayed"
         )
     return loss
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from os import fspath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +16,7 @@ from lightning_bigopt.callbacks.step_guard.conflicts import check_conflicts
 from lightning_bigopt.callbacks.step_guard.guard_state import GuardState
 from lightning_bigopt.callbacks.step_guard.rejection_report import RejectedUpdate, WindowRecorder
 from lightning_bigopt.callbacks.step_guard.too_many_rejections import too_many_rejections
-from lightning_bigopt.checks import check_count, checked_tuple
+from lightning_bigopt.checks import check_count, checked_tuple, path_or_none
 from lightning_bigopt.durations.duration import amount_of
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.stage import Batch, Fit
@@ -112,7 +111,8 @@ class StepGuard(Capability):
         # The loss of a window is the mean over its samples.
         reads_loss = any(detector.quantity == "loss" for detector in self.detectors)
         self.needs_samples = "optional" if reads_loss or forensics is not None else None
-        self._window = WindowRecorder(None if forensics is None else fspath(forensics))
+        folder = path_or_none("forensics", forensics, hint="write 'rejected'")
+        self._window = WindowRecorder(folder)
         self._buffers = BufferSnapshot()
         self._state = GuardState(self.detectors, self.actions)
         self._rejections: deque[RejectedUpdate] = deque(maxlen=_MAX_REJECTIONS)
