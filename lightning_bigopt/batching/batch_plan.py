@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from lightning_bigopt.checks import check_choice, check_count
+from lightning_bigopt.checks import check_choice, check_count, shown
 
 __all__ = ["BatchPlan", "Rounding", "plan_update"]
 
@@ -87,8 +87,8 @@ def plan_update(
     if (micro_batch_size is None) == (max_micro_batch_size is None):
         raise ValueError(
             "micro_batch_size or max_micro_batch_size must be given, and not both, got "
-            f"{micro_batch_size!r} and {max_micro_batch_size!r}; pass the loader's batch_size as "
-            "micro_batch_size"
+            f"{shown(micro_batch_size)} and {shown(max_micro_batch_size)}; pass the loader's "
+            "batch_size as micro_batch_size"
         )
     if micro_batch_size is None:
         assert max_micro_batch_size is not None  # checked above

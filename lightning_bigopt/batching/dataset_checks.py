@@ -36,7 +36,9 @@ def check_dataset(dataset: object) -> None:
             "micro_batch_size=...)"
         )
     is_indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-    if not is_indexed or isinstance(dataset, (IterableDataset, Mapping, str, bytes, type)):
+    if not is_indexed or isinstance(
+        dataset, (IterableDataset, Mapping, str, bytes, bytearray, type)
+    ):
         raise ValueError(
             f"dataset must have a length and an index with GlobalBatchLoader, got "
             f"{shown(dataset)}; use a DataLoader, which BatchSizeScheduler supports"

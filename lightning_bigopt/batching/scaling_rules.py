@@ -160,8 +160,11 @@ def adascale_gain(kappa: float, *, variance: float, square_norm: float) -> float
     check_between("kappa", kappa, 1, math.inf, ends="[]", hint=hint)
     check_number("variance", variance)
     check_number("square_norm", square_norm)
-    sigma, mu = max(variance, 0.0), max(square_norm, 0.0)
-    return (sigma + mu) / (sigma / kappa + mu) if sigma + mu else 1.0
+    sigma, mu = max(float(variance), 0.0), max(float(square_norm), 0.0)
+    if not sigma + mu:
+        return 1.0
+    large = sigma / kappa + mu
+    return (sigma + mu) / large if large else float(kappa)
 
 
 def _bounded(kappa: float, max_kappa: float | None) -> float:

@@ -14,7 +14,6 @@ from lightning_bigopt.checks import (
     check_choice,
     check_count,
     check_instance,
-    check_positive,
 )
 from lightning_bigopt.durations.duration import Clock
 from lightning_bigopt.durations.horizon import Horizon
@@ -209,7 +208,7 @@ def _spans(
 ) -> tuple[Span, ...]:
     """Returns the spans of a run from its first update; none if it depends on tokens."""
     check_choice("clock", clock, Clock)
-    check_positive("budget", budget)
+    check_between("budget", budget, 0, 2**53, ends="(]")
     check_not_adaptive(policy)
     if depends_on_tokens(policy, clock):
         return ()

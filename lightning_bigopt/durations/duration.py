@@ -41,6 +41,7 @@ _TIMES = {
 _NUMBER = r"[+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?"
 _PATTERN = re.compile(rf"\s*({_NUMBER})\s*([KMBT]?)\s*([a-z]+|%)?\s*")
 _POWERS = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
+_LEAST_DECIMALS = -13  # smaller percentages are written with an exponent
 _LONGEST_INT = 300  # digits; Python refuses to convert strings of more than 4300
 _FORMS = "'10%', '500 steps', '3 epochs', '1e6 samples', '2e9 tokens' or '10 min'"
 
@@ -148,7 +149,8 @@ class Duration:
 
     def __str__(self) -> str:
         if self.unit == "fraction":
-            return f"{Decimal(repr(float(self.value))).scaleb(2).normalize():f}%"
+            percent = Decimal(repr(float(self.value))).scaleb(2).normalize()
+            return f"{percent:f}%" if percent.adjusted() > _LEAST_DECIMALS else f"{percent}%"
         return f"{self.value!r} {_noun(self.value, self.unit)}"
 
 

@@ -152,7 +152,8 @@ class Horizon:
             (0.3, 0.1)
         """
         length = Duration.parse(duration, name=name)
-        check_number("start" if stop is None else "stop", start if stop is None else stop)
+        check_number("start", start)
+        check_number("stop", start if stop is None else stop)
         if length.unit == "fraction":
             return length.value
         if length.unit == "seconds" != self.clock and self.overlong == "compress":

@@ -61,8 +61,9 @@ class ClockSettings:
                 )
             if unit == "tokens" and self.tokens is None:
                 raise ValueError(
-                    f"tokens must be given with a budget in tokens, got None for {self.budget!r}; "
-                    "pass tokens=a function of the batch, or the name of its ids or mask"
+                    f"tokens must be given with a budget in tokens, got None for "
+                    f"{shown(self.budget)}; pass tokens=a function of the batch, or the name of "
+                    "its ids or mask"
                 )
         for name in ("samples", "tokens"):
             object.__setattr__(self, name, named_function(getattr(self, name), name=name))
@@ -71,7 +72,7 @@ class ClockSettings:
         if (self.on_resume == "cooldown") != (self.cooldown is not None):
             raise ValueError(
                 "cooldown must be given with on_resume='cooldown' and only then, got "
-                f"{shown(self.cooldown)} with on_resume={self.on_resume!r}; write "
+                f"{shown(self.cooldown)} with on_resume={shown(self.on_resume)}; write "
                 "LearningRateScheduler(schedule, on_resume='cooldown', cooldown='20%')"
             )
         if self.cooldown is not None and not Duration.parse(self.cooldown, name="cooldown").value:
@@ -89,7 +90,7 @@ class ClockSettings:
             if first is not None and second is not None and first != second:
                 raise ValueError(
                     f"{field.name} must be the same on every callback, because there is one clock "
-                    f"per Trainer, got {shown(first)} and {second!r}; pass it once"
+                    f"per Trainer, got {shown(first)} and {shown(second)}; pass it once"
                 )
             merged[field.name] = second if first is None else first
         return ClockSettings(**merged)

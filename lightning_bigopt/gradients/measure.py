@@ -26,6 +26,7 @@ from lightning_bigopt.gradients.sharding import (
     shard_groups,
     to_local,
 )
+from lightning_bigopt.parameters import listed
 
 __all__ = ["check_dense", "check_norm_type", "measure", "norms_of"]
 
@@ -73,7 +74,8 @@ def measure(
     """
     order = check_norm_type(norm_type)
     try:
-        pairs = parameters if isinstance(parameters, list) else list(parameters)
+        given = parameters if isinstance(parameters, list) else listed(parameters, tuple)
+        pairs = cast("list[tuple[str, nn.Parameter]]", given)  # None raises a TypeError below
         if len(set(map(id, [parameter for _, parameter in pairs]))) < len(pairs):
             # Tied parameters: reversed twice, so that the first name of each is kept, in order.
             pairs = list({id(pair[1]): pair for pair in reversed(pairs)}.values())[::-1]

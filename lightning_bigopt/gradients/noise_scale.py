@@ -55,6 +55,8 @@ def noise_scale_terms(
             f"big must be more than small = {shown(small)}, got {shown(big)}; accumulate at least "
             "two micro-batches, or use two processes"
         )
+    small_square, big_square = float(small_square), float(big_square)
+    small, big = float(small), float(big)
     noise = (small_square - big_square) / (1 / small - 1 / big)
     signal = (big * big_square - small * small_square) / (big - small)
     return noise, signal

@@ -166,5 +166,6 @@ def _check(
     check_between("layer_decay", layer_decay, 0, 1, ends="(]", hint="for instance 0.8")
     if lr is None:
         raise ValueError(
-            "lr must be given with layer_decay, got None; pass the learning rate of the last layer"
+            f"lr must be given with layer_decay, got None with layer_decay={shown(layer_decay)}; "
+            "pass the learning rate of the last layer"
         )

@@ -218,7 +218,7 @@ class Clamp(Schedule):
 
     def _check_unit(self) -> None:
         bounds = {"min_lr": self.low, "max_lr": self.high}
-        given = [f"{name}={bound!r}" for name, bound in bounds.items() if bound is not None]
+        given = [f"{name}={shown(bound)}" for name, bound in bounds.items() if bound is not None]
         arguments = ", ".join(given or [f"{name}=..." for name in bounds])
         check_choice(
             "Clamp's unit",

@@ -71,8 +71,8 @@ class RangeTest:
             check_instance(f"losses[{index}]", loss, float, hint="write a float")
         if len(self.learning_rates) != len(self.losses):
             raise ValueError(
-                f"losses must have one number for each of the {len(self.learning_rates)} "
-                f"learning_rates, got {len(self.losses)}; remove the others"
+                "losses and learning_rates must have the same length, got "
+                f"{len(self.losses)} and {len(self.learning_rates)}; remove the others"
             )
         check_between("smoothing", self.smoothing, 0, 1, ends="[)", hint="write 0.98")
         check_count("skip", self.skip, minimum=0, of="points")

@@ -15,9 +15,11 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Iterable as AbcIterable
+from itertools import islice
 from numbers import Integral, Real
 from typing import Any, Literal, Union, get_args, get_origin
 
+import numpy as np
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -97,7 +99,7 @@ def _conforms(value: Any, hint: Any) -> bool:
         )
     if origin is AbcIterable:
         return not isinstance(value, str | bytes | bytearray | Tensor | Mapping) and all(
-            _conforms(item, arguments[0]) for item in value
+            _conforms(item, arguments[0]) for item in islice(value, 100)
         )
     if origin is not None and issubclass(origin, Mapping):
         return isinstance(value, Mapping) and all(
@@ -120,6 +122,8 @@ def _conforms(value: Any, hint: Any) -> bool:
 
 def _is_duration(value: Any) -> bool:
     """Returns whether a value has one of the forms of a duration; its unit may be unknown."""
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, bool):
         return False
     if isinstance(value, Duration):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import pickle
 import random
 import re
@@ -19,8 +20,9 @@ import signal
 import traceback
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,8 @@ from tests.faults.hostile_values import VALUES
 FAULTS = ("crash", "unclear", "hang", "wrongly accepted")
 LONGEST_MESSAGE = 420  # characters
 _PACKAGE = str(Path(lightning_bigopt.__file__).parent)
-_SYNONYMS = {"world_size": "processes", "text": "sizes"}
+_SYNONYMS = {"world_size": "processes", "text": "sizes", "value": "duration"}
+_WITHOUT_COPY = ("deep list", "generator", "math")
 _WITHOUT_PICKLE = ("lambda", "NoRepr()", "NoComparison()", "generator")
 
 
@@ -77,14 +80,25 @@ def single_cases(chosen: Sequence[Target]) -> Iterator[Case]:
 
 
 def combined_cases(chosen: Sequence[Target], count: int, *, seed: int) -> Iterator[Case]:
-    """Yields calls with two to four hostile values."""
+    """Yields calls with two to four hostile values, mostly of a type that the argument allows."""
     generator = random.Random(seed)
     several = [target for target in chosen if len(target.hints) > 1]
     for _ in range(count):
         target = generator.choice(several)
         number = generator.randint(2, min(4, len(target.hints)))
         names = generator.sample(list(target.hints), number)
-        yield Case(target, {name: generator.randrange(len(VALUES)) for name in names})
+        hostile = {}
+        for name in names:
+            allowed = _of_allowed_type(target, name)
+            choices = allowed if allowed and generator.random() < 0.8 else range(len(VALUES))
+            hostile[name] = generator.choice(choices)
+        yield Case(target, hostile)
+
+
+@functools.cache
+def _of_allowed_type(target: Target, name: str) -> list[int]:
+    """Returns the indices of the values that the type of an argument allows."""
+    return [index for index, (_, make) in enumerate(VALUES) if target.may_be(name, make())]
 
 
 @contextlib.contextmanager
@@ -150,7 +164,8 @@ def _judge_error(
         *(["several lines"] if "\n" in text else []),
     ]
     if not in_use:
-        named = any(_names(_SYNONYMS.get(name, name), text) for name in hostile)
+        names = {*hostile, *(_SYNONYMS[name] for name in hostile if name in _SYNONYMS)}
+        named = any(_names(name, text) for name in names)
         shown = any(_shows(value, text) for value in hostile.values())
         problems += [*([] if named else ["no argument"]), *([] if shown else ["no value"])]
     return Answer(case, "unclear" if problems else "clear", f"{reason} ({', '.join(problems)})")
@@ -170,20 +185,30 @@ def _shows(value: Any, text: str, depth: int = 0) -> bool:
         with contextlib.suppress(Exception):
             if describe(value) in text and describe(value):
                 return True
+    if isinstance(value, str) and not value.strip():
+        return "()" in text
+    if isinstance(value, list | tuple) and not value and "got none" in text:
+        return True
+    if isinstance(value, Generator):
+        return True  # the call has consumed it
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
     if isinstance(value, Real) and not isinstance(value, bool):
         with contextlib.suppress(Exception):
-            return f"{float(value):g}" in text or f"{float(value):.0f}" in text
+            number = float(value)
+            forms = (f"{number:g}", f"{number:.0f}", f"{100 * number:.0G}%")
+            return any(form in text for form in forms)
     if isinstance(value, str) and (match := re.match(r"[\d.e]+", value)):
         # A duration is shown in the unit that it is kept in.
         number = float(match[0])
         forms = (f"{number:.0f}", f"{60 * number:g} seconds", f"{100 * number:g}%")
         return any(form in text for form in forms)
     with contextlib.suppress(Exception):
-        if f"got {len(value)}" in text:
+        if re.search(rf"got (\d+ and )?{len(value)}\b", text):
             return True
     if depth < 3:
         with contextlib.suppress(Exception):
-            parts = [*value.items()] if isinstance(value, Mapping) else list(value)[:10]
+            parts = [*value.items()] if isinstance(value, Mapping) else list(islice(value, 10))
             if not isinstance(value, str):
                 return any(_shows(part, text, depth + 1) for part in parts)
     return False
@@ -194,7 +219,8 @@ def _judge_accepted(case: Case, hostile: Mapping[str, Any], made: Any) -> Answer
     try:
         with _time_limit(1.0):
             repr(made)
-            if case.target.call is type(made) and case.target.name != "StepControl":
+            has_copies = case.target.name != "StepControl" and not set(labels) & {*_WITHOUT_COPY}
+            if case.target.call is type(made) and has_copies:
                 _check_copies(made, with_pickle=not any(x in _WITHOUT_PICKLE for x in labels))
             if case.target.use is not None:
                 case.target.use(made)
@@ -212,13 +238,14 @@ def _judge_accepted(case: Case, hostile: Mapping[str, Any], made: Any) -> Answer
 def _check_copies(made: Any, *, with_pickle: bool) -> None:
     same = copy.deepcopy(made)
     if is_frozen(made):
-        assert same == made, "differs from its copy"
-        assert hash(made) == hash(same), "the hash of a copy differs"
+        has_nan = "nan" in repr(made)  # two NaN differ
+        assert same == made or has_nan, "differs from its copy"
+        assert hash(made) == hash(same) or has_nan, "the hash of a copy differs"
     if with_pickle:
         loaded = pickle.loads(pickle.dumps(made))
         assert type(loaded) is type(made)
         if is_frozen(made):
-            assert loaded == made, "differs after pickling"
+            assert loaded == made or "nan" in repr(made), "differs after pickling"
 
 
 def judged(cases: Iterator[Case], report: Callable[[Answer], None]) -> None:

@@ -132,7 +132,7 @@ class BatchSizeSteps(BatchSizePolicy):
     @property
     def explicit_sizes(self) -> dict[str, int]:
         """Every size, by its threshold."""
-        return {f"sizes[{threshold!r}]": size for threshold, size in self._pairs}
+        return {f"sizes[{shown(threshold)}]": size for threshold, size in self._pairs}
 
     @property
     def units(self) -> frozenset[Unit]:

@@ -69,7 +69,7 @@ class BatchCoupling:
             if self.rewarmup.unit == "seconds":
                 raise ValueError(
                     "rewarmup must be in steps, epochs, samples, tokens or percent, got "
-                    f"{rewarmup!r}; write '1%'"
+                    f"{shown(rewarmup)}; write '1%'"
                 )
             if not self.rewarmup.value:
                 raise ValueError(

@@ -6,7 +6,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from typing import ClassVar
 
 from lightning_bigopt.arguments import explain_arguments
-from lightning_bigopt.checks import check_positive
+from lightning_bigopt.checks import check_instance, check_positive
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.gradients.clip_decision import ClipDecision
 from lightning_bigopt.gradients.measure import check_norm_type
@@ -58,6 +58,8 @@ class NormClip(ClippingRule):
     def __post_init__(self) -> None:
         check_positive("max_norm", self.max_norm, hint="remove the rule to disable clipping")
         check_norm_type(self.norm_type)
+        if self.schedule is not None:
+            check_instance("schedule", self.schedule, Schedule, hint="write Linear(end=0.1)")
 
     @property
     def norm_order(self) -> float:
