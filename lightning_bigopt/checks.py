@@ -12,30 +12,18 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any, Literal, get_args
 
-from lightning_bigopt.descriptions import shown
-from lightning_bigopt.type_checks import (
-    check_callable,
-    check_instance,
-    check_items,
-    checked_tuple,
-    path_or_none,
-)
-
 __all__ = [
     "check_between",
-    "check_callable",
     "check_choice",
     "check_count",
-    "check_instance",
-    "check_items",
     "check_non_negative",
     "check_number",
     "check_positive",
-    "checked_tuple",
-    "path_or_none",
     "shown",
+    "with_article",
 ]
 
+_LONGEST_REPR = 120  # characters
 _LARGEST_COUNT = 2**53  # the largest int up to which every int is a float
 
 
@@ -198,6 +186,34 @@ def check_number(name: str, value: Any, *, hint: str = "write 1.0") -> None:
     """
     if not (_is_number(value) and math.isfinite(value)):
         raise _number_error(name, "finite", value, hint)
+
+
+def shown(value: object) -> str:
+    """Returns a short description of a value for a message: its repr, or its class.
+
+    Example:
+        >>> shown("5%"), shown(list(range(100))), shown(int)
+        ("'5%'", 'a list', 'the class int')
+    """
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001  # any error of the object, a list that is too deep
+        text = ""
+    is_short = 0 < len(text) <= _LONGEST_REPR and "\n" not in text and " at 0x" not in text
+    return text if is_short else with_article(type(value).__name__)
+
+
+def with_article(name: str) -> str:
+    """Returns a noun with its indefinite article.
+
+    Example:
+        >>> with_article("int"), with_article("SGD"), with_article("dict")
+        ('an int', 'an SGD', 'a dict')
+    """
+    begins_with_vowel = name[0].lower() in "aeiou" or (name[:2].isupper() and name[0] in "FHLMNRSX")
+    return f"{'an' if begins_with_vowel else 'a'} {name}"
 
 
 def _number_error(name: str, constraint: str, value: object, hint: str) -> ValueError:

@@ -1,4 +1,4 @@
-"""Checks of the types of arguments; :mod:`lightning_bigopt.checks` exports them."""
+"""Checks of the types of arguments, in the wording of :mod:`lightning_bigopt.checks`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_bigopt.descriptions import shown, with_article
+from lightning_bigopt.checks import shown, with_article
 
 __all__ = ["check_callable", "check_instance", "check_items", "checked_tuple", "path_or_none"]
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_bigopt.checks import check_between, check_callable, check_instance, shown
+from lightning_bigopt.checks import check_between, shown
+from lightning_bigopt.type_checks import check_callable, check_instance
 
 __all__ = ["check_dataset", "check_loader_options"]
 
@@ -48,9 +49,7 @@ def check_dataset(dataset: object) -> None:
     except (OverflowError, TypeError):
         length = None
     if not length:
-        raise ValueError(
-            f"dataset must have at least one sample, got {shown(dataset)}; check its files"
-        )
+        raise ValueError(f"dataset must not be empty, got {shown(dataset)}; check its files")
 
 
 def check_loader_options(

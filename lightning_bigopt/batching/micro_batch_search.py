@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_bigopt.checks import check_between, check_callable, check_choice, check_count
+from lightning_bigopt.checks import check_between, check_choice, check_count
+from lightning_bigopt.type_checks import check_callable
 
 __all__ = ["MicroBatchSearch", "search_micro_batch_size"]
 

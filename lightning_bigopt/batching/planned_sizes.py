@@ -12,9 +12,10 @@ from lightning_bigopt.batching.simulation import (
     depends_on_tokens,
     exact_layout,
 )
-from lightning_bigopt.checks import check_choice, check_count, check_instance, check_positive, shown
+from lightning_bigopt.checks import check_choice, check_count, check_positive, shown
 from lightning_bigopt.durations.duration import Clock
 from lightning_bigopt.durations.progress import Progress
+from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["ProgressAfter", "planned_sizes", "sizes_in_epoch"]
 
@@ -77,7 +78,7 @@ def planned_sizes(
     """
     check_instance("policy", policy, BatchSizePolicy, hint="write ConstantBatchSize(256)")
     check_instance("start", start, Progress, hint="write Progress(fraction=0.0)")
-    check_choice("clock", clock, ("steps", "batches", "samples"))
+    check_choice("clock", clock, ("steps", "batches", "samples", "tokens"))
     check_count("position", position, minimum=0, of="samples")
     check_count("micro_batch_size", micro_batch_size, of="samples")
     check_count("world_size", world_size, of="processes")

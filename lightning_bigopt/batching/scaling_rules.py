@@ -5,13 +5,8 @@ from __future__ import annotations
 import math
 from typing import Literal, TypeAlias
 
-from lightning_bigopt.checks import (
-    check_between,
-    check_choice,
-    check_instance,
-    check_number,
-    check_positive,
-)
+from lightning_bigopt.checks import check_between, check_choice, check_number, check_positive
+from lightning_bigopt.type_checks import check_instance
 
 __all__ = [
     "ScalingRule",

@@ -9,15 +9,11 @@ from lightning_bigopt.batching.policies.batch_size_policy import (
     check_explicit_sizes,
 )
 from lightning_bigopt.batching.simulated_run import SimulatedRun
-from lightning_bigopt.checks import (
-    check_between,
-    check_choice,
-    check_count,
-    check_instance,
-)
+from lightning_bigopt.checks import check_between, check_choice, check_count, shown
 from lightning_bigopt.durations.duration import Clock
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.durations.progress import Span
+from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["check_not_adaptive", "depends_on_tokens", "exact_layout", "simulate", "simulate_exact"]
 
@@ -79,11 +75,12 @@ def simulate(
         check_count("batches_per_epoch", batches_per_epoch, of="batches", hint="None if unknown")
     if samples_per_epoch is not None:
         check_count("samples_per_epoch", samples_per_epoch, of="samples", hint="None if unknown")
-    if last_batch_samples is not None:
-        hint = "count the samples of one process, at most micro_batch_size"
-        check_count("last_batch_samples", last_batch_samples, of="samples", hint=hint)
-        check_between(
-            "last_batch_samples", last_batch_samples, 1, micro_batch_size, ends="[]", hint=hint
+    if last_batch_samples is not None and not (
+        type(last_batch_samples) is int and 1 <= last_batch_samples <= micro_batch_size
+    ):
+        raise ValueError(
+            f"last_batch_samples must be from 1 to micro_batch_size = {micro_batch_size}, got "
+            f"{shown(last_batch_samples)}; count the samples of one process"
         )
     layout = LoaderBatches(
         micro_batch_size=micro_batch_size,
@@ -208,7 +205,8 @@ def _spans(
 ) -> tuple[Span, ...]:
     """Returns the spans of a run from its first update; none if it depends on tokens."""
     check_choice("clock", clock, Clock)
-    check_between("budget", budget, 0, 2**53, ends="(]")
+    check_positive("budget", budget)
+    check_between("budget", budget, 0, 2**53, ends="(]", hint="shorten it")
     check_not_adaptive(policy)
     if depends_on_tokens(policy, clock):
         return ()

@@ -16,7 +16,7 @@ from lightning_bigopt.callbacks.resume_report import (
     changed_settings,
     report_changed_settings,
 )
-from lightning_bigopt.checks import check_choice, check_instance
+from lightning_bigopt.checks import check_choice
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.stage import Batch, Fit
 from lightning_bigopt.engine.update import Update
@@ -37,6 +37,7 @@ from lightning_bigopt.monitoring.tags import tag_name
 from lightning_bigopt.optimizers.names import is_opacus_optimizer
 from lightning_bigopt.parameters import tied_names
 from lightning_bigopt.trainer_access import loop, precision, strategies
+from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["ClippingScope", "GradientClipping"]
 

@@ -14,12 +14,12 @@ from lightning_bigopt.checks import (
     check_between,
     check_choice,
     check_count,
-    check_instance,
     check_non_negative,
     shown,
 )
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.stage import LEARNING_RATE, Fit
+from lightning_bigopt.type_checks import check_instance
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_bigopt.checks import path_or_none
 from lightning_bigopt.trainer_access import loggers, loop
+from lightning_bigopt.type_checks import path_or_none
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

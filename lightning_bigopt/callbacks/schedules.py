@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
-from lightning_bigopt.checks import check_instance, shown
+from lightning_bigopt.checks import shown
 from lightning_bigopt.engine.stage import Fit
 from lightning_bigopt.optimizers.names import group_names
 from lightning_bigopt.schedules.base import Schedule
 from lightning_bigopt.schedules.shapes import CooldownShape
+from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["GroupSchedules"]
 

@@ -235,7 +235,8 @@ class Horizon:
         if length.unit == "fraction":
             return (0.0, 0.0), (1.0, 1.0)
         clock, _ = self._countable(length, name)
-        one = self.batches_per_epoch or 1 if length.unit == "epochs" else 1
+        per_epoch = self.samples_per_epoch or self.batches_per_epoch or 1
+        one = per_epoch if length.unit == "epochs" else 1
         if clock == self.clock:
             return (0.0, 0.0), (1.0, self.budget / one)
         end = self.offset + self.budget

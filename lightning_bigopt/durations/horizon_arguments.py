@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_bigopt.checks import (
-    check_choice,
-    check_count,
-    check_items,
-    check_non_negative,
-    check_positive,
-)
+from lightning_bigopt.checks import check_choice, check_count, check_non_negative, check_positive
 from lightning_bigopt.durations.duration import Clock
 from lightning_bigopt.durations.progress import Span
+from lightning_bigopt.type_checks import check_items
 
 __all__ = ["check_counts", "check_fields"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lightning_bigopt.checks import check_count, check_non_negative, check_positive
+from lightning_bigopt.checks import check_count, check_positive
 from lightning_bigopt.durations.duration import Clock, Duration, DurationLike, Unit
 
 __all__ = ["Progress", "Span"]
@@ -24,9 +24,6 @@ class Progress:
         tokens: Tokens over all processes; 0 if they are not counted.
         seconds: Time of training; 0 if it is not measured.
 
-    Raises:
-        ValueError: If an amount is negative, or of another type.
-
     Example:
         >>> Progress(fraction=0.5, steps=50, samples=1600).of("10%")
         5.0
@@ -39,14 +36,6 @@ class Progress:
     samples: int = 0
     tokens: int = 0
     seconds: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not (type(self.fraction) is float and math.isnan(self.fraction)):  # of an unknown budget
-            check_non_negative("fraction", self.fraction)
-        for name in ("steps", "batches", "samples", "tokens"):
-            check_count(name, getattr(self, name), minimum=0)
-        check_non_negative("epochs", self.epochs)
-        check_non_negative("seconds", self.seconds)
 
     def consumed(self, unit: Unit) -> float:
         """Returns the amount consumed in ``unit``.

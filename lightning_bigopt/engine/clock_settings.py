@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal, TypeAlias
 
-from lightning_bigopt.checks import check_choice, check_instance, shown
+from lightning_bigopt.checks import check_choice, shown
 from lightning_bigopt.durations.duration import Duration, DurationLike
 from lightning_bigopt.engine.batch_contents import BatchCount, named_function
+from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["ClockSettings", "OnResume"]
 

@@ -9,12 +9,13 @@ from typing import cast
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_bigopt.checks import check_instance, check_non_negative, shown
+from lightning_bigopt.checks import check_non_negative, shown
 from lightning_bigopt.gradients.apply import apply_
 from lightning_bigopt.gradients.clip_decision import ClipDecision
 from lightning_bigopt.gradients.rules.clipping_rule import ClipContext, ClippingRule, RuleState
 from lightning_bigopt.optimizers.names import check_optimizer
 from lightning_bigopt.parameters import listed
+from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["clip_gradients_"]
 
@@ -70,7 +71,7 @@ def clip_gradients_(
         >>> len(state["seed"])
         3
     """
-    check_instance("rule", rule, ClippingRule, hint="write NormClip(max_norm=1.0)")
+    check_instance("rule", rule, ClippingRule, hint="try NormClip(max_norm=1.0)")
     if optimizer is not None:
         check_optimizer(optimizer)
     if state is not None:

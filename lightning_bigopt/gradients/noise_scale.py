@@ -48,9 +48,9 @@ def noise_scale_terms(
     """
     check_number("small_square", small_square)
     check_number("big_square", big_square)
-    check_positive("small", small, hint="write a number of samples")
+    check_number("small", small, hint="write a number of samples")
     check_positive("big", big, hint="write a number of samples")
-    if not small < big:
+    if not 0 < small < big:
         raise ValueError(
             f"big must be more than small = {shown(small)}, got {shown(big)}; accumulate at least "
             "two micro-batches, or use two processes"

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-from lightning_bigopt.checks import check_instance
+from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["TAGS", "Tag", "find_tag", "tag_name"]
 

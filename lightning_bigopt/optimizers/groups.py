@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_bigopt.checks import check_between, check_instance, check_non_negative, shown
+from lightning_bigopt.checks import check_between, check_non_negative, shown
 from lightning_bigopt.parameters import (
     as_patterns,
     check_all_match,
@@ -17,6 +17,7 @@ from lightning_bigopt.parameters import (
     plain_name,
     tied_names,
 )
+from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["parameter_groups"]
 

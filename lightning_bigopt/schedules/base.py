@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 from lightning_bigopt.arguments import Specification
 from lightning_bigopt.checks import (
     check_choice,
-    check_instance,
     check_non_negative,
     check_number,
     check_positive,
@@ -22,6 +21,7 @@ from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.removed import RemovedAttribute
 from lightning_bigopt.schedules.part_lengths import check_fit, resolved_share
 from lightning_bigopt.schedules.shapes import COOLDOWNS, TOLERANCE, CooldownShape, position
+from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["CooledDown", "Schedule"]
 

@@ -18,10 +18,11 @@ from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.batching.batch_plan import plan_update
 from lightning_bigopt.batching.exact_loader import GlobalBatchLoader
 from lightning_bigopt.batching.micro_batch_search import MicroBatchSearch, search_micro_batch_size
-from lightning_bigopt.checks import check_between, check_choice, check_count, check_instance, shown
+from lightning_bigopt.checks import check_between, check_choice, check_count, shown
 from lightning_bigopt.optimizers.names import unwrapped
 from lightning_bigopt.optimizers.object_snapshot import ObjectSnapshot
 from lightning_bigopt.trainer_access import loaders, strategies
+from lightning_bigopt.type_checks import check_instance
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -8,14 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_bigopt.checks import (
-    check_between,
-    check_count,
-    check_instance,
-    check_positive,
-    shown,
-)
+from lightning_bigopt.checks import check_between, check_count, check_positive, shown
 from lightning_bigopt.reporting.plots import axes_of
+from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["RangeTest", "exponential_rates", "smooth", "steepest", "valley"]
 

@@ -33,6 +33,7 @@ NOT_CALLED = {
     # results and internal values, which the package makes
     *("ClipContext", "ClipDecision", "Verdict", "Replay", "TrainingPlan", "MicroBatch"),
     *("NoiseScaleReport", "MicroBatchSearch", "Tag", "WindowLength", "GlobalWindow", "BatchPlan"),
+    "Progress",  # made at every update, where checks would cost time
     # the functional core, called with values that the package makes
     *("apply_", "inspect", "record", "scale_", "clear_", "after_step_once", "norms_of"),
     # mixins have no arguments; the methods of the module return callbacks or specifications
@@ -58,6 +59,7 @@ INFINITE = {
     *(("LearningRateRangeTest", "stop_at"), ("NoiseScaleBatchSize", "growth")),
     *(("NormClip", "norm_type"), ("PerParameterNormClip", "norm_type"), ("measure", "norm_type")),
     *(("adascale_gain", "kappa"), ("Schedule.__call__", "fraction")),
+    ("BatchContext", "noise_scale"),
 }
 """Arguments that may be infinite, as documented."""
 
@@ -90,10 +92,10 @@ class Target:
         """Returns whether an argument may have a value, by its type or as documented."""
         if isinstance(value, float) and value == math.inf and (self.name, name) in INFINITE:
             return True
+        if (self.name, name) == ("BatchContext", "noise_scale") and isinstance(value, float):
+            return True  # a measurement
         if (self.name, name) == ("RangeTest", "losses") and isinstance(value, list | tuple):
             return all(isinstance(loss, float | int) for loss in value)  # a diverged run has NaN
-        if (self.name, name) == ("Progress", "fraction") and isinstance(value, float):
-            return math.isnan(value) or conforms(value, float)  # NaN: of an unknown budget
         if (self.name, name) == ("parameter_groups", "lr") and isinstance(value, torch.Tensor):
             return value.numel() == 1  # torch's optimizers take a tensor, too
         if (self.name, name) == ("OptimizationMonitor", "per_layer") and type(value) is set:
@@ -215,7 +217,6 @@ VALID: dict[str, dict[str, Callable[[], Any]]] = {
     "GlobalBatchLoader": _valid(dataset=dataset, micro_batch_size=8),
     "Duration": _valid(value=5, unit="steps"),
     "Horizon": _valid(clock="steps", budget=100),
-    "Progress": _valid(fraction=0.5),
     "Span": _valid(updates=10),
     "RangeTest": _valid(learning_rates=(0.1, 0.2), losses=(1.0, 2.0)),
     # functions

@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 from lightning_bigopt.arguments import Specification
 from lightning_bigopt.batching.batch_plan import BatchPlan, Rounding, plan_update
 from lightning_bigopt.batching.step_function import StepFunction
-from lightning_bigopt.checks import check_count, check_instance, check_number
+from lightning_bigopt.checks import check_count, check_number
 from lightning_bigopt.durations.duration import Unit
 from lightning_bigopt.durations.progress import Progress
 from lightning_bigopt.removed import RemovedAttribute
+from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["BatchContext", "BatchSizePolicy", "Rounding", "check_explicit_sizes", "plan_at"]
 
@@ -43,7 +44,8 @@ class BatchContext:
         for name in ("samples_per_epoch", "global_batch_size"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), of="samples", hint="None if unknown")
-        if self.noise_scale is not None:
+        # A measurement may be NaN, infinite or negative; policies ignore these values.
+        if self.noise_scale is not None and not isinstance(self.noise_scale, float):
             check_number("noise_scale", self.noise_scale, hint="None if it is not measured")
 
 

@@ -73,8 +73,12 @@ class NoiseScaleBatchSize(BatchSizePolicy):
             )
         check_positive("multiple", self.multiple, hint="write 1.0")
         check_between("hysteresis", self.hysteresis, 1, math.inf, hint="write 1.5")
-        hint = "write 2.0; it must be at least hysteresis"
-        check_between("growth", self.growth, self.hysteresis, math.inf, ends="[]", hint=hint)
+        check_between("growth", self.growth, 1, math.inf, ends="(]", hint="write 2.0")
+        if self.growth < self.hysteresis:
+            raise ValueError(
+                f"growth must be at least hysteresis = {self.hysteresis}, got {self.growth}; "
+                "write 2.0"
+            )
         check_choice("shrink", self.shrink, ("never", "allow"))
 
     def __call__(self, progress: Progress, *, context: BatchContext | None = None) -> int:

@@ -11,10 +11,11 @@ from lightning_bigopt.batching.policies.batch_size_policy import (
     BatchSizePolicy,
     Rounding,
 )
-from lightning_bigopt.checks import check_count, check_instance, shown
+from lightning_bigopt.checks import check_count, shown
 from lightning_bigopt.durations.progress import Progress
 from lightning_bigopt.schedules.base import Schedule
 from lightning_bigopt.schedules.decays import Constant
+from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["SchedulePolicy", "SeesawBatchSize"]
 

@@ -17,9 +17,10 @@ from lightning_bigopt.batching.policies.batch_size_policy import (
     Rounding,
 )
 from lightning_bigopt.batching.step_function import StepFunction, threshold_of
-from lightning_bigopt.checks import check_choice, check_count, check_instance, shown
+from lightning_bigopt.checks import check_choice, check_count, shown
 from lightning_bigopt.durations.duration import Duration, Unit
 from lightning_bigopt.durations.progress import Progress
+from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["BatchSizeRamp", "BatchSizeSteps"]
 
@@ -76,7 +77,7 @@ class BatchSizeSteps(BatchSizePolicy):
     def _check(self, given: object) -> None:
         if not self._pairs:
             raise ValueError(
-                f"sizes must have thresholds, got {shown(given)}; write {{'0%': 256, '50%': 512}}"
+                f"sizes must not be empty, got {shown(given)}; write {{'0%': 256, '50%': 512}}"
             )
         last: dict[Unit, float] = {}
         for position, (threshold, size) in enumerate(self._pairs):

@@ -25,7 +25,7 @@ from lightning_bigopt.callbacks.batch_size.exact_loader import prepare_exact_loa
 from lightning_bigopt.callbacks.batch_size.loss_weights import LossWeights, shorten_window
 from lightning_bigopt.callbacks.noise_scale import GradientNoiseScale
 from lightning_bigopt.callbacks.resume_report import as_code, report_changed_settings
-from lightning_bigopt.checks import check_count, check_instance
+from lightning_bigopt.checks import check_count
 from lightning_bigopt.durations.duration import DurationLike
 from lightning_bigopt.engine.batch_contents import BatchCount, BatchWeight
 from lightning_bigopt.engine.batch_source import simulator
@@ -35,6 +35,7 @@ from lightning_bigopt.engine.clock_settings import ClockSettings
 from lightning_bigopt.engine.stage import Batch, Fit
 from lightning_bigopt.engine.update import Update
 from lightning_bigopt.trainer_access import loop
+from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["BatchSizeScheduler"]
 

@@ -16,7 +16,7 @@ from lightning_bigopt.callbacks.step_guard.conflicts import check_conflicts
 from lightning_bigopt.callbacks.step_guard.guard_state import GuardState
 from lightning_bigopt.callbacks.step_guard.rejection_report import RejectedUpdate, WindowRecorder
 from lightning_bigopt.callbacks.step_guard.too_many_rejections import too_many_rejections
-from lightning_bigopt.checks import check_count, checked_tuple, path_or_none
+from lightning_bigopt.checks import check_count
 from lightning_bigopt.durations.duration import amount_of
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.stage import Batch, Fit
@@ -28,6 +28,7 @@ from lightning_bigopt.gradients.norm_kernels import accumulation_dtype
 from lightning_bigopt.monitoring.tags import tag_name
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 from lightning_bigopt.trainer_access import precision
+from lightning_bigopt.type_checks import checked_tuple, path_or_none
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

@@ -6,7 +6,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from typing import ClassVar
 
 from lightning_bigopt.arguments import explain_arguments
-from lightning_bigopt.checks import check_instance, check_positive
+from lightning_bigopt.checks import check_positive
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.gradients.clip_decision import ClipDecision
 from lightning_bigopt.gradients.measure import check_norm_type
@@ -18,6 +18,7 @@ from lightning_bigopt.gradients.rules.clipping_rule import (
     total_coefficient,
 )
 from lightning_bigopt.schedules.base import Schedule
+from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["NormClip", "PerParameterNormClip"]
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from lightning_bigopt.arguments import explain_arguments
-from lightning_bigopt.checks import check_instance, shown
+from lightning_bigopt.checks import shown
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.gradients.clip_decision import ClipDecision
 from lightning_bigopt.gradients.gradient_norms import GradientNorms
@@ -145,7 +145,9 @@ def _checked(
             raise ValueError(
                 f"rules must have patterns as keys, got {shown(pattern)}; write a string"
             )
-        if rule is not None:
-            hint = "write NormClip() or None"
-            check_instance(f"rules[{shown(pattern)}]", rule, ClippingRule, hint=hint)
+        if rule is not None and not isinstance(rule, ClippingRule):
+            raise ValueError(
+                f"rules[{shown(pattern)}] must be a ClippingRule or None, got {shown(rule)}; try "
+                "NormClip()"
+            )
     return checked
