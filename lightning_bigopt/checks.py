@@ -83,7 +83,7 @@ def check_count(
         return
     noun = f"number of {of}" if of else "integer"
     if type(value) is int and value > _LARGEST_COUNT:
-        constraint, hint = f"{'a' if of else 'an'} {noun} of at most 2**53", ""
+        constraint = f"{'a' if of else 'an'} {noun} of at most 2**53"
     elif minimum in (0, 1):
         constraint = f"a {'positive' if minimum else 'non-negative'} {noun}"
     else:

@@ -9,7 +9,7 @@ from lightning_bigopt.batching.policies.batch_size_policy import (
     check_explicit_sizes,
 )
 from lightning_bigopt.batching.simulated_run import SimulatedRun
-from lightning_bigopt.checks import check_between, check_choice, check_count, shown
+from lightning_bigopt.checks import check_between, check_choice, check_count, check_positive, shown
 from lightning_bigopt.durations.duration import Clock
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.durations.progress import Span

@@ -32,12 +32,11 @@ from lightning_bigopt.gradients.clip_statistics import (
 from lightning_bigopt.gradients.gradient_norms import GradientNorms
 from lightning_bigopt.gradients.measure import measure
 from lightning_bigopt.gradients.rules.clipping_rule import ClipContext, ClippingRule, RuleState
-from lightning_bigopt.gradients.shared_decision import SharedDecision, joint_norms
+from lightning_bigopt.gradients.shared_decision import SharedDecision, check_rule, joint_norms
 from lightning_bigopt.monitoring.tags import tag_name
 from lightning_bigopt.optimizers.names import is_opacus_optimizer
 from lightning_bigopt.parameters import tied_names
 from lightning_bigopt.trainer_access import loop, precision, strategies
-from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["ClippingScope", "GradientClipping"]
 
@@ -97,14 +96,8 @@ class GradientClipping(Capability):
     needs_samples = None
 
     def __init__(self, rule: ClippingRule, *, scope: ClippingScope = "optimizer") -> None:
-        check_instance("rule", rule, ClippingRule, hint="try NormClip(max_norm=1.0)")
         check_choice("scope", scope, ClippingScope)
-        if scope == "all" and not rule.uses_total_norm:
-            raise ValueError(
-                "rule must have one coefficient for all gradients with scope='all', got "
-                f"{type(rule).__name__}; use NormClip, AutoClip or ZClip, or scope='optimizer' (a "
-                "rule of your own sets uses_total_norm = True)"
-            )
+        check_rule(rule, is_shared=scope == "all")
         self.rule, self.scope = rule, scope
         # The engine measures norms of one order, which all capabilities share. Rules without norms
         # have the order None.

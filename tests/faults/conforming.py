@@ -13,8 +13,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from collections.abc import Iterable as AbcIterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from numbers import Integral, Real
 from typing import Any, Literal, Union, get_args, get_origin
@@ -31,7 +30,7 @@ _NAMES = {
     **vars(typing),
     "Callable": Callable,
     "Dataset": Dataset,
-    "Iterable": AbcIterable,
+    "Iterable": Iterable,
     "LightningDataModule": LightningDataModule,
     "LightningModule": LightningModule,
     "Mapping": Mapping,
@@ -60,63 +59,65 @@ def conforms(value: object, hint: Any) -> bool:
     """Returns whether a value may be passed for an argument with a type annotation."""
     try:
         return _conforms(value, hint)
-    except Exception:  # a value that cannot be iterated or compared
+    except Exception:  # noqa: BLE001  # a value that cannot be iterated or compared
         return False
 
 
 def _conforms(value: Any, hint: Any) -> bool:
+    origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any or isinstance(hint, typing.TypeVar):
         return True
-    if hint is None or hint is type(None):
-        return value is None
-    if hint is float:
-        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if hint is int:
-        return isinstance(value, Integral) and not isinstance(value, bool)
-    origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        members = set(arguments)
-        if {int, float, str} <= members:  # the type of a duration
-            return _is_duration(value) or any(
-                conforms(value, member) for member in members - {Duration, int, float, str}
-            )
-        return any(conforms(value, member) for member in arguments)
+        return _conforms_to_any(value, set(arguments))
     if origin is Literal:
         return any(type(value) is type(choice) and value == choice for choice in arguments)
-    if origin is tuple and arguments[-1] is Ellipsis:
-        origin = AbcIterable  # stored as a tuple
-    if origin is tuple:
-        return (
-            isinstance(value, tuple)
-            and len(value) == len(arguments)
-            and all(map(_conforms, value, arguments))
-        )
-    if origin is list or (origin is not None and issubclass(origin, Sequence)):
-        return (
-            isinstance(value, Sequence)
-            and not isinstance(value, str | bytes | bytearray)
-            and all(_conforms(item, arguments[0]) for item in value[:10])
-        )
-    if origin is AbcIterable:
-        return not isinstance(value, str | bytes | bytearray | Tensor | Mapping) and all(
-            _conforms(item, arguments[0]) for item in islice(value, 100)
-        )
-    if origin is not None and issubclass(origin, Mapping):
+    if arguments:
+        return _conforms_to_container(value, origin, arguments)
+    return _conforms_to_class(value, origin or hint)
+
+
+def _conforms_to_any(value: Any, members: set[Any]) -> bool:
+    if {int, float, str} <= members:  # the type of a duration
+        members = members - {Duration, int, float, str}
+        return _is_duration(value) or any(conforms(value, member) for member in members)
+    return any(conforms(value, member) for member in members)
+
+
+def _conforms_to_container(value: Any, origin: Any, arguments: tuple[Any, ...]) -> bool:
+    if origin is Callable:
+        return callable(value)
+    if isinstance(value, str | bytes | bytearray):
+        return False
+    if issubclass(origin, Mapping):
         return isinstance(value, Mapping) and all(
             _conforms(key, arguments[0]) and _conforms(item, arguments[1])
             for key, item in value.items()
         )
-    if origin is not None and origin is Callable:
-        return callable(value)
-    kind = origin or hint
-    if kind is Dataset:  # torch's loaders take anything with a length and an index
-        return (
-            len(value) > 0
-            and hasattr(value, "__getitem__")
-            and not isinstance(value, str | bytes | bytearray | Mapping | type)
-        )
+    if origin is tuple and arguments[-1] is not Ellipsis:
+        return len(value) == len(arguments) and all(map(_conforms, value, arguments))
+    if origin is Dataset:
+        return _conforms_to_class(value, Dataset)
+    # A tuple is made of any iterable.
+    kind = Iterable if origin in (tuple, Iterable) else Sequence
+    return (
+        isinstance(value, kind)
+        and not isinstance(value, Tensor | Mapping)
+        and all(_conforms(item, arguments[0]) for item in islice(value, 100))
+    )
+
+
+def _conforms_to_class(value: Any, kind: Any) -> bool:
+    if kind in (None, type(None)):
+        return value is None
+    if kind is float:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if kind is int:
+        return isinstance(value, Integral) and not isinstance(value, bool)
     if kind is str:
         return isinstance(value, str | os.PathLike)
+    if kind is Dataset:  # torch's loaders take anything with a length and an index
+        is_other = isinstance(value, str | bytes | bytearray | Mapping | type)
+        return len(value) > 0 and hasattr(value, "__getitem__") and not is_other
     return isinstance(value, kind)
 
 

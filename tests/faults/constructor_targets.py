@@ -329,7 +329,7 @@ def targets() -> list[Target]:
         if inspect.isfunction(call):
             group = "functions"
         found.append(Target(name, group, call, VALID.get(name, {}), use))
-    for name, group, call, valid in METHODS:
+    for name, _, call, valid in METHODS:
         found.append(Target(name, "methods", call, valid))
     return found
 

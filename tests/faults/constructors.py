@@ -132,7 +132,7 @@ def judge(case: Case) -> Answer:
                     next(made, None)
         except Hang:
             return Answer(case, "hang")
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # every exception is judged
             return _judge_error(case, hostile, error)
         wrong = [n for n, v in hostile.items() if not target.may_be(n, v)]
         if wrong:
@@ -146,7 +146,7 @@ def _judge_error(
     kind = f"{type(error).__name__}: "
     try:
         text = str(error)
-    except Exception as other:
+    except Exception as other:  # noqa: BLE001
         return Answer(case, "crash", f"{kind}without a message: {other}")
     reason = kind + (text if len(text) < 500 else f"{text[:500]}… ({len(text)} characters)")
     if not isinstance(error, ValueError | TypeError) or isinstance(error, UnicodeError):
@@ -179,39 +179,37 @@ def _shows(value: Any, text: str, depth: int = 0) -> bool:
     """Returns whether a message shows a value: its text, its class, or a part of it."""
     if isinstance(value, type):
         return value.__name__ in text
-    if _names(type(value).__name__, text):
-        return True
-    for describe in (repr, str):
-        with contextlib.suppress(Exception):
-            if describe(value) in text and describe(value):
-                return True
-    if isinstance(value, str) and not value.strip():
-        return "()" in text
-    if isinstance(value, list | tuple) and not value and "got none" in text:
-        return True
-    if isinstance(value, Generator):
-        return True  # the call has consumed it
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()
-    if isinstance(value, Real) and not isinstance(value, bool):
-        with contextlib.suppress(Exception):
-            number = float(value)
-            forms = (f"{number:g}", f"{number:.0f}", f"{100 * number:.0G}%")
-            return any(form in text for form in forms)
-    if isinstance(value, str) and (match := re.match(r"[\d.e]+", value)):
-        # A duration is shown in the unit that it is kept in.
-        number = float(match[0])
-        forms = (f"{number:.0f}", f"{60 * number:g} seconds", f"{100 * number:g}%")
-        return any(form in text for form in forms)
+    if _names(type(value).__name__, text) or any(form in text for form in _forms(value)):
+        return True
+    if isinstance(value, str | Generator) or depth == 3:
+        return isinstance(value, Generator)  # the call has consumed it
     with contextlib.suppress(Exception):
-        if re.search(rf"got (\d+ and )?{len(value)}\b", text):
+        if re.search(rf"got (\d+ and )?{len(value)}\b", text) or (not value and "got none" in text):
             return True
-    if depth < 3:
-        with contextlib.suppress(Exception):
-            parts = [*value.items()] if isinstance(value, Mapping) else list(islice(value, 10))
-            if not isinstance(value, str):
-                return any(_shows(part, text, depth + 1) for part in parts)
+        parts = [*value.items()] if isinstance(value, Mapping) else list(islice(value, 10))
+        return any(_shows(part, text, depth + 1) for part in parts)
     return False
+
+
+def _forms(value: Any) -> Iterator[str]:
+    """Yields the forms in which a message may show a value."""
+    for describe in (repr, str):
+        with contextlib.suppress(Exception):
+            if describe(value).strip():
+                yield describe(value)
+    if isinstance(value, Real) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):
+            number = float(value)
+            yield from (f"{number:g}", f"{number:.0f}", f"{100 * number:.0G}%")
+    if isinstance(value, str) and (match := re.match(r"[\d.]+(e\d+)?", value)):
+        # A duration is shown in the unit that it is kept in.
+        with contextlib.suppress(ValueError):
+            number = float(match[0])
+            yield from (f"{number:.0f}", f"{60 * number:g} seconds", f"{100 * number:g}%")
+    if isinstance(value, str) and not value.strip():
+        yield "()"
 
 
 def _judge_accepted(case: Case, hostile: Mapping[str, Any], made: Any) -> Answer:
@@ -228,7 +226,7 @@ def _judge_accepted(case: Case, hostile: Mapping[str, Any], made: Any) -> Answer
         return Answer(case, "hang", "in use")
     except AssertionError as error:
         return Answer(case, "wrongly accepted", f"AssertionError: {error}")
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         # A value that only the use can judge, such as a duration longer than the run.
         answer = _judge_error(case, hostile, error, in_use=True)
         return Answer(case, answer.kind, f"in use: {answer.reason}")

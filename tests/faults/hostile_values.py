@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import enum
 import math
 from collections import OrderedDict, deque
@@ -63,6 +63,8 @@ class NoComparison:
 class Text(str):
     """A string of a subclass."""
 
+    __slots__ = ()
+
 
 def function() -> float:
     return 1.0
@@ -111,7 +113,7 @@ _CONSTANTS: tuple[object, ...] = (
     # objects
     *(Cosine(), WarmupCosine(), NormClip(), AutoClip(), ConstantBatchSize(8), NonFinite(), Skip()),
     *(Duration(5, "steps"), Duration(0.5, "fraction"), Duration(10**30, "samples"), MultiStep()),
-    *(Path("x"), datetime.timedelta(minutes=5), datetime.date(2026, 1, 1)),
+    *(Path("x"), dt.timedelta(minutes=5), dt.date(2026, 1, 1)),
     *(torch.float32, torch.device("cpu"), slice(3), range(3), range(10**30)),
 )
 _MADE: tuple[tuple[str, Callable[[], object]], ...] = (

@@ -179,15 +179,12 @@ class Maker:
     def warmup_inverse_square_root(self) -> tuple[s.Schedule, Curve]:
         length, shape, start, written = self._warmup()
         scale = self.length(0.05, 0.3)
-        if scale.unit == "percent":  # a percentage refers to the whole budget
-            inner: Curve = lambda tau, part: (
-                (  # noqa: E731
-                    1 + 100 * tau * part.length / scale.value
-                )
-                ** -0.5
-            )
-        else:
-            inner = lambda tau, part: (1 + oracle.periods(tau, part, scale)) ** -0.5  # noqa: E731
+
+        def inner(tau: float, part: oracle.Part) -> float:
+            if scale.unit == "percent":  # a percentage refers to the whole budget
+                return (1 + 100 * tau * part.length / scale.value) ** -0.5
+            return (1 + oracle.periods(tau, part, scale)) ** -0.5
+
         curve = oracle.warmed_up(length, inner, shape=shape, start=start)
         schedule = s.WarmupInverseSquareRoot(**written, timescale=scale.text(self.random))
         return schedule, curve

@@ -12,6 +12,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 Unit = Literal["percent", "steps", "samples", "epochs"]
@@ -231,9 +232,7 @@ def piecewise(tau: float, part: Part, table: Sequence[tuple[Length, float]]) -> 
     ys = [factor for _, factor in table]
     if tau <= xs[0]:
         return ys[0]
-    for (x0, x1), (y0, y1) in zip(
-        zip(xs, xs[1:], strict=False), zip(ys, ys[1:], strict=False), strict=True
-    ):
+    for (x0, x1), (y0, y1) in zip(pairwise(xs), pairwise(ys), strict=True):
         if tau <= x1:
             return y0 + (y1 - y0) * (tau - x0) / (x1 - x0)
     return ys[-1]

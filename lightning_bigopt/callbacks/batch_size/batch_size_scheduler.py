@@ -17,8 +17,8 @@ from lightning_bigopt.callbacks.batch_size.batch_planner import BatchPlanner
 from lightning_bigopt.callbacks.batch_size.conflicts import (
     CONSTANT_POLICIES,
     check_conflicts,
+    check_policy,
     check_scaling,
-    example_of,
 )
 from lightning_bigopt.callbacks.batch_size.coupling import BatchCoupling
 from lightning_bigopt.callbacks.batch_size.exact_loader import prepare_exact_loader
@@ -35,7 +35,6 @@ from lightning_bigopt.engine.clock_settings import ClockSettings
 from lightning_bigopt.engine.stage import Batch, Fit
 from lightning_bigopt.engine.update import Update
 from lightning_bigopt.trainer_access import loop
-from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["BatchSizeScheduler"]
 
@@ -123,7 +122,7 @@ class BatchSizeScheduler(Capability):
         samples: BatchCount = None,
         tokens: BatchCount = None,
     ) -> None:
-        check_instance("policy", policy, BatchSizePolicy, hint=example_of(policy))
+        check_policy(policy)
         self.policy = policy
         self.coupling = BatchCoupling(
             lr_scaling=lr_scaling,
