@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 
+import lightning as L
 import pytest
 
+from lightning_bigopt import (
+    BatchSizeScheduler,
+    ConstantBatchSize,
+    GlobalBatchLoader,
+    LearningRateScheduler,
+    StepDecay,
+)
 from tests.faults.run_oracle import Length, Limit, Part, simulate
-from tests.faults.trained_runs import Configuration, check, configuration
+from tests.faults.trained_runs import Configuration, Recorder, check, configuration
+from tests.helpers import QUIET, Regression
 
 SEEDS = range(2000, 2040)
 KNOWN = (
@@ -20,6 +29,18 @@ KNOWN = (
 @pytest.mark.parametrize("seed", [*KNOWN, *SEEDS])
 def test_every_update_has_the_samples_and_learning_rates_of_the_oracle(seed: int) -> None:
     assert check(seed) == "", configuration(seed)
+
+
+def test_period_of_one_epoch_of_a_global_batch_loader() -> None:
+    """It counted every sample as an epoch."""
+    module = Recorder((1.0,), frozenset())
+    callbacks = [
+        LearningRateScheduler(StepDecay(decay=0.5, every="1 epochs")),
+        BatchSizeScheduler(ConstantBatchSize(4)),
+    ]
+    trainer = L.Trainer(**{**QUIET, "max_epochs": 3, "callbacks": callbacks})
+    trainer.fit(module, GlobalBatchLoader(Regression(8), micro_batch_size=4))
+    assert [module.seen[step][0] for step in range(6)] == [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
 
 
 def test_the_sample_of_configurations_is_varied() -> None:

@@ -8,6 +8,7 @@ the samples of every update are recorded in ``training_step``. The expected valu
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import random
 import tempfile
@@ -350,6 +351,7 @@ def describe(config: Configuration) -> str:
 
 def measure(*, cases: int = 600, first: int = 0) -> str:
     """Trains random configurations; returns the counts as Markdown, and the differences."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     traits: Counter[str] = Counter()
     updates, failed = 0, []
     for seed in range(first, first + cases):
@@ -368,9 +370,9 @@ def measure(*, cases: int = 600, first: int = 0) -> str:
         "|---:|---:|---:|",
         f"| {cases} | {updates:,} | {len(failed)} |",
         "",
-        "| trait | runs |",
-        "|---|---:|",
-        *(f"| {trait} | {count} |" for trait, count in sorted(traits.items())),
+        "Runs with each trait: "
+        + ", ".join(f"{trait} {count}" for trait, count in sorted(traits.items()))
+        + ".",
         "",
         *failed[:30],
     ]
