@@ -233,7 +233,7 @@ def _without_quotes(value: object) -> str:
     return f"write {str(value).strip()} without quotes" if is_quoted else ""
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> bool:
     is_numpy = isinstance(value, Real) and hasattr(value, "dtype")
     if not (isinstance(value, (int, float)) or is_numpy) or isinstance(value, bool):
         return False

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal
 from numbers import Integral
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from lightning_bigopt.checks import check_choice, check_count, check_non_negative, shown
 
@@ -77,8 +77,9 @@ class Duration:
     def __post_init__(self) -> None:
         check_choice("unit", self.unit, Unit)
         check_non_negative("value", self.value)
-        if type(self.value) not in (int, float):  # a NumPy scalar; str() shows plain numbers
-            plain = int(self.value) if isinstance(self.value, Integral) else float(self.value)
+        value: Any = self.value
+        if type(value) not in (int, float):  # a NumPy scalar; str() shows plain numbers
+            plain = int(value) if isinstance(value, Integral) else float(value)
             object.__setattr__(self, "value", plain)
 
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from operator import is_
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -118,7 +118,7 @@ def _named(
     if isinstance(parameters, nn.Parameter):
         parameters = [parameters]
     named: list[tuple[str, nn.Parameter]] = []
-    items = listed(parameters, object)
+    items: list[Any] | None = listed(parameters, object)
     for index, item in enumerate([None] if items is None else items):
         is_pair = isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
         name, parameter = item if is_pair else (f"parameter{index}", item)

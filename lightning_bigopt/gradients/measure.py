@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from operator import is_
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -182,7 +182,7 @@ def check_dense(pairs: Sequence[tuple[str, nn.Parameter]], tensors: Sequence[Ten
             )
 
 
-def check_norm_type(norm_type: float) -> float:
+def check_norm_type(norm_type: Any) -> float:
     """Returns the order of a norm as a float.
 
     Raises:

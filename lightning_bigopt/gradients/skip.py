@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -55,7 +56,7 @@ def skip_update_(optimizer: Optimizer, parameters: Iterable[nn.Parameter] | None
 
 
 def _checked(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    found = listed(parameters, Tensor)
+    found = cast("list[nn.Parameter] | None", listed(parameters, Tensor))
     if found is not None:
         return found
     raise ValueError(

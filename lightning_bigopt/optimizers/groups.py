@@ -159,8 +159,11 @@ def _check(
 ) -> None:
     check_non_negative("weight_decay", weight_decay, hint="for instance 0.1")
     if lr is not None:
-        is_scalar = isinstance(lr, Tensor) and lr.numel() == 1
-        check_non_negative("lr", lr.item() if is_scalar else lr, hint="pass the peak learning rate")
+        given: Any = lr
+        is_scalar = isinstance(given, Tensor) and given.numel() == 1
+        check_non_negative(
+            "lr", given.item() if is_scalar else lr, hint="pass the peak learning rate"
+        )
     check_between("min_factor", min_factor, 0, 1, ends="[]", hint="0 sets no lower bound")
     if layer_decay is None:
         return

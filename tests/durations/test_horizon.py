@@ -208,7 +208,7 @@ def test_offset_must_not_be_negative():
 @pytest.mark.parametrize("name", ["total_steps", "samples_per_step", "tokens_per_step"])
 def test_counts_must_be_positive(name: str):
     counts = {"total_steps": 10, name: 0}
-    with pytest.raises(ValueError, match="must be positive"):
+    with pytest.raises(ValueError, match=f"{name} must be a positive integer, got 0; "):
         Horizon.of_steps(counts.pop("total_steps"), **counts)
 
 

@@ -45,8 +45,9 @@ class BatchContext:
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), of="samples", hint="None if unknown")
         # A measurement may be NaN, infinite or negative; policies ignore these values.
-        if self.noise_scale is not None and not isinstance(self.noise_scale, float):
-            check_number("noise_scale", self.noise_scale, hint="None if it is not measured")
+        scale: Any = self.noise_scale
+        if scale is not None and not isinstance(scale, float):
+            check_number("noise_scale", scale, hint="None if it is not measured")
 
 
 class BatchSizePolicy(Specification, ABC):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import shown
@@ -128,7 +129,7 @@ class Groups(ClippingRule):
 def _checked(
     rules: Mapping[str, ClippingRule | None] | tuple[tuple[str, ClippingRule | None], ...],
 ) -> tuple[tuple[str, ClippingRule | None], ...]:
-    pairs = tuple(rules.items()) if isinstance(rules, Mapping) else rules
+    pairs: Any = tuple(rules.items()) if isinstance(rules, Mapping) else rules
     is_sequence = isinstance(pairs, (tuple, list))
     if not is_sequence or not all(isinstance(p, (tuple, list)) and len(p) == 2 for p in pairs):
         raise ValueError(
