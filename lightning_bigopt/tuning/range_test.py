@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_deprecation, rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
 
 from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_between, check_choice, check_count, shown
@@ -22,6 +23,7 @@ from lightning_bigopt.trainer_access import loop, trial_runs
 from lightning_bigopt.tuning.base_rates import BaseRates
 from lightning_bigopt.tuning.curve import RangeTest, exponential_rates
 from lightning_bigopt.tuning.sweep import Sweep, callbacks_affecting_gradients
+from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["LearningRateRangeTest", "learning_rate_range_test"]
 
@@ -224,6 +226,10 @@ def learning_rate_range_test(
         (0.0047, (0.0011, 0.0083))
     """
     callback = _RangeTestOnly(**{"on_result": "report", **options})
+    hint = "write learning_rate_range_test(trainer, module)"
+    if not hasattr(trainer, "fit_loop"):
+        raise ValueError(f"trainer must be a Trainer, got {shown(trainer)}; {hint}")
+    check_instance("module", module, nn.Module, hint=hint)  # perhaps a compiled one
     callback.trainer_callbacks = trainer_callbacks.callbacks_of(trainer)
     with isolate_rng(include_cuda=torch.cuda.is_available()):
         trial_runs.fit_quietly(

@@ -186,8 +186,10 @@ def _shows(value: Any, text: str, depth: int = 0) -> bool:
     if isinstance(value, str | Generator) or depth == 3:
         return isinstance(value, Generator)  # the call has consumed it
     with contextlib.suppress(Exception):
-        if re.search(rf"got (\d+ and )?{len(value)}\b", text) or (not value and "got none" in text):
+        count = len(value)
+        if re.search(rf"got (\d+ and )?{count}\b", text) or (not count and "got none" in text):
             return True
+    with contextlib.suppress(Exception):
         parts = [*value.items()] if isinstance(value, Mapping) else list(islice(value, 10))
         return any(_shows(part, text, depth + 1) for part in parts)
     return False

@@ -23,6 +23,8 @@ from lightning_bigopt.batching import adascale_gain, simulate
 from tests.faults import constructors
 from tests.faults.constructor_targets import NOT_CALLED, VALID, targets
 from tests.faults.constructors import FAULTS, Answer, Case, combined_cases, judge, single_cases
+from tests.faults.hostile_values import VALUES
+from tests.helpers import QUIET
 
 CASES = 3000
 
@@ -212,6 +214,39 @@ def test_every_required_argument_has_a_valid_value() -> None:
             p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD
         }
         assert required == set(VALID.get(target.name, target.valid)) & required
+
+
+NEGATIVE = {
+    "Power.exponent",
+    # measurements and estimates
+    "BatchContext.noise_scale",
+    *("adascale_gain.variance", "adascale_gain.square_norm"),
+    *("noise_scale_terms.small_square", "noise_scale_terms.big_square"),
+    # a part of a horizon may begin before it
+    *("Horizon.fraction.start", "Horizon.fraction.stop"),
+}
+
+
+def test_negative_numbers_are_accepted_by_few_arguments() -> None:
+    labels = [label for label, _ in VALUES]
+    for label in ("-1", "-0.5"):
+        cases = [
+            Case(target, {name: labels.index(label)})
+            for target in targets()
+            for name in target.hints
+        ]
+        accepted = [case for case in cases if judge(case).kind == "accepted"]
+        found = {f"{case.target.name}.{name}" for case in accepted for name in case.hostile}
+        assert found == NEGATIVE
+
+
+@pytest.mark.parametrize("function", [bigopt.plan, bigopt.learning_rate_range_test])
+def test_functions_that_train_check_trainer_and_module(function: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=r"trainer must be a Trainer, got 3; write "):
+        function(3, L.LightningModule())
+    trainer = L.Trainer(**QUIET)
+    with pytest.raises(ValueError, match=r"module must be a Module, got 3; write "):
+        function(trainer, 3)
 
 
 class Malicious:

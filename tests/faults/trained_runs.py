@@ -189,7 +189,7 @@ class Configuration:
         if self.scaling is not None and update.planned is not None:
             first = self.updates[0].planned
             assert first is not None
-            kappa = min(update.planned, self.data) / min(first, self.data)
+            kappa = update.planned / first
             factor *= kappa if self.scaling == "linear" else math.sqrt(kappa)
         bound = math.inf if self.max_lr is None else self.max_lr
         return tuple(min(lr * factor, bound) for lr in self.lrs)
@@ -272,8 +272,11 @@ def _policy(
             return sizes[passed]
 
         return BatchSizeSteps(table), steps
-    start, increments = sizes[0], rng.randint(1, 3)
+    start = sizes[0]
+    increments = min(rng.randint(1, 3), (data - start) // grain)  # at most the data of an epoch
     over = max(1, round(most_of * rng.uniform(0.4, 1.0)))
+    if not increments:
+        return ConstantBatchSize(start), lambda consumed: start
 
     def ramp(consumed: Callable[[Any], float]) -> int:
         passed = math.floor(consumed(unit) / over * increments * (1 + 1e-12))
@@ -384,7 +387,7 @@ def _traits(config: Configuration) -> list[str]:
         f"schedule {type(config.schedule).__name__}",
         f"limit: {config.limit_by}",
         f"policy: {'none' if config.policy is None else type(config.policy).__name__}",
-        f"loader: {'GlobalBatchLoader' if config.exact else 'resumable loader'}",
+        f"loader: {'GlobalBatchLoader' if config.exact else 'DataLoader'}",
         f"precision {config.precision}",
         *([f"lr_scaling {config.scaling}"] if config.scaling else []),
         *(["a last batch that is smaller"] if config.data % config.micro else []),
