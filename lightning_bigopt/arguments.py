@@ -6,6 +6,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from numbers import Number
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from lightning_bigopt.argument_hints import EXAMPLES, HINTS
@@ -19,7 +20,8 @@ ClassT = TypeVar("ClassT", bound=type)
 def explain_arguments(cls: ClassT) -> ClassT:
     """Makes a class explain unknown and surplus arguments of its constructor.
 
-    For an argument of another library the message gives the hint in :data:`HINTS`, for a misspelled
+    NumPy scalars are converted to Python numbers: results would have their precision otherwise. For
+    an argument of another library the message gives the hint in :data:`HINTS`, for a misspelled
     one the most similar argument of the class.
 
     Example:
@@ -47,10 +49,16 @@ def explain_arguments(cls: ClassT) -> ClassT:
                 f"the arguments of {type(self).__name__} must contain {', '.join(missing)}, got "
                 f"{got or 'none'}{_example(type(self))}"
             )
-        init(self, *args, **kwargs)
+        init(self, *map(_plain, args), **{name: _plain(value) for name, value in kwargs.items()})
 
     cls.__init__ = checked_init  # type: ignore[misc]
     return cls
+
+
+def _plain(value: Any) -> Any:
+    """Returns a NumPy scalar as a Python number, and anything else unchanged."""
+    is_numpy = type(value).__module__ == "numpy" and isinstance(value, Number)
+    return value.item() if is_numpy else value
 
 
 def _wrong_argument(

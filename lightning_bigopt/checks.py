@@ -1,10 +1,12 @@
 """Checks of arguments, with one wording for each kind of error.
 
-Every message reads ``name must be <constraint>, got <value>; <advice>``.
+Every message reads ``name must be <constraint>, got <value>; <advice>``. Without a hint of the
+caller the advice is a value that is allowed.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Sequence
@@ -16,15 +18,16 @@ __all__ = [
     "check_between",
     "check_choice",
     "check_count",
-    "check_instance",
     "check_non_negative",
+    "check_number",
     "check_positive",
-    "checked_tuple",
     "shown",
+    "with_article",
     "without_addresses",
 ]
 
 _LONGEST_REPR = 120  # characters
+_LARGEST_COUNT = 2**53  # the largest int up to which every int is a float
 
 
 def check_choice(name: str, value: object, choices: Any, *, hint: str = "") -> None:
@@ -43,7 +46,7 @@ def check_choice(name: str, value: object, choices: Any, *, hint: str = "") -> N
         >>> check_choice("mode", "max", ("min", "max"))
         >>> check_choice("mode", "least", ("min", "max"))
         Traceback (most recent call last):
-        ValueError: mode must be 'min' or 'max', got 'least'
+        ValueError: mode must be 'min' or 'max', got 'least'; write mode='min'
     """
     allowed: Sequence[object] = get_args(choices) or choices
     # Not ``value in allowed``: an array or a tensor compares element by element.
@@ -51,7 +54,11 @@ def check_choice(name: str, value: object, choices: Any, *, hint: str = "") -> N
         return
     *first, last = map(repr, allowed)
     listed = f"{', '.join(first)} or {last}" if first else last
-    raise ValueError(f"{name} must be {listed}, got {shown(value)}{_advice(hint)}")
+    if not hint:
+        words = [choice for choice in allowed if isinstance(choice, str)]
+        similar = difflib.get_close_matches(value, words, n=1) if isinstance(value, str) else []
+        hint = f"did you mean {similar[0]!r}?" if similar else f"write {name}={allowed[0]!r}"
+    raise ValueError(f"{name} must be {listed}, got {shown(value)}; {hint}")
 
 
 def check_count(
@@ -75,15 +82,17 @@ def check_count(
         Traceback (most recent call last):
         ValueError: size must be a positive number of samples, got 0; write an int such as 256
     """
-    if type(value) is int and value >= minimum:
+    if type(value) is int and minimum <= value <= _LARGEST_COUNT:
         return
     noun = f"number of {of}" if of else "integer"
-    if minimum in (0, 1):
+    if type(value) is int and value > _LARGEST_COUNT:
+        constraint = f"{'a' if of else 'an'} {noun} of at most 2**53"
+    elif minimum in (0, 1):
         constraint = f"a {'positive' if minimum else 'non-negative'} {noun}"
     else:
         constraint = f"{'a' if of else 'an'} {noun} of at least {minimum}"
-    hint = _without_quotes(value) or hint
-    raise ValueError(f"{name} must be {constraint}, got {shown(value)}{_advice(hint)}")
+    hint = _without_quotes(value) or hint or f"write an integer such as {minimum}"
+    raise ValueError(f"{name} must be {constraint}, got {shown(value)}; {hint}")
 
 
 def check_positive(name: str, value: Any, *, hint: str = "") -> None:
@@ -103,8 +112,8 @@ def check_positive(name: str, value: Any, *, hint: str = "") -> None:
         ValueError: max_norm must be positive and finite, got 0.0; remove the rule to \
 disable clipping
     """
-    if not (_is_number(value) and math.isfinite(value) and value > 0):
-        raise _number_error(name, "positive and finite", value, hint)
+    if not (_is_number(value) and 0 < value < math.inf):
+        raise _number_error(name, "positive and finite", value, hint or "write 1.0")
 
 
 def check_non_negative(name: str, value: Any, *, hint: str = "") -> None:
@@ -121,10 +130,10 @@ def check_non_negative(name: str, value: Any, *, hint: str = "") -> None:
     Example:
         >>> check_non_negative("end", -0.1)
         Traceback (most recent call last):
-        ValueError: end must be non-negative and finite, got -0.1
+        ValueError: end must be non-negative and finite, got -0.1; write 0.0
     """
-    if not (_is_number(value) and math.isfinite(value) and value >= 0):
-        raise _number_error(name, "non-negative and finite", value, hint)
+    if not (_is_number(value) and 0 <= value < math.inf):
+        raise _number_error(name, "non-negative and finite", value, hint or "write 0.0")
 
 
 def check_between(
@@ -158,60 +167,28 @@ def check_between(
     above = _is_number(value) and (value >= low if ends[0] == "[" else value > low)
     if not (above and (value <= high if ends[1] == "]" else value < high)):
         interval = f"{ends[0]}{low:g}, {high:g}{ends[1]}"
-        raise _number_error(name, f"in {interval}", value, hint)
+        example = (low + high) / 2 if math.isfinite(low + high) else low + 1
+        raise _number_error(name, f"in {interval}", value, hint or f"write {example:g}")
 
 
-def check_instance(name: str, value: object, kind: type, *, hint: str = "") -> None:
-    """Raises unless a value is an instance of a class.
+def check_number(name: str, value: Any, *, hint: str = "write 1.0") -> None:
+    """Raises unless a value is a finite number.
 
     Args:
         name: Name of the argument.
         value: Value of the argument.
-        kind: The class.
         hint: Advice at the end of the message, without the semicolon.
 
     Raises:
-        ValueError: If ``value`` is of another class.
+        ValueError: If ``value`` is not such a number; a bool is not.
 
     Example:
-        >>> check_instance("size", "32", int, hint="write 32")
+        >>> check_number("variance", float("nan"))
         Traceback (most recent call last):
-        ValueError: size must be an int, got '32'; write 32
+        ValueError: variance must be finite, got nan; write 1.0
     """
-    if not isinstance(value, kind):
-        expected = _with_article(kind.__name__)
-        if isinstance(value, type) and issubclass(value, kind):
-            hint = f"write {value.__name__}(...)"
-        raise ValueError(f"{name} must be {expected}, got {shown(value)}{_advice(hint)}")
-
-
-def checked_tuple(name: str, values: Any, kind: type, *, hint: str = "") -> tuple[Any, ...]:
-    """Returns a sequence as a tuple; raises unless all its elements are instances of a class.
-
-    Args:
-        name: Name of the argument.
-        values: Value of the argument.
-        kind: The class of the elements.
-        hint: Advice at the end of the message, without the semicolon.
-
-    Raises:
-        ValueError: If ``values`` is no sequence, is empty, or has another element.
-
-    Example:
-        >>> checked_tuple("sizes", [1, 2], int)
-        (1, 2)
-        >>> checked_tuple("sizes", 2, int)
-        Traceback (most recent call last):
-        ValueError: sizes must be a list of int objects, got 2; write [2]
-    """
-    if not isinstance(values, Sequence) or isinstance(values, str) or not values:
-        hint = f"write [{shown(values)}]" if isinstance(values, kind) else hint
-        raise ValueError(
-            f"{name} must be a list of {kind.__name__} objects, got {shown(values)}{_advice(hint)}"
-        )
-    for index, value in enumerate(values):
-        check_instance(f"{name}[{index}]", value, kind, hint=hint)
-    return tuple(values)
+    if not (_is_number(value) and math.isfinite(value)):
+        raise _number_error(name, "finite", value, hint)
 
 
 def shown(value: object) -> str:
@@ -223,9 +200,12 @@ def shown(value: object) -> str:
     """
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    text = repr(value)
-    is_short = len(text) <= _LONGEST_REPR and "\n" not in text and " at 0x" not in text
-    return text if is_short else _with_article(type(value).__name__)
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001  # any error of the object, a list that is too deep
+        text = ""
+    is_short = 0 < len(text) <= _LONGEST_REPR and "\n" not in text and " at 0x" not in text
+    return text if is_short else with_article(type(value).__name__)
 
 
 def as_code(value: object) -> str:
@@ -246,7 +226,13 @@ def without_addresses(value: Any) -> Any:
     return re.sub(r" at 0x[0-9a-fA-F]+", "", value) if isinstance(value, str) else value
 
 
-def _with_article(name: str) -> str:
+def with_article(name: str) -> str:
+    """Returns a noun with its indefinite article.
+
+    Example:
+        >>> with_article("int"), with_article("SGD"), with_article("dict")
+        ('an int', 'an SGD', 'a dict')
+    """
     begins_with_vowel = name[0].lower() in "aeiou" or (name[:2].isupper() and name[0] in "FHLMNRSX")
     return f"{'an' if begins_with_vowel else 'a'} {name}"
 
@@ -256,21 +242,24 @@ def _number_error(name: str, constraint: str, value: object, hint: str) -> Value
         constraint, hint = f"a number {constraint}", _without_quotes(value) or hint
         if not constraint.startswith("a number in"):
             constraint = f"a {constraint.removeprefix('a number ')} number"
-    return ValueError(f"{name} must be {constraint}, got {shown(value)}{_advice(hint)}")
+    return ValueError(f"{name} must be {constraint}, got {shown(value)}; {hint}")
 
 
 def _without_quotes(value: object) -> str:
     """Returns advice for a number that was passed as a string; empty for any other value."""
     try:
-        is_quoted = isinstance(value, str) and math.isfinite(float(value))
+        is_quoted = isinstance(value, str) and len(value) < 30 and math.isfinite(float(value))
     except ValueError:
         return ""
-    return f"write {value} without quotes" if is_quoted else ""
+    return f"write {str(value).strip()} without quotes" if is_quoted else ""
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)  # Real: NumPy scalars too
-
-
-def _advice(hint: str) -> str:
-    return f"; {hint}" if hint else ""
+def _is_number(value: Any) -> bool:
+    is_numpy = isinstance(value, Real) and hasattr(value, "dtype")
+    if not (isinstance(value, (int, float)) or is_numpy) or isinstance(value, bool):
+        return False
+    try:
+        float(value)
+    except OverflowError:  # an int beyond the range of floats
+        return False
+    return True

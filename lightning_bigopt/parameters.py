@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from itertools import islice
+from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from lightning_bigopt.checks import shown
 
 __all__ = [
     "as_patterns",
     "block_of",
     "check_all_match",
     "first_match",
+    "listed",
     "named_parameters",
     "numbered_prefix",
     "parameter_names",
     "plain_name",
     "tied_names",
 ]
+
+_MOST_ELEMENTS = 10_000_000
+_NO_LISTS = (str, bytes, bytearray, Mapping, Tensor, type)
+T = TypeVar("T")
 
 # Parts that FSDP1, torch.compile and activation checkpointing insert into names.
 _WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
@@ -101,9 +110,46 @@ def block_of(name: str) -> str:
     return numbered_prefix(plain) or plain.rpartition(".")[0] or plain
 
 
-def as_patterns(patterns: str | Iterable[str]) -> tuple[str, ...]:
-    """Converts one pattern or several patterns to a tuple."""
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+def listed(values: Any, kind: type[T]) -> list[T] | None:
+    """Returns the elements of an iterable; None unless all are instances of a class.
+
+    A string, bytes and a mapping are no iterables here.
+
+    Example:
+        >>> listed(("a", "b"), str), listed("ab", str), listed(["a", 1], str)
+        (['a', 'b'], None, None)
+    """
+    if not isinstance(values, Iterable) or isinstance(values, _NO_LISTS):
+        return None
+    try:
+        found = list(islice(values, _MOST_ELEMENTS))
+    except TypeError:  # an array without dimensions
+        return None
+    return found if all(isinstance(value, kind) for value in found) else None
+
+
+def as_patterns(patterns: str | Iterable[str], *, name: str = "patterns") -> tuple[str, ...]:
+    """Converts one pattern or several patterns to a tuple.
+
+    Args:
+        patterns: A pattern, or several.
+        name: Name of the argument, for the error.
+
+    Raises:
+        ValueError: If an element is no string.
+
+    Example:
+        >>> as_patterns("head.*")
+        ('head.*',)
+    """
+    if isinstance(patterns, str):
+        return (patterns,)
+    found = listed(patterns, str)
+    if found is not None:
+        return tuple(found)
+    raise ValueError(
+        f"{name} must be a pattern or a list of patterns, got {shown(patterns)}; write ['head.*']"
+    )
 
 
 @lru_cache(maxsize=64)
@@ -122,7 +168,11 @@ def first_match(names: tuple[str, ...], patterns: tuple[str, ...]) -> tuple[int 
 
 @lru_cache(maxsize=64)
 def check_all_match(
-    names: tuple[str, ...], patterns: tuple[str, ...], tied: tuple[tuple[str, str], ...] = ()
+    names: tuple[str, ...],
+    patterns: tuple[str, ...],
+    tied: tuple[tuple[str, str], ...] = (),
+    *,
+    name: str = "every pattern",
 ) -> None:
     """Raises unless each pattern is the first match of some name.
 
@@ -130,6 +180,7 @@ def check_all_match(
         names: Names of parameters.
         patterns: The patterns.
         tied: Other names of some of these parameters, as :func:`tied_names` returns them.
+        name: Description of the patterns, for the error.
 
     Raises:
         ValueError: If a pattern matches no name, or only names that an earlier pattern matches.
@@ -149,6 +200,6 @@ def check_all_match(
             why = "; correct or remove the pattern"
         some = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
         raise ValueError(
-            f"every pattern must match a parameter, got {pattern!r}, which matches none of "
+            f"{name} must match a parameter, got {shown(pattern)}, which matches none of "
             f"{some or 'no parameters at all'}{why}"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from lightning_bigopt.checks import check_count
+from lightning_bigopt.checks import check_choice, check_count, shown
 
 __all__ = ["BatchPlan", "Rounding", "plan_update"]
 
@@ -83,11 +83,12 @@ def plan_update(
     """
     check_count(name, global_batch_size, of="samples", hint="write an int such as 256")
     check_count("world_size", world_size, of="processes")
+    check_choice("rounding", rounding, Rounding)
     if (micro_batch_size is None) == (max_micro_batch_size is None):
         raise ValueError(
             "micro_batch_size or max_micro_batch_size must be given, and not both, got "
-            f"{micro_batch_size!r} and {max_micro_batch_size!r}; pass the loader's batch_size as "
-            "micro_batch_size"
+            f"{shown(micro_batch_size)} and {shown(max_micro_batch_size)}; pass the loader's "
+            "batch_size as micro_batch_size"
         )
     if micro_batch_size is None:
         assert max_micro_batch_size is not None  # checked above

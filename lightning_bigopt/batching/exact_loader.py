@@ -13,9 +13,9 @@ from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.batching.copyable_iterator import CopyableIterator
 from lightning_bigopt.batching.epoch_layout import ExactSamples, Tail
 from lightning_bigopt.batching.global_window import GlobalWindow, MicroBatch
-from lightning_bigopt.batching.loader_checks import check_dataset, check_options
+from lightning_bigopt.batching.loader_checks import check_dataset, check_loader_options
 from lightning_bigopt.batching.randomness import SampleStreams, mixed_seed, permutation
-from lightning_bigopt.checks import check_between, check_choice, check_count
+from lightning_bigopt.checks import check_between, check_choice, check_count, shown
 
 __all__ = ["GlobalBatchLoader"]
 
@@ -104,8 +104,9 @@ class GlobalBatchLoader:
         self.samples = len(dataset)  # type: ignore[arg-type]
         check_choice("shuffle", shuffle, ("permute", "sequential"))
         check_choice("randomness", randomness, ("ambient", "sample"))
-        check_options(options or {})
         check_choice("tail", tail, Tail)
+        check_count("num_workers", num_workers, minimum=0, of="processes")
+        check_loader_options(seed=seed, collate_fn=collate_fn, options=options)
         self.dataset = dataset
         self.micro_batch_size = micro_batch_size
         self.seed = seed
@@ -116,8 +117,7 @@ class GlobalBatchLoader:
         self.collate_fn = collate_fn
         self.options = dict(options or {})
         self.epoch = self.position = self.batches = 0
-        self.rank = 0
-        self.world_size = 1
+        self.rank, self.world_size = 0, 1
         self._sizes: Sizes | None = None
         self._yielded: dict[int, _Yielded] = {}
         self._first = 0  # batches of the epoch before those yielded
@@ -168,7 +168,7 @@ class GlobalBatchLoader:
         if not 0 <= samples <= self.samples - self.position:
             raise ValueError(
                 f"samples must be from 0 to the {self.samples - self.position} left in the epoch, "
-                f"got {samples!r}; call end_epoch first"
+                f"got {shown(samples)}; call end_epoch first"
             )
         self.position += samples
 

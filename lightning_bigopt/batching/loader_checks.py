@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
-__all__ = ["check_dataset", "check_options"]
+from lightning_bigopt.checks import check_between, shown
+from lightning_bigopt.type_checks import check_callable, check_instance
+
+__all__ = ["check_dataset", "check_loader_options"]
 
 _RESERVED_OPTIONS = (
     "batch_sampler",
@@ -34,24 +36,42 @@ def check_dataset(dataset: object) -> None:
             "dataset must be a Dataset, got a DataLoader; write GlobalBatchLoader(loader.dataset, "
             "micro_batch_size=...)"
         )
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+    is_indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    if not is_indexed or isinstance(
+        dataset, (IterableDataset, Mapping, str, bytes, bytearray, type)
+    ):
         raise ValueError(
-            "dataset must have a length and an index with GlobalBatchLoader, got "
-            f"{type(dataset).__name__}; use a DataLoader, which BatchSizeScheduler supports"
+            f"dataset must have a length and an index with GlobalBatchLoader, got "
+            f"{shown(dataset)}; use a DataLoader, which BatchSizeScheduler supports"
         )
-    if not len(dataset):
-        raise ValueError("dataset must not be empty, got a length of 0; check its files")
+    try:
+        length = len(dataset)  # type: ignore[arg-type]
+    except (OverflowError, TypeError):
+        length = None
+    if not length:
+        raise ValueError(f"dataset must not be empty, got {shown(dataset)}; check its files")
 
 
-def check_options(options: Mapping[str, Any]) -> None:
-    """Raises for arguments of the inner DataLoader that the loader sets itself.
+def check_loader_options(
+    *, seed: object, collate_fn: object, options: Mapping[str, object] | None
+) -> None:
+    """Raises unless the other arguments of a GlobalBatchLoader are valid.
 
     Raises:
-        ValueError: If there is one.
+        ValueError: If the seed is not an int that NumPy accepts, ``collate_fn`` is not a function,
+            or ``options`` is no dict or has an option that the loader sets itself.
     """
-    reserved = sorted(set(options).intersection(_RESERVED_OPTIONS))
-    if reserved:
+    check_instance("seed", seed, int, hint="write 0")
+    check_between("seed", seed, 0, 2**63, ends="[)", hint="write 0")
+    if collate_fn is not None:
+        check_callable("collate_fn", collate_fn, hint="None is the function of torch")
+    if options is None:
+        return
+    check_instance("options", options, Mapping, hint="write {'pin_memory': True}")
+    for name in options:
+        check_instance("options", name, str, hint="write the names of arguments of DataLoader")
+    if reserved := sorted(set(options).intersection(_RESERVED_OPTIONS)):
         raise ValueError(
-            f"options must not contain {', '.join(reserved)}, got {dict(options)!r}; "
-            "remove them, because GlobalBatchLoader sets them itself"
+            f"options must not contain {', '.join(reserved)}, got {shown(options)}; remove them, "
+            "because GlobalBatchLoader sets them itself"
         )

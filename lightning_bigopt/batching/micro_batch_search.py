@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_bigopt.checks import check_between, check_choice, check_count
+from lightning_bigopt.type_checks import check_callable
 
 __all__ = ["MicroBatchSearch", "search_micro_batch_size"]
 
@@ -69,6 +70,7 @@ def search_micro_batch_size(
         >>> found.micro_batch_size, found.largest
         (24, 32)
     """
+    check_callable("try_size", try_size, hint="pass a function of the size that returns a bool")
     check_count("maximum", maximum, of="samples")
     check_between("headroom", headroom, 0, 1, ends="[)", hint="write 0.1")
     check_count("minimum", minimum, of="samples")

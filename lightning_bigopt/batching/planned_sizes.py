@@ -12,9 +12,10 @@ from lightning_bigopt.batching.simulation import (
     depends_on_tokens,
     exact_layout,
 )
-from lightning_bigopt.checks import check_positive
+from lightning_bigopt.checks import check_choice, check_count, check_positive, shown
 from lightning_bigopt.durations.duration import Clock
 from lightning_bigopt.durations.progress import Progress
+from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["ProgressAfter", "planned_sizes", "sizes_in_epoch"]
 
@@ -76,6 +77,13 @@ def planned_sizes(
         ... )
         [2, 2, 4]
     """
+    check_instance("policy", policy, BatchSizePolicy, hint="write ConstantBatchSize(256)")
+    check_instance("start", start, Progress, hint="write Progress(fraction=0.0)")
+    check_choice("clock", clock, ("steps", "batches", "samples", "tokens"))
+    check_count("position", position, minimum=0, of="samples")
+    check_count("micro_batch_size", micro_batch_size, of="samples")
+    check_count("world_size", world_size, of="processes")
+    check_count("samples_per_epoch", samples_per_epoch, of="samples")
     check_positive("budget", budget)
 
     def progress_after(*, steps: int, batches: int, samples: int) -> Progress:
@@ -135,7 +143,7 @@ def sizes_in_epoch(
     if depends_on_tokens(policy, clock):
         raise ValueError(
             "thresholds and budget must not be in tokens with GlobalBatchLoader, whose workers "
-            f"fetch batches before their tokens are counted, got {policy!r} and a budget in "
+            f"fetch batches before their tokens are counted, got {shown(policy)} and a budget in "
             f"{clock}; write them in samples or percent"
         )
     context = BatchContext(samples_per_epoch=samples_per_epoch)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Literal, TypeAlias
 
-from lightning_bigopt.checks import check_between, check_choice, check_positive
+from lightning_bigopt.checks import check_between, check_choice, check_number, check_positive
+from lightning_bigopt.type_checks import check_instance
 
 __all__ = [
     "ScalingRule",
@@ -116,6 +117,7 @@ def recommended_rule(optimizer: str) -> ScalingRule | None:
         >>> recommended_rule("AdamW"), recommended_rule("SGD"), recommended_rule("MyOptimizer")
         ('sqrt', 'linear', None)
     """
+    check_instance("optimizer", optimizer, str, hint="write the name of its class, such as 'AdamW'")
     name = optimizer.lower()
     if any(word in name for word in _SQRT):
         return "sqrt"
@@ -151,8 +153,13 @@ def adascale_gain(kappa: float, *, variance: float, square_norm: float) -> float
     """
     hint = "divide the large batch by the base batch"
     check_between("kappa", kappa, 1, math.inf, ends="[]", hint=hint)
-    sigma, mu = max(variance, 0.0), max(square_norm, 0.0)
-    return (sigma + mu) / (sigma / kappa + mu) if sigma + mu else 1.0
+    check_number("variance", variance)
+    check_number("square_norm", square_norm)
+    sigma, mu = max(float(variance), 0.0), max(float(square_norm), 0.0)
+    if not sigma + mu:
+        return 1.0
+    large = sigma / kappa + mu
+    return (sigma + mu) / large if large else float(kappa)
 
 
 def _bounded(kappa: float, max_kappa: float | None) -> float:

@@ -9,10 +9,11 @@ from lightning_bigopt.batching.policies.batch_size_policy import (
     check_explicit_sizes,
 )
 from lightning_bigopt.batching.simulated_run import SimulatedRun
-from lightning_bigopt.checks import check_count, check_positive
+from lightning_bigopt.checks import check_between, check_choice, check_count, check_positive, shown
 from lightning_bigopt.durations.duration import Clock
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.durations.progress import Span
+from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["check_not_adaptive", "depends_on_tokens", "exact_layout", "simulate", "simulate_exact"]
 
@@ -70,10 +71,16 @@ def simulate(
     """
     check_count("world_size", world_size, of="processes")
     check_count("micro_batch_size", micro_batch_size, of="samples")
-    if last_batch_samples is not None and not 1 <= last_batch_samples <= micro_batch_size:
+    if batches_per_epoch is not None:
+        check_count("batches_per_epoch", batches_per_epoch, of="batches", hint="None if unknown")
+    if samples_per_epoch is not None:
+        check_count("samples_per_epoch", samples_per_epoch, of="samples", hint="None if unknown")
+    if last_batch_samples is not None and not (
+        type(last_batch_samples) is int and 1 <= last_batch_samples <= micro_batch_size
+    ):
         raise ValueError(
             f"last_batch_samples must be from 1 to micro_batch_size = {micro_batch_size}, got "
-            f"{last_batch_samples!r}; count the samples of one process"
+            f"{shown(last_batch_samples)}; count the samples of one process"
         )
     layout = LoaderBatches(
         micro_batch_size=micro_batch_size,
@@ -167,6 +174,7 @@ def exact_layout(
     check_count("micro_batch_size", micro_batch_size, of="samples")
     check_count("world_size", world_size, of="processes")
     check_count("samples_per_epoch", samples_per_epoch, of="samples")
+    check_choice("clock", clock, Clock)
     if clock == "batches":
         raise ValueError(
             "clock must be 'steps', 'samples' or 'tokens' with GlobalBatchLoader, got 'batches'; "
@@ -182,6 +190,7 @@ def exact_layout(
 
 def check_not_adaptive(policy: BatchSizePolicy) -> None:
     """Raises for a policy that depends on measurements."""
+    check_instance("policy", policy, BatchSizePolicy, hint="write ConstantBatchSize(256)")
     if policy.adaptive:
         raise ValueError(
             "policy must be known in advance here, got the adaptive "
@@ -204,7 +213,9 @@ def _spans(
     context: BatchContext,
 ) -> tuple[Span, ...]:
     """Returns the spans of a run from its first update; none if it depends on tokens."""
+    check_choice("clock", clock, Clock)
     check_positive("budget", budget)
+    check_between("budget", budget, 0, 2**53, ends="(]", hint="shorten it")
     check_not_adaptive(policy)
     if depends_on_tokens(policy, clock):
         return ()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from lightning_bigopt.durations.duration import Duration, Unit
 from lightning_bigopt.durations.progress import Progress
 
-__all__ = ["StepFunction"]
+__all__ = ["StepFunction", "threshold_of"]
 
 # Fractions are quotients: 0.3 of the budget may be computed as 0.3 minus a rounding error.
 _TOLERANCE = 1 - 1e-12
@@ -35,8 +35,7 @@ class StepFunction:
         self.sizes = tuple(size for _, size in steps)
         self.thresholds: dict[Unit, tuple[list[float], list[int]]] = {}
         for index, (threshold, _) in enumerate(steps):
-            is_quotient = threshold.unit in ("fraction", "epochs")
-            amount = threshold.value * _TOLERANCE if is_quotient else threshold.value
+            amount = threshold_of(threshold.value, threshold.unit)
             amounts, indices = self.thresholds.setdefault(threshold.unit, ([], []))
             amounts.append(amount)
             indices.append(index)
@@ -49,3 +48,13 @@ class StepFunction:
             if passed:
                 reached = max(reached, indices[passed - 1])
         return self.sizes[reached]
+
+
+def threshold_of(amount: float, unit: Unit) -> float:
+    """Returns the consumed amount from which on a threshold counts as reached.
+
+    Example:
+        >>> threshold_of(100, "steps"), threshold_of(0.5, "fraction") < 0.5
+        (100, True)
+    """
+    return amount * _TOLERANCE if unit in ("fraction", "epochs") else amount

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.callbacks.resume_report import changed_settings, report_changed_settings
-from lightning_bigopt.checks import as_code, check_choice, check_instance
+from lightning_bigopt.checks import as_code, check_choice
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.stage import Batch, Fit
 from lightning_bigopt.engine.update import Update
@@ -28,7 +28,7 @@ from lightning_bigopt.gradients.clip_statistics import (
 from lightning_bigopt.gradients.gradient_norms import GradientNorms
 from lightning_bigopt.gradients.measure import measure
 from lightning_bigopt.gradients.rules.clipping_rule import ClipContext, ClippingRule, RuleState
-from lightning_bigopt.gradients.shared_decision import SharedDecision, joint_norms
+from lightning_bigopt.gradients.shared_decision import SharedDecision, check_rule, joint_norms
 from lightning_bigopt.monitoring.tags import tag_name
 from lightning_bigopt.optimizers.names import is_opacus_optimizer
 from lightning_bigopt.parameters import tied_names
@@ -92,14 +92,8 @@ class GradientClipping(Capability):
     needs_samples = None
 
     def __init__(self, rule: ClippingRule, *, scope: ClippingScope = "optimizer") -> None:
-        check_instance("rule", rule, ClippingRule, hint="try NormClip(max_norm=1.0)")
         check_choice("scope", scope, ClippingScope)
-        if scope == "all" and not rule.uses_total_norm:
-            raise ValueError(
-                "rule must have one coefficient for all gradients with scope='all', got "
-                f"{type(rule).__name__}; use NormClip, AutoClip or ZClip, or scope='optimizer' (a "
-                "rule of your own sets uses_total_norm = True)"
-            )
+        check_rule(rule, is_shared=scope == "all")
         self.rule, self.scope = rule, scope
         # The engine measures norms of one order, which all capabilities share. Rules without norms
         # have the order None.

@@ -26,7 +26,7 @@ from lightning_bigopt.monitoring.tags import tag_name
 from lightning_bigopt.optimizers.names import group_names
 from lightning_bigopt.parameters import tied_names
 from lightning_bigopt.trainer_access import loggers, loop
-from lightning_bigopt.trainer_access.output_paths import check_path
+from lightning_bigopt.type_checks import path_or_none
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -110,10 +110,9 @@ class OptimizationMonitor(Capability):
         # Only for its checks of the arguments.
         LayerMonitor(layers, _ALL_LAYER_VALUES if per_layer is None else per_layer)
         self.per_layer = _ALL_LAYER_VALUES if per_layer is None else tuple(per_layer)
-        check_path("report", report, of="file", example="report.html")
         self.every, self.histograms_every, self.x_axis = every, histograms_every, x_axis
         self.layers = layers
-        self.report = report
+        self.report = path_or_none("report", report, hint="write 'report.html'")
         self.settings = ClockSettings(samples=samples, tokens=tokens)
         self.needs_samples = "required" if x_axis == "samples" else "optional"
         self.reset()

@@ -15,10 +15,12 @@ from lightning_bigopt.checks import (
     check_between,
     check_choice,
     check_count,
-    check_instance,
+    check_non_negative,
+    shown,
 )
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.stage import LEARNING_RATE, Fit
+from lightning_bigopt.type_checks import check_instance
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -85,6 +87,7 @@ class ReduceOnPlateau(Capability):
     ) -> None:
         check_instance("monitor", monitor, str, hint="write the name of a logged metric")
         check_between("factor", factor, 0, 1)
+        check_non_negative("threshold", threshold, hint="write 1e-4")
         check_between("min_factor", min_factor, 0, 1, ends="[)")
         check_count("patience", patience, minimum=0, of="checks")
         check_count("cooldown", cooldown, minimum=0, of="checks")
@@ -169,7 +172,7 @@ class ReduceOnPlateau(Capability):
         metrics = trainer.callback_metrics
         if self.monitor not in metrics:
             raise ValueError(
-                f"monitor must be a logged metric, got {self.monitor!r}; logged are "
+                f"monitor must be a logged metric, got {shown(self.monitor)}; logged are "
                 f"{', '.join(sorted(metrics)) or 'none'}"
             )
         # A metric logged without sync_dist differs between processes; the mean keeps the learning

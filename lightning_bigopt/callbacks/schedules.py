@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
-from lightning_bigopt.checks import check_instance, shown
+from lightning_bigopt.checks import shown
 from lightning_bigopt.engine.stage import Fit
 from lightning_bigopt.optimizers.names import group_names
 from lightning_bigopt.schedules.base import Schedule
 from lightning_bigopt.schedules.shapes import CooldownShape
+from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["GroupSchedules"]
 
@@ -107,7 +108,7 @@ class GroupSchedules:
         if named or numbered:
             way_out = f"the groups are named {sorted(named | numbered)!r}; {way_out}"
         raise ValueError(
-            f"groups must name parameter groups of the optimizer, got {missing!r}; {way_out}"
+            f"groups must name parameter groups of the optimizer, got {shown(missing)}; {way_out}"
         )
 
     def _check_optimizers(self, known: Iterable[str], *, is_replaced: bool) -> None:
@@ -123,7 +124,7 @@ class GroupSchedules:
                 "schedule as schedule=, which every optimizer without an entry follows"
             )
         raise ValueError(
-            f"optimizers must name optimizers of the Trainer, got {missing!r}; {way_out}"
+            f"optimizers must name optimizers of the Trainer, got {shown(missing)}; {way_out}"
         )
 
 

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from lightning_bigopt import schedules
+from lightning_bigopt.checks import shown
 from lightning_bigopt.schedules.base import Schedule
 
 __all__ = ["parse_schedule", "schedule_names"]
@@ -55,7 +56,7 @@ def parse_schedule(text: str) -> Schedule:
 
 
 def _must_be(text: str) -> str:
-    return f"schedule must be made of schedules and literals, got {text!r}"
+    return f"schedule must be made of schedules and literals, got {shown(text)}"
 
 
 def _evaluate(node: ast.expr) -> Any:
@@ -66,7 +67,8 @@ def _evaluate(node: ast.expr) -> Any:
             similar = get_close_matches(name, schedule_names(), n=1)
             advice = f"did you mean {similar[0]}?" if similar else "for instance Cosine"
             raise ValueError(
-                f"schedule must be one of those that bigopt schedules lists, got {name!r}; {advice}"
+                f"schedule must be one of those that bigopt schedules lists, got {shown(name)}; "
+                f"{advice}"
             )
         case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords) if (
             name in schedule_names() and all(keyword.arg for keyword in keywords)

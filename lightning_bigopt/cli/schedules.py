@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_bigopt.checks import shown
 from lightning_bigopt.cli.command import Command, require
 from lightning_bigopt.cli.expressions import parse_schedule, schedule_names
 from lightning_bigopt.trainer_access.output_paths import file_error
@@ -45,7 +46,7 @@ def make_parser(**texts: Any) -> ArgumentParser:
 def run(options: Namespace) -> None:
     """Lists all schedules, or shows those on the command line."""
     if options.max_steps <= 0:
-        raise ValueError(f"max-steps must be positive, got {options.max_steps!r}; write 1000")
+        raise ValueError(f"max-steps must be positive, got {shown(options.max_steps)}; write 1000")
     if not options.schedules:
         if options.picture is not None:
             raise ValueError(

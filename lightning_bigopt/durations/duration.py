@@ -6,9 +6,10 @@ import math
 import re
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Literal, TypeAlias
+from numbers import Integral
+from typing import Any, Literal, TypeAlias
 
-from lightning_bigopt.checks import check_choice, check_count, check_non_negative
+from lightning_bigopt.checks import check_choice, check_count, check_non_negative, shown
 
 __all__ = ["Clock", "Duration", "DurationLike", "Unit", "amount_of"]
 
@@ -40,6 +41,8 @@ _TIMES = {
 _NUMBER = r"[+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?"
 _PATTERN = re.compile(rf"\s*({_NUMBER})\s*([KMBT]?)\s*([a-z]+|%)?\s*")
 _POWERS = {"": 0, "K": 3, "M": 6, "B": 9, "T": 12}
+_LEAST_DECIMALS = -13  # smaller percentages are written with an exponent
+_LONGEST_INT = 300  # digits; Python refuses to convert strings of more than 4300
 _FORMS = "'10%', '500 steps', '3 epochs', '1e6 samples', '2e9 tokens' or '10 min'"
 
 
@@ -74,6 +77,10 @@ class Duration:
     def __post_init__(self) -> None:
         check_choice("unit", self.unit, Unit)
         check_non_negative("value", self.value)
+        value: Any = self.value
+        if type(value) not in (int, float):  # a NumPy scalar; str() shows plain numbers
+            plain = int(value) if isinstance(value, Integral) else float(value)
+            object.__setattr__(self, "value", plain)
 
     @classmethod
     def parse(cls, value: DurationLike, *, name: str = "duration") -> Duration:
@@ -97,36 +104,35 @@ class Duration:
         """
         if isinstance(value, Duration):
             return value
-        if isinstance(value, bool):
-            # bool is a subclass of int: True would be one step.
-            raise ValueError(f"{name} must be a duration such as {_FORMS}, got {value!r}")
-        if isinstance(value, int):
-            check_count(name, value, minimum=0, of="steps")
+        if isinstance(value, int) and not isinstance(value, bool):
+            check_count(name, value, minimum=0, of="steps", hint="write 500 or '10%'")
+            check_non_negative(name, value, hint="write 500 or '10%'")  # an int may exceed floats
             return cls(value, "steps")
         if isinstance(value, float):
             if not 0.0 <= value <= 1.0:
                 raise ValueError(
-                    f"{name} must be a fraction in [0, 1] when it is a float, got {value!r}; "
+                    f"{name} must be a fraction in [0, 1] when it is a float, got {shown(value)}; "
                     f"write an int for steps, or a unit such as {_FORMS}"
                 )
             return cls(value, "fraction")
         if isinstance(value, str):
             return cls._parse_text(value, name)
-        raise ValueError(f"{name} must be a duration such as {_FORMS}, got {value!r}")
+        raise _not_a_duration(name, value)
 
     @classmethod
     def _parse_text(cls, text: str, name: str) -> Duration:
         match = _PATTERN.fullmatch(text)
         if match is None:
-            raise ValueError(f"{name} must be a duration such as {_FORMS}, got {text!r}")
+            raise _not_a_duration(name, text)
         number, suffix, word = match[1].replace("_", ""), match[2], match[3]
         if word is None and not suffix:
             whole = number.lstrip("+-").isdigit()
-            return cls.parse(int(number) if whole else float(number), name=name)
+            is_int = whole and len(number) < _LONGEST_INT
+            return cls.parse(int(number) if is_int else float(number), name=name)
         if word not in _UNITS and word not in _TIMES:
             raise ValueError(
                 f"{name} must have one of the units %, steps, epochs, samples, tokens, seconds, "
-                f"minutes, hours, days, got {text!r}; for instance '500 steps'"
+                f"minutes, hours, days, got {shown(text)}; for instance '500 steps'"
             )
         unit = _UNITS.get(word, "seconds")
         # Decimal, because the floats 2.3 * 10**9 and 1.1 / 100 differ from the numbers written.
@@ -135,16 +141,17 @@ class Duration:
         amount = float(exact)
         if not 0 <= amount < math.inf:
             raise ValueError(
-                f"{name} must be non-negative and finite, got {text!r}; for instance '500 steps'"
+                f"{name} must be non-negative and finite, got {shown(text)}; write '500 steps'"
             )
         if unit == "fraction" and amount > 1:
-            raise ValueError(f"{name} must be at most 100%, got {text!r}; for instance '10%'")
+            raise ValueError(f"{name} must be at most 100%, got {shown(text)}; write '10%'")
         countable = unit != "fraction" and exact == exact.to_integral_value()
         return cls(int(exact) if countable else amount, unit)
 
     def __str__(self) -> str:
         if self.unit == "fraction":
-            return f"{Decimal(repr(float(self.value))).scaleb(2).normalize():f}%"
+            percent = Decimal(repr(float(self.value))).scaleb(2).normalize()
+            return f"{percent:f}%" if percent.adjusted() > _LEAST_DECIMALS else f"{percent}%"
         return f"{self.value!r} {_noun(self.value, self.unit)}"
 
 
@@ -165,6 +172,12 @@ def amount_of(value: float, unit: str) -> str:
     """
     number = f"{value:.0f}" if float(value).is_integer() else f"{value:g}"
     return f"{number} {_noun(value, unit)}"
+
+
+def _not_a_duration(name: str, value: object) -> ValueError:
+    return ValueError(
+        f"{name} must be a duration such as {_FORMS}, got {shown(value)}; write '10%' or 500"
+    )
 
 
 def _noun(value: float, unit: str) -> str:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
-from typing import Literal, cast, get_args
+from typing import Literal, cast
 
-from lightning_bigopt.checks import check_non_negative, check_positive
+from lightning_bigopt.checks import check_number
+from lightning_bigopt.durations.conversion import (
+    amounts_at_ends,
+    converted,
+    without_straight_corners,
+)
 from lightning_bigopt.durations.duration import Clock, Duration, DurationLike, amount_of
+from lightning_bigopt.durations.horizon_arguments import check_counts, check_fields
 from lightning_bigopt.durations.progress import Span
 
 __all__ = ["Horizon"]
@@ -63,8 +67,7 @@ class Horizon:
     offset: float = 0
 
     def __post_init__(self) -> None:
-        check_positive("budget", self.budget)
-        check_non_negative("offset", self.offset)
+        check_fields(self)
 
     @classmethod
     def of_steps(
@@ -90,7 +93,12 @@ class Horizon:
             >>> Horizon.of_steps(200).fraction(50)
             0.25
         """
-        check_positive("total_steps", total_steps)
+        check_counts(
+            total_steps=total_steps,
+            samples_per_step=samples_per_step,
+            tokens_per_step=tokens_per_step,
+            steps_per_epoch=steps_per_epoch,
+        )
         span = Span(updates=total_steps, samples=samples_per_step, tokens=tokens_per_step)
         return cls(
             clock="steps", budget=total_steps, spans=(span,), batches_per_epoch=steps_per_epoch
@@ -144,6 +152,8 @@ class Horizon:
             (0.3, 0.1)
         """
         length = Duration.parse(duration, name=name)
+        check_number("start", start)
+        check_number("stop", start if stop is None else stop)
         if length.unit == "fraction":
             return length.value
         if length.unit == "seconds" != self.clock and self.overlong == "compress":
@@ -225,7 +235,8 @@ class Horizon:
         if length.unit == "fraction":
             return (0.0, 0.0), (1.0, 1.0)
         clock, _ = self._countable(length, name)
-        one = self.batches_per_epoch or 1 if length.unit == "epochs" else 1
+        per_epoch = self.samples_per_epoch or self.batches_per_epoch or 1
+        one = per_epoch if length.unit == "epochs" else 1
         if clock == self.clock:
             return (0.0, 0.0), (1.0, self.budget / one)
         end = self.offset + self.budget
@@ -238,14 +249,7 @@ class Horizon:
             (share, amount - amounts[0])
             for share, amount in zip((0.0, *shares, 1.0), amounts, strict=True)
         ]
-        total = points[-1][1]
-        # A straight line needs two points only; schedules then keep their simple form.
-        if all(
-            math.isclose(amount, share * total, abs_tol=_TOLERANCE * total)
-            for share, amount in points
-        ):
-            return points[0], points[-1]
-        return tuple(points)
+        return without_straight_corners(points)
 
     def span(self, start: float, stop: float) -> Horizon:
         """Returns a part of this horizon as a separate horizon.
@@ -269,14 +273,7 @@ class Horizon:
 
     @cached_property
     def _cumulative(self) -> dict[Clock, list[float]]:
-        """Amounts consumed at the ends of the spans, by unit; empty for an unknown unit."""
-        cumulative: dict[Clock, list[float]] = {}
-        for clock in get_args(Clock):
-            each = [span.amount(clock) for span in self.spans]
-            known = [s.updates * a for s, a in zip(self.spans, each, strict=True) if a is not None]
-            complete = known and len(known) == len(each)
-            cumulative[clock] = list(accumulate(known, initial=0)) if complete else []
-        return cumulative
+        return amounts_at_ends(self.spans)
 
     def _countable(self, length: Duration, name: str) -> tuple[Clock, float]:
         """Returns a duration as an amount in a unit that this horizon counts.
@@ -311,10 +308,4 @@ class Horizon:
 
     def _convert(self, value: float, source: Clock, target: Clock) -> float:
         """Converts an amount counted from the start of the run to another unit."""
-        sources, targets = self._cumulative[source], self._cumulative[target]
-        index = max(0, bisect_right(sources, value) - 1)
-        if value == sources[index]:  # exact at the ends of spans, without a rounding error
-            return targets[index]
-        index = min(index, len(self.spans) - 1)  # beyond the run the last span continues
-        each = (targets[index + 1] - targets[index]) / (sources[index + 1] - sources[index])
-        return targets[index] + (value - sources[index]) * each
+        return converted(value, self._cumulative[source], self._cumulative[target])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lightning_bigopt.checks import check_positive
+from lightning_bigopt.checks import check_count, check_positive
 from lightning_bigopt.durations.duration import Clock, Duration, DurationLike, Unit
 
 __all__ = ["Progress", "Span"]
@@ -86,7 +86,9 @@ class Span:
     def __post_init__(self) -> None:
         for name in ("updates", "batches", "samples", "tokens"):
             amount = getattr(self, name)
-            if amount is not None:
+            if name in ("updates", "batches"):
+                check_count(f"Span.{name}", amount)
+            elif amount is not None:
                 check_positive(f"Span.{name}", amount)
 
     @property

@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_bigopt.checks import shown
+
 __all__ = [
     "BatchCount",
     "BatchWeight",
@@ -51,10 +53,10 @@ def named_function(how: BatchWeight, *, name: str) -> BatchWeight:
     if isinstance(how, str):
         kind = "class" if isinstance(function, type) else type(function).__name__
         raise ValueError(
-            f"{name} must name a function, got {how!r}, which is a {kind}; write "
+            f"{name} must name a function, got {shown(how)}, which is a {kind}; write "
             "'package.module.function'"
         )
-    raise ValueError(f"{_must_be(name)}, got {how!r}; write lambda batch: ...")
+    raise ValueError(f"{_must_be(name)}, got {shown(how)}; write lambda batch: ...")
 
 
 def _must_be(name: str) -> str:
@@ -68,12 +70,12 @@ def _imported(path: str, name: str) -> Any:
     """Imports what a dotted name names."""
     advice = "write 'package.module.function'"
     if not all(part.isidentifier() for part in path.split(".")):  # pkgutil accepts other forms
-        raise ValueError(f"{_must_be(name)}, got {path!r}, which is none of these; {advice}")
+        raise ValueError(f"{_must_be(name)}, got {shown(path)}, which is none of these; {advice}")
     try:
         return pkgutil.resolve_name(path)
     except Exception as error:  # a module may raise anything when it is imported
         raise ValueError(
-            f"{_must_be(name)}, got {path!r} ({type(error).__name__}: {error}); {advice}"
+            f"{_must_be(name)}, got {shown(path)} ({type(error).__name__}: {error}); {advice}"
         ) from error
 
 
@@ -128,7 +130,7 @@ def weigh(batch: Any, how: BatchWeight, *, name: str) -> float | Tensor:
     field = _field(batch, str(how), name)
     if not isinstance(field, Tensor):
         raise ValueError(
-            f"{name} must name a field of the batch that is a tensor, got {how!r}, which is a "
+            f"{name} must name a field of the batch that is a tensor, got {shown(how)}, which is a "
             f"{type(field).__name__}; write lambda batch: ..."
         )
     is_mask = field.dtype == torch.bool or "mask" in str(how)
@@ -140,8 +142,8 @@ def _field(batch: Any, how: str, name: str) -> Any:
         return batch[how]
     except (TypeError, KeyError, IndexError) as error:
         raise ValueError(
-            f"{name} must be a function of the batch or the name of one of its fields, got {how!r} "
-            f"for a batch of {type(batch).__name__}; write lambda batch: ..."
+            f"{name} must be a function of the batch or the name of one of its fields, got "
+            f"{shown(how)} for a batch of {type(batch).__name__}; write lambda batch: ..."
         ) from error
 
 

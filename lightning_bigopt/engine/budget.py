@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_bigopt.checks import shown
 from lightning_bigopt.durations.duration import Clock as ClockUnit
 from lightning_bigopt.durations.duration import Duration, DurationLike, amount_of
 from lightning_bigopt.durations.horizon import Horizon
@@ -119,8 +120,8 @@ def _limits(
         if length.unit == "epochs":
             if batches is None and samples is None:
                 raise ValueError(
-                    f"budget must not be in epochs for a loader without a length, got {budget!r}; "
-                    "write it in steps or samples"
+                    f"budget must not be in epochs for a loader without a length, got "
+                    f"{shown(budget)}; write it in steps or samples"
                 )
             limits += _epochs(length.value, batches, samples)
         elif length.unit != "fraction":

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal, TypeAlias
 
-from lightning_bigopt.checks import check_choice
+from lightning_bigopt.checks import check_choice, shown
 from lightning_bigopt.durations.duration import Duration, DurationLike
 from lightning_bigopt.engine.batch_contents import BatchCount, named_function
+from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["ClockSettings", "OnResume"]
 
@@ -46,22 +47,24 @@ class ClockSettings:
 
     def __post_init__(self) -> None:
         if self.budget is not None:
+            check_instance("budget", self.budget, str, hint="write '10000 steps' or '2 hours'")
             length = Duration.parse(self.budget, name="budget")
             unit = length.unit
             if unit == "fraction":
                 raise ValueError(
                     "budget must be in steps, epochs, samples, tokens or a time, got "
-                    f"{self.budget!r}; write '10000 steps' or '2 hours'"
+                    f"{shown(self.budget)}; write '10000 steps' or '2 hours'"
                 )
             if not length.value:
                 raise ValueError(
-                    f"budget must be positive, got {self.budget!r}; write '10000 steps' or "
+                    f"budget must be positive, got {shown(self.budget)}; write '10000 steps' or "
                     "'2 hours'"
                 )
             if unit == "tokens" and self.tokens is None:
                 raise ValueError(
-                    f"tokens must be given with a budget in tokens, got None for {self.budget!r}; "
-                    "pass tokens=a function of the batch, or the name of its ids or mask"
+                    f"tokens must be given with a budget in tokens, got None for "
+                    f"{shown(self.budget)}; pass tokens=a function of the batch, or the name of "
+                    "its ids or mask"
                 )
         for name in ("samples", "tokens"):
             object.__setattr__(self, name, named_function(getattr(self, name), name=name))
@@ -70,11 +73,11 @@ class ClockSettings:
         if (self.on_resume == "cooldown") != (self.cooldown is not None):
             raise ValueError(
                 "cooldown must be given with on_resume='cooldown' and only then, got "
-                f"{self.cooldown!r} with on_resume={self.on_resume!r}; write "
+                f"{shown(self.cooldown)} with on_resume={shown(self.on_resume)}; write "
                 "LearningRateScheduler(schedule, on_resume='cooldown', cooldown='20%')"
             )
         if self.cooldown is not None and not Duration.parse(self.cooldown, name="cooldown").value:
-            raise ValueError(f"cooldown must be positive, got {self.cooldown!r}; write '20%'")
+            raise ValueError(f"cooldown must be positive, got {shown(self.cooldown)}; write '20%'")
 
     def merge(self, other: ClockSettings) -> ClockSettings:
         """Merges the settings of two callbacks.
@@ -88,7 +91,7 @@ class ClockSettings:
             if first is not None and second is not None and first != second:
                 raise ValueError(
                     f"{field.name} must be the same on every callback, because there is one clock "
-                    f"per Trainer, got {first!r} and {second!r}; pass it once"
+                    f"per Trainer, got {shown(first)} and {shown(second)}; pass it once"
                 )
             merged[field.name] = second if first is None else first
         return ClockSettings(**merged)

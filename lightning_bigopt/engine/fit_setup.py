@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from lightning_bigopt.checks import shown
 from lightning_bigopt.engine import optimizer_setup
 from lightning_bigopt.engine.amounts import NeedsSamples
 from lightning_bigopt.engine.batch_source import simulate_constant
@@ -191,6 +192,6 @@ def check_version(name: str, state: Mapping[str, Any], known: Collection[int]) -
     if version not in known:
         raise ValueError(
             f"the checkpoint's {name} state must have version "
-            f"{' or '.join(map(str, sorted(known)))}, got {version!r}; resume with the release "
-            "that wrote it"
+            f"{' or '.join(map(str, sorted(known)))}, got {shown(version)}; resume with the "
+            "release that wrote it"
         )

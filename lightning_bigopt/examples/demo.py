@@ -21,6 +21,7 @@ from lightning_bigopt.callbacks.gradient_clipping import GradientClipping
 from lightning_bigopt.callbacks.learning_rate import LearningRateScheduler
 from lightning_bigopt.callbacks.monitor import OptimizationMonitor
 from lightning_bigopt.callbacks.step_guard.step_guard import StepGuard
+from lightning_bigopt.checks import shown
 from lightning_bigopt.examples.comparison import (
     Run,
     draw_comparison,
@@ -81,9 +82,11 @@ class Demo:
 
     def __post_init__(self) -> None:
         if self.max_steps <= 0:
-            raise ValueError(f"max_steps must be positive, got {self.max_steps!r}; write 500")
+            raise ValueError(f"max_steps must be positive, got {shown(self.max_steps)}; write 500")
         if self.devices <= 0 or SMALL_BATCH % self.devices:
-            raise ValueError(f"devices must divide {SMALL_BATCH}, got {self.devices!r}; write 2")
+            raise ValueError(
+                f"devices must divide {SMALL_BATCH}, got {shown(self.devices)}; write 2"
+            )
 
     @property
     def samples(self) -> int:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchmetrics import MeanMetric
 
+from lightning_bigopt.checks import check_between, check_count, check_non_negative, shown
+
 __all__ = ["BytesGPT", "CausalSelfAttention", "TransformerBlock"]
 
 
@@ -118,10 +120,20 @@ class BytesGPT(LightningModule):
         length: int = 64,
     ) -> None:
         super().__init__()
+        check_non_negative("lr", lr, hint="write 3e-3")
+        check_non_negative("weight_decay", weight_decay, hint="write 0.1")
+        for name, size in {
+            "width": width,
+            "layers": layers,
+            "heads": heads,
+            "length": length,
+        }.items():
+            check_count(name, size)
+            check_between(name, size, 1, 65_536, ends="[]")
         if width % (2 * heads):
             raise ValueError(
-                f"width must be a multiple of 2 * heads={2 * heads}, got {width!r}; write "
-                f"{2 * heads * max(1, round(width / (2 * heads)))}"
+                f"width must be a multiple of 2 * heads = 2 * {heads} = {2 * heads}, got "
+                f"{shown(width)}; write {2 * heads * max(1, round(width / (2 * heads)))}"
             )
         self.save_hyperparameters()
         self.lr = lr

@@ -15,6 +15,8 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_bigopt.checks import check_count, shown
+
 __all__ = ["ByteWindows", "SourceText", "Split", "read_sources"]
 
 Split: TypeAlias = Literal["train", "val"]
@@ -47,7 +49,7 @@ def read_sources(split: Split, *, validation_share: float = 0.1) -> bytes:
         (True, True)
     """
     if split not in {"train", "val"}:
-        raise ValueError(f"split must be 'train' or 'val', got {split!r}; write 'train'")
+        raise ValueError(f"split must be 'train' or 'val', got {shown(split)}; write 'train'")
     root = Path(sysconfig.get_path("stdlib"))
     chosen = []
     for folder, subfolders, files in os.walk(root):
@@ -85,7 +87,7 @@ class ByteWindows(Dataset[Tensor]):
 
     def __init__(self, text: bytes, *, length: int = 64) -> None:
         if length <= 0:
-            raise ValueError(f"length must be positive, got {length!r}; write 64")
+            raise ValueError(f"length must be positive, got {shown(length)}; write 64")
         if len(text) <= length:
             raise ValueError(
                 f"text must be longer than length={length}, got {len(text)} bytes; lower length"
@@ -131,6 +133,10 @@ class SourceText(LightningDataModule):
         validation_samples: int | None = 1024,
     ) -> None:
         super().__init__()
+        check_count("micro_batch_size", micro_batch_size, of="samples")
+        check_count("length", length, of="bytes", hint="write 64")
+        if validation_samples is not None:
+            check_count("validation_samples", validation_samples, of="samples", hint="None for all")
         self.micro_batch_size = micro_batch_size
         self.length = length
         self.validation_samples = validation_samples

@@ -15,6 +15,7 @@ from lightning_bigopt.gradients.clip_decision import ClipDecision
 from lightning_bigopt.gradients.gradient_norms import GradientNorms
 from lightning_bigopt.gradients.optimizer_step import installed_step_control, step_control
 from lightning_bigopt.gradients.sharding import to_local
+from lightning_bigopt.optimizers.names import check_optimizer
 
 __all__ = ["after_step_once", "apply_", "clear_", "scale_", "takes_grad_scale"]
 
@@ -29,6 +30,7 @@ def takes_grad_scale(optimizer: Optimizer) -> bool:
         >>> takes_grad_scale(torch.optim.AdamW([weight]))
         False
     """
+    check_optimizer(optimizer)
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False)) and all(
         group.get("fused") for group in optimizer.param_groups
     )

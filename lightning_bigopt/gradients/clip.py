@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from operator import is_
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_bigopt.checks import check_non_negative, shown
 from lightning_bigopt.gradients.apply import apply_
 from lightning_bigopt.gradients.clip_decision import ClipDecision
 from lightning_bigopt.gradients.rules.clipping_rule import ClipContext, ClippingRule, RuleState
+from lightning_bigopt.optimizers.names import check_optimizer
+from lightning_bigopt.parameters import listed
+from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["clip_gradients_"]
 
@@ -67,8 +71,15 @@ def clip_gradients_(
         >>> len(state["seed"])
         3
     """
-    if not isinstance(rule, ClippingRule):
-        raise ValueError(f"rule must be a ClippingRule, got {rule!r}; try NormClip(max_norm=1.0)")
+    check_instance("rule", rule, ClippingRule, hint="try NormClip(max_norm=1.0)")
+    if optimizer is not None:
+        check_optimizer(optimizer)
+    if state is not None:
+        hint = "write state = rule.initial_state() once"
+        check_instance("state", state, dict, hint=hint)
+        if not rule.accepts(state):
+            raise ValueError(f"state must be of {type(rule).__name__}, got {shown(state)}; {hint}")
+    check_non_negative("fraction", fraction)
     named = _named(parameters)
     if state is None:
         state = rule.initial_state()
@@ -107,12 +118,15 @@ def _named(
     if isinstance(parameters, nn.Parameter):
         parameters = [parameters]
     named: list[tuple[str, nn.Parameter]] = []
-    for index, item in enumerate(parameters):
-        name, parameter = item if isinstance(item, tuple) else (f"parameter{index}", item)
+    items: list[Any] | None = listed(parameters, object)
+    for index, item in enumerate([None] if items is None else items):
+        is_pair = isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
+        name, parameter = item if is_pair else (f"parameter{index}", item)
         if not isinstance(parameter, Tensor):
             raise ValueError(
                 "parameters must be a module, parameters or pairs of name and parameter, got "
-                f"{parameter!r} among them; pass the items() of a dict"
+                f"{shown(parameters if items is None else parameter)}; pass the module, or the "
+                "items() of a dict"
             )
         named.append((name, cast("nn.Parameter", parameter)))
     return named

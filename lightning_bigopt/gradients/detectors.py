@@ -11,7 +11,7 @@ from statistics import median
 from typing import ClassVar
 
 from lightning_bigopt.arguments import explain_arguments
-from lightning_bigopt.checks import check_between, check_count, check_positive
+from lightning_bigopt.checks import check_between, check_count, check_positive, shown
 from lightning_bigopt.gradients.guard import Detector, DetectorState, Quantity, Verdict
 
 __all__ = ["LossSpike", "NonFinite", "NormSpike"]
@@ -68,8 +68,8 @@ class _Spike(Detector):
         check_positive("threshold", self.threshold)
         if self.armed > self.window:
             raise ValueError(
-                f"armed must be at most window, got {self.armed!r} with window={self.window!r}; "
-                "lower armed"
+                f"armed must be at most window, got {shown(self.armed)} with "
+                f"window={self.window!r}; lower armed"
             )
 
     def initial_state(self) -> DetectorState:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from operator import is_
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from lightning_bigopt.checks import shown
 from lightning_bigopt.gradients.gradient_norms import GradientNorms, HostNorms, norms_from_tensor
 from lightning_bigopt.gradients.norm_kernels import (
     all_on_cpu,
@@ -25,6 +26,7 @@ from lightning_bigopt.gradients.sharding import (
     shard_groups,
     to_local,
 )
+from lightning_bigopt.parameters import listed
 
 __all__ = ["check_dense", "check_norm_type", "measure", "norms_of"]
 
@@ -71,11 +73,18 @@ def measure(
         tensor(6.)
     """
     order = check_norm_type(norm_type)
-    pairs = parameters if isinstance(parameters, list) else list(parameters)
-    if len(set(map(id, [parameter for _, parameter in pairs]))) < len(pairs):
-        # Tied parameters: reversed twice, so that the first name of each is kept, in order.
-        pairs = list({id(pair[1]): pair for pair in reversed(pairs)}.values())[::-1]
-    gradients = [parameter.grad for _, parameter in pairs]
+    try:
+        given = parameters if isinstance(parameters, list) else listed(parameters, tuple)
+        pairs = cast("list[tuple[str, nn.Parameter]]", given)  # None raises a TypeError below
+        if len(set(map(id, [parameter for _, parameter in pairs]))) < len(pairs):
+            # Tied parameters: reversed twice, so that the first name of each is kept, in order.
+            pairs = list({id(pair[1]): pair for pair in reversed(pairs)}.values())[::-1]
+        gradients = [parameter.grad for _, parameter in pairs]
+    except (AttributeError, OverflowError, TypeError, ValueError):
+        raise ValueError(
+            f"parameters must be pairs of name and parameter, got {shown(parameters)}; write "
+            "list(module.named_parameters())"
+        ) from None
     if type(None) in set(map(type, gradients)):
         if process_group is None:
             pairs = [pair for pair in pairs if pair[1].grad is not None]
@@ -173,12 +182,15 @@ def check_dense(pairs: Sequence[tuple[str, nn.Parameter]], tensors: Sequence[Ten
             )
 
 
-def check_norm_type(norm_type: float) -> float:
+def check_norm_type(norm_type: Any) -> float:
     """Returns the order of a norm as a float.
 
     Raises:
         ValueError: If it is not 1, 2 or ``inf``.
     """
-    if norm_type not in (1, 2, math.inf):
-        raise ValueError(f"norm_type must be 1, 2 or inf, got {norm_type!r}; write 2.0")
+    # Not ``in``: True equals 1, and an array compares element by element.
+    if not (isinstance(norm_type, (int, float)) and not isinstance(norm_type, bool)) or (
+        norm_type not in (1, 2, math.inf)
+    ):
+        raise ValueError(f"norm_type must be 1, 2 or inf, got {shown(norm_type)}; write 2.0")
     return float(norm_type)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_bigopt.checks import check_between, check_count, check_positive
+from lightning_bigopt.checks import check_between, check_count, check_number, check_positive, shown
 
 __all__ = ["NoiseScaleEstimator", "NoiseScaleReport", "noise_scale_terms"]
 
@@ -46,11 +46,17 @@ def noise_scale_terms(
     References:
         McCandlish et al., "An Empirical Model of Large-Batch Training", 2018, App. A.1.
     """
+    check_number("small_square", small_square)
+    check_number("big_square", big_square)
+    check_number("small", small, hint="write a number of samples")
+    check_positive("big", big, hint="write a number of samples")
     if not 0 < small < big:
         raise ValueError(
-            f"big must be more than small = {small!r}, got {big!r}; accumulate at least two "
-            "micro-batches, or use two processes"
+            f"big must be more than small = {shown(small)}, got {shown(big)}; accumulate at least "
+            "two micro-batches, or use two processes"
         )
+    small_square, big_square = float(small_square), float(big_square)
+    small, big = float(small), float(big)
     noise = (small_square - big_square) / (1 / small - 1 / big)
     signal = (big * big_square - small * small_square) / (big - small)
     return noise, signal

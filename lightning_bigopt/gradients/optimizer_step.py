@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_bigopt.gradients.evaluations import Evaluations, StepStopped, has_gradients
-from lightning_bigopt.optimizers.names import unwrapped
+from lightning_bigopt.optimizers.names import check_optimizer, unwrapped
 from lightning_bigopt.optimizers.object_snapshot import ObjectSnapshot
 
 __all__ = ["StepControl", "installed_step_control", "is_step_replaced", "step_control"]
@@ -69,6 +69,7 @@ class StepControl:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
+        check_optimizer(optimizer)
         self.optimizer = optimizer
         self.evaluations = Evaluations(optimizer, self._is_skipped)
         self._is_running = self._has_run = False

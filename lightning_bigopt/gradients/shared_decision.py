@@ -15,9 +15,11 @@ from lightning_bigopt.gradients.apply import apply_
 from lightning_bigopt.gradients.clip_decision import ClipDecision
 from lightning_bigopt.gradients.gradient_norms import DeviceNorms, GradientNorms, HostNorms
 from lightning_bigopt.gradients.norm_kernels import accumulation_dtype
+from lightning_bigopt.gradients.rules.clipping_rule import ClippingRule
 from lightning_bigopt.gradients.sharding import to_local
+from lightning_bigopt.type_checks import check_instance
 
-__all__ = ["SharedDecision", "joint_norms"]
+__all__ = ["SharedDecision", "check_rule", "joint_norms"]
 
 
 def joint_norms(parts: Sequence[GradientNorms]) -> GradientNorms:
@@ -168,3 +170,22 @@ def _is_changed(mark: _Mark) -> bool:
     if now.gradient is None:
         return False
     return now.gradient is not mark.gradient or now.version != mark.version
+
+
+def check_rule(rule: object, *, is_shared: bool) -> None:
+    """Raises unless a value is a clipping rule, and one that several optimizers can share.
+
+    Args:
+        rule: The rule.
+        is_shared: Whether one decision clips the gradients of several optimizers.
+
+    Raises:
+        ValueError: If ``rule`` is no rule, or a shared one has no coefficient for all gradients.
+    """
+    check_instance("rule", rule, ClippingRule, hint="try NormClip(max_norm=1.0)")
+    if is_shared and not rule.uses_total_norm:  # type: ignore[attr-defined]
+        raise ValueError(
+            "rule must have one coefficient for all gradients with scope='all', got "
+            f"{type(rule).__name__}; use NormClip, AutoClip or ZClip, or scope='optimizer' (a "
+            "rule of your own sets uses_total_norm = True)"
+        )

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_bigopt.checks import shown
 from lightning_bigopt.gradients.apply import clear_
 from lightning_bigopt.gradients.optimizer_step import step_control
+from lightning_bigopt.optimizers.names import check_optimizer
+from lightning_bigopt.parameters import listed
 
 __all__ = ["skip_update_"]
 
@@ -41,10 +45,21 @@ def skip_update_(optimizer: Optimizer, parameters: Iterable[nn.Parameter] | None
         >>> weight.data, len(optimizer.state)
         (tensor([1.]), 0)
     """
+    check_optimizer(optimizer)
     clear_(optimizer)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = None
-    for parameter in parameters or ():
+    for parameter in () if parameters is None else _checked(parameters):
         parameter.grad = None
     step_control(optimizer).skip_next(unless_gradients=True)
+
+
+def _checked(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    found = cast("list[nn.Parameter] | None", listed(parameters, Tensor))
+    if found is not None:
+        return found
+    raise ValueError(
+        f"parameters must be a list of parameters, got {shown(parameters)}; write "
+        "list(module.parameters())"
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
@@ -149,8 +149,8 @@ class LayerMonitor:
     def __init__(self, layers: Layers, values: Sequence[LayerValue], *, label: str = "") -> None:
         known = get_args(LayerValue)
         given: Any = values
-        is_list = isinstance(given, Collection) and not isinstance(given, str)
-        wrong = [value for value in given if value not in known] if is_list else [given]
+        is_list = isinstance(given, (list, tuple, set, frozenset))
+        wrong = [value for value in given if not _is_among(value, known)] if is_list else [given]
         if wrong:
             raise ValueError(
                 f"per_layer must be a list of {', '.join(map(repr, known))}, got "
@@ -159,10 +159,10 @@ class LayerMonitor:
         is_map = isinstance(layers, Mapping) and all(
             isinstance(text, str) for pair in layers.items() for text in pair
         )
-        if layers not in ("blocks", "parameters", None) and not is_map:
+        if not is_map and not _is_among(layers, ("blocks", "parameters", None)):
             raise ValueError(
-                f"layers must be 'blocks', 'parameters', patterns by layer or None, got {layers!r}"
-                "; write patterns as {'attention': '*.attn.*', 'mlp': '*.mlp.*'}"
+                f"layers must be 'blocks', 'parameters', patterns by layer or None, got "
+                f"{shown(layers)}; write patterns as {{'attention': '*.attn.*', 'mlp': '*.mlp.*'}}"
             )
         self.layers, self.values, self.label = layers, frozenset(values), label
         self._grouping: _Grouping | None = None
@@ -278,3 +278,8 @@ class LayerMonitor:
             labels = self._grouping.labels
             self._tags[value] = [tag_name(f"layers/{value}", name, self.label) for name in labels]
         return self._tags[value]
+
+
+def _is_among(value: object, choices: tuple[object, ...]) -> bool:
+    # Not ``value in choices``: an array compares element by element.
+    return (value is None and None in choices) or (isinstance(value, str) and value in choices)

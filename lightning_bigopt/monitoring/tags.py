@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
+from lightning_bigopt.type_checks import check_instance
+
 __all__ = ["TAGS", "Tag", "find_tag", "tag_name"]
 
 
@@ -49,6 +51,7 @@ def find_tag(name: str) -> Tag | None:
         >>> find_tag("train_loss") is None
         True
     """
+    check_instance("name", name, str, hint="write a logged name such as 'optim/lr'")
     return next((tag for tag in TAGS if tag.matches(name)), None)
 
 

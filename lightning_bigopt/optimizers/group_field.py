@@ -41,7 +41,7 @@ class GroupField:
         match = re.fullmatch(r"(\w+)(?:\[(\d+)\])?", name) if is_text else None
         if match is None or match[1] == "params":
             raise ValueError(
-                f"field must name a number of the parameter groups, got {name!r}; write "
+                f"field must name a number of the parameter groups, got {shown(name)}; write "
                 "'weight_decay', 'momentum', 'betas[0]' or another field"
             )
         self.name = name
@@ -87,7 +87,7 @@ class GroupField:
             advice = f"did you mean {similar[0]!r}?"
         else:
             advice = f"the groups have {', '.join(numbers)}"
-        return f"field must name a number of the parameter groups, got {self.name!r}; {advice}"
+        return f"field must name a number of the parameter groups, got {shown(self.name)}; {advice}"
 
     def write(self, group: dict[str, Any], value: float) -> float:
         """Writes the value to a group; a tensor is filled in place, which avoids recompilation.

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_bigopt.checks import check_between, check_instance, check_non_negative
+from lightning_bigopt.checks import check_between, check_non_negative, shown
 from lightning_bigopt.parameters import (
     as_patterns,
     check_all_match,
@@ -17,6 +17,7 @@ from lightning_bigopt.parameters import (
     plain_name,
     tied_names,
 )
+from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["parameter_groups"]
 
@@ -93,9 +94,12 @@ def parameter_groups(
         raise ValueError(
             "module must have a parameter to train, got none that requires a gradient; unfreeze one"
         )
-    names, patterns = tuple(parameters), as_patterns(no_decay)
+    names, patterns = tuple(parameters), as_patterns(no_decay, name="no_decay")
+    if not (isinstance(layers, str) and layers == "blocks"):
+        check_instance("layers", layers, (list, tuple), hint="write 'blocks' or ['embed.*', '*']")
+        layers = as_patterns(layers, name="layers")
     tied = tied_names(module)
-    check_all_match(names, patterns, tied)
+    check_all_match(names, patterns, tied, name="every pattern of no_decay")
     excluded = first_match(names, patterns)
     decays = [
         match is None and parameter.ndim > 1 and name.rpartition(".")[2] != "bias"
@@ -103,7 +107,7 @@ def parameter_groups(
     ]
     if weight_decay and not any(decays):
         raise ValueError(
-            f"weight_decay must be 0 if no parameter has two dimensions, got {weight_decay!r} "
+            f"weight_decay must be 0 if no parameter has two dimensions, got {shown(weight_decay)} "
             f"for {names[0]} and others; under FSDP1, whose shards are flat, make the groups by "
             "name"
         )
@@ -138,10 +142,9 @@ def _depths(
         return [
             index for index, (_, run) in enumerate(groupby(names, key=numbered_prefix)) for _ in run
         ]
-    patterns = as_patterns(layers)
-    check_all_match(names, patterns, tied)
+    check_all_match(names, tuple(layers), tied, name="every pattern of layers")
     depths = []
-    for name, match in zip(names, first_match(names, patterns), strict=True):
+    for name, match in zip(names, first_match(names, tuple(layers)), strict=True):
         if match is None:
             raise ValueError(
                 f"layers must contain a pattern for every parameter, got none for {name!r}; add "
@@ -156,12 +159,17 @@ def _check(
 ) -> None:
     check_non_negative("weight_decay", weight_decay, hint="for instance 0.1")
     if lr is not None:
-        check_non_negative("lr", float(lr), hint="pass the peak learning rate")  # may be a tensor
+        given: Any = lr
+        is_scalar = isinstance(given, Tensor) and given.numel() == 1
+        check_non_negative(
+            "lr", given.item() if is_scalar else lr, hint="pass the peak learning rate"
+        )
     check_between("min_factor", min_factor, 0, 1, ends="[]", hint="0 sets no lower bound")
     if layer_decay is None:
         return
     check_between("layer_decay", layer_decay, 0, 1, ends="(]", hint="for instance 0.8")
     if lr is None:
         raise ValueError(
-            "lr must be given with layer_decay, got None; pass the learning rate of the last layer"
+            f"lr must be given with layer_decay, got None with layer_decay={shown(layer_decay)}; "
+            "pass the learning rate of the last layer"
         )

@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_bigopt.checks import check_count, check_instance
+from lightning_bigopt.checks import check_count
 from lightning_bigopt.durations.duration import amount_of
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.durations.progress import Progress
 from lightning_bigopt.optimizers.group_schedule import GroupSchedule
 from lightning_bigopt.schedules.base import Schedule
+from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["ScheduleLR", "as_lr_scheduler"]
 

@@ -7,7 +7,9 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-__all__ = ["group_names", "is_opacus_optimizer", "optimizer_label", "unwrapped"]
+from lightning_bigopt.checks import shown
+
+__all__ = ["check_optimizer", "group_names", "is_opacus_optimizer", "optimizer_label", "unwrapped"]
 
 
 # Of the wrappers of Lightning and Fabric. Their classes are also subclasses of the wrapped class.
@@ -31,7 +33,23 @@ def unwrapped(optimizer: Any) -> Optimizer:
     if issubclass(kind, Optimizer) and not any(c.__module__ in _WRAPPERS for c in kind.__mro__):
         return optimizer  # type: ignore[no-any-return]
     inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
+    check_optimizer(inner)
     return inner
+
+
+def check_optimizer(optimizer: object) -> None:
+    """Raises unless a value is an optimizer of torch, or a wrapper of one.
+
+    Example:
+        >>> check_optimizer(0.1)
+        Traceback (most recent call last):
+        ValueError: optimizer must be a torch optimizer, got 0.1; pass the optimizer that steps
+    """
+    if not hasattr(optimizer, "param_groups") or isinstance(optimizer, type):
+        raise ValueError(
+            f"optimizer must be a torch optimizer, got {shown(optimizer)}; pass the optimizer that "
+            "steps"
+        )
 
 
 def optimizer_label(optimizers: Sequence[Any], optimizer: Optimizer) -> str:

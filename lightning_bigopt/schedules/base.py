@@ -11,15 +11,17 @@ from typing import Any, ClassVar
 from lightning_bigopt.arguments import Specification
 from lightning_bigopt.checks import (
     check_choice,
-    check_instance,
     check_non_negative,
+    check_number,
     check_positive,
+    shown,
 )
 from lightning_bigopt.durations.duration import Duration
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.removed import RemovedAttribute
 from lightning_bigopt.schedules.part_lengths import check_fit, resolved_share
 from lightning_bigopt.schedules.shapes import COOLDOWNS, TOLERANCE, CooldownShape, position
+from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["CooledDown", "Schedule"]
 
@@ -65,12 +67,14 @@ class Schedule(Specification, ABC):
         Raises:
             ValueError: If ``fraction`` is negative, or a duration has not been resolved.
         """
+        if type(fraction) is not float:
+            check_number("fraction", fraction, hint="write 0.5")
         if not fraction >= 0.0:  # also true for NaN
             if math.isnan(fraction) and self.is_constant:
                 return self.factor(0.0)
             raise ValueError(
-                f"fraction must be non-negative, got {fraction!r}; divide the amount consumed by "
-                "the budget"
+                f"fraction must be non-negative, got {shown(fraction)}; divide the amount consumed "
+                "by the budget"
             )
         return self.factor(min(fraction, 1.0))
 
@@ -122,6 +126,7 @@ class Schedule(Specification, ABC):
             WarmupStableDecay(warmup='10%', warmup_shape='linear', start=0.0,
                               decay='20%', cooldown='1-sqrt', end=0.0)
         """
+        check_instance("horizon", horizon, Horizon, hint="write Horizon.of_steps(1000)")
         lengths = self._durations(*self._parts, *self._last)
         shares = horizon.shares(lengths, last=self._last)
         return self._changed(

@@ -11,7 +11,7 @@ from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple
 
 from lightning_bigopt.arguments import explain_arguments
-from lightning_bigopt.checks import check_choice
+from lightning_bigopt.checks import check_choice, shown
 from lightning_bigopt.durations.duration import Duration, DurationLike
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.schedules.base import Schedule, check_schedule
@@ -71,7 +71,7 @@ class Chain(Schedule):
         parts: Any = self.parts
         if not isinstance(parts, list | tuple) or not parts:
             raise ValueError(
-                f"parts must be a list that ends with a Schedule, got {parts!r}; for instance "
+                f"parts must be a list that ends with a Schedule, got {shown(parts)}; for instance "
                 "[('50%', Constant()), Linear()]"
             )
         *timed, last = parts
@@ -79,15 +79,15 @@ class Chain(Schedule):
         for index, part in enumerate(timed):
             if not isinstance(part, list | tuple) or len(part) != 2:
                 raise ValueError(
-                    f"parts[{index}] must be a pair (duration, schedule), got {part!r}; only the "
-                    "last part has no duration"
+                    f"parts[{index}] must be a pair (duration, schedule), got {shown(part)}; only "
+                    "the last part has no duration"
                 )
             check_schedule(f"parts[{index}][1]", part[1])
             pairs.append((Duration.parse(part[0], name=f"parts[{index}][0]"), part[1]))
         if not isinstance(last, Schedule):
             raise ValueError(
                 f"parts[{len(timed)}] must be a Schedule without a duration, because it takes the "
-                f"rest, got {last!r}; add one at the end, such as Linear()"
+                f"rest, got {shown(last)}; add one at the end, such as Linear()"
             )
         self._set(parts=(*pairs, last))
         check_fit({f"parts[{i}]": length for i, (length, _) in enumerate(pairs)})

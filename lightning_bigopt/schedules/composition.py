@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from lightning_bigopt.arguments import explain_arguments
-from lightning_bigopt.checks import check_choice, check_non_negative
+from lightning_bigopt.checks import check_choice, check_non_negative, shown
 from lightning_bigopt.durations.duration import Duration, DurationLike
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.schedules.base import Schedule, check_schedule
@@ -134,7 +134,7 @@ class Product(Schedule):
         schedules: Any = self.schedules
         if not isinstance(schedules, list | tuple) or not schedules:
             raise ValueError(
-                f"schedules must be a list of schedules, got {schedules!r}; for instance "
+                f"schedules must be a list of schedules, got {shown(schedules)}; for instance "
                 "[Cosine(), MultiStep()]"
             )
         for index, schedule in enumerate(schedules):
@@ -218,7 +218,7 @@ class Clamp(Schedule):
 
     def _check_unit(self) -> None:
         bounds = {"min_lr": self.low, "max_lr": self.high}
-        given = [f"{name}={bound!r}" for name, bound in bounds.items() if bound is not None]
+        given = [f"{name}={shown(bound)}" for name, bound in bounds.items() if bound is not None]
         arguments = ", ".join(given or [f"{name}=..." for name in bounds])
         check_choice(
             "Clamp's unit",

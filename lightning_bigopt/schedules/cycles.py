@@ -21,6 +21,9 @@ __all__ = ["CosineWithRestarts", "Cyclic", "OneCycle"]
 CyclicMode: TypeAlias = Literal["triangular", "triangular2", "exp_range"]
 
 
+_MOST_BOUNDARIES = 10_000
+
+
 @explain_arguments
 @dataclass(frozen=True, kw_only=True, repr=False)
 class OneCycle(Schedule):
@@ -231,9 +234,10 @@ class CosineWithRestarts(Periodic):
         return self.end + 0.5 * (peak - self.end) * (1.0 + math.cos(math.pi * inside))
 
     def boundaries(self) -> dict[str, float]:
-        """Returns the positions of the restarts."""
+        """Returns the positions of the restarts, at most of the first 10,000."""
         if self.cycle_multiplier == 1.0:
-            begins: Iterable[float] = range(1, math.ceil(1.0 / self._first - TOLERANCE))
+            count = min(math.ceil(1.0 / self._first - TOLERANCE), _MOST_BOUNDARIES)
+            begins: Iterable[float] = range(1, count)
         else:
             begins = self._begins[1:]
         moments = [begin * self._first for begin in begins]

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any, ClassVar, TypeAlias
 
 from lightning_bigopt.arguments import explain_arguments
-from lightning_bigopt.checks import check_non_negative
+from lightning_bigopt.checks import check_non_negative, shown
 from lightning_bigopt.durations.duration import Duration, DurationLike, amount_of
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.schedules.base import Schedule
@@ -36,14 +36,15 @@ class TableSchedule(Schedule):
         pairs = table.items() if isinstance(table, Mapping) else table
         if not isinstance(table, Mapping | list | tuple) or not pairs:
             raise ValueError(
-                f"{name} must map durations to factors, got {table!r}; for instance {{'30%': 0.1}}"
+                f"{name} must map durations to factors, got {shown(table)}; for instance "
+                f"{{'30%': 0.1}}"
             )
         read: list[tuple[Duration, float]] = []
         for pair in pairs:
             if not isinstance(pair, list | tuple) or len(pair) != 2:
                 raise ValueError(
-                    f"{name} must contain pairs (duration, factor), got {pair!r}; for instance "
-                    "('30%', 0.1)"
+                    f"{name} must contain pairs (duration, factor), got {shown(pair)}; for "
+                    "instance ('30%', 0.1)"
                 )
             moment, factor = Duration.parse(pair[0], name=f"a key of {name}"), pair[1]
             check_non_negative(f"{name}[{str(moment)!r}]", factor)

@@ -9,6 +9,9 @@ from lightning_bigopt.durations.duration import Duration, DurationLike
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.schedules.shapes import TOLERANCE
 
+_SHORTEST = 1e-15
+"""Durations of periods below it count as zero: the number of periods would exceed all floats."""
+
 __all__ = ["check_fit", "check_longer_than_zero", "part_horizon", "resolved_share"]
 
 
@@ -39,7 +42,7 @@ def check_longer_than_zero(name: str, length: DurationLike) -> None:
         ValueError: every must be longer than zero, got '0 steps'; for instance '1%'
     """
     duration = Duration.parse(length, name=name)
-    if not duration.value:
+    if duration.value < _SHORTEST:
         raise ValueError(
             f"{name} must be longer than zero, got {str(duration)!r}; for instance '1%'"
         )

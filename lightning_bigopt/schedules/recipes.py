@@ -219,7 +219,7 @@ class WarmupInverseSquareRoot(Recipe):
         self._set(**lengths)
         if not list(lengths.values())[-1].value:
             raise ValueError(
-                f"timescale must be longer than zero, got {self.timescale!r} with "
+                f"timescale must be longer than zero, got {str(list(lengths.values())[-1])!r} with "
                 f"warmup={str(self.warmup)!r}; pass timescale=, or a warm-up longer than zero"
             )
 
@@ -241,6 +241,7 @@ class WarmupInverseSquareRoot(Recipe):
         timescale = self.warmup if self.timescale is None else self.timescale
         if Duration.parse(timescale).unit == "fraction":
             return super().resolve(horizon)
+        horizon.shares(self._durations("warmup"))  # an error names this argument
         after = InverseSquareRoot(timescale=timescale)
         composed = Warmup(self.warmup, after, shape=self.warmup_shape, start=self.start)
         return composed.resolve(horizon)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from lightning_bigopt.arguments import explain_arguments
-from lightning_bigopt.checks import check_between
+from lightning_bigopt.checks import check_between, shown
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.schedules.base import Schedule, check_schedule
 
@@ -80,8 +80,8 @@ class Seesaw(Schedule):
         for moment, factor in zip(moments[first:], factors[first:], strict=True):
             if factor > lowest + 1e-9 * height:  # more than a rounding error
                 raise ValueError(
-                    f"schedule must only fall after its peak, got {self.schedule!r}, which rises "
-                    f"again before {moment:.1%} of the budget; the batch cannot shrink again"
+                    f"schedule must only fall after its peak, got {shown(self.schedule)}, which "
+                    f"rises again before {moment:.1%} of the budget; the batch cannot shrink again"
                 )
             lowest = factor
         return moments[first], height

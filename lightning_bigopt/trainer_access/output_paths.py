@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
@@ -11,31 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-__all__ = ["check_path", "file_error", "folder_problem", "raise_on_every_process"]
-
-
-def check_path(name: str, path: object, *, of: str, example: str) -> None:
-    """Raises unless an argument is a path or None.
-
-    Args:
-        name: Name of the argument.
-        path: Value of the argument.
-        of: ``"file"`` or ``"folder"``.
-        example: A good value.
-
-    Raises:
-        ValueError: If the argument is anything else, such as an empty string.
-
-    Example:
-        >>> check_path("report", "", of="file", example="report.html")
-        Traceback (most recent call last):
-        ValueError: report must be the name of a file or None, got ''; write 'report.html'
-    """
-    is_path = isinstance(path, (str, PathLike)) and isinstance(fspath(path), str) and fspath(path)
-    if path is not None and not is_path:
-        raise ValueError(
-            f"{name} must be the name of a {of} or None, got {path!r}; write {example!r}"
-        )
+__all__ = ["file_error", "folder_problem", "raise_on_every_process"]
 
 
 def folder_problem(folder: str | PathLike[str]) -> str:

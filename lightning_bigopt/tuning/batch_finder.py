@@ -18,10 +18,11 @@ from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.batching.batch_plan import plan_update
 from lightning_bigopt.batching.exact_loader import GlobalBatchLoader
 from lightning_bigopt.batching.micro_batch_search import MicroBatchSearch, search_micro_batch_size
-from lightning_bigopt.checks import check_between, check_choice
+from lightning_bigopt.checks import check_between, check_choice, check_count, shown
 from lightning_bigopt.optimizers.names import unwrapped
 from lightning_bigopt.optimizers.object_snapshot import ObjectSnapshot
 from lightning_bigopt.trainer_access import loaders, strategies
+from lightning_bigopt.type_checks import check_instance
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -74,7 +75,9 @@ class GlobalBatchFinder(Callback):
         search: Literal["binary", "power"] = "binary",
         headroom: float = 0.1,
     ) -> None:
-        plan_update(global_batch_size, world_size=1, max_micro_batch_size=1)  # checks the size
+        check_count("global_batch_size", global_batch_size, of="samples", hint="write 256")
+        check_instance("attribute", attribute, str, hint="write 'micro_batch_size'")
+        check_count("smallest", smallest, of="samples")
         check_choice("search", search, ("binary", "power"))
         check_between("headroom", headroom, 0, 1, ends="[)", hint="write 0.1")
         self.global_batch_size = global_batch_size
@@ -99,15 +102,16 @@ class GlobalBatchFinder(Callback):
             if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
                 raise ValueError(
                     "the training loader must be one DataLoader or GlobalBatchLoader of a dataset "
-                    f"with a length and an index with GlobalBatchFinder, got {given!r}; set the "
-                    "micro-batch by hand"
+                    f"with a length and an index with GlobalBatchFinder, got {shown(given)}; set "
+                    "the micro-batch by hand"
                 )
             is_exact = isinstance(loader, GlobalBatchLoader)
             if not is_exact and not hasattr(source, self.attribute):
                 raise ValueError(
                     "attribute must be the name of the attribute from which train_dataloader reads "
-                    f"its batch_size, got {self.attribute!r}, which {type(source).__name__} does "
-                    f"not have; set self.{self.attribute} in it, or train on a GlobalBatchLoader"
+                    f"its batch_size, got {shown(self.attribute)}, which {type(source).__name__} "
+                    f"does not have; set self.{self.attribute} in it, or train on a "
+                    "GlobalBatchLoader"
                 )
             collate = getattr(loader, "collate_fn", None) or default_collate
             self.found = search_micro_batch_size(

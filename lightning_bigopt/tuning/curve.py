@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_bigopt.checks import check_between, check_count, check_positive, shown
 from lightning_bigopt.reporting.plots import axes_of
+from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["RangeTest", "exponential_rates", "smooth", "steepest", "valley"]
 
@@ -52,6 +54,24 @@ class RangeTest:
     bracket: tuple[float, float] | None = field(init=False)
 
     def __post_init__(self) -> None:
+        for name, values in (("learning_rates", self.learning_rates), ("losses", self.losses)):
+            if not isinstance(values, (list, tuple)):
+                raise ValueError(
+                    f"{name} must be a tuple of numbers, got {shown(values)}; write one number for "
+                    "each update of the sweep"
+                )
+        for index, rate in enumerate(self.learning_rates):
+            check_positive(f"learning_rates[{index}]", rate, hint="write 1e-3")
+        for index, loss in enumerate(self.losses):  # a diverged run ends with infinities or NaN
+            check_instance(f"losses[{index}]", loss, float, hint="write a float")
+        if len(self.learning_rates) != len(self.losses):
+            raise ValueError(
+                "losses and learning_rates must have the same length, got "
+                f"{len(self.losses)} and {len(self.learning_rates)}; remove the others"
+            )
+        check_between("smoothing", self.smoothing, 0, 1, ends="[)", hint="write 0.98")
+        check_count("skip", self.skip, minimum=0, of="points")
+        check_instance("diverged", self.diverged, bool, hint="write False")
         rates, losses = tuple(self.learning_rates), tuple(self.losses)
         smoothed = smooth(losses, self.smoothing)
         usable, curve = rates[self.skip :], smoothed[self.skip :]

@@ -11,9 +11,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_deprecation, rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
 
 from lightning_bigopt.arguments import explain_arguments
-from lightning_bigopt.checks import check_between, check_choice, check_count
+from lightning_bigopt.checks import check_between, check_choice, check_count, shown
 from lightning_bigopt.engine.engine import Engine
 from lightning_bigopt.optimizers.object_snapshot import ObjectSnapshot
 from lightning_bigopt.removed import RemovedAttribute
@@ -22,6 +23,7 @@ from lightning_bigopt.trainer_access import loop, trial_runs
 from lightning_bigopt.tuning.base_rates import BaseRates
 from lightning_bigopt.tuning.curve import RangeTest, exponential_rates
 from lightning_bigopt.tuning.sweep import Sweep, callbacks_affecting_gradients
+from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["LearningRateRangeTest", "learning_rate_range_test"]
 
@@ -84,17 +86,17 @@ class LearningRateRangeTest(Callback):
         on_result: OnResult = "use",
         then: OnResult | None = None,
     ) -> None:
-        if not 0.0 < start < end < math.inf:
-            raise ValueError(
-                f"start and end must be 0 < start < end, got {start!r} and {end!r}; write "
-                "start=1e-7, end=1.0"
-            )
+        # Within these bounds the ratio of two learning rates is a float.
+        check_between("start", start, 1e-100, 1e100, ends="[)", hint="write 1e-7")
+        hint = f"write a learning rate above start={shown(start)}"
+        check_between("end", end, start, 1e100, ends="(]", hint=hint)
         check_count("skip", skip, minimum=0, of="points")
         check_count("steps", steps, minimum=skip + 3, of="updates", hint="it must exceed skip")
+        check_between("steps", steps, skip, 1_000_000, ends="(]", hint="100 are enough")
         check_between("smoothing", smoothing, 0, 1, ends="[)")
-        if not stop_at > 1.0:
-            raise ValueError(f"stop_at must be above 1, got {stop_at!r}; inf never stops")
+        check_between("stop_at", stop_at, 1, math.inf, ends="(]", hint="inf never stops")
         if then is not None:
+            check_choice("then", then, OnResult)
             rank_zero_deprecation(
                 "LearningRateRangeTest(then=) is renamed to on_result= in lightning_bigopt 0.2; "
                 f"write LearningRateRangeTest(on_result={then!r})"
@@ -224,6 +226,10 @@ def learning_rate_range_test(
         (0.0047, (0.0011, 0.0083))
     """
     callback = _RangeTestOnly(**{"on_result": "report", **options})
+    hint = "write learning_rate_range_test(trainer, module)"
+    if not hasattr(trainer, "fit_loop"):
+        raise ValueError(f"trainer must be a Trainer, got {shown(trainer)}; {hint}")
+    check_instance("module", module, nn.Module, hint=hint)  # perhaps a compiled one
     callback.trainer_callbacks = trainer_callbacks.callbacks_of(trainer)
     with isolate_rng(include_cuda=torch.cuda.is_available()):
         trial_runs.fit_quietly(

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_bigopt.callbacks.learning_rate import LearningRateScheduler
-from lightning_bigopt.checks import check_count, check_instance, shown
+from lightning_bigopt.checks import check_count, shown
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.engine.budget import several_optimizers
 from lightning_bigopt.engine.capability import Capability
@@ -25,6 +25,7 @@ from lightning_bigopt.reporting.planned_run import Boundary, PlanRow, TrainingPl
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 from lightning_bigopt.trainer_access import loop, trial_runs
 from lightning_bigopt.trainer_access.planning_strategy import planned_in_one_process
+from lightning_bigopt.type_checks import check_instance
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer

@@ -413,7 +413,7 @@ def test_lower_and_future_micro_batches_raise():
         ({"micro_batch_size": 0}, r"micro_batch_size must be a positive"),
         ({"dataset": Indices(0)}, r"dataset must not be empty"),
         ({"dataset": Stream()}, r"dataset must have a length"),
-        ({"dataset": object()}, r"dataset must have a length .* got object"),
+        ({"dataset": object()}, r"dataset must have a length .* got an object"),
         ({"shuffle": "yes"}, r"shuffle must be 'permute' or 'sequential', got 'yes'"),
         ({"randomness": "own"}, r"randomness must be 'ambient' or 'sample', got 'own'"),
         ({"options": {"batch_size": 3}}, r"options must not contain batch_size"),

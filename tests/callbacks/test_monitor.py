@@ -140,8 +140,8 @@ def test_fields_that_the_optimizer_lacks_are_not_logged(
         ({"per_layer": True}, "per_layer must be a list of .* got True; try"),
         ({"per_layer": 5}, "per_layer must be a list of .* got 5; try"),
         ({"tokens": 3}, "tokens must be a function of the batch, .* got 3"),
-        ({"report": True}, "report must be the name of a file or None, got True"),
-        ({"report": ""}, "report must be the name of a file or None, got ''"),
+        ({"report": True}, "report must be a path or None, got True"),
+        ({"report": ""}, "report must be a path or None, got ''"),
     ],
 )
 def test_invalid_arguments_raise_with_their_names(options: dict[str, Any], message: str) -> None:

@@ -208,7 +208,7 @@ def test_offset_must_not_be_negative():
 @pytest.mark.parametrize("name", ["total_steps", "samples_per_step", "tokens_per_step"])
 def test_counts_must_be_positive(name: str):
     counts = {"total_steps": 10, name: 0}
-    with pytest.raises(ValueError, match="must be positive"):
+    with pytest.raises(ValueError, match=f"{name} must be a positive integer, got 0; "):
         Horizon.of_steps(counts.pop("total_steps"), **counts)
 
 
@@ -218,3 +218,12 @@ def test_equality_ignores_cached_values():
     assert one == other
     assert hash(one) == hash(other)
     assert pickle.loads(pickle.dumps(one)) == other
+
+
+def test_axis_in_epochs_of_a_loader_that_counts_samples():
+    """The epochs of a GlobalBatchLoader are counted in samples: 3 epochs of 6 samples."""
+    spans = (Span(updates=2, samples=6), Span(updates=2, samples=3))
+    horizon = Horizon(clock="samples", budget=18, spans=spans, samples_per_epoch=6)
+    assert horizon.axis("2 epochs") == ((0.0, 0.0), (1.0, 3.0))
+    by_steps = Horizon(clock="steps", budget=4, spans=spans, samples_per_epoch=6)
+    assert by_steps.axis("2 epochs") == ((0.0, 0.0), (0.5, 2.0), (1.0, 3.0))

@@ -75,5 +75,7 @@ def test_model_memorizes_a_sentence(model: BytesGPT):
 
 
 def test_heads_must_divide_the_width():
-    with pytest.raises(ValueError, match=r"width must be a multiple of 2 \* heads=8, got 12"):
+    with pytest.raises(
+        ValueError, match=r"width must be a multiple of 2 \* heads = 2 \* 4 = 8, got 12"
+    ):
         BytesGPT(width=12)

@@ -230,7 +230,9 @@ def test_clip_gradients_raises_for_other_arguments():
     weight.grad = torch.ones(2)
     with pytest.raises(ValueError, match=r"rule must be a ClippingRule, got 'norm'; try NormClip"):
         clip_gradients_([weight], "norm")
-    with pytest.raises(ValueError, match=r"got 'w' among them; pass the items\(\) of a dict"):
+    with pytest.raises(
+        ValueError, match=r"got a dict; pass the module, or the items\(\) of a dict"
+    ):
         clip_gradients_({"w": weight}, NormClip())
     clip_gradients_({"w": weight}.items(), NormClip(1.0))
     clip_gradients_(weight, NormClip(0.5))

@@ -148,7 +148,10 @@ def test_compiled_module_has_the_same_groups():
         ({"lr": 1.0, "layer_decay": 1.5}, r"layer_decay must be in \(0, 1\], got 1.5"),
         ({"layer_decay": 0.8}, "lr must be given with layer_decay, got None"),
         ({"min_factor": 2.0}, r"min_factor must be in \[0, 1\], got 2.0"),
-        ({"no_decay": "nothing.*"}, "every pattern must match a parameter, got 'nothing"),
+        (
+            {"no_decay": "nothing.*"},
+            "every pattern of no_decay must match .*, got 'nothing",
+        ),
         (
             {"lr": 1.0, "layer_decay": 0.8, "layers": ["*", "head.*"]},
             r"got 'head\.\*'.*an earlier pattern matches head.weight first",

@@ -206,7 +206,7 @@ def test_user_schedule_needs_one_method():
 
 
 def test_values_of_zero_updates_raise():
-    with pytest.raises(ValueError, match="total_steps must be positive and finite, got 0"):
+    with pytest.raises(ValueError, match="total_steps must be a positive integer, got 0"):
         Linear().values(0)
 
 

@@ -27,7 +27,10 @@ ON_DEMAND = frozenset({"jinja2", "jsonargparse", "matplotlib", "rich", "shtab", 
 
 # From the lowest layer to the highest, each with the distributions that it may import.
 LAYERS: tuple[tuple[frozenset[str], frozenset[str]], ...] = (
-    (frozenset({"argument_hints", "arguments", "checks", "removed", "version"}), STANDARD_LIBRARY),
+    (
+        frozenset({"argument_hints", "arguments", "checks", "removed", "type_checks", "version"}),
+        STANDARD_LIBRARY,
+    ),
     (frozenset({"durations"}), STANDARD_LIBRARY),
     (frozenset({"schedules"}), STANDARD_LIBRARY),
     (frozenset({"parameters"}), TORCH),

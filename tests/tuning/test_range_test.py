@@ -341,12 +341,14 @@ def test_training_step_without_a_loss_raises() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"start": 0.0}, r"start and end must be 0 < start < end, got 0\.0"),
-        ({"start": 1.0, "end": 0.1}, "start and end must be"),
+        ({"start": 0.0}, r"start must be in \[1e-100, 1e\+100\), got 0\.0"),
+        ({"start": 1.0, "end": 0.1}, r"end must be in \(1, 1e\+100\], got 0.1; .* above start=1.0"),
+        ({"steps": 10**30}, "steps must be a number of updates of at most 2"),
+        ({"steps": 10**7}, r"steps must be in \(10, 1e\+06\], got 10000000; 100 are enough"),
         ({"steps": 12}, "steps must be a number of updates of at least 13"),
         ({"skip": -1}, "skip must be a non-negative number of points, got -1"),
         ({"smoothing": 1.0}, r"smoothing must be in \[0, 1\)"),
-        ({"stop_at": 1.0}, "stop_at must be above 1"),
+        ({"stop_at": 1.0}, r"stop_at must be in \(1, inf\], got 1.0; inf never stops"),
         ({"on_result": "train"}, "on_result must be 'use' or 'report', got 'train'"),
     ],
 )

@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 from lightning_bigopt.arguments import Specification
 from lightning_bigopt.batching.batch_plan import BatchPlan, Rounding, plan_update
 from lightning_bigopt.batching.step_function import StepFunction
+from lightning_bigopt.checks import check_count, check_number
 from lightning_bigopt.durations.duration import Unit
 from lightning_bigopt.durations.progress import Progress
 from lightning_bigopt.removed import RemovedAttribute
+from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["BatchContext", "BatchSizePolicy", "Rounding", "check_explicit_sizes", "plan_at"]
 
@@ -37,6 +39,15 @@ class BatchContext:
     samples_per_epoch: int | None = None
     global_batch_size: int | None = None
     noise_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("samples_per_epoch", "global_batch_size"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), of="samples", hint="None if unknown")
+        # A measurement may be NaN, infinite or negative; policies ignore these values.
+        scale: Any = self.noise_scale
+        if scale is not None and not isinstance(scale, float):
+            check_number("noise_scale", scale, hint="None if it is not measured")
 
 
 class BatchSizePolicy(Specification, ABC):
@@ -140,6 +151,10 @@ def plan_at(
         >>> plan_at(ramp, progress=Progress(fraction=0.04), micro_batch_size=8, world_size=1)
         BatchPlan(micro_batch_size=8, accumulate=6, world_size=1)
     """
+    check_instance("policy", policy, BatchSizePolicy, hint="write ConstantBatchSize(256)")
+    check_instance("progress", progress, Progress, hint="write Progress(fraction=0.0)")
+    if context is not None:
+        check_instance("context", context, BatchContext, hint="write None")
     return plan_update(
         policy(progress, context=context or BatchContext()),
         micro_batch_size=micro_batch_size,
@@ -171,5 +186,8 @@ def check_explicit_sizes(
         ValueError: sizes['50%'] must be a multiple of micro_batch_size × processes = 8 × 2 = 16, \
 got 60; write 48 or 64, or change micro_batch_size
     """
+    check_instance("policy", policy, BatchSizePolicy, hint="write ConstantBatchSize(256)")
+    check_count("micro_batch_size", micro_batch_size, of="samples")
+    check_count("world_size", world_size, of="processes")
     for name, size in policy.explicit_sizes.items():
         plan_update(size, micro_batch_size=micro_batch_size, world_size=world_size, name=name)

@@ -35,7 +35,8 @@ class NoiseScaleBatchSize(BatchSizePolicy):
         multiple: Target batch divided by the noise scale, dimensionless.
         hysteresis: Factor, above 1, by which the target must differ from the current batch before
             the batch changes.
-        growth: Largest factor by which the batch changes at a time; at least ``hysteresis``.
+        growth: Largest factor by which the batch changes at a time; at least ``hysteresis``, and
+            ``inf`` for no limit.
         shrink: ``"never"``, or ``"allow"`` to follow a falling noise scale down.
 
     Raises:
@@ -72,9 +73,10 @@ class NoiseScaleBatchSize(BatchSizePolicy):
             )
         check_positive("multiple", self.multiple, hint="write 1.0")
         check_between("hysteresis", self.hysteresis, 1, math.inf, hint="write 1.5")
-        if not self.growth >= self.hysteresis:
+        check_between("growth", self.growth, 1, math.inf, ends="(]", hint="write 2.0")
+        if self.growth < self.hysteresis:
             raise ValueError(
-                f"growth must be at least hysteresis = {self.hysteresis}, got {self.growth!r}; "
+                f"growth must be at least hysteresis = {self.hysteresis}, got {self.growth}; "
                 "write 2.0"
             )
         check_choice("shrink", self.shrink, ("never", "allow"))

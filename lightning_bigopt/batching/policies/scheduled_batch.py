@@ -11,10 +11,11 @@ from lightning_bigopt.batching.policies.batch_size_policy import (
     BatchSizePolicy,
     Rounding,
 )
-from lightning_bigopt.checks import check_count, check_instance
+from lightning_bigopt.checks import check_count, shown
 from lightning_bigopt.durations.progress import Progress
 from lightning_bigopt.schedules.base import Schedule
 from lightning_bigopt.schedules.decays import Constant
+from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["SchedulePolicy", "SeesawBatchSize"]
 
@@ -57,7 +58,7 @@ class SchedulePolicy(BatchSizePolicy):
         if isinstance(self.schedule, Constant):
             size = max(1, round(self.base * self.schedule.level))
             raise ValueError(
-                f"schedule must change, got {self.schedule!r}; use ConstantBatchSize({size})"
+                f"schedule must change, got {shown(self.schedule)}; use ConstantBatchSize({size})"
             )
 
     def __call__(self, progress: Progress, *, context: BatchContext | None = None) -> int:
@@ -129,6 +130,6 @@ def _check_arguments(schedule: Schedule, base: int) -> None:
         schedule(0.0)
     except ValueError as error:
         raise ValueError(
-            f"schedule must have its durations in percent in a batch-size policy, got {schedule!r} "
-            f"({error}); write '10%' instead of steps, samples or epochs"
+            f"schedule must have its durations in percent in a batch-size policy, got "
+            f"{shown(schedule)} ({error}); write '10%' instead of steps, samples or epochs"
         ) from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
@@ -14,15 +16,18 @@ from lightning_bigopt.batching.policies.batch_size_policy import (
     BatchSizePolicy,
     Rounding,
 )
-from lightning_bigopt.batching.step_function import StepFunction
-from lightning_bigopt.checks import check_count, shown
+from lightning_bigopt.batching.step_function import StepFunction, threshold_of
+from lightning_bigopt.checks import check_choice, check_count, shown
 from lightning_bigopt.durations.duration import Duration, Unit
 from lightning_bigopt.durations.progress import Progress
+from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["BatchSizeRamp", "BatchSizeSteps"]
 
-_PAIR = re.compile(r"([\d_.]+(?:[eE][+-]?\d+)?[KMBT]?%?):([\d_]+)")
+_PAIR = re.compile(r"([\d_.]+(?:[eE][+-]?\d+)?[KMBT]?%?):(\d[\d_]{0,30})")
 _HINT = "write an int such as 256"
+_MOST_STEPS = 100_000
+"""Increments up to which a simulation takes one step for each; beyond, one step for each update."""
 Thresholds: TypeAlias = (
     Mapping[str | int | float, int] | tuple[tuple[str | int | float, int], ...] | str
 )
@@ -65,25 +70,29 @@ class BatchSizeSteps(BatchSizePolicy):
                     "sizes must be a mapping from threshold to global batch, got "
                     f"{shown(self.sizes)}; write {{'0%': 32, '50%': 64}}"
                 ) from None
+        given = self.sizes
         object.__setattr__(self, "sizes", pairs)
-        self._check()
+        self._check(given)
 
-    def _check(self) -> None:
+    def _check(self, given: object) -> None:
         if not self._pairs:
-            raise ValueError("sizes must not be empty, got {}; write {'0%': 256, '50%': 512}")
+            raise ValueError(
+                f"sizes must not be empty, got {shown(given)}; write {{'0%': 256, '50%': 512}}"
+            )
         last: dict[Unit, float] = {}
         for position, (threshold, size) in enumerate(self._pairs):
             length = Duration.parse(threshold, name="a threshold of sizes")
-            check_count(f"sizes[{threshold!r}]", size, of="samples", hint=_HINT)
+            check_count(f"sizes[{shown(threshold)}]", size, of="samples", hint=_HINT)
             if position == 0 and length.value != 0:
                 raise ValueError(
-                    f"sizes must start at zero, got {threshold!r} as the first threshold; "
+                    f"sizes must start at zero, got {shown(threshold)} as the first threshold; "
                     "put '0%' before it"
                 )
             if length.value <= last.get(length.unit, -1.0):
                 raise ValueError(
-                    f"sizes must have ascending thresholds in {length.unit}, got {threshold!r} "
-                    f"after {Duration(last[length.unit], length.unit)}; sort them"
+                    f"sizes must have ascending thresholds in {length.unit}, got "
+                    f"{shown(threshold)} after {Duration(last[length.unit], length.unit)}; sort "
+                    "them"
                 )
             last[length.unit] = length.value
         if len({size for _, size in self._pairs}) == 1:
@@ -113,6 +122,8 @@ class BatchSizeSteps(BatchSizePolicy):
             >>> BatchSizeSteps.parse("0:32 10K:64", unit="samples").sizes
             (('0 samples', 32), ('10K samples', 64))
         """
+        check_instance("text", text, str, hint="write '0:768 250B:1536'")
+        check_choice("unit", unit, Unit)
         return cls(_read_pairs(text, unit=unit))
 
     def __call__(self, progress: Progress, *, context: BatchContext | None = None) -> int:
@@ -122,7 +133,7 @@ class BatchSizeSteps(BatchSizePolicy):
     @property
     def explicit_sizes(self) -> dict[str, int]:
         """Every size, by its threshold."""
-        return {f"sizes[{threshold!r}]": size for threshold, size in self._pairs}
+        return {f"sizes[{shown(threshold)}]": size for threshold, size in self._pairs}
 
     @property
     def units(self) -> frozenset[Unit]:
@@ -149,8 +160,8 @@ def _read_pairs(text: str, *, unit: Unit) -> tuple[tuple[str | int | float, int]
         match = _PAIR.fullmatch(word)
         if match is None:
             raise ValueError(
-                f"sizes must be pairs 'threshold:size' when it is a string, got {word!r} in "
-                f"{text!r}; write '0:768 250B:1536'"
+                f"sizes must be pairs 'threshold:size' when it is a string, got {shown(word)} in "
+                f"the text {shown(text)}; write '0:768 250B:1536'"
             )
         threshold = match[1] if match[1].endswith("%") else f"{match[1]} {unit}"
         pairs.append((threshold, int(match[2])))
@@ -195,7 +206,7 @@ class BatchSizeRamp(BatchSizePolicy):
         check_count("end", self.end, of="samples", hint=_HINT)
         length = Duration.parse(self.over, name="over")
         if length.value == 0:
-            raise ValueError(f"over must be positive, got {self.over!r}; write over='30%'")
+            raise ValueError(f"over must be positive, got {shown(self.over)}; write over='30%'")
         if self.start == self.end:
             raise ValueError(
                 f"end must differ from start, got {self.end} for both; use "
@@ -206,7 +217,9 @@ class BatchSizeRamp(BatchSizePolicy):
         check_count("increment", self.increment, of="samples", hint="write an int such as 32")
         difference = abs(self.end - self.start)
         if difference % self.increment:
-            below = next(n for n in range(self.increment, 0, -1) if difference % n == 0)
+            nearby = range(min(self.increment, difference), 0, -1)[:100_000]
+            divisors = (n for n in nearby if difference % n == 0)
+            below = next(divisors, math.gcd(difference, self.increment))
             raise ValueError(
                 f"increment must divide end - start = {difference}, got {self.increment}; write "
                 f"{below}, or None for the smallest change that fits"
@@ -214,7 +227,10 @@ class BatchSizeRamp(BatchSizePolicy):
 
     def __call__(self, progress: Progress, *, context: BatchContext | None = None) -> int:
         """Returns ``start`` plus the increments reached."""
-        return self._step_function.at(progress)
+        consumed = progress.consumed(self._length.unit)
+        increments = range(self._increments + 1)
+        reached = bisect_right(increments, consumed, key=self._threshold) - 1
+        return self.start + max(0, reached) * self._step
 
     @property
     def explicit_sizes(self) -> dict[str, int]:
@@ -224,22 +240,38 @@ class BatchSizeRamp(BatchSizePolicy):
     @property
     def units(self) -> frozenset[Unit]:
         """Unit of ``over``."""
-        return frozenset({Duration.parse(self.over).unit})
+        return frozenset({self._length.unit})
 
-    def step_function(self, *, context: BatchContext | None = None) -> StepFunction:
-        """Returns one step per increment."""
-        return self._step_function
+    def step_function(self, *, context: BatchContext | None = None) -> StepFunction | None:
+        """Returns one step per increment; None for more increments than a run has updates."""
+        return None if self._increments > _MOST_STEPS else self._step_function
 
     @cached_property
     def _step_function(self) -> StepFunction:
-        length = Duration.parse(self.over)
-        # Without an increment the ramp has a step for every sample; rounding to the nearest size
-        # that fits makes these steps as large as micro-batch and processes require.
-        step = (self.increment or 1) * (1 if self.end > self.start else -1)
-        increments = (self.end - self.start) // step
+        unit = self._length.unit
         return StepFunction(
             [
-                (Duration(i * length.value / increments, length.unit), self.start + i * step)
-                for i in range(increments + 1)
+                (Duration(self._amount(i), unit), self.start + i * self._step)
+                for i in range(self._increments + 1)
             ]
         )
+
+    @cached_property
+    def _length(self) -> Duration:
+        return Duration.parse(self.over)
+
+    @cached_property
+    def _step(self) -> int:
+        # Without an increment the ramp has a step for every sample; rounding to the nearest size
+        # that fits makes these steps as large as micro-batch and processes require.
+        return (self.increment or 1) * (1 if self.end > self.start else -1)
+
+    @cached_property
+    def _increments(self) -> int:
+        return (self.end - self.start) // self._step
+
+    def _amount(self, index: int) -> float:
+        return index * self._length.value / self._increments
+
+    def _threshold(self, index: int) -> float:
+        return threshold_of(self._amount(index), self._length.unit)

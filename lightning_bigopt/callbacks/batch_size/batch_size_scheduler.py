@@ -17,15 +17,15 @@ from lightning_bigopt.callbacks.batch_size.batch_planner import BatchPlanner
 from lightning_bigopt.callbacks.batch_size.conflicts import (
     CONSTANT_POLICIES,
     check_conflicts,
+    check_policy,
     check_scaling,
-    example_of,
 )
 from lightning_bigopt.callbacks.batch_size.coupling import BatchCoupling
 from lightning_bigopt.callbacks.batch_size.exact_loader import prepare_exact_loader
 from lightning_bigopt.callbacks.batch_size.loss_weights import LossWeights, shorten_window
 from lightning_bigopt.callbacks.noise_scale import GradientNoiseScale
 from lightning_bigopt.callbacks.resume_report import report_changed_settings
-from lightning_bigopt.checks import as_code, check_count, check_instance
+from lightning_bigopt.checks import as_code, check_count
 from lightning_bigopt.durations.duration import DurationLike
 from lightning_bigopt.engine.batch_contents import BatchCount, BatchWeight
 from lightning_bigopt.engine.batch_source import simulator
@@ -122,7 +122,7 @@ class BatchSizeScheduler(Capability):
         samples: BatchCount = None,
         tokens: BatchCount = None,
     ) -> None:
-        check_instance("policy", policy, BatchSizePolicy, hint=example_of(policy))
+        check_policy(policy)
         self.policy = policy
         self.coupling = BatchCoupling(
             lr_scaling=lr_scaling,

@@ -13,13 +13,20 @@ from lightning_bigopt.batching.policies.fixed_batch import (
     SingleSample,
 )
 from lightning_bigopt.callbacks.batch_size.coupling import BatchCoupling
+from lightning_bigopt.checks import shown
 from lightning_bigopt.engine.stage import Fit
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 from lightning_bigopt.trainer_access import strategies
+from lightning_bigopt.type_checks import check_instance
 
-__all__ = ["CONSTANT_POLICIES", "check_conflicts", "check_scaling", "example_of"]
+__all__ = ["CONSTANT_POLICIES", "check_conflicts", "check_policy", "check_scaling"]
 
 CONSTANT_POLICIES = (ConstantBatchSize, FullBatch, SingleSample)
+
+
+def check_policy(policy: object) -> None:
+    """Raises unless a value is a batch-size policy."""
+    check_instance("policy", policy, BatchSizePolicy, hint=_example_of(policy))
 
 
 def check_scaling(policy: BatchSizePolicy, coupling: BatchCoupling) -> None:
@@ -27,7 +34,7 @@ def check_scaling(policy: BatchSizePolicy, coupling: BatchCoupling) -> None:
     if coupling.is_active and isinstance(policy, CONSTANT_POLICIES):
         raise ValueError(
             "policy must change the batch size with lr_scaling, beta2_scaling or "
-            f"weight_decay_scaling, got {policy!r}, which is constant; remove the scaling"
+            f"weight_decay_scaling, got {shown(policy)}, which is constant; remove the scaling"
         )
 
 
@@ -85,7 +92,7 @@ def check_conflicts(fit: Fit, policy: BatchSizePolicy) -> None:
         )
 
 
-def example_of(value: object) -> str:
+def _example_of(value: object) -> str:
     """Returns advice for a value that is no policy: sizes by threshold, or a single size."""
     if isinstance(value, Mapping):
         return "write BatchSizeSteps({'0%': 32, '50%': 64})"

@@ -16,7 +16,7 @@ from lightning_bigopt.batching.scaling_rules import (
     scaled_beta,
     weight_decay_factor,
 )
-from lightning_bigopt.checks import as_code, check_choice
+from lightning_bigopt.checks import as_code, check_choice, shown
 from lightning_bigopt.durations.duration import Duration, DurationLike
 from lightning_bigopt.durations.progress import Progress
 from lightning_bigopt.engine.clock import Clock
@@ -68,13 +68,15 @@ class BatchCoupling:
             if self.rewarmup.unit == "seconds":
                 raise ValueError(
                     "rewarmup must be in steps, epochs, samples, tokens or percent, got "
-                    f"{rewarmup!r}; write '1%'"
+                    f"{shown(rewarmup)}; write '1%'"
                 )
             if not self.rewarmup.value:
-                raise ValueError(f"rewarmup must be positive or None, got {rewarmup!r}; None jumps")
+                raise ValueError(
+                    f"rewarmup must be positive or None, got {shown(rewarmup)}; None jumps"
+                )
             if lr_scaling is None:
                 raise ValueError(
-                    f"rewarmup must be None without lr_scaling, got {rewarmup!r}; pass "
+                    f"rewarmup must be None without lr_scaling, got {shown(rewarmup)}; pass "
                     "lr_scaling='sqrt' or 'linear'"
                 )
         self.lr_scaling = lr_scaling

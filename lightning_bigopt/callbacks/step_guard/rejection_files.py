@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from os import fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lightning_bigopt.trainer_access import output_paths
+from lightning_bigopt.type_checks import path_or_none
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -31,8 +31,7 @@ class RejectionFiles:
     """
 
     def __init__(self, folder: str | None) -> None:
-        output_paths.check_path("forensics", folder, of="folder", example="rejected")
-        self.folder = None if folder is None else fspath(folder)
+        self.folder = path_or_none("forensics", folder, hint="write 'rejected'")
         self._count = 0
         self._has_warned = False
 

@@ -7,8 +7,11 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from pickle import UnpicklingError
+from pickletools import genops
 from typing import Any, Literal
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from lightning.pytorch import LightningModule
@@ -16,11 +19,14 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 
 from lightning_bigopt.batching.randomness import preserve_random_state, set_random_state
-from lightning_bigopt.checks import check_choice
+from lightning_bigopt.checks import check_choice, shown
 from lightning_bigopt.gradients.gradient_norms import GradientNorms
 from lightning_bigopt.gradients.measure import measure
+from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["Replay", "replay"]
+
+_KEYS = {"version", "window", "precision", "rejected"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +79,8 @@ def replay(
         Losses and gradient norms. Synchronizes.
 
     Raises:
-        ValueError: If ``load`` is neither, the file has another version, or it cannot be loaded
-            with ``"safe"``.
+        ValueError: If ``load`` is neither, ``path`` is not a file that StepGuard wrote, the file
+            has another version, or it cannot be loaded with ``"safe"``.
 
     Example:
         >>> import tempfile
@@ -110,6 +116,7 @@ def replay(
         ('layer.weight', 'layer.bias')
     """
     check_choice("load", load, ("safe", "pickle"))
+    check_instance("module", module, LightningModule, hint="pass the module with the training_step")
     saved = _load(path, load)
     window = saved["window"]
     samples = sum(micro["samples"] for micro in window)
@@ -142,8 +149,15 @@ def replay(
 
 
 def _load(path: str | PathLike[str], load: Literal["safe", "pickle"]) -> dict[str, Any]:
+    hint = "pass a file of the forensics folder of StepGuard"
+    check_instance("path", path, (str, PathLike), hint=hint)
+    if not Path(path).is_file():
+        found = "a folder" if Path(path).is_dir() else "no file"
+        raise ValueError(f"path must be a file, got {shown(path)}, which is {found}; {hint}")
+    if (problem := _foreign(path)) is not None:
+        raise ValueError(f"path must be a file of StepGuard, got {shown(path)}{problem}; {hint}")
     try:
-        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=load == "safe")
+        saved: Any = torch.load(path, map_location="cpu", weights_only=load == "safe")
     except UnpicklingError as error:
         if load == "pickle":
             raise
@@ -151,12 +165,33 @@ def _load(path: str | PathLike[str], load: Literal["safe", "pickle"]) -> dict[st
             f"load must be 'pickle' for {path}, got 'safe': its batches hold other objects than "
             "tensors in plain containers; pass load='pickle' if you trust the file"
         ) from error
-    if saved.get("version") != 1:
+    if not isinstance(saved, dict) or not saved.keys() >= _KEYS:
+        raise ValueError(f"path must be a file of StepGuard, got {shown(path)}; {hint}")
+    if saved["version"] != 1:
         raise ValueError(
-            f"path must be a file of version 1, got version {saved.get('version')!r} in {path}; "
+            f"path must be a file of version 1, got version {shown(saved['version'])} in {path}; "
             "replay it with the version of lightning_bigopt that wrote it"
         )
     return saved
+
+
+def _foreign(path: str | PathLike[str]) -> str | None:
+    """Returns why a file was not written by ``torch.save`` of StepGuard; None if it was.
+
+    The names of the keys are read from the pickle without running it, so that another file is not
+    recommended for ``load="pickle"``, which would run its code.
+    """
+    try:
+        with ZipFile(path) as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+            content = archive.read(name)
+    except (BadZipFile, OSError, ValueError, EOFError):
+        return ", which is damaged or no file of torch"
+    try:
+        texts = {argument for _, argument, _ in genops(content) if isinstance(argument, str)}
+    except (ValueError, IndexError, UnicodeError):
+        return ", which is damaged"
+    return None if texts >= _KEYS else ""
 
 
 def _loss(module: LightningModule, batch: Any, index: int) -> Tensor:
@@ -167,8 +202,8 @@ def _loss(module: LightningModule, batch: Any, index: int) -> Tensor:
     loss = output["loss"] if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor):
         raise ValueError(
-            f"training_step must return a loss for a replay, got {output!r}; manual optimization "
-            "cannot be replayed"
+            f"training_step must return a loss for a replay, got {shown(output)}; manual "
+            "optimization cannot be replayed"
         )
     return loss
 

@@ -16,7 +16,7 @@ from lightning_bigopt.callbacks.step_guard.guard_state import GuardState
 from lightning_bigopt.callbacks.step_guard.rejection_files import RejectionFiles
 from lightning_bigopt.callbacks.step_guard.rejection_report import RejectedUpdate, WindowRecorder
 from lightning_bigopt.callbacks.step_guard.too_many_rejections import too_many_rejections
-from lightning_bigopt.checks import check_count, checked_tuple
+from lightning_bigopt.checks import check_count
 from lightning_bigopt.durations.duration import amount_of
 from lightning_bigopt.engine.buffer_snapshot import BufferSnapshot
 from lightning_bigopt.engine.capability import Capability
@@ -29,6 +29,7 @@ from lightning_bigopt.gradients.norm_kernels import accumulation_dtype
 from lightning_bigopt.monitoring.tags import tag_name
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 from lightning_bigopt.trainer_access import precision
+from lightning_bigopt.type_checks import checked_tuple
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -67,9 +68,8 @@ class StepGuard(Capability):
         of each rejection as text in TensorBoard.
 
     Raises:
-        ValueError: At fit start with DeepSpeed, with an optimizer of Opacus, for a
-            :class:`~lightning_bigopt.gradients.Backoff` without a LearningRateScheduler, and if a
-            process cannot write to ``forensics``.
+        ValueError: At fit start with DeepSpeed, with an optimizer of Opacus, for a ``Backoff``
+            without a LearningRateScheduler, and if a process cannot write to ``forensics``.
         RuntimeError: After ``max_consecutive`` rejections in a row.
 
     State:

@@ -90,7 +90,7 @@ class AdaGC(ClippingRule):
             smallest = gamma.minimum(each * coefficient)
             _store_gamma(state, norms, torch.where(_is_usable(each), smallest, gamma))
             return ClipDecision(norms=norms, coefficient=coefficient, threshold=self.max_norm)
-        limit = self.relative * gamma
+        limit = float(self.relative) * gamma
         coefficients = torch.where(_is_usable(each), (limit / each).clamp(max=1.0), 1.0)
         clipped = each * coefficients
         # A parameter without a gradient during the warm-up starts with its first norm.

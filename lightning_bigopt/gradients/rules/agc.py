@@ -69,7 +69,7 @@ class AGC(ClippingRule):
     def __post_init__(self) -> None:
         check_positive("clip_factor", self.clip_factor)
         check_positive("eps", self.eps)
-        object.__setattr__(self, "exclude", as_patterns(self.exclude))
+        object.__setattr__(self, "exclude", as_patterns(self.exclude, name="exclude"))
 
     @property
     def norm_order(self) -> None:
@@ -88,7 +88,8 @@ class AGC(ClippingRule):
         named = context.with_gradients()
         matches = first_match(tuple(name for name, _ in named), patterns)
         chosen = [p for (_, p), match in zip(named, matches, strict=True) if match is None]
-        return ClipDecision(write_gradients=lambda: clip_units_(chosen, self.clip_factor, self.eps))
+        factor, eps = float(self.clip_factor), float(self.eps)
+        return ClipDecision(write_gradients=lambda: clip_units_(chosen, factor, eps))
 
 
 @torch.no_grad()

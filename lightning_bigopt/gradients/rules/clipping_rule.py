@@ -188,6 +188,7 @@ def clip_coefficient(
         >>> clip_coefficient(torch.tensor([0.5, 4.0, float("nan")]), 2.0)
         tensor([1.0000, 0.5000, 1.0000])
     """
+    threshold = threshold if isinstance(threshold, Tensor) else float(threshold)
     if not isinstance(threshold, Tensor) and threshold == math.inf:
         return torch.ones_like(norm)  # inf / inf is NaN
     finite = norm.isfinite() if finite is None else finite

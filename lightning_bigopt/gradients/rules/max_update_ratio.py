@@ -65,4 +65,4 @@ class MaxUpdateRatio(UpdateRule):
             updates.append(local_norms(_foreach_sub(new, [before[i] for i in indices]), 2.0))
         both = torch.cat([local_norms(before, 2.0), *updates])
         weights, moved = whole_norms(both, parameters, times=2).chunk(2)
-        return self.ratio * weights.clamp(min=self.eps) / moved
+        return float(self.ratio) * weights.clamp(min=float(self.eps)) / moved

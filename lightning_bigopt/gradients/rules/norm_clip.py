@@ -18,6 +18,7 @@ from lightning_bigopt.gradients.rules.clipping_rule import (
     total_coefficient,
 )
 from lightning_bigopt.schedules.base import Schedule
+from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["NormClip", "PerParameterNormClip"]
 
@@ -58,6 +59,8 @@ class NormClip(ClippingRule):
     def __post_init__(self) -> None:
         check_positive("max_norm", self.max_norm, hint="remove the rule to disable clipping")
         check_norm_type(self.norm_type)
+        if self.schedule is not None:
+            check_instance("schedule", self.schedule, Schedule, hint="write Linear(end=0.1)")
 
     @property
     def norm_order(self) -> float:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lightning_bigopt.arguments import explain_arguments
+from lightning_bigopt.checks import shown
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.gradients.clip_decision import ClipDecision
 from lightning_bigopt.gradients.gradient_norms import GradientNorms
@@ -50,8 +52,7 @@ class Groups(ClippingRule):
     rules: Mapping[str, ClippingRule | None] | tuple[tuple[str, ClippingRule | None], ...]
 
     def __post_init__(self) -> None:
-        pairs = self.rules.items() if isinstance(self.rules, Mapping) else self.rules
-        object.__setattr__(self, "rules", _checked(pairs))
+        object.__setattr__(self, "rules", _checked(self.rules))
 
     @property
     def pairs(self) -> tuple[tuple[str, ClippingRule | None], ...]:
@@ -126,16 +127,28 @@ class Groups(ClippingRule):
 
 
 def _checked(
-    pairs: Iterable[tuple[str, ClippingRule | None]],
+    rules: Mapping[str, ClippingRule | None] | tuple[tuple[str, ClippingRule | None], ...],
 ) -> tuple[tuple[str, ClippingRule | None], ...]:
+    pairs: Any = tuple(rules.items()) if isinstance(rules, Mapping) else rules
+    is_sequence = isinstance(pairs, (tuple, list))
+    if not is_sequence or not all(isinstance(p, (tuple, list)) and len(p) == 2 for p in pairs):
+        raise ValueError(
+            f"rules must be a dict from patterns to rules, got {shown(rules)}; write "
+            "{'*': NormClip()}"
+        )
     checked = tuple((pattern, rule) for pattern, rule in pairs)
     if not checked:
-        raise ValueError("rules must contain at least one pattern, got none; try {'*': NormClip()}")
+        raise ValueError(
+            f"rules must contain at least one pattern, got {shown(rules)}; try {{'*': NormClip()}}"
+        )
     for pattern, rule in checked:
         if not isinstance(pattern, str):
-            raise ValueError(f"rules must have patterns as keys, got {pattern!r}; write a string")
+            raise ValueError(
+                f"rules must have patterns as keys, got {shown(pattern)}; write a string"
+            )
         if rule is not None and not isinstance(rule, ClippingRule):
             raise ValueError(
-                f"rules[{pattern!r}] must be a ClippingRule or None, got {rule!r}; try NormClip()"
+                f"rules[{shown(pattern)}] must be a ClippingRule or None, got {shown(rule)}; try "
+                "NormClip()"
             )
     return checked

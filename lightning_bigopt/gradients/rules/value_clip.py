@@ -71,6 +71,7 @@ def _clamp_(parameters: list[nn.Parameter], limit: float) -> None:
             parameter.grad = gradient = gradient.coalesce()
         local = to_local(stored_values(gradient))
         kinds.setdefault((local.device, local.dtype), []).append(local)
-    for tensors in kinds.values():
-        torch._foreach_clamp_min_(tensors, -limit)
-        torch._foreach_clamp_max_(tensors, limit)
+    for (_, dtype), tensors in kinds.items():
+        bound = min(float(limit), torch.finfo(dtype).max)  # a larger one cannot be converted
+        torch._foreach_clamp_min_(tensors, -bound)
+        torch._foreach_clamp_max_(tensors, bound)
