@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -220,9 +221,12 @@ class GradientNoiseScale(Capability):
         size = float(fit.clock.window.trained_samples)
         if not small_size < size:
             return
-        noise, signal = noise_scale_terms(
-            small_square, big_square=whole_sum / world, small=small_size, big=size
-        )
+        big_square = whole_sum / world
+        noise = signal = math.nan  # of a gradient that is not finite: it is counted and ignored
+        if math.isfinite(small_square) and math.isfinite(big_square):
+            noise, signal = noise_scale_terms(
+                small_square, big_square=big_square, small=small_size, big=size
+            )
         self.estimator.update(noise, signal=signal)
         self._report = self.estimator.report()
         if self._report.reason and self.estimator.updates >= self.estimator.minimum_updates:

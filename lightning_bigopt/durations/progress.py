@@ -90,6 +90,7 @@ class Span:
                 check_count(f"Span.{name}", amount)
             elif amount is not None:
                 check_positive(f"Span.{name}", amount)
+        check_count("Span.left_out", self.left_out, minimum=0, of="samples")
 
     @property
     def global_batch_size(self) -> float | None:

@@ -112,11 +112,11 @@ def test_files_of_reports_and_pictures_are_checked_before_they_are_made(
 
 @pytest.mark.parametrize("path", ["", 5, b"rejected", ["rejected"]])
 def test_path_that_is_none_raises(path: Any) -> None:
-    for name, of, make in (
-        ("forensics", "folder", lambda: StepGuard(forensics=path)),
-        ("report", "file", lambda: OptimizationMonitor(report=path)),
+    for name, make in (
+        ("forensics", lambda: StepGuard(forensics=path)),
+        ("report", lambda: OptimizationMonitor(report=path)),
     ):
-        with pytest.raises(ValueError, match=f"^{name} must be the name of a {of} or None, got "):
+        with pytest.raises(ValueError, match=f"^{name} must be a path or None, got "):
             make()
 
 

@@ -104,7 +104,7 @@ def test_every_argument_is_listed() -> None:
         ("has_a_syntax_error.f", r"got 'has_a_syntax_error.f' \(SyntaxError: "),
         (5, r"must be a function of the batch, its dotted name, or .*, got 5; "),
         (b"math.prod", r"must be a function of the batch, .*, got b'math.prod'; "),
-        (dict, r"must be a function of the batch, .*, got <class 'dict'>; "),
+        (dict, r"must be a function of the batch, .*, got the class dict; "),
     ],
 )
 def test_what_is_no_function_raises(argument: str, value: Any, message: str) -> None:
