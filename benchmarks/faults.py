@@ -1,6 +1,6 @@
 """Kills runs, passes hostile arguments, and makes processes and disks fail, many times.
 
-    python benchmarks/faults.py                  # every part; takes hours
+    python benchmarks/faults.py                  # every part; takes about an hour
     python benchmarks/faults.py kills            # one part
     python benchmarks/faults.py kills --write    # writes its section of docs/benchmarks/faults.md
 
