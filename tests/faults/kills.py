@@ -81,7 +81,7 @@ class Result:
         starts: Number of times that a process group was started.
         from_scratch: Starts after a kill without a readable checkpoint.
         inside_windows: Resumes from a checkpoint inside an accumulation window.
-        unreadable: Checkpoints that were passed over because they could not be read.
+        unreadable: Checkpoints that were skipped because they could not be read.
         overdue: Kills after which a process did not end within PATIENCE seconds, by way.
         waits: Seconds from each kill to the end of all processes.
         differences: Differences from the uninterrupted run, as text.
@@ -249,7 +249,7 @@ def truncate(folder: Path, draw: random.Random) -> None:
 def checkpoint_of(folder: Path, result: Result) -> Path | None:
     """Returns the newest checkpoint to resume from, and deletes newer files.
 
-    Files that cannot be read are passed over. So are those inside an accumulation window for a
+    Files that cannot be read are skipped. So are those inside an accumulation window for a
     loader with a position of its own, because the gradients of that window are lost
     (docs/limits.md). Lightning's ModelCheckpoint writes such a file after a resume: that of the
     same update again, after the first micro-batch.
