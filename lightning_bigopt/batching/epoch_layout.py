@@ -26,7 +26,7 @@ class EqualWindows(NamedTuple):
         advance: Width of each window in the unit of the epoch.
         batches: Loader batches of one process in each window.
         samples: Samples over all processes that each window consumes.
-        left_out: Those of them that are behind the window and are not trained.
+        left_out: Those of them that are after the window and are not trained.
     """
 
     number: int

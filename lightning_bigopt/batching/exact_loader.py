@@ -34,9 +34,9 @@ class GlobalBatchLoader:
     ``r``-th on, and splits them as evenly as possible into as few micro-batches as possible. Every
     process yields the same number of micro-batches per update, so that collectives match. No
     micro-batch is empty: if an update has fewer samples than micro-batches, a process repeats one
-    sample with weight 0. The last update of an epoch takes the samples that are left. Every sample
-    is therefore trained exactly once per epoch, in the same updates on any number of processes.
-    ``tail`` changes the end of an epoch.
+    sample with weight 0. Updates are the same on any number of processes. By default the last
+    update of an epoch takes the samples that are left, so that every sample is trained exactly once
+    per epoch; ``tail`` changes this.
 
     The loader is a plain iterable without a length, so Lightning does not replace it.
     ``BatchSizeScheduler`` sets its state before each ``iter()``:
@@ -60,13 +60,13 @@ class GlobalBatchLoader:
             ``"sample"``: a stream per sample that depends only on (seed, epoch, index), so that
             augmented samples are also the same for any number of processes and workers and after
             a resume; this costs about 20 µs per sample.
-        tail: The samples left at the end of an epoch if they are fewer than the update before them.
-            ``"keep"``: a smaller update of their own. ``"merge"``: a part of the update before
-            them, which has less than twice its samples, in micro-batches of at most
-            ``micro_batch_size``. ``"drop"``: not trained. These are the last samples in the order
-            of the epoch, so other ones in each epoch with ``shuffle="permute"``, and always the
-            last ones of the dataset with ``"sequential"``. They count as consumed, in samples and
-            epochs. An epoch of fewer samples than its first update is trained entirely.
+        tail: What happens to the samples left at the end of an epoch if they are fewer than the
+            update before them. ``"keep"``: they are a smaller update. ``"merge"``: the update
+            before them also takes them, in micro-batches of at most ``micro_batch_size``; it has
+            less than twice its planned samples. ``"drop"``: they are not trained, but count as
+            consumed. They are the last samples in the order of the epoch: with ``"permute"``
+            different ones in each epoch, with ``"sequential"`` the last ones of the dataset. If an
+            epoch has fewer samples than its first update, all of them are trained.
         num_workers: Number of worker processes.
         collate_fn: Makes a batch from a list of samples; None for torch's default.
         options: Further arguments of ``DataLoader``, such as ``{"pin_memory": True}``.

@@ -15,7 +15,7 @@ class GlobalWindow:
         position: Samples of the epoch before the window.
         samples: Samples in the window, over all processes.
         accumulate: Micro-batches in the window, on each process.
-        left_out: Samples of the epoch behind the window that are not trained.
+        left_out: Samples of the epoch after the window that are not trained.
 
     Example:
         >>> GlobalWindow(position=32, samples=16, accumulate=2).end
@@ -70,7 +70,7 @@ class MicroBatch:
 
     @property
     def left_out(self) -> int:
-        """Samples of the epoch behind the micro-batch that are not trained."""
+        """Samples of the epoch after the micro-batch that are not trained."""
         is_last = self.index + 1 == self.window.accumulate
         return self.window.left_out if is_last else 0
 

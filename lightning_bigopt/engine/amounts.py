@@ -18,7 +18,7 @@ class BatchAmounts(NamedTuple):
         samples: Samples over all processes, with those left out; 0 if they are not counted.
         tokens: Tokens over all processes; 0 if they are not counted.
         batches: Loader batches of one process.
-        left_out: Samples of the epoch behind the batch that are not trained.
+        left_out: Samples of the epoch after the batch that are not trained.
     """
 
     samples: int

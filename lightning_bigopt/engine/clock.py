@@ -37,7 +37,7 @@ class Clock:
         checkpoint_horizon: The horizon of the checkpoint from which this fit resumed.
         cooldown: Start and length of a cooldown on resume, as fractions of the budget.
         batches: Loader batches of one process that have ended.
-        samples: Samples over all processes in these batches, and those left out behind them.
+        samples: Samples over all processes in these batches, and those left out after them.
         left_out: Samples that were left out and not trained, since this object was created.
         tokens: Tokens over all processes in these batches.
         epoch: The position in the current epoch.

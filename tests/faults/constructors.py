@@ -35,6 +35,19 @@ from tests.faults.hostile_values import VALUES
 
 FAULTS = ("crash", "unclear", "hang", "wrongly accepted")
 LONGEST_MESSAGE = 420  # characters
+TEXT = """\
+Every public class and function is called with each of many invalid and unusual values for each of
+its arguments (NaN, infinities, huge numbers, bools, strings, containers, NumPy scalars, tensors,
+objects without a repr, ...), and with random combinations of them. The answers:
+
+- accepted: the types allow the values, and the object can be used;
+- clear: a short ValueError or TypeError of this package that names the argument, its constraint,
+  the value and a way out;
+- crash: another exception, or an error of another library;
+- unclear: an error that lacks one of these parts;
+- hang: more than a second;
+- wrongly accepted: an invalid value without an error.
+"""
 _PACKAGE = str(Path(lightning_bigopt.__file__).parent)
 _SYNONYMS = {"world_size": "processes", "text": "sizes", "value": "duration"}
 _WITHOUT_COPY = ("deep list", "generator", "math")
@@ -267,7 +280,7 @@ def measure(*, combined: int = 12_000, seed: int = 0) -> str:
 
     judged(single_cases(chosen), report)
     judged(combined_cases(chosen, combined, seed=seed), report)
-    return table(chosen, counts) + "".join(
+    return f"{TEXT}\n{table(chosen, counts)}" + "".join(
         f"\n- `{a.case}`: {a.kind}: {a.reason}" for a in faults[:40]
     )
 

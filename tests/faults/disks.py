@@ -125,8 +125,8 @@ error, nothing of this package remains on the strategy, the optimizers and the c
   checkpoint that it could not write, if the folder for temporary files is on another disk.
 - A logger that cannot write ends the run, with and without callbacks. With OptimizationMonitor the
   run ends earlier, because it writes more often.
-- A callback that catches the error of `trainer.save_checkpoint` and goes on changes nothing:
-  {{equal}} of {{runs}} runs with {{saves}} failed saves in five hooks, before and behind the
+- If a callback catches the error of `trainer.save_checkpoint`, the training does not change:
+  {{equal}} of {{runs}} runs with {{saves}} failed saves in five hooks, before and after the
   callbacks, end with the same weights, learning rates and states, to the bit.
 
 Unexpected: {{problems}}

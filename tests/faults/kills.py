@@ -56,7 +56,7 @@ Checkpoints are written by `ModelCheckpoint(every_n_train_steps=3)`, after SIGTE
 fifth micro-batch, most of these inside an accumulation window of 2 to 7 micro-batches. The batch
 grows in half of the runs. Three updates have gradients of 1e4 times the usual size, one is NaN in
 the runs with StepGuard, and the GradScaler overflows. A loader that saves its own position loses a
-window (see [limits](../limits.md)), so that these runs resume from the newest checkpoint between
+window (see [limits](../limits.md)); therefore these runs resume from the newest checkpoint between
 windows.
 """
 
@@ -81,7 +81,7 @@ class Result:
         starts: Number of times that a process group was started.
         from_scratch: Starts after a kill without a readable checkpoint.
         inside_windows: Resumes from a checkpoint inside an accumulation window.
-        unreadable: Checkpoints that were passed over because they could not be read.
+        unreadable: Checkpoints that were skipped because they could not be read.
         overdue: Kills after which a process did not end within PATIENCE seconds, by way.
         waits: Seconds from each kill to the end of all processes.
         differences: Differences from the uninterrupted run, as text.
@@ -249,7 +249,7 @@ def truncate(folder: Path, draw: random.Random) -> None:
 def checkpoint_of(folder: Path, result: Result) -> Path | None:
     """Returns the newest checkpoint to resume from, and deletes newer files.
 
-    Files that cannot be read are passed over. So are those inside an accumulation window for a
+    Files that cannot be read are skipped. So are those inside an accumulation window for a
     loader with a position of its own, because the gradients of that window are lost
     (docs/limits.md). Lightning's ModelCheckpoint writes such a file after a resume: that of the
     same update again, after the first micro-batch.
@@ -350,7 +350,6 @@ def report(results: list[Result], forked: list[str], *, seconds: float) -> str:
     pairs = [result for result in results if result.case.processes == 2]
     lines = [
         INTRODUCTION,
-        "",
         table(alone),
         "",
         totals("One process", alone),
@@ -360,7 +359,7 @@ def report(results: list[Result], forked: list[str], *, seconds: float) -> str:
         *([OVERDUE] if any(result.overdue for result in results) else []),
         *failures(results),
         "Forked processes "
-        + ("train as one that is started anew." if not forked else f"differ: {forked[:3]}"),
+        + ("train exactly like a new process." if not forked else f"differ: {forked[:3]}"),
         "",
         f"It took {seconds / 60:.0f} minutes on {os.cpu_count()} CPU cores.",
     ]
@@ -401,7 +400,7 @@ def totals(title: str, results: list[Result]) -> str:
         f"{title}: **{sum(kills.values())} kills inside training** in {len(results)} runs "
         f"({by_way}); **{wrong} runs differ**. "
         f"{sum(r.inside_windows for r in results)} resumes from a checkpoint inside a window, "
-        f"{sum(r.unreadable for r in results)} unreadable checkpoints passed over, "
+        f"{sum(r.unreadable for r in results)} unreadable checkpoints skipped, "
         f"{sum(r.from_scratch for r in results)} starts without a checkpoint. All processes had "
         f"ended {statistics.median(waits):.2f} s (median) and {max(waits):.1f} s (longest) after "
         "the signal"

@@ -53,7 +53,7 @@ class Run:
         arguments: Arguments of the callbacks, by callback.
         without: Callbacks that the run does not have.
         first: Callbacks of the user before those of this package.
-        others: Callbacks of the user behind them.
+        others: Callbacks of the user after them.
         rows: Rows of the data set of both processes.
         batches: Changes the batches of the loader.
         validation: Runs in the validation steps.
@@ -256,7 +256,7 @@ def breaks(loaded: Iterator[Any]) -> Iterator[Any]:
 
 
 def advance_clock(run: Run) -> None:
-    """Moves the clock of the process by an hour in mid-run."""
+    """Moves the clock of the process by an hour during the run."""
     keep, offset = time.monotonic, [0.0]
     time.monotonic = lambda: keep() + offset[0]  # type: ignore[assignment]
 
@@ -446,7 +446,7 @@ SETTINGS_THAT_DIFFER: dict[str, Case] = {
 }
 # The fault writes to the weights or learning rates of one process: a bare run diverges.
 OUTSIDE: dict[str, Case] = {
-    "NaN in a reduced gradient, behind the callbacks": Case(
+    "NaN in a reduced gradient, after the callbacks": Case(
         at("before step", poisons_gradient), diverges=True
     ),
     "NaN in a reduced gradient, before the callbacks": Case(
@@ -454,10 +454,10 @@ OUTSIDE: dict[str, Case] = {
     ),
     "the learning rate is written": Case(at("batch end", writes_lr), diverges=True),
     "another learning rate of the optimizer": Case(set_("lr", 0.01), diverges=True),
-    "StepGuard is taken out of the list": Case(
+    "StepGuard is removed during the run": Case(
         at("batch end", removes("StepGuard")), ends=ERROR, diverges=True
     ),
-    "GradientClipping is taken out": Case(
+    "GradientClipping is removed during the run": Case(
         at("batch end", removes("GradientClipping")), diverges=True
     ),
 }

@@ -28,17 +28,17 @@ TEXT = f"""\
 {{faults}} faults on one of two processes, in update {AT} of {UPDATES}, under DDP and FSDP2, with
 LearningRateScheduler, StepGuard, GradientClipping, GradientNoiseScale (DDP) and
 OptimizationMonitor, and without them. "A / B" is the end of process 0 and that of process 1. The
-last column counts the updates that both processes made alike: the learning rate, the rejections and
-whether the weights changed; under DDP also the norm of the clipped gradient and the weights, to the
-bit. A collective raises after {GROUP_TIMEOUT:g} s. The longest run with callbacks took
+last column counts the updates that are equal on both processes: the learning rate, the rejections
+and whether the weights changed; under DDP also the norm of the clipped gradient and the weights, to
+the bit. A collective raises after {GROUP_TIMEOUT:g} s. The longest run with callbacks took
 {{longest:.0f}} s.
 
-- Where callbacks, their arguments or the length of the run differ between processes, the fit raises
-  before the first batch, on every process that has callbacks.
+- If callbacks, their arguments or the length of the run differ between processes, the fit raises an
+  error before the first batch, on every process that has callbacks.
 - Lightning's handler of SIGTERM starts a collective: a signal to one process ends the run after the
   timeout of the process group, with and without callbacks.
-- Not detected: a callback that one process takes out of the list in mid-run, and values that other
-  code writes on one process only. The latter change runs without callbacks, too.
+- Not detected: a callback that one process removes from the list during the run, and values that
+  other code writes on one process only. These values also change runs without callbacks.
 
 Unexpected: {{problems}}
 

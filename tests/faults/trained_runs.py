@@ -44,6 +44,12 @@ from tests.faults.run_oracle import Curve, Limit, Part, Size, TooLong, Update, s
 from tests.helpers import QUIET, Regression, SaveAt, cpu_precision
 
 TOLERANCE = 1e-9  # relative
+TEXT = """\
+Random configurations are trained. The samples and the learning rate of every update, in each
+parameter group, are compared with a simulation that does not use this package: plain formulas for
+the schedules, the batch sizes and the length of the run. The relative tolerance is 1e-9. A skipped
+update must be one whose loss is NaN.
+"""
 
 
 class Stop(Exception):  # noqa: N818
@@ -369,13 +375,14 @@ def measure(*, cases: int = 600, first: int = 0) -> str:
         if problem:
             failed.append(f"- seed {seed}: {problem}\n  `{describe(config)}`")
     lines = [
+        TEXT,
         "| runs | updates | differences |",
         "|---:|---:|---:|",
         f"| {cases} | {updates:,} | {len(failed)} |",
         "",
-        "Runs with each trait: "
-        + ", ".join(f"{trait} {count}" for trait, count in sorted(traits.items()))
-        + ".",
+        "| trait | runs |",
+        "|---|---:|",
+        *(f"| {trait} | {count} |" for trait, count in sorted(traits.items())),
         "",
         *failed[:30],
     ]
@@ -384,13 +391,13 @@ def measure(*, cases: int = 600, first: int = 0) -> str:
 
 def _traits(config: Configuration) -> list[str]:
     return [
-        f"schedule {type(config.schedule).__name__}",
+        f"schedule: {type(config.schedule).__name__}",
         f"limit: {config.limit_by}",
         f"policy: {'none' if config.policy is None else type(config.policy).__name__}",
         f"loader: {'GlobalBatchLoader' if config.exact else 'DataLoader'}",
-        f"precision {config.precision}",
-        *([f"lr_scaling {config.scaling}"] if config.scaling else []),
-        *(["a last batch that is smaller"] if config.data % config.micro else []),
+        f"precision: {config.precision}",
+        *([f"lr_scaling: {config.scaling}"] if config.scaling else []),
+        *(["a smaller last batch"] if config.data % config.micro else []),
         *(["skipped updates"] if config.bad else []),
         *(["resumed"] if config.resume is not None else []),
         *(["several parameter groups"] if len(config.lrs) > 1 else []),
