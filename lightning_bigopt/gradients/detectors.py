@@ -232,8 +232,7 @@ class NormSpike(_Spike):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_between("ratio", self.ratio, 1, math.inf, hint="try 5.0")
-        if self.margin != math.inf:
-            check_between("margin", self.margin, 1, math.inf, hint="try 2.0, or inf for no limit")
+        check_between("margin", self.margin, 1, math.inf, ends="(]", hint="try 2.0")
 
     def _usual_limit(self, accepted: list[float], middle: float) -> float:
         """Returns the smaller of two limits: by the spread, and by the largest recent norms."""

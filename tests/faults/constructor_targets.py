@@ -57,6 +57,7 @@ LEFT_OUT = {
 
 INFINITE = {
     *(("LearningRateRangeTest", "stop_at"), ("NoiseScaleBatchSize", "growth")),
+    ("NormSpike", "margin"),
     *(("NormClip", "norm_type"), ("PerParameterNormClip", "norm_type"), ("measure", "norm_type")),
     *(("adascale_gain", "kappa"), ("Schedule.__call__", "fraction")),
     ("BatchContext", "noise_scale"),
