@@ -58,11 +58,11 @@ def check_loader_options(
     """Raises unless the other arguments of a GlobalBatchLoader are valid.
 
     Raises:
-        ValueError: If the seed is not an int that NumPy accepts, ``collate_fn`` is not a function,
+        ValueError: If the seed is not an int of 64 bits, ``collate_fn`` is not a function,
             or ``options`` is no dict or has an option that the loader sets itself.
     """
     check_instance("seed", seed, int, hint="write 0")
-    check_between("seed", seed, 0, 2**63, ends="[)", hint="write 0")
+    check_between("seed", seed, -(2**64), 2**64, hint="write 0")  # those of torch are below 2**64
     if collate_fn is not None:
         check_callable("collate_fn", collate_fn, hint="None is the function of torch")
     if options is None:

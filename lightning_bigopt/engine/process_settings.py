@@ -128,20 +128,28 @@ def _key(rank: int) -> str:
 
 def _first_difference(store: Any, processes: int) -> str:
     """Describes how a process differs from process 0; returns an empty text if none does."""
-    texts = [store.get(_key(rank)).decode() for rank in range(processes)]
-    for rank, text in enumerate(texts):
-        if text != texts[0]:
-            return _differences(json.loads(texts[0]), json.loads(text), rank)
-    return ""
+    first, *others = [json.loads(store.get(_key(rank))) for rank in range(processes)]
+    differences = (_differences(first, other, rank) for rank, other in enumerate(others, start=1))
+    return next(filter(None, differences), "")
 
 
 def _differences(first: Mapping[str, str], other: Mapping[str, str], rank: int) -> str:
     parts = []
     for name in {**first, **other}:
-        if name not in other:
-            parts.append(f"{name} on process 0 only")
-        elif name not in first:
-            parts.append(f"{name} on process {rank} only")
-        elif first[name] != other[name]:
-            parts.append(f"{name}: {first[name]} on process 0, {other[name]} on process {rank}")
+        mine, theirs = first.get(name), other.get(name)
+        owner = name.partition(" of ")[2]
+        if (owner in first) != (owner in other):
+            continue  # the capability itself is named
+        if mine is None or theirs is None:
+            parts.append(f"{name} on process {rank if mine is None else 0} only")
+        elif _tokens(mine) != _tokens(theirs):
+            parts.append(f"{name}: {mine} on process 0, {theirs} on process {rank}")
     return "; ".join(parts)
+
+
+def _tokens(text: str) -> list[str]:
+    """Returns the names and numbers of a code in sorted order.
+
+    The order in a set, and in a dict that is made from one, differs between processes.
+    """
+    return sorted(re.findall(r"[\w.+-]+", text))

@@ -41,16 +41,17 @@ def holds_earlier_training(writer: SummaryWriter, prefix: str) -> bool:
     """Returns whether the folder of a writer holds events of a training that was not this fit.
 
     A training logs ``epoch`` (Lightning, with all metrics) or ``plan`` (OptimizationMonitor). Files
-    without them are those of another program, or of a logger with another prefix.
+    without them are those of another program, or of a logger with another prefix. An evaluation
+    without a training logs ``epoch`` at step 0.
 
     Args:
         writer: The writer of the logger.
         prefix: Prefix that the logger adds to each tag.
     """
-    marks = {f"{prefix}epoch", f"{prefix}plan/text_summary"}
+    epoch, plan = f"{prefix}epoch", f"{prefix}plan/text_summary"
     own = set(_own_files(writer))
     return any(
-        value.tag in marks
+        value.tag == plan or (value.tag == epoch and event.step > 0)
         for path in _event_files(writer)
         if path not in own
         for event in islice(_events(path), _SEARCHED)
@@ -110,5 +111,5 @@ def _events(path: str) -> Iterator[Any]:
 
     try:
         yield from LegacyEventFileLoader(path).Load()
-    except OSError as error:
+    except Exception as error:  # noqa: BLE001  # TensorBoard has its own classes of errors
         rank_zero_warn(f"The earlier events in {path!r} could not be read ({error}).")

@@ -213,6 +213,8 @@ def test_order_depends_on_epoch_and_seed_unless_sequential():
 
     assert order() == order()
     assert len({tuple(order(seed=s, epoch=e)) for s in range(3) for e in range(3)}) == 9
+    # ``torch.initial_seed()`` may be any number below 2**64.
+    assert len({tuple(order(seed=s, epoch=0)) for s in (-1, 1, 2**63 + 5, 2**64 - 1)}) == 4
     assert order(shuffle="sequential", epoch=2) == list(range(50))
 
 

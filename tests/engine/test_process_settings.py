@@ -67,3 +67,22 @@ def test_differences_name_the_processes() -> None:
     assert process_settings._differences(first, {"a": "1", "b": "3", "new": ""}, 2) == (
         "b: 2 on process 0, 3 on process 2; gone on process 0 only; new on process 2 only"
     )
+
+
+def test_order_of_a_set_is_no_difference() -> None:
+    """Processes hash strings differently: ``{name: rule for name in {"a", "b"}}``."""
+    first = {"groups": "{'a': Linear(end=0.1), 'b': Cosine(end=0.1)}", "weight": "f({'x', 'y'})"}
+    other = {"groups": "{'b': Cosine(end=0.1), 'a': Linear(end=0.1)}", "weight": "f({'y', 'x'})"}
+    assert process_settings._differences(first, other, 1) == ""
+    for text in ("f({'x', 'z'})", "f({'x'})"):
+        assert process_settings._differences(first, other | {"weight": text}, 1).startswith(
+            "weight"
+        )
+    for one, two in (("1e-3", "1e-4"), ("-1.0", "1.0"), ("1.0", "1.5")):
+        assert process_settings._differences({"a": one}, {"a": two}, 1)
+
+
+def test_missing_callback_is_named_once() -> None:
+    first = {"Monitor (logging)": "", "every of Monitor (logging)": "5"}
+    assert process_settings._differences(first, {}, 1) == "Monitor (logging) on process 0 only"
+    assert process_settings._differences({}, first, 1) == "Monitor (logging) on process 1 only"

@@ -237,7 +237,7 @@ def test_negative_numbers_are_accepted_by_few_arguments() -> None:
         ]
         accepted = [case for case in cases if judge(case).kind == "accepted"]
         found = {f"{case.target.name}.{name}" for case in accepted for name in case.hostile}
-        assert found == NEGATIVE
+        assert found == NEGATIVE | ({"GlobalBatchLoader.seed"} if label == "-1" else set())
 
 
 @pytest.mark.parametrize("function", [bigopt.plan, bigopt.learning_rate_range_test])

@@ -277,6 +277,18 @@ def test_trial_run_leaves_the_folder_unchanged(folder: Path) -> None:
     assert without_times(scalars(folder / "killed")) == without_times(before)
 
 
+def test_values_of_a_validation_in_another_process_are_kept(tmp_path: Path) -> None:
+    """Lightning logs ``epoch`` with the metrics of an evaluation, too."""
+    trainer = L.Trainer(**QUIET | {"logger": logger_of(tmp_path), "limit_val_batches": 1})
+    trainer.validate(Validates(), ResumableLoader(96, 8))
+    (events,) = (tmp_path / "killed").glob("events*")
+    events.rename(str(events).replace(f".{os.getpid()}.", ".1."))
+    before = scalars(tmp_path / "killed")["val_loss"]
+    wait_for_next_second()
+    train(logger_of(tmp_path), max_steps=3)
+    assert scalars(tmp_path / "killed")["val_loss"] == before == [(0, 1.0)]
+
+
 def test_events_of_another_program_are_kept(tmp_path: Path, straight: Path) -> None:
     with SummaryWriter(str(tmp_path / "killed")) as writer:
         for step in range(20):
@@ -320,7 +332,11 @@ def test_prefix_of_the_logger_is_followed(prefix: str, tmp_path: Path) -> None:
 def test_run_in_a_folder_with_unreadable_events_warns(tmp_path: Path) -> None:
     (tmp_path / "killed" / "events.out.tfevents.1.folder").mkdir(parents=True)
     (tmp_path / "killed" / "events.out.tfevents.2.text").write_text("no events" * 99)
-    with pytest.warns(UserWarning, match=r"tfevents\.1\.folder' could not be read"):
+    (tmp_path / "killed" / "events.out.tfevents.3.link").symlink_to(tmp_path / "gone")
+    with (
+        pytest.warns(UserWarning, match=r"tfevents\.1\.folder' could not be read"),
+        pytest.warns(UserWarning, match=r"tfevents\.3\.link' could not be read"),
+    ):
         train(logger_of(tmp_path), max_steps=3)
 
 
