@@ -111,7 +111,8 @@ PARTIAL = "step=6.ckpt"
 TEXT = f"""\
 A folder fails after {AT} of {UPDATES} updates. On "tmpfs" it is a file system of 2 MiB that is
 filled or remounted read-only. A limit of the file size needs no privileges: every write beyond
-1 KiB fails.
+1 KiB fails, in every file of the process. The rows of `report=` and `forensics=` then end with the
+error of the logger, whose file is in another folder.
 
 The runs have LearningRateScheduler, StepGuard, GradientClipping, BatchSizeScheduler and, where it
 can write, OptimizationMonitor; those without callbacks have none of them. A run that finishes has
@@ -123,8 +124,8 @@ error, nothing of this package remains on the strategy, the optimizers and the c
 
 - Checkpoints of earlier updates are intact. On a full disk Lightning itself leaves a part of the
   checkpoint that it could not write, if the folder for temporary files is on another disk.
-- A logger that cannot write ends the run, with and without callbacks. With OptimizationMonitor the
-  run ends earlier, because it writes more often.
+- A logger that cannot write ends the run, with and without callbacks, at the latest when Lightning
+  closes it.
 - If a callback catches the error of `trainer.save_checkpoint`, the training does not change:
   {{equal}} of {{runs}} runs with {{saves}} failed saves in five hooks, before and after the
   callbacks, end with the same weights, learning rates and states, to the bit.
