@@ -127,6 +127,7 @@ def test_errors_of_a_config_come_after_a_short_usage(
         assert len(message.splitlines()) < 12
 
 
+@pytest.mark.slow
 def test_reader_of_a_pipe_that_has_ended_is_no_error():
     command_line = f"{shlex.quote(sys.executable)} -m lightning_bigopt.cli schedules"
     for count in (0, 1):

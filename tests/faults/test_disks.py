@@ -8,6 +8,7 @@ import pytest
 
 from tests.faults.disks import HOOKS, end_of, problems, run_case, saves_in_vain
 
+pytestmark = pytest.mark.slow
 FULL, FILE, DELETED = "full (limit of the file size)", "a file in its place", "deleted"
 
 

@@ -18,6 +18,7 @@ from tests.faults.run_oracle import Length, Limit, Part, simulate
 from tests.faults.trained_runs import Configuration, Recorder, check, configuration
 from tests.helpers import QUIET, Regression
 
+pytestmark = pytest.mark.slow
 SEEDS = range(2000, 2040)
 KNOWN = (
     2045,  # periods of a schedule in epochs of a GlobalBatchLoader
