@@ -65,7 +65,8 @@ def plan(
         The plan; ``print`` shows it as a table.
 
     Raises:
-        ValueError: If the length of the run is unknown, or an argument is invalid.
+        ValueError: If the length of the run is unknown, the Trainer has reached its limit, or an
+            argument is invalid.
 
     Example:
         >>> import lightning as L
@@ -110,7 +111,12 @@ def plan(
             datamodule=datamodule,
             callbacks=[*copies, planner],
         )
-    assert planner.plan is not None  # set before on_train_start ends the fit
+    if planner.plan is None:  # Lightning has ended the fit before its start
+        raise ValueError(
+            "trainer must have updates left to plan, got one that has made "
+            f"{trainer.global_step} updates with max_steps={trainer.max_steps} and "
+            f"max_epochs={trainer.max_epochs}; use a new Trainer"
+        )
     return planner.plan
 
 

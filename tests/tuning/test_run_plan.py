@@ -376,3 +376,12 @@ def test_columns_of_the_table_name_learning_rates_and_groups() -> None:
     assert head.index("head") == first.index("5.000e-01")
     one = L.Trainer(**QUIET, max_steps=4, callbacks=[LearningRateScheduler(Constant())])
     assert "accum.  learning rate\n" in str(plan(one, Probe(), loader(8, 2)))
+
+
+def test_trainer_that_has_reached_its_limit_raises() -> None:
+    scheduler = LearningRateScheduler(Linear(start=1.0, end=0.0))
+    trainer = L.Trainer(**QUIET, max_steps=4, callbacks=[scheduler])
+    module = Probe()
+    trainer.fit(module, loader(16, 2))
+    with pytest.raises(ValueError, match=r"made 4 updates with max_steps=4 and .*; use a new Trai"):
+        plan(trainer, module, loader(16, 2))
