@@ -34,6 +34,7 @@ from lightning_bigopt.reporting.runs import read_run
 from tests.helpers import QUIET, ResumableLoader, fit
 from tests.monitoring.helpers import MEASURED_TIMES, Blocks, batch_tokens, rows_of
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 UPDATES, KILLED_AT, SAVED_AT = 12, 7, 4
 EVERY_STEP = list(range(UPDATES))

@@ -89,6 +89,7 @@ def search(
     return finder, trainer
 
 
+@pytest.mark.slow
 def test_found_size_ran_divides_the_batch_and_keeps_headroom() -> None:
     module = LimitedMemory(limit=13)
     finder, trainer = search(module)
@@ -99,6 +100,7 @@ def test_found_size_ran_divides_the_batch_and_keeps_headroom() -> None:
     assert trainer.train_dataloader.batch_size == 8
 
 
+@pytest.mark.slow
 def test_found_size_is_set_on_a_global_batch_loader() -> None:
     data = GlobalBatchLoader(Regression(96), micro_batch_size=1)
     finder, _ = search(LimitedMemory(limit=200), data, headroom=0.0, search="power")
@@ -107,6 +109,7 @@ def test_found_size_is_set_on_a_global_batch_loader() -> None:
     assert finder.found.largest == 16
 
 
+@pytest.mark.slow
 def test_search_restores_everything() -> None:
     before, after, module = RecordsBefore(), RecordsAfter(), LimitedMemory()
     LimitedMemory.tried.clear()
