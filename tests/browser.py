@@ -64,8 +64,13 @@ class Browser:
             return json.loads(answer.read())["value"]
 
     def open(self, url: str) -> None:
-        """Loads a page; returns when it has loaded."""
+        """Loads a page; returns when it has loaded, after 30 seconds at the latest."""
         self.ask("/url", {"url": url})
+        # The driver may return while a long page is still read.
+        for _ in range(300):
+            if self.run("return document.readyState") == "complete":
+                break
+            time.sleep(0.1)
 
     def run(self, script: str) -> Any:
         """Runs a script and returns its result."""
