@@ -18,7 +18,7 @@ from lightning_bigopt.engine.stage import Fit, Stages
 from lightning_bigopt.engine.step import StepHooks
 from lightning_bigopt.engine.update_check import UpdateCheck
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
-from lightning_bigopt.trainer_access import loggers, strategies
+from lightning_bigopt.trainer_access import loggers, loop, strategies
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -131,6 +131,7 @@ class Engine(EvaluationHooks, StepHooks):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock and the capabilities; Lightning has restored all state by now."""
         if self._fit is not None:
+            loop.begin_next_epoch(trainer)
             self._start(self._fit)
             for capability in self._stages["announce"]:
                 capability.announce(self._fit)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = [
     "batch_is_processed",
     "batches_that_stepped",
+    "begin_next_epoch",
     "closes_window",
     "continues_ended_epoch",
     "counters",
@@ -104,6 +105,18 @@ def has_trained_batches(trainer: Trainer) -> bool:
 def restarts_within_epoch(trainer: Trainer) -> bool:
     """Returns whether a resume continues within an epoch; valid in ``on_train_start``."""
     return bool(trainer.fit_loop.restarted_mid_epoch)
+
+
+def begin_next_epoch(trainer: Trainer) -> None:
+    """Begins an epoch after a resume from the last batch of one; call it in ``on_train_start``.
+
+    Lightning 2.6 continues with the next epoch as if it had begun before the checkpoint: it does
+    not call ``on_train_epoch_start`` and does not count the epoch. A checkpoint of that epoch then
+    looks like one between two epochs, and a resume from it begins the epoch again.
+    """
+    epochs: Any = trainer.fit_loop.epoch_progress.total
+    if trainer.fit_loop.restarted_mid_epoch and epochs.processed == epochs.started:
+        trainer.fit_loop.reset_restart_stage()
 
 
 def resumed_batches(trainer: Trainer) -> int:

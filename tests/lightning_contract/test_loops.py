@@ -500,3 +500,33 @@ def test_processes_meet_between_the_starts_of_the_fit_and_of_training() -> None:
 
     trainer(Notes()).fit(Small(), batches(2))
     assert "barrier" in seen[seen.index("fit") : seen.index("train")]
+
+
+@pytest.mark.parametrize("resets", [False, True])
+def test_the_epoch_after_a_resumed_last_batch_begins_only_after_a_reset(
+    tmp_path: Path, resets: bool
+) -> None:
+    """Without its beginning, Lightning does not count the epoch in the checkpoints of it."""
+    begun: list[int] = []
+
+    class Saves(L.Callback):
+        def on_train_batch_end(self, trainer: Any, *arguments: Any) -> None:
+            if trainer.global_step == 4:
+                trainer.save_checkpoint(tmp_path / "saved.ckpt")
+
+    class Looks(L.Callback):
+        def on_train_start(self, trainer: Any, *arguments: Any) -> None:
+            epochs: Any = trainer.fit_loop.epoch_progress.total
+            assert trainer.fit_loop.restarted_mid_epoch
+            assert epochs.ready == epochs.processed == epochs.started == 1
+            if resets:
+                trainer.fit_loop.reset_restart_stage()
+
+        def on_train_epoch_start(self, trainer: Any, *arguments: Any) -> None:
+            begun.append(trainer.current_epoch)
+
+    options: dict[str, Any] = {"max_epochs": 3, "max_steps": -1}
+    trainer(Saves(), **options).fit(Small(), batches())
+    path = tmp_path / "saved.ckpt"
+    trainer(Looks(), **options).fit(Small(), batches(), ckpt_path=path, weights_only=True)
+    assert begun == ([1, 2] if resets else [2])
