@@ -29,7 +29,7 @@ test: $(STAMP)  ## Runs all tests (25 minutes at most on two cores).
 test-fast: $(STAMP)  ## Runs the tests that are neither slow nor distributed (4 minutes at most).
 	$(PYTEST) -m "not slow and not distributed"
 
-test-ray: $(STAMP)  ## Installs Ray into build/ray; compares runs with Ray and without it (ten minutes).
+test-ray: $(STAMP)  ## Installs Ray into build/ray; compares runs with and without it (10 to 25 minutes).
 	test -d build/ray || $(BIN)/python -m pip install --no-deps --target build/ray \
 		--constraint benchmarks/with_ray/constraints.txt ray msgpack tensorboardX
 	PYTHONPATH=$(CURDIR)/build/ray $(BIN)/python benchmarks/with_ray/compare_runs.py

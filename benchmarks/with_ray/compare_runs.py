@@ -1,6 +1,6 @@
 """Trains with Ray Train and Ray Tune, and compares with the same runs without Ray, to the bit.
 
-    make test-ray   # installs Ray into build/ray and runs this file; takes about ten minutes
+    make test-ray   # installs Ray into build/ray and runs this file; takes 10 to 25 minutes
 
 Prints the tables of docs/compatibility.md, and exits with 1 if a run differs.
 """

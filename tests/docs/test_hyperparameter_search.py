@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,11 +43,95 @@ class Records(L.Callback):
         self.fits[-1].append(optimizer.param_groups[0]["lr"])
 
 
+TWO_PROCESSES = """
+import json
+import sys
+
+import lightning as L
+import optuna
+import torch
+from optuna_integration import PyTorchLightningPruningCallback
+from torch.utils.data import DataLoader
+
+import search
+
+VALUES = {"warmup": 0.1, "max_norm": 1.0, "global_batch": 16}
+
+
+def objective(trial):
+    L.seed_everything(0, verbose=False)
+    module = search.Regression(lr=trial.suggest_float("lr", 1e-4, 1.0, log=True))
+    pruning = PyTorchLightningPruningCallback(trial, "val_loss")
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp_fork",
+        max_epochs=6,
+        callbacks=[*search.callbacks(trial), pruning],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    train_loader = search.GlobalBatchLoader(search.data(256, seed=0), micro_batch_size=16)
+    try:
+        trainer.fit(module, train_loader, DataLoader(search.data(128, seed=1), batch_size=64))
+    except torch.multiprocessing.ProcessRaisedException as error:
+        if "TooManyRejectionsError" not in str(error):
+            raise
+        raise optuna.TrialPruned("StepGuard has rejected too many updates in a row") from error
+    pruning.check_pruned()
+    return trainer.callback_metrics["val_loss"].item()
+
+
+study = optuna.create_study(
+    storage="sqlite:///two.db",
+    pruner=optuna.pruners.MedianPruner(n_startup_trials=1, n_warmup_steps=0),
+)
+for lr in (0.05, 1e-4, 1e30):
+    study.enqueue_trial({"lr": lr, **VALUES})
+study.optimize(objective, n_trials=3)
+found = [[t.state.name, t.value, len(t.intermediate_values)] for t in study.trials]
+alone = search.objective(optuna.trial.FixedTrial({"lr": 0.05, **VALUES}))
+print(json.dumps({"trials": found, "alone": alone}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_complete_prune_and_end_a_diverging_trial(tmp_path: Path) -> None:
+    (tmp_path / "search.py").write_text(script_of_the_page())
+    (tmp_path / "two.py").write_text(TWO_PROCESSES)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "two.py"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    (complete, value, epochs), pruned, diverged = found["trials"]
+    assert (complete, epochs) == ("COMPLETE", EPOCHS)
+    assert value == pytest.approx(found["alone"], rel=1e-5)
+    assert pruned[0] == "PRUNED"
+    assert 0 < pruned[2] < EPOCHS
+    assert diverged == ["PRUNED", None, 0]
+
+
+def script_of_the_page() -> str:
+    (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    return code
+
+
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModuleType, Any, Records]:
     """Runs the script with one trial more, which diverges; returns script, study and records."""
     folder = tmp_path_factory.mktemp("search")
-    (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    code = script_of_the_page()
     path = folder / "search.py"
     path.write_text(code.replace("sqlite:///search.db", f"sqlite:///{folder}/search.db"))
     spec = importlib.util.spec_from_file_location("search", path)
