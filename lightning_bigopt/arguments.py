@@ -106,6 +106,11 @@ class Specification:
     if not TYPE_CHECKING:  # for type checkers, an unknown attribute stays an error
 
         def __getattr__(self, name: str) -> Any:
+            if name in ("on_after_setup", "on_after_optimizer_step"):
+                raise TypeError(  # not an AttributeError, which Fabric ignores
+                    f"callbacks must contain objects with hooks, got {self!r} in Fabric; call it "
+                    "in the training loop"
+                )
             if name in _CALLBACK_NAMES or name.startswith("on_"):
                 raise AttributeError(
                     f"callbacks must contain Callback objects, got {self!r}; write "

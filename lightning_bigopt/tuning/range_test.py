@@ -16,6 +16,7 @@ from torch import nn
 from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_between, check_choice, check_count, shown
 from lightning_bigopt.engine.engine import Engine
+from lightning_bigopt.fabric_hooks import TrainerOnly
 from lightning_bigopt.optimizers.object_snapshot import ObjectSnapshot
 from lightning_bigopt.removed import RemovedAttribute
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
@@ -31,7 +32,7 @@ OnResult: TypeAlias = Literal["use", "report"]
 
 
 @explain_arguments
-class LearningRateRangeTest(Callback):
+class LearningRateRangeTest(TrainerOnly, Callback):
     """Sweeps the learning rate before training starts, and trains with the suggested rate.
 
     The sweep trains on the Trainer's loader with its precision and accumulation, with

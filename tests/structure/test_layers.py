@@ -30,8 +30,8 @@ LAYERS: tuple[tuple[frozenset[str], frozenset[str]], ...] = (
     (
         frozenset(
             {
-                *("argument_hints", "arguments", "checks", "config_values", "removed"),
-                *("type_checks", "version"),
+                *("argument_hints", "arguments", "checks", "config_values"),
+                *("fabric_hooks", "removed", "type_checks", "version"),
             }
         ),
         STANDARD_LIBRARY,
