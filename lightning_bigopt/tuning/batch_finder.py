@@ -22,6 +22,7 @@ from lightning_bigopt.checks import check_between, check_choice, check_count, sh
 from lightning_bigopt.fabric_hooks import TrainerOnly
 from lightning_bigopt.optimizers.names import unwrapped
 from lightning_bigopt.optimizers.object_snapshot import ObjectSnapshot
+from lightning_bigopt.optimizers.private import check_not_private
 from lightning_bigopt.trainer_access import loaders, strategies
 from lightning_bigopt.type_checks import check_instance
 
@@ -140,6 +141,11 @@ class GlobalBatchFinder(TrainerOnly, Callback):
                 f"{type(trainer.strategy).__name__}, whose forward needs all processes; set the "
                 "micro-batch by hand"
             )
+        check_not_private(
+            trainer.optimizers,
+            "GlobalBatchFinder",
+            "which the trials would not restore; set the batch of BatchMemoryManager by hand",
+        )
         synchronizes = any(isinstance(part, torch.nn.SyncBatchNorm) for part in module.modules())
         if synchronizes and trainer.world_size > 1:
             raise ValueError(

@@ -18,6 +18,7 @@ from lightning_bigopt.checks import check_between, check_choice, check_count, sh
 from lightning_bigopt.engine.engine import Engine
 from lightning_bigopt.fabric_hooks import TrainerOnly
 from lightning_bigopt.optimizers.object_snapshot import ObjectSnapshot
+from lightning_bigopt.optimizers.private import check_not_private
 from lightning_bigopt.removed import RemovedAttribute
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 from lightning_bigopt.trainer_access import loop, trial_runs
@@ -137,7 +138,15 @@ class LearningRateRangeTest(TrainerOnly, Callback):
 
         Returns:
             The result of the sweep.
+
+        Raises:
+            ValueError: If an optimizer is from Opacus.
         """
+        check_not_private(
+            trainer.optimizers,
+            "LearningRateRangeTest",
+            "whose privacy budget the test would spend; set the learning rate by hand",
+        )
         sweep = Sweep(
             self.rates, groups, smoothing=self.smoothing, stop_at=self.stop_at, skip=self.skip
         )
