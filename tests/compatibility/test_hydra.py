@@ -36,7 +36,7 @@ from lightning_bigopt import (
     arguments,
     parameter_groups,
 )
-from lightning_bigopt.arguments import Specification
+from lightning_bigopt.arguments import Specification, explain_arguments
 from lightning_bigopt.checks import shown
 from lightning_bigopt.config_values import CONVERT, python_value
 from lightning_bigopt.monitoring.step_timer import StepTimer
@@ -271,14 +271,42 @@ def test_missing_value_says_how_to_convert():
         BatchSizeSteps(config)
 
 
-def test_element_that_is_not_converted_says_how_to_convert():
-    # Hydra takes an object apart that is passed to ``instantiate`` beside a config.
-    config = target("Product", _convert_="partial")
-    with pytest.raises(InstantiationException, match=re.escape(CONVERT)):
-        instantiate(config, schedules=[Linear(), Cosine()])
-    assert instantiate(config | {"_convert_": "object"}, schedules=[Linear(), Cosine()]) == Product(
-        [Linear(), Cosine()]
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", SPECIFICATIONS)
+def test_specification_as_a_direct_argument(name: str, mode: str) -> None:
+    held = instantiate(
+        {
+            "_target_": f"{__name__}.Holder",
+            "_convert_": mode,
+            "value": {"_target_": f"{__name__}.make", "name": name},
+        }
     )
+    assert held.value is SPECIFICATIONS[name]
+
+
+def make(name: str) -> Specification:
+    return SPECIFICATIONS[name]
+
+
+@explain_arguments
+class Holder:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_objects_beside_a_config_need_object_or_none(mode: str) -> None:
+    # Hydra takes an object apart that is passed to ``instantiate`` beside a config.
+    config, schedules = target("Product", _convert_=mode), [Linear(), Cosine()]
+    if mode in ("none", "object"):
+        assert instantiate(config, schedules=schedules) == Product(schedules)
+    else:
+        advice = {"partial": re.escape(CONVERT), "all": r"got \[\{'start': 1.0"}[mode]
+        with pytest.raises(InstantiationException, match=advice):
+            instantiate(config, schedules=schedules)
+
+
+def test_value_that_is_not_converted_says_how_to_convert():
     assert shown(OmegaConf.create({"a": 1})) == "a DictConfig"
     with pytest.raises(ValueError, match=r"got a DictConfig; write _convert_: all"):
         check_instance("schedule", OmegaConf.create({"a": 1}), Schedule)
