@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_bigopt.checks import shown, with_article
+from lightning_bigopt.config_values import CONVERT, is_config
 
 __all__ = ["check_callable", "check_instance", "check_items", "checked_tuple", "path_or_none"]
 
@@ -35,6 +36,8 @@ def check_instance(
         expected = " or ".join(with_article(kind.__name__) for kind in kinds)
         if isinstance(value, type) and issubclass(value, kind):
             hint = f"write {value.__name__}(...)"
+        elif is_config(value):
+            hint = CONVERT
         hint = hint or f"write {name}={kinds[0].__name__}(...)"
         raise ValueError(f"{name} must be {expected}, got {shown(value)}; {hint}")
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning_bigopt.engine.capability import Capability
+from lightning_bigopt.fabric_hooks import fabric_error
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 from lightning_bigopt.trainer_access.modules import is_lightning_module
 
@@ -58,6 +59,11 @@ class OwnedCallbackMixin(_Module):
         return [*_as_list(super().configure_callbacks()), *owned]
 
     _CHECKED.add(configure_callbacks)
+
+    def on_after_setup(self, **arguments: Any) -> None:
+        """Raises in Fabric if the module will be trained: without a Trainer mixins do nothing."""
+        if self.optimizers():  # none for evaluation
+            raise fabric_error(type(self).__name__, *(kind for kind, _ in self._owns()))
 
     def _owns(self) -> Iterator[tuple[type[Capability], str]]:
         for base in type(self).__mro__:

@@ -28,7 +28,12 @@ ON_DEMAND = frozenset({"jinja2", "jsonargparse", "matplotlib", "rich", "shtab", 
 # From the lowest layer to the highest, each with the distributions that it may import.
 LAYERS: tuple[tuple[frozenset[str], frozenset[str]], ...] = (
     (
-        frozenset({"argument_hints", "arguments", "checks", "removed", "type_checks", "version"}),
+        frozenset(
+            {
+                *("argument_hints", "arguments", "checks", "config_values"),
+                *("fabric_hooks", "removed", "type_checks", "version"),
+            }
+        ),
         STANDARD_LIBRARY,
     ),
     (frozenset({"durations"}), STANDARD_LIBRARY),
