@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_bigopt.gradients.local_gradient_norm import LocalGradientNorm
 from lightning_bigopt.trainer_access.packages import classes
@@ -141,8 +142,9 @@ def register_gradient_norm_hook(trainer: Trainer) -> LocalGradientNorm | None:
     strategy = trainer.strategy
     if not _is_ddp(strategy) or trainer.world_size == 1:
         return None
-    norm = LocalGradientNorm()
-    model: Any = strategy.model
+    norm, model = LocalGradientNorm(), strategy.model
+    if not isinstance(model, DistributedDataParallel):  # plan() does not wrap the module
+        return None
     # On a CPU Lightning silently ignores DDPStrategy(ddp_comm_hook=). Without this check, a second
     # hook would be accepted on a CPU and raise on a GPU.
     conflict = "" if strategy._ddp_comm_hook is None else "ddp_comm_hook="

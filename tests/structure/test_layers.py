@@ -23,7 +23,9 @@ LIGHTNING = TORCH | {"lightning", "torchmetrics", "tensorboard"}
 # Only for types: a backport of the standard library.
 FOR_TYPES = frozenset({"typing_extensions"})
 # Only inside functions: optional packages.
-ON_DEMAND = frozenset({"jinja2", "jsonargparse", "matplotlib", "rich", "shtab", "transformers"})
+ON_DEMAND = frozenset(
+    {"jinja2", "jsonargparse", "matplotlib", "rich", "shtab", "transformers", "yaml"}
+)
 
 # From the lowest layer to the highest, each with the distributions that it may import.
 LAYERS: tuple[tuple[frozenset[str], frozenset[str]], ...] = (
