@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.utilities.types import _Stateful
 from torch.utils.data import BatchSampler
 
 from lightning_bigopt.batching.exact_loader import GlobalBatchLoader
@@ -44,7 +43,8 @@ def train_loaders(trainer: Trainer) -> list[Any]:
 
 def stateful(trainer: Trainer) -> bool:
     """Returns whether every training loader has a state, which Lightning saves and restores."""
-    return all(isinstance(loader, _Stateful) for loader in train_loaders(trainer))
+    kinds = classes("fabric.utilities.types._Stateful")
+    return all(isinstance(loader, kinds) for loader in train_loaders(trainer))
 
 
 def may_reload(trainer: Trainer) -> bool:
