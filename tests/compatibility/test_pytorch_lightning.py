@@ -73,7 +73,7 @@ def test_the_runs_do_what_their_callbacks_are_for() -> None:
     assert bare <= set(run("GradientClipping", name)["logged"])
     for case in ("StepGuard", "StepGuardMixin"):
         skipped = [value for _, value in run(case, name)["logged"]["guard/skipped"]]
-        assert max(skipped) == 1
+        assert max(skipped) == 2  # once an epoch
     for case in ("GradientNoiseScale", "GradientNoiseScaleMixin"):
         state = run(case, name)["checkpoints"]["step=12.ckpt"]["callbacks"]["GradientNoiseScale"]
         assert state["estimator"]["updates"] == 12

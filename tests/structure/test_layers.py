@@ -52,7 +52,7 @@ LAYERS: tuple[tuple[frozenset[str], frozenset[str]], ...] = (
     (frozenset({"cli", "examples", "__init__"}), LIGHTNING),
 )
 NOT_BUILT_YET = frozenset({"averaging"})
-# Lightning's classes that a module may import otherwise than for types: the base class of callbacks,
+# Lightning's classes that a module may import otherwise than for types: the base of callbacks,
 # and names in annotations. Objects are checked against, and made from, the classes of the Trainer's
 # own package.
 BASE_CLASSES = frozenset({"Callback", "LightningModule", "Trainer"})
