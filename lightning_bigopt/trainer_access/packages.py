@@ -34,7 +34,7 @@ def classes(*paths: str) -> tuple[type[Any], ...]:
         >>> Timer in classes("callbacks.Timer", "callbacks.ModelCheckpoint")
         True
     """
-    # pytorch_lightning is not imported here: that takes a second, and before it is imported no
+    # pytorch_lightning is not imported here: that takes half a second, and before that no
     # object can be an instance of its classes.
     return _classes(paths, _PACKAGES if "pytorch_lightning" in sys.modules else _PACKAGES[:1])
 
