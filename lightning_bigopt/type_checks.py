@@ -33,7 +33,9 @@ def check_instance(
     """
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
-        expected = " or ".join(with_article(kind.__name__) for kind in kinds)
+        # Classes of the two packages of Lightning have the same name.
+        names = dict.fromkeys(kind.__name__ for kind in kinds)
+        expected = " or ".join(map(with_article, names))
         if isinstance(value, type) and issubclass(value, kind):
             hint = f"write {value.__name__}(...)"
         elif is_config(value):

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_bigopt.arguments import explain_arguments
@@ -33,6 +32,7 @@ from lightning_bigopt.monitoring.tags import tag_name
 from lightning_bigopt.optimizers.private import check_not_private
 from lightning_bigopt.parameters import tied_names
 from lightning_bigopt.trainer_access import loop, precision, strategies
+from lightning_bigopt.trainer_access.packages import own
 
 __all__ = ["ClippingScope", "GradientClipping"]
 
@@ -118,6 +118,7 @@ class GradientClipping(Capability):
                 "gradient_clip_val must be None with GradientClipping, got "
                 f"{trainer.gradient_clip_val}; keep one of them"
             )
+        is_overridden = own(trainer, "utilities.model_helpers.is_overridden")
         if is_overridden("configure_gradient_clipping", fit.module):
             raise ValueError(
                 "configure_gradient_clipping must not be overridden with GradientClipping, got "

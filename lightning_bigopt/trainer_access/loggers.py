@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 from weakref import WeakSet
 
-from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_bigopt.trainer_access.packages import classes
+
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+    from lightning.pytorch.loggers import Logger, TensorBoardLogger
     from torch.utils.tensorboard import SummaryWriter
 
 __all__ = [
@@ -35,8 +36,9 @@ def log_folder(trainer: Trainer) -> str | None:
     Unlike ``trainer.log_dir``, which broadcasts it from process 0, this is not a collective.
     """
     for logger in trainer.loggers:
-        if isinstance(logger, (TensorBoardLogger, CSVLogger)):
-            return logger.log_dir
+        if isinstance(logger, classes("loggers.TensorBoardLogger", "loggers.CSVLogger")):
+            folder: str = logger.log_dir
+            return folder
     return None
 
 
@@ -50,7 +52,7 @@ def log_metrics(logger: Logger, values: Mapping[str, float], *, step: int) -> No
     """
     with failed_writes_warn(logger):
         logger.log_metrics(dict(values), step=step)
-        if isinstance(logger, CSVLogger):
+        if isinstance(logger, classes("loggers.CSVLogger")):
             logger.save()  # it buffers 100 steps, which a killed run would lose
 
 
@@ -113,8 +115,12 @@ def tensorboard_writers(trainer: Trainer) -> dict[Logger, tuple[SummaryWriter, s
             logger._prefix + logger.LOGGER_JOIN_CHAR if logger._prefix else "",
         )
         for logger in trainer.loggers
-        if isinstance(logger, TensorBoardLogger)
+        if _is_tensorboard(logger)
     }
+
+
+def _is_tensorboard(logger: Logger) -> TypeGuard[TensorBoardLogger]:
+    return isinstance(logger, classes("loggers.TensorBoardLogger"))
 
 
 def loggers_with_placeholder(trainer: Trainer) -> list[Logger]:
@@ -130,7 +136,7 @@ def loggers_with_placeholder(trainer: Trainer) -> list[Logger]:
     return [
         logger
         for logger in trainer.loggers
-        if is_saving and isinstance(logger, TensorBoardLogger) and logger._default_hp_metric
+        if is_saving and _is_tensorboard(logger) and logger._default_hp_metric
     ]
 
 
@@ -148,7 +154,7 @@ def show_on_progress_bar(trainer: Trainer, values: Mapping[str, float]) -> None:
     }
     # RichProgressBar rounds numbers to three decimals, which would show a learning rate of 3e-4 as
     # 0.000, but shows strings unchanged.
-    if isinstance(trainer.progress_bar_callback, RichProgressBar):
+    if isinstance(trainer.progress_bar_callback, classes("callbacks.RichProgressBar")):
         shown = {
             name: str(value) if isinstance(value, int) else f"{value:.3g}"
             for name, value in shown.items()

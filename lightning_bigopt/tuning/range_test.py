@@ -258,7 +258,7 @@ class _RangeTestOnly(LearningRateRangeTest):
     trainer_callbacks: list[Callback]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Runs the sweep, and ends the fit by :class:`trial_runs.ExitFit`."""
+        """Runs the sweep, and ends the fit by :func:`trial_runs.exit_fit`."""
         groups = BaseRates(trainer)
         of_module = [c for c in trainer_callbacks.callbacks_of(trainer) if c is not self]
         copies = callbacks_affecting_gradients([*self.trainer_callbacks, *of_module])
@@ -266,7 +266,7 @@ class _RangeTestOnly(LearningRateRangeTest):
         self.report()
         if self.on_result == "use" and self.result.suggestion is not None:
             groups.use(self.result.suggestion, trainer, pl_module)
-        raise trial_runs.ExitFit
+        raise trial_runs.exit_fit(trainer)
 
 
 @contextmanager

@@ -55,14 +55,11 @@ def check_conflicts(fit: Fit, policy: BatchSizePolicy) -> None:
             "accumulate_grad_batches must be 1 with BatchSizeScheduler, got "
             f"{trainer.accumulate_grad_batches}; set the global batch size in the policy instead"
         )
-    for kind in (
-        trainer_callbacks.GradientAccumulationScheduler,
-        trainer_callbacks.StochasticWeightAveraging,
-    ):
-        if trainer_callbacks.find_callback(trainer, kind) is not None:
+    for name in ("GradientAccumulationScheduler", "StochasticWeightAveraging"):
+        if trainer_callbacks.find_lightning_callback(trainer, name) is not None:
             raise ValueError(
-                f"callbacks must not contain {kind.__name__} with BatchSizeScheduler, got both; "
-                f"remove {kind.__name__}"
+                f"callbacks must not contain {name} with BatchSizeScheduler, got both; remove "
+                f"{name}"
             )
     if not module.automatic_optimization:
         raise ValueError(
