@@ -5,10 +5,10 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast lint format bench notebooks docs clean
+.PHONY: help venv demo test test-fast test-versions lint format bench notebooks docs clean
 
 help:  ## Lists the targets.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(STAMP)  ## Creates .venv with the pinned dependencies; PYTHON=… selects the interpreter.
 
@@ -28,6 +28,9 @@ test: $(STAMP)  ## Runs all tests (25 minutes at most on two cores).
 
 test-fast: $(STAMP)  ## Runs the tests that are neither slow nor distributed (4 minutes at most).
 	$(PYTEST) -m "not slow and not distributed"
+
+test-versions: $(STAMP)  ## Tests other versions of Lightning and checks each Python (10 minutes on two cores).
+	$(BIN)/python -m tests.versions
 
 lint: $(STAMP)  ## Checks style and types.
 	$(BIN)/ruff check .
