@@ -34,6 +34,8 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)}")
     parser.add_argument("--only", nargs="+", default=matrix.VERSIONS, metavar="VERSION")
     parser.add_argument("--package", default="lightning.pytorch", help="the Trainer's package")
+    parser.add_argument("--engine", action="store_true", help="run tests/engine too")
+    parser.add_argument("--jobs", type=int, default=1, help="versions at the same time")
     parser.add_argument("--write", action="store_true", help=f"write the tables into {PAGE.name}")
     options = parser.parse_args()
     unknown = set(options.parts) - set(PARTS)
@@ -42,7 +44,9 @@ def main() -> int:
     everything = True
     for part in options.parts or PARTS:
         if part == "lightning":
-            table, passed = matrix.measure(options.only, options.package)
+            table, passed = matrix.measure(
+                options.only, package=options.package, engine=options.engine, jobs=options.jobs
+            )
         else:
             table, passed = interpreters.measure()
         print(f"\n{table}\n", flush=True)

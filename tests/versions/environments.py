@@ -10,11 +10,12 @@ import venv
 from importlib import metadata
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
 
 def environment(folder: Path, lightning: str) -> Path:
-    """Makes an environment with a version of Lightning; returns its interpreter.
+    """Makes an environment with this checkout and a version of Lightning; returns its interpreter.
 
     All other packages are those of the current environment, through a path in a ``.pth`` file,
     except those whose installed versions that Lightning does not allow: pip installs others into
@@ -34,7 +35,9 @@ def environment(folder: Path, lightning: str) -> Path:
     python = Path(sysconfig.get_path("scripts", "venv", vars=variables)) / "python"
     torch = f"torch=={metadata.version('torch')}"
     wanted = [f"lightning=={lightning}", f"pytorch-lightning=={lightning}", torch]
-    subprocess.run([*PIP, "--python", python, "install", "--quiet", *wanted], check=True)
+    # The checkout too, so that pip compares its requirements with that Lightning.
+    checkout = ["--no-build-isolation", ROOT]
+    subprocess.run([*PIP, "--python", python, "install", "--quiet", *wanted, *checkout], check=True)
     return python
 
 

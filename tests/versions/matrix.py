@@ -7,6 +7,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -16,10 +17,14 @@ from tests.versions.environments import environment, installed
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "versions"
 VERSIONS = ("2.5.0", "2.5.6", "2.6.0", "2.6.6")
+FIT = "tests/cli/test_fit.py"
 # The columns of the table and what runs for them.
 SETS = {
     "contract": ["tests/lightning_contract"],
-    "end to end": ["tests/versions", "tests/cli/test_fit.py"],
+    "end to end": [
+        "tests/versions",
+        f"{FIT}::test_example_trains_and_its_saved_config_trains_to_the_same_weights",
+    ],
 }
 ENGINE = {"engine": ["tests/engine"]}  # takes four times as long as the others
 
@@ -72,36 +77,47 @@ def count(found: Iterable[Result]) -> str:
     return ", ".join(f"{outcomes.count(kind)} {kind}" for kind in kinds if kind in outcomes)
 
 
+def of_version(version: str, sets: dict[str, list[str]], package: str) -> dict[str, list[Result]]:
+    """Makes an environment with a version of Lightning; returns the results of each set."""
+    python = environment(FOLDER / version, version)
+    return {
+        name: tested(python, paths, FOLDER / f"{version}-{name.replace(' ', '-')}.xml", package)
+        for name, paths in sets.items()
+    }
+
+
+def others(version: str) -> str:
+    """Returns the packages that an environment holds besides Lightning and this one."""
+    found = installed(FOLDER / version / "bin" / "python")
+    ours = {"lightning", "pytorch-lightning", "lightning-bigopt"}
+    return ", ".join(f"{n} {v}" for n, v in sorted(found.items()) if n not in ours) or "none"
+
+
 def measure(
-    versions: Iterable[str] = VERSIONS, packages: str = "lightning.pytorch"
+    versions: Iterable[str] = VERSIONS,
+    *,
+    package: str = "lightning.pytorch",
+    engine: bool = False,
+    jobs: int = 1,
 ) -> tuple[str, bool]:
     """Returns the table of the versions and what did not pass, and whether nothing failed."""
+    sets = SETS | ENGINE if engine else SETS
+    with ThreadPoolExecutor(jobs) as pool:
+        found = list(pool.map(lambda version: of_version(version, sets, package), versions))
     rows = [
-        f"| Lightning | {' | '.join(SETS)} | installed for it |",
-        "|---" * (len(SETS) + 2) + "|",
+        f"| Lightning | {' | '.join(sets)} | installed for it |",
+        f"|{'---|' * (len(sets) + 2)}",
     ]
-    differences: dict[tuple[str, str], list[str]] = {}
-    failed = False
-    for version in versions:
-        print(f"== Lightning {version}", flush=True)
-        python = environment(FOLDER / version, version)
-        cells = []
-        for name, paths in SETS.items():
-            report = FOLDER / f"{version}-{name.replace(' ', '-')}.xml"
-            found = tested(python, paths, report, packages)
-            cells.append(count(found))
-            for result in found:
-                if result.outcome != "passed":
-                    where = (result.test.partition("[")[0], f"{result.outcome}: {result.reason}")
-                    differences.setdefault(where, []).append(version)
-                failed |= result.outcome == "failed"
-        ours = {"lightning", "pytorch-lightning", "lightning-bigopt"}
-        others = {n: v for n, v in installed(python).items() if n not in ours}
-        cells.append(", ".join(f"{n} {v}" for n, v in sorted(others.items())) or "none")
+    differences: dict[str, list[str]] = {}
+    for version, of_sets in zip(versions, found, strict=True):
+        cells = [*(count(of_sets[name]) for name in sets), others(version)]
         rows.append(f"| {version} | {' | '.join(cells)} |")
-    lines = [
-        f"- `{test}` ({', '.join(dict.fromkeys(under))}) {reason}"
-        for (test, reason), under in differences.items()
-    ]
-    title = f"Python {sys.version.split()[0]}, torch {metadata.version('torch')}, `{packages}`:"
+        for result in (result for name in sets for result in of_sets[name]):
+            if result.outcome != "passed":
+                test = result.test.partition("[")[0]
+                line = f"`{test}`: {result.outcome}, {result.reason}"
+                differences.setdefault(line, []).append(version)
+    lines = [f"- {', '.join(dict.fromkeys(under))}: {line}" for line, under in differences.items()]
+    title = f"Python {sys.version.split()[0]}, torch {metadata.version('torch')}, `{package}`:"
+    failed = any(r.outcome == "failed" for of_sets in found for s in of_sets.values() for r in s)
     return "\n".join([title, "", *rows, "", *lines]).strip(), not failed
