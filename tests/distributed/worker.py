@@ -11,11 +11,13 @@ from pathlib import Path
 import torch
 
 from tests.distributed import batch_scenarios, package_scenarios, scenarios
+from tests.older_lightning import accept_weights_only
 
 
 def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    accept_weights_only()
     out, names = Path(sys.argv[1]), sys.argv[2:]
     known = {**vars(scenarios), **vars(batch_scenarios), **vars(package_scenarios)}
     results = {name: known[name](out) for name in names}
