@@ -162,7 +162,9 @@ def test_metadata_are_complete(metadata: Metadata) -> None:
     assert not metadata.project_urls  # there is none yet
     # The versions of Python with which all tests were run, as docs/compatibility.md says.
     found = set(metadata.classifiers or [])
-    assert {c for c in found if re.search(r":: 3\.", c)} == {"Programming Language :: Python :: 3.11"}
+    assert {c for c in found if re.search(r":: 3\.", c)} == {
+        "Programming Language :: Python :: 3.11"
+    }
     assert {c for c in found if "System ::" in c} == {"Operating System :: POSIX :: Linux"}
 
 
