@@ -226,12 +226,17 @@ def batches_that_stepped(trainer: Trainer) -> int:
 def next_logger_step(trainer: Trainer) -> int:
     """Returns :func:`batches_that_stepped` of the next update; call it in ``on_train_start``."""
     loop = trainer.fit_loop.epoch_loop
-    # Lightning saves a checkpoint before it counts the update, and adds the missing one in
-    # _TrainingEpochLoop.reset, which runs after on_train_start. This is the condition there.
+    # Lightning saves a checkpoint before it counts the update, and adds the missing one after
+    # on_train_start: in _TrainingEpochLoop.reset, whose condition this is, or after a checkpoint of
+    # a validation in a first pass of the loop, which trains nothing.
     is_behind = (
         loop.restarting
         and closes_window(trainer)
-        and (loop.restarted_on_train_batch_end or not loop.restarted_on_last)
+        and (
+            loop.restarted_on_train_batch_end
+            or not loop.restarted_on_last
+            or loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+        )
     )
     return batches_that_stepped(trainer) + is_behind
 
