@@ -277,7 +277,7 @@ class Engine(EvaluationHooks, StepHooks):
         if self._loaded is not None:
             return self._loaded  # not applied yet, see Capability.state_dict
         self.finish_batch()
-        check_update_is_complete(self._inside_update)
+        check_update_is_complete(inside_update=self._inside_update)
         if self._fit is not None:
             # A run that is killed after the checkpoint must not lose values before it.
             loggers.flush(self._fit.trainer)

@@ -163,7 +163,7 @@ def _is_frozen(optimizer: Optimizer) -> bool:
     return not any(p.requires_grad for group in optimizer.param_groups for p in group["params"])
 
 
-def check_update_is_complete(inside_update: bool) -> None:
+def check_update_is_complete(*, inside_update: bool) -> None:
     """Warns about a checkpoint that is saved while an update is performed."""
     if inside_update:
         rank_zero_warn(
