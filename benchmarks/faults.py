@@ -22,6 +22,7 @@ PARTS = {
     "trained_runs": "Random configurations that are trained",
     "ranks": "Faults on one of two processes",
     "disks": "Full, read-only and deleted folders",
+    "slurm": "Signals of SLURM",
     "long_run": "A run of 100,000 steps",
 }
 INTRODUCTION = """\

@@ -16,7 +16,7 @@ from lightning_bigopt.engine.evaluation import EvaluationHooks
 from lightning_bigopt.engine.snapshot import Snapshot
 from lightning_bigopt.engine.stage import Fit, Stages
 from lightning_bigopt.engine.step import StepHooks
-from lightning_bigopt.engine.update_check import UpdateCheck
+from lightning_bigopt.engine.update_check import UpdateCheck, check_update_is_complete
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 from lightning_bigopt.trainer_access import loggers, loop, strategies
 
@@ -111,8 +111,7 @@ class Engine(EvaluationHooks, StepHooks):
             receive_loader=self._receive_loader if self._stages["loader_ready"] else None,
             collect_weights=self._collect_weights,
         )
-        # In on_fit_start, because Lightning restores the states of schedulers after it, and before
-        # on_train_start.
+        # Lightning restores the states of schedulers after on_fit_start, before on_train_start.
         optimizer_setup.install(self._fit)
 
     def _receive_loader(self, loader: Any) -> None:
@@ -135,7 +134,7 @@ class Engine(EvaluationHooks, StepHooks):
             self._start(self._fit)
             for capability in self._stages["announce"]:
                 capability.announce(self._fit)
-            if self.clock.horizon is not None and self._needs_horizon(self._fit):
+            if self.clock.horizon is not None and self._needs_horizon():
                 budget.announce_limits(trainer, self.clock.horizon)
             if self.clock.budget_exhausted:
                 trainer.should_stop = True  # a run that has ended is started again
@@ -162,20 +161,20 @@ class Engine(EvaluationHooks, StepHooks):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warns if the run has ended before its schedules."""
-        clock = self.clock
-        if self._fit is None or clock.horizon is None or clock.cooldown is not None:
+        fit, clock = self._fit, self.clock
+        if fit is None:
             return
-        if self._needs_horizon(self._fit):
+        fit.requeue.settle()
+        if clock.horizon is not None and clock.cooldown is None and self._needs_horizon():
             budget.report_early_end(trainer, clock.horizon, fraction=clock.fraction)
 
-    def _needs_horizon(self, fit: Fit) -> bool:
-        return self.needs_horizon or any(c.needs_horizon for c in fit.capabilities)
+    def _needs_horizon(self) -> bool:
+        return self.needs_horizon or any(c.needs_horizon for c in self._capabilities())
 
     def _counts_updates(self) -> bool:
         """Returns whether a capability uses a budget in updates."""
-        fit, horizon = self._fit, self.clock.horizon
-        in_steps = horizon is not None and horizon.clock == "steps"
-        return in_steps and fit is not None and self._needs_horizon(fit)
+        horizon = self.clock.horizon
+        return horizon is not None and horizon.clock == "steps" and self._needs_horizon()
 
     def _start(self, fit: Fit) -> None:
         self._start_clock()
@@ -204,7 +203,7 @@ class Engine(EvaluationHooks, StepHooks):
         assert fit is not None  # set in on_fit_start
         if not self._clock_runs:
             loaded, self._loaded = self._loaded, None
-            needed = fit_setup.restore(fit, loaded) or self._needs_horizon(fit)
+            needed = fit_setup.restore(fit, loaded) or self._needs_horizon()
             fit_setup.start_clock(fit, self._stages["simulator"], needs_horizon=needed)
             self._clock_runs = True
         return self.clock
@@ -219,6 +218,8 @@ class Engine(EvaluationHooks, StepHooks):
             # As at the end of an epoch. ModelCheckpoint(save_on_exception=True) saves later.
             if (buffers := self._window_buffers()) is not None:
                 buffers.restore_()
+            if self._fit is not None:
+                self._fit.requeue.settle_alone()
         finally:
             self._end()
 
@@ -226,8 +227,7 @@ class Engine(EvaluationHooks, StepHooks):
         """Ends the fit, and drops loaded state that was not applied."""
         loaded, self._loaded, self._unlisted = self._loaded, None, []
         if self._fit is not None and not self._clock_runs:
-            # A resume of a finished run ends before on_train_start. The state is applied now, so
-            # that a checkpoint saved afterwards contains it.
+            # A resume of a finished run. A checkpoint that is saved later contains the state.
             fit_setup.restore(self._fit, loaded)
             self.clock.restore_without_training()
         for callback in trainer_callbacks.callbacks_of(trainer):
@@ -277,6 +277,7 @@ class Engine(EvaluationHooks, StepHooks):
         if self._loaded is not None:
             return self._loaded  # not applied yet, see Capability.state_dict
         self.finish_batch()
+        check_update_is_complete(inside_update=self._inside_update)
         if self._fit is not None:
             # A run that is killed after the checkpoint must not lose values before it.
             loggers.flush(self._fit.trainer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
 
@@ -50,6 +50,12 @@ class EvaluationHooks(Callback):
         for capability in overriding(self._evaluated)["begin_evaluation"]:
             capability.begin_evaluation(trainer, pl_module)
 
+    def on_validation_batch_end(self, *arguments: Any) -> None:
+        """Handles a signal of SLURM, because a validation may last longer than the time left."""
+        # Another process may receive it later: it joins here, or when its validation ends.
+        if self._fit is not None and self._fit.requeue.is_pending:
+            self._fit.requeue.settle()
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs the stage ``end_evaluation`` of the capabilities of the evaluation."""
         evaluated, self._evaluated = self._evaluated, []
@@ -57,6 +63,8 @@ class EvaluationHooks(Callback):
             capability.end_evaluation(trainer, pl_module)
         if (buffers := self._window_buffers()) is not None:
             buffers.end_evaluation()
+        if self._fit is not None:
+            self._fit.requeue.settle()
 
     on_test_start = on_predict_start = on_validation_start
     on_test_end = on_predict_end = on_validation_end

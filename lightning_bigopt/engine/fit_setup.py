@@ -78,7 +78,7 @@ def install(
     receive_loader: Callable[[Any], None] | None,
     collect_weights: Callable[[Callable[[], dict[str, Any]]], dict[str, Any]],
 ) -> None:
-    """Installs hooks on the strategy for the length of the fit.
+    """Installs hooks on the strategy, and on SLURM's signal, for the length of the fit.
 
     Args:
         fit: The fit.
@@ -89,6 +89,7 @@ def install(
     if receive_loader is not None:
         loaders.watch_loaders(trainer, receive_loader)
     saved_weights.replace_saved_weights(trainer, collect_weights)
+    fit.requeue.defer()
 
 
 def end(fit: Fit, update_check: UpdateCheck | None) -> None:
@@ -102,6 +103,7 @@ def end(fit: Fit, update_check: UpdateCheck | None) -> None:
     """
     with ExitStack() as stack:  # calls the last one first
         stack.callback(fit.clock.stop)
+        stack.callback(fit.requeue.stop)
         if update_check is not None:
             stack.callback(update_check.remove)
         stack.callback(optimizer_setup.uninstall, fit.groups)

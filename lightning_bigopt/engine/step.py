@@ -42,6 +42,7 @@ class StepHooks(Callback):
         super().__init__()
         self.clock = Clock()
         self._fit: Fit | None = None
+        self._inside_update = False  # from its complete gradients until its batch has ended
         self._clear_fit()
 
     def _clear_fit(self) -> None:
@@ -58,6 +59,7 @@ class StepHooks(Callback):
 
     def _set_capabilities(self, fit: Fit, capabilities: list[Stages]) -> None:
         fit.capabilities[:] = capabilities
+        self._inside_update = False  # not in _clear_fit: a checkpoint may be saved after an error
         self._stages = overriding(capabilities)
         self._updating = list(dict.fromkeys(c for n in _UPDATE_STAGES for c in self._stages[n]))
         self._may_reject = any(capability.may_reject for capability in self._stages["decide"])
@@ -139,6 +141,7 @@ class StepHooks(Callback):
         fit, stages = self._fit, self._stages
         if fit is None:
             return
+        self._inside_update = True
         self._follow_changes(fit)
         update = self._new_update(fit, optimizer)
         if update is None:
@@ -226,6 +229,8 @@ class StepHooks(Callback):
         self.clock.read_time()
         if not self._batch_has_ended:
             self._end_batch()
+        if not self.clock.window_is_open:  # so that also a loader with a position loses nothing
+            self._fit.requeue.settle()
         # Not in _end_batch, which saving may call: reading the time is a collective operation.
         if not self.clock.window_is_open and self.clock.budget_exhausted:
             trainer.should_stop = True
@@ -258,15 +263,23 @@ class StepHooks(Callback):
             self._update_check.end_batch(self._updating, closes_window=closes and trained)
         for capability in self._stages["end_batch"]:
             capability.end_batch(batch)
-        if not closes:
-            return
-        _log_without_monitor(fit)
+        if closes:
+            self._end_update(fit)
+        self._inside_update = False
+
+    def _end_update(self, fit: Fit) -> None:
+        # Metrics that are logged also without a monitor.
+        logged = [c for c in fit.capabilities if c.logs_without_monitor]
+        if logged and not any(c.logs_all_metrics for c in fit.capabilities):
+            loggers.log_if_due(
+                fit.trainer, lambda: {t: v for c in logged for t, v in c.metrics(fit).items()}
+            )
         self._follow_changes(fit)  # before a rollback, which writes values, too
         if self._roll_back is not None:
             self._roll_back.restore(rewind=False)  # the data stays consumed
             self._roll_back = None
         if fit.groups:  # last, because all of the above may change adjustments and groups
-            fit.groups.write(clock.progress())
+            fit.groups.write(self.clock.progress())
 
     def _read_list(self, fit: Fit) -> None:
         """Ends capabilities that were removed from the Trainer's list; warns about new ones."""
@@ -305,15 +318,3 @@ class StepHooks(Callback):
     def _rewrite_groups(self) -> None:
         if self._fit is not None and self._clock_runs:
             self._fit.groups.write(self.clock.update_progress)
-
-
-def _log_without_monitor(fit: Fit) -> None:
-    """Logs the metrics of capabilities with ``logs_without_monitor``, if there is no monitor."""
-    trainer = fit.trainer
-    if not trainer.loggers or any(c.logs_all_metrics for c in fit.capabilities):
-        return
-    logged = [c for c in fit.capabilities if c.logs_without_monitor]
-    if not logged or not loop.should_log(trainer):
-        return
-    values = {tag: float(v) for c in logged for tag, v in c.metrics(fit).items()}
-    loggers.log_to_all(trainer, values, step=loop.batches_that_stepped(trainer))

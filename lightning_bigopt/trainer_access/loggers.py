@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeGuard
 from weakref import WeakSet
@@ -10,6 +10,7 @@ from weakref import WeakSet
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_bigopt.trainer_access import loop
 from lightning_bigopt.trainer_access.packages import classes
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ __all__ = [
     "failed_writes_warn",
     "flush",
     "log_folder",
+    "log_if_due",
     "log_metrics",
     "log_to_all",
     "logged_metrics",
@@ -90,6 +92,18 @@ def log_to_all(trainer: Trainer, values: Mapping[str, float], *, step: int) -> N
     if values and trainer.is_global_zero:
         for logger in trainer.loggers:
             log_metrics(logger, values, step=step)
+
+
+def log_if_due(trainer: Trainer, values: Callable[[], Mapping[str, float | Tensor]]) -> None:
+    """Logs values of the current update, if Lightning logs this update.
+
+    Args:
+        trainer: The Trainer.
+        values: Returns values by tag; called only for updates that are logged.
+    """
+    if trainer.loggers and loop.should_log(trainer):
+        numbers = {tag: float(value) for tag, value in values().items()}
+        log_to_all(trainer, numbers, step=loop.batches_that_stepped(trainer))
 
 
 def logged_metrics(trainer: Trainer) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from lightning_bigopt.trainer_access.packages import classes
+from lightning_bigopt.trainer_access.packages import classes, own
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -119,6 +119,20 @@ def begin_next_epoch(trainer: Trainer) -> None:
     epochs: Any = trainer.fit_loop.epoch_progress.total
     if trainer.fit_loop.restarted_mid_epoch and epochs.processed == epochs.started:
         trainer.fit_loop.reset_restart_stage()
+        _begin_next_iteration(trainer)
+
+
+def _begin_next_iteration(trainer: Trainer) -> None:
+    """Begins the next iteration of torchdata's StatefulDataLoader, which has yielded all batches.
+
+    Lightning counts the batches and does not ask for one more. The saved loader then continues with
+    the end of its iteration, and the next epoch of Lightning has no batches.
+    """
+    loaders = own(trainer, "utilities.CombinedLoader")(trainer.train_dataloader).flattened
+    names = {kind.__name__ for loader in loaders for kind in type(loader).__mro__}
+    if "StatefulDataLoader" in names:
+        fetcher: Any = trainer.fit_loop._data_fetcher
+        iter(fetcher)
 
 
 def resumed_batches(trainer: Trainer) -> int:
@@ -228,12 +242,18 @@ def batches_that_stepped(trainer: Trainer) -> int:
 def next_logger_step(trainer: Trainer) -> int:
     """Returns :func:`batches_that_stepped` of the next update; call it in ``on_train_start``."""
     loop = trainer.fit_loop.epoch_loop
-    # Lightning saves a checkpoint before it counts the update, and adds the missing one in
-    # _TrainingEpochLoop.reset, which runs after on_train_start. This is the condition there.
+    fetcher: Any = trainer.fit_loop._data_fetcher
+    # Lightning saves a checkpoint before it counts the update, and adds the missing one after
+    # on_train_start: in _TrainingEpochLoop.reset, whose condition this is, or after a checkpoint of
+    # a validation in a first pass of the loop, which trains nothing.
     is_behind = (
         loop.restarting
         and closes_window(trainer)
-        and (loop.restarted_on_train_batch_end or not loop.restarted_on_last)
+        and (
+            loop.restarted_on_train_batch_end
+            or not loop.restarted_on_last
+            or loop._should_check_val_fx(fetcher)
+        )
     )
     return batches_that_stepped(trainer) + is_behind
 

@@ -24,10 +24,11 @@ import torch
 import torch.utils.tensorboard  # imported before the processes are forked
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_bigopt import (
     AutoClip,
@@ -74,6 +75,8 @@ class Case:
         processes: Number of processes.
         updates: Updates of the whole run, if ``number`` selects ``max_steps``.
         pause: Seconds that each batch sleeps.
+        requeue_signal: Name of the signal with which SLURM announces the end of a job. The run is
+            then one of SLURM, validates, and resumes from the checkpoint that the signal saved.
     """
 
     loader: str
@@ -84,6 +87,7 @@ class Case:
     processes: int = 1
     updates: int = 48
     pause: float = 0.002
+    requeue_signal: str = ""
 
     @property
     def has_ramp(self) -> bool:
@@ -104,7 +108,8 @@ class Case:
         guard = "guard" if self.guard else "no guard"
         ramp = "ramp" if self.has_ramp else "no ramp"
         rule = type(self.rule).__name__
-        return f"{self.loader}, {self.precision}, {self.norm}, {guard}, {ramp}, {rule}"
+        text = f"{self.loader}, {self.precision}, {self.norm}, {guard}, {ramp}, {rule}"
+        return f"{text}, {self.requeue_signal}" if self.requeue_signal else text
 
     @property
     def rule(self) -> Any:
@@ -250,6 +255,10 @@ class KilledModule(L.LightningModule):
             self.log("loss", loss)
         return loss * self.bad_updates.get(step, 1.0)
 
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        time.sleep(self.case.pause)
+        self.net(batch[0])
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.records.write("samples", self.trainer.global_step, self.window)
 
@@ -320,6 +329,73 @@ class Marks(L.Callback):
         traceback.print_exception(exception)
 
 
+class RecordsSignals(L.Callback):
+    """Records what the main thread does whenever SLURM's signal arrives."""
+
+    def __init__(self, path: Path, name: str, run: int) -> None:
+        self.records, self.number = Records(path, run), signal.Signals[name]
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        handler = signal.getsignal(self.number)
+
+        def record_and_handle(number: int, frame: Any) -> None:
+            self.records.write("signal", trainer.global_step, place_of(frame))
+            handler(number, frame)  # type: ignore[operator, misc]
+
+        signal.signal(self.number, record_and_handle)
+
+
+def place_of(frame: Any) -> str:
+    """Returns what runs in a frame or its callers, of the innermost that is known."""
+    while frame is not None:
+        file, function = frame.f_code.co_filename, frame.f_code.co_name
+        for part, name, place in PLACES:
+            if part in file and name in ("", function):
+                return place
+        frame = frame.f_back
+    return "other"
+
+
+# What runs, by a part of the file and the function.
+PLACES = (
+    ("trainer/connectors/checkpoint", "", "saving a checkpoint"),
+    ("lightning_bigopt/", "", "lightning_bigopt"),
+    ("killed_training.py", "training_step", "forward pass"),
+    ("torch/autograd", "", "backward pass"),
+    ("killed_training.py", "record_groups", "optimizer step"),
+    ("torch/optim/", "step", "optimizer step"),
+    ("torch/optim/", "profile_hook_step", "optimizer step"),
+    ("loops/evaluation_loop", "", "validation"),
+    ("loops/training_epoch_loop", "", "elsewhere in a batch"),
+    ("loops/fit_loop", "", "between epochs"),
+)
+
+
+def slurm_variables(folder: Path, case: Case, *, rank: int, port: int) -> dict[str, str]:
+    """Returns the variables that SLURM sets, and a PATH with an ``scontrol`` that records calls."""
+    program = folder / "bin" / "scontrol"
+    program.parent.mkdir(exist_ok=True)
+    if not program.exists():
+        text = f'#!/bin/sh\necho "$@" >> {folder / "scontrol.txt"}\n'
+        written = program.with_name(f"scontrol-{rank}")
+        written.write_text(text)
+        written.chmod(0o755)
+        written.rename(program)
+    return {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NAME": "train",
+        "SLURM_NTASKS": str(case.processes),
+        "SLURM_NTASKS_PER_NODE": str(case.processes),
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank),
+        "SLURM_NODEID": "0",
+        "SLURM_NODELIST": "localhost",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "PATH": f"{program.parent}:{os.environ['PATH']}",
+    }
+
+
 def train(
     folder: str, case: Case, *, run: int, ckpt: str | None, rank: int = 0, port: int = 0
 ) -> None:
@@ -348,7 +424,15 @@ def train(
     torch.set_num_threads(1)
     random.seed(rank)
     options = dict(QUIET)
+    if case.requeue_signal:
+        os.environ |= slurm_variables(path, case, rank=rank, port=port)
+        # In the windows of a GlobalBatchLoader, which repeats them, and between those of others.
+        every = 7 if case.repeats_windows else 6
+        options |= {"val_check_interval": every, "check_val_every_n_epoch": None}
+        options |= {"default_root_dir": path}
     if case.processes > 1:
+        options |= {"devices": case.processes, "strategy": "ddp"}
+    if case.processes > 1 and not case.requeue_signal:
         os.environ |= {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
@@ -359,7 +443,6 @@ def train(
             "MASTER_PORT": str(port),
             "TORCHELASTIC_RUN_ID": "test",
         }
-        options |= {"devices": case.processes, "strategy": "ddp"}
     records = Records(path / f"records-{rank}.jsonl", run)
     module = KilledModule(case, records)
     callbacks = case.callbacks()
@@ -379,19 +462,31 @@ def train(
         checkpoints,
         Marks(path / f"run-{run}-{rank}"),
     ]
+    precision = case.precision_options()
+    validation = None
+    if case.requeue_signal:
+        callbacks.append(RecordsSignals(path / "signals.jsonl", case.requeue_signal, run))
+        requeue_signal = signal.Signals[case.requeue_signal]
+        environment = SLURMEnvironment(requeue_signal=requeue_signal)
+        precision["plugins"] = [*precision.get("plugins", ()), environment]
+        # Without a generator of its own, a DataLoader draws from that of the training.
+        own = torch.Generator()
+        validation = DataLoader(Regression(12), batch_size=4, generator=own)
     torch.manual_seed(100 + rank)
     trainer = L.Trainer(
         **{
             **options,
             **case.limit(),
-            **case.precision_options(),
+            **precision,
             "callbacks": callbacks,
             "logger": TensorBoardLogger(path, name="", version="log"),
             "log_every_n_steps": 1,
             "enable_checkpointing": True,
         }
     )
-    trainer.fit(module, case.data(), ckpt_path=ckpt, weights_only=True if ckpt else None)
+    is_resumed = bool(ckpt or case.requeue_signal)  # Lightning finds the checkpoint of a signal
+    resume = {"ckpt_path": ckpt, "weights_only": True if is_resumed else None}
+    trainer.fit(module, case.data(), validation, **resume)
     trainer.save_checkpoint(path / "final.ckpt")
     final = {"module": module.state_dict(), "random": torch.get_rng_state()}
     torch.save(final, path / f"final-{rank}.pt")

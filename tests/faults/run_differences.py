@@ -113,10 +113,8 @@ def unequal_logs(straight: Path, resumed: Path) -> list[str]:
     first, second = scalars(straight), scalars(resumed)
     # Lightning logs the metrics of the module after the hooks in which checkpoints are saved, so
     # that a kill between them loses those of one update.
-    boundaries = {
-        torch.load(path, weights_only=True)["global_step"] - 1
-        for path in (resumed / "checkpoints").glob("*.ckpt")
-    }
+    saved = [*(resumed / "checkpoints").glob("*.ckpt"), *resumed.glob("hpc_ckpt_*.ckpt")]
+    boundaries = {torch.load(path, weights_only=True)["global_step"] - 1 for path in saved}
     found = []
     for tag in dict.fromkeys([*first, *second]):
         points, others = first.get(tag, []), second.get(tag, [])

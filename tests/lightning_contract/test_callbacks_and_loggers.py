@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -190,3 +191,30 @@ def test_a_timer_has_the_interval_at_which_it_ends_a_run() -> None:
     """Only such a Timer drives schedules: the end of an epoch is not known in seconds."""
     assert Timer("00:00:01:30")._interval == "step"
     assert Timer("00:00:01:30", interval="epoch")._interval == "epoch"
+
+
+@asserts("_signal_connector", "_slurm_sigusr_handler_fn")
+def test_handler_of_slurm_is_registered_after_on_fit_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The handler on the instance is the one that is registered, if the environment is SLURM's.
+
+    Without it a signal of SLURM saves a checkpoint in the middle of an update.
+    """
+    for name in ("JOB_ID", "NTASKS", "PROCID", "LOCALID", "NODEID"):
+        monkeypatch.setenv(f"SLURM_{name}", "1" if name == "NTASKS" else "0")
+    monkeypatch.setenv("SLURM_JOB_NAME", "train")
+    received: list[int] = []
+
+    class Replaces(L.Callback):
+        def on_fit_start(self, trainer: Any, module: Any) -> None:
+            assert trainer._accelerator_connector.cluster_environment.auto_requeue
+            assert callable(trainer._signal_connector._slurm_sigusr_handler_fn)
+            handler = "_slurm_sigusr_handler_fn"
+            vars(trainer._signal_connector)[handler] = lambda number, frame: received.append(number)
+
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            signal.raise_signal(signal.SIGUSR1)
+
+    trainer(Replaces()).fit(Small(), batches(2))
+    assert received == [signal.SIGUSR1]

@@ -471,6 +471,24 @@ def test_the_epoch_loop_says_whether_an_epoch_has_a_validation() -> None:
     assert seen == [False, True, False] + [False] * 3
 
 
+@asserts("_should_check_val_fx")
+def test_the_epoch_loop_says_whether_a_validation_follows_the_batch() -> None:
+    """After a resume from that validation Lightning adds 1 to the step of its logs."""
+    seen: list[bool] = []
+
+    class Validates(Small):
+        def validation_step(self, *arguments: Any) -> None: ...
+
+    class Looks(L.Callback):
+        def on_train_batch_end(self, trainer: Any, *arguments: Any) -> None:
+            loop = trainer.fit_loop
+            seen.append(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
+
+    options: dict[str, Any] = {"max_epochs": 1, "max_steps": -1, "num_sanity_val_steps": 0}
+    trainer(Looks(), val_check_interval=2, **options).fit(Validates(), batches(), batches(1))
+    assert seen == [False, True, False, True]
+
+
 @asserts("_Stateful")
 def test_a_loader_with_a_state_is_stateful() -> None:
     """The first epoch of a stateful loader after a resume may be the rest of an epoch only."""

@@ -1,0 +1,87 @@
+"""Runs Lightning's handler of SLURM's signal at the end of an update."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import distributed
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+__all__ = ["RequeueSignal"]
+
+_HANDLER = "_slurm_sigusr_handler_fn"
+
+
+class RequeueSignal:
+    """Defers Lightning's handler of SLURM's signal, which saves a checkpoint and requeues the job.
+
+    Python runs a handler between any two instructions. Lightning's own may save parameters of which
+    only some have been updated, or counts that do not match. Several processes get the signal at
+    different moments, and the collectives of the handler would meet those of an update.
+
+    Outside SLURM, and with ``auto_requeue=False``, this object does nothing.
+
+    Args:
+        trainer: The Trainer.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        # Only SLURMEnvironment and its subclasses have the attribute.
+        environment = trainer._accelerator_connector.cluster_environment
+        self._is_used = bool(getattr(environment, "auto_requeue", False))
+        self._number = self._received = self._handled = 0
+
+    def defer(self) -> None:
+        """Replaces the handler; call it before Lightning registers it after ``on_fit_start``."""
+        if self._is_used:
+            # An instance attribute shadows the method, and deleting it undoes the change.
+            vars(self._trainer._signal_connector)[_HANDLER] = self._receive
+
+    def stop(self) -> None:
+        """Ends the deferral: later signals are handled at once."""
+        vars(self._trainer._signal_connector).pop(_HANDLER, None)
+        self._is_used = False
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self._number = number
+        self._received += 1
+        if not self._is_used:
+            self._handle(self._received)
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether this process has received a signal that has not been handled."""
+        return self._received > self._handled
+
+    def settle(self) -> None:
+        """Handles signals that any process has received; a collective with several processes."""
+        # A process whose own signal arrives later does not handle it again. The loop ends on all
+        # processes together, also if one of them has called this method once more.
+        while self._is_used and (received := self._received_anywhere()) > self._handled:
+            self._handle(received)
+
+    def settle_alone(self) -> None:
+        """Handles a pending signal after an error, if there is only one process.
+
+        With several, the handler would wait for processes without an error.
+        """
+        if self.is_pending and self._trainer.world_size == 1:
+            self._handle(self._received)
+
+    def _handle(self, received: int) -> None:
+        self._handled = received
+        connector = self._trainer._signal_connector
+        getattr(type(connector), _HANDLER)(connector, self._number, None)
+
+    def _received_anywhere(self) -> int:
+        if self._trainer.world_size == 1 or not distributed.is_initialized():
+            return self._received
+        values = [self._received, self._number]
+        counts = torch.tensor(values, device=self._trainer.strategy.root_device)
+        distributed.all_reduce(counts, op=distributed.ReduceOp.MAX)
+        received, self._number = map(int, counts.tolist())
+        return received
