@@ -118,7 +118,7 @@ def train(
         "checkpoints": {
             file.name: plain(torch.load(file, weights_only=False), folder) for file in files
         },
-        "samples per update": [int(fitting.accumulate_grad_batches), fitting.global_step],
+        "updates": fitting.global_step,
     }
 
 

@@ -101,7 +101,8 @@ CALLBACKS: dict[str, Case] = {
         callbacks=lambda _: [
             ReduceOnPlateau("falling", **PLATEAU),
             LearningRateScheduler(Constant()),
-        ]
+        ],
+        loader=lambda: ResumableLoader(8, 2),  # three epochs: the rate is reduced after the second
     ),
     "OptimizationMonitor": Case(callbacks=lambda _: [OptimizationMonitor()]),
     "LearningRateRangeTest": Case(
@@ -148,6 +149,7 @@ MIXINS: dict[str, Case] = {
             "configure_reduce_on_plateau": lambda self: ReduceOnPlateau("falling", **PLATEAU),
             "configure_learning_rate_schedule": lambda self: Constant(),
         },
+        loader=lambda: ResumableLoader(8, 2),
     ),
     "OptimizationMonitorMixin": Case(mixins=[OptimizationMonitorMixin]),
 }
