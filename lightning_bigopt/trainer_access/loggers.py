@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 from weakref import WeakSet
 
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -30,13 +31,15 @@ __all__ = [
 
 
 def log_folder(trainer: Trainer) -> str | None:
-    """Returns the folder of the first TensorBoardLogger or CSVLogger; None if there is none.
+    """Returns the folder of the first TensorBoardLogger, else of the first CSVLogger, or None.
 
-    Unlike ``trainer.log_dir``, which broadcasts it from process 0, this is not a collective.
+    Only TensorBoard holds texts and planned curves. Unlike ``trainer.log_dir``, which broadcasts it
+    from process 0, this is not a collective.
     """
-    for logger in trainer.loggers:
-        if isinstance(logger, (TensorBoardLogger, CSVLogger)):
-            return logger.log_dir
+    for kind in (TensorBoardLogger, CSVLogger):
+        for logger in trainer.loggers:
+            if isinstance(logger, kind):
+                return logger.log_dir
     return None
 
 
@@ -49,9 +52,30 @@ def log_metrics(logger: Logger, values: Mapping[str, float], *, step: int) -> No
         step: Step of the values.
     """
     with failed_writes_warn(logger):
-        logger.log_metrics(dict(values), step=step)
+        logger.log_metrics(_accepted_by(logger, values), step=step)
         if isinstance(logger, CSVLogger):
             logger.save()  # it buffers 100 steps, which a killed run would lose
+
+
+def _accepted_by(logger: Logger, values: Mapping[str, float]) -> dict[str, float]:
+    """Returns the values under names that the logger accepts.
+
+    MLflow accepts only ASCII letters. Its file store makes a folder of every part of a name but the
+    last one, which is a file: ``optim/lr`` and ``optim/lr/head``, of a group that was added later,
+    exclude each other. There the first slash stays a slash, and the others become points.
+    """
+    if not isinstance(logger, MLFlowLogger):
+        return dict(values)
+    named = {
+        "".join(c if c.isascii() else f"u{ord(c):x}" for c in tag): value
+        for tag, value in values.items()
+    }
+    if urlsplit(logger.experiment.tracking_uri).scheme not in ("", "file"):
+        return named
+    return {
+        "/".join(part.replace("/", ".") for part in tag.split("/", 1)): value
+        for tag, value in named.items()
+    }
 
 
 def flush(trainer: Trainer) -> None:
