@@ -70,7 +70,8 @@ def _accepted_by(logger: Logger, values: Mapping[str, float]) -> dict[str, float
         "".join(c if c.isascii() else f"u{ord(c):x}" for c in tag): value
         for tag, value in values.items()
     }
-    if urlsplit(logger.experiment.tracking_uri).scheme not in ("", "file"):
+    uri = logger.experiment.tracking_uri
+    if uri.startswith("databricks") or urlsplit(uri).scheme not in ("", "file"):
         return named
     return {
         "/".join(part.replace("/", ".") for part in tag.split("/", 1)): value
