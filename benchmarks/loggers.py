@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import struct
 import subprocess
 import sys
 import tempfile
@@ -278,8 +279,8 @@ def row_of(name: str, expected: dict[str, Any]) -> dict[str, str]:
     equal = [
         tag
         for tag in (*ours, *module)
-        if repr(_rounded(scalars.get(tag.replace("/", "."), ())))
-        == repr(_rounded(expected["scalars"][tag]))
+        if repr(_in_float32(scalars.get(tag.replace("/", "."), ())))
+        == repr(_in_float32(expected["scalars"][tag]))
         or (tag.startswith(TIMES) and tag.replace("/", ".") in scalars)
     ]
     (repeats,) = {
@@ -301,8 +302,9 @@ def row_of(name: str, expected: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _rounded(curve: Any) -> list[tuple[int, float]]:
-    return [(int(step), float(f"{value:.6g}")) for step, value in curve]
+def _in_float32(curve: Any) -> list[tuple[int, float]]:
+    """Returns the points with the precision in which TensorBoard stores them."""
+    return [(int(step), *struct.unpack("f", struct.pack("f", value))) for step, value in curve]
 
 
 def _yes(found: object) -> str:

@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from torch.utils.tensorboard import SummaryWriter
 
 from lightning_bigopt import (
     Cosine,
@@ -243,3 +244,14 @@ def test_histograms_that_no_logger_stores_warn(tmp_path: Path) -> None:
     message = "histograms to TensorBoard only, got MinimalLogger, CSVLogger; write event_folder="
     with pytest.warns(UserWarning, match=message):
         train([MinimalLogger(), CSVLogger(tmp_path)], monitor={"histograms_every": 3})
+
+
+def test_full_disk_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", fails)  # with which Lightning logs
+    with pytest.warns(UserWarning, match="could not write .*No space left") as warned:
+        train(False, monitor={"event_folder": str(tmp_path)})
+    assert len([w for w in warned if "could not write" in str(w.message)]) == 1
+    assert len(read_run(tmp_path).curves["optim/lr"]) == UPDATES
