@@ -61,9 +61,7 @@ class EventFolder:
         """Adds the logger to the Trainer, on every process; process 0 writes."""
         if self.path is None or loop.is_fast_dev_run(trainer):
             return
-        # A second fit of the same Trainer continues behind its own events.
-        if self._logger is None or not trainer.global_step or trainer.ckpt_path is not None:
-            self._logger = _EventLogger(self.path, name="", version="", default_hp_metric=False)
+        self._logger = _EventLogger(self.path, name="", version="", default_hp_metric=False)
         trainer.loggers = [*trainer.loggers, self._logger]
 
     def close(self, trainer: Trainer) -> None:
