@@ -5,10 +5,10 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast lint format bench notebooks docs clean
+.PHONY: help venv demo test test-fast test-ray test-versions lint format bench notebooks docs clean
 
 help:  ## Lists the targets.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(STAMP)  ## Creates .venv with the pinned dependencies; PYTHON=… selects the interpreter.
 
@@ -29,6 +29,14 @@ test: $(STAMP)  ## Runs all tests (25 minutes at most on two cores).
 test-fast: $(STAMP)  ## Runs the tests that are neither slow nor distributed (4 minutes at most).
 	$(PYTEST) -m "not slow and not distributed"
 
+test-ray: $(STAMP)  ## Installs Ray into build/ray; compares runs with and without it (10 to 25 minutes).
+	test -d build/ray || $(BIN)/python -m pip install --no-deps --target build/ray \
+		--constraint benchmarks/with_ray/constraints.txt ray msgpack tensorboardX
+	PYTHONPATH=$(CURDIR)/build/ray $(BIN)/python benchmarks/with_ray/compare_runs.py
+
+test-versions: $(STAMP)  ## Tests other versions of Lightning and checks each Python (10 minutes on two cores).
+	$(BIN)/python -m tests.versions
+
 lint: $(STAMP)  ## Checks style and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,7 +49,7 @@ format: $(STAMP)  ## Formats the code and applies automatic fixes.
 bench: $(STAMP)  ## Runs the benchmarks, one after the other.
 	test -d $(VENV)/optimizers || $(BIN)/python -m pip install --no-deps --constraint constraints.txt \
 		--target $(VENV)/optimizers prodigyopt pytorch_optimizer torchao
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	@set -e; for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
 notebooks: $(STAMP)  ## Executes the notebooks and stores their outputs; NAMES="02 04" selects some.
 	$(BIN)/python notebooks/run.py $(NAMES)

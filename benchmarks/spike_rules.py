@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import fmean, median, pstdev
 from typing import Any, TypeVar
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 

@@ -17,8 +17,6 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1]))  # the tests' tools, also for another checkout
-
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -33,6 +31,10 @@ from lightning_bigopt import (
     OptimizationMonitor,
     WarmupStableDecay,
 )
+
+# After the imports above: the tests' tools are of this checkout, the package may be another's.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from tests.structure.import_graph import circles, graph, longest_chain, modules
 from tests.structure.traced_fit import fit_trace, step_trace
 

@@ -21,6 +21,7 @@ from lightning_bigopt.callbacks import (
     OptimizationMonitor,
     ReduceOnPlateau,
     StepGuard,
+    TooManyRejectionsError,
     replay,
 )
 from lightning_bigopt.durations import (
@@ -170,6 +171,7 @@ __all__ = [
     "StepDecay",
     "StepGuard",
     "StepGuardMixin",
+    "TooManyRejectionsError",
     "TriStage",
     "UpdateClip",
     "ValueClip",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from lightning_bigopt.argument_hints import EXAMPLES, HINTS
 from lightning_bigopt.checks import shown
+from lightning_bigopt.config_values import check_convertible, python_value
 
 __all__ = ["Specification", "explain_arguments"]
 
@@ -20,8 +21,9 @@ ClassT = TypeVar("ClassT", bound=type)
 def explain_arguments(cls: ClassT) -> ClassT:
     """Makes a class explain unknown and surplus arguments of its constructor.
 
-    NumPy scalars are converted to Python numbers: results would have their precision otherwise. For
-    an argument of another library the message gives the hint in :data:`HINTS`, for a misspelled
+    NumPy scalars are converted to Python numbers: results would have their precision otherwise.
+    Lists and dictionaries of omegaconf, which Hydra passes, are converted to those of Python.
+    For an argument of another library the message gives the hint in :data:`HINTS`, for a misspelled
     one the most similar argument of the class.
 
     Example:
@@ -49,16 +51,17 @@ def explain_arguments(cls: ClassT) -> ClassT:
                 f"the arguments of {type(self).__name__} must contain {', '.join(missing)}, got "
                 f"{got or 'none'}{_example(type(self))}"
             )
-        init(self, *map(_plain, args), **{name: _plain(value) for name, value in kwargs.items()})
+        keywords = {name: _plain(name, value) for name, value in kwargs.items()}
+        init(self, *map(_plain, names, args), **keywords)
 
     cls.__init__ = checked_init  # type: ignore[misc]
     return cls
 
 
-def _plain(value: Any) -> Any:
-    """Returns a NumPy scalar as a Python number, and anything else unchanged."""
+def _plain(name: str, value: Any) -> Any:
+    """Returns a NumPy scalar or an object of omegaconf as a value of Python, others unchanged."""
     is_numpy = type(value).__module__ == "numpy" and isinstance(value, Number)
-    return value.item() if is_numpy else value
+    return value.item() if is_numpy else python_value(name, value)
 
 
 def _wrong_argument(
@@ -103,11 +106,18 @@ class Specification:
     if not TYPE_CHECKING:  # for type checkers, an unknown attribute stays an error
 
         def __getattr__(self, name: str) -> Any:
+            if name in ("on_after_setup", "on_after_optimizer_step"):
+                raise TypeError(  # not an AttributeError, which Fabric ignores
+                    f"callbacks must contain objects with hooks, got {self!r} in Fabric; call it "
+                    "in the training loop"
+                )
             if name in _CALLBACK_NAMES or name.startswith("on_"):
                 raise AttributeError(
                     f"callbacks must contain Callback objects, got {self!r}; write "
                     f"{self._used_in.format(repr(self))}"
                 )
+            if name == "__args__":  # read by omegaconf before it puts a dataclass into a list
+                check_convertible(self)
             if inspect.getattr_static(type(self), name, None) is not None:
                 return object.__getattribute__(self, name)  # raises the error of a property again
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

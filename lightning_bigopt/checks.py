@@ -200,6 +200,8 @@ def shown(value: object) -> str:
     """
     if isinstance(value, type):
         return f"the class {value.__name__}"
+    if type(value).__module__.startswith("omegaconf."):  # its repr is that of a dict or list
+        return with_article(type(value).__name__)
     try:
         text = repr(value)
     except Exception:  # noqa: BLE001  # any error of the object, a list that is too deep

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_bigopt.checks import shown, with_article
+from lightning_bigopt.config_values import CONVERT, is_config
 
 __all__ = ["check_callable", "check_instance", "check_items", "checked_tuple", "path_or_none"]
 
@@ -32,9 +33,13 @@ def check_instance(
     """
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
-        expected = " or ".join(with_article(kind.__name__) for kind in kinds)
+        # Classes of the two packages of Lightning have the same name.
+        names = dict.fromkeys(kind.__name__ for kind in kinds)
+        expected = " or ".join(map(with_article, names))
         if isinstance(value, type) and issubclass(value, kind):
             hint = f"write {value.__name__}(...)"
+        elif is_config(value):
+            hint = CONVERT
         hint = hint or f"write {name}={kinds[0].__name__}(...)"
         raise ValueError(f"{name} must be {expected}, got {shown(value)}; {hint}")
 

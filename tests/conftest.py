@@ -14,6 +14,7 @@ import torch
 from hypothesis import settings
 
 from notebooks.run import free_port
+from tests.older_lightning import accept_weights_only
 
 # Lightning starts the processes of every test at this port instead of at any that is free.
 os.environ.setdefault("MASTER_PORT", str(free_port()))
@@ -21,6 +22,8 @@ os.environ.setdefault("MASTER_PORT", str(free_port()))
 # No deadlines: the machine may be busy.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+accept_weights_only()
 
 ReportT = TypeVar("ReportT", pytest.TestReport, pytest.CollectReport)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -22,13 +23,24 @@ import lightning_bigopt
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
 
+# Checks the installation and runs commands through the entry point, in one process.
 PROBE = """
-import lightning_bigopt, importlib.metadata, pathlib
+import lightning_bigopt, importlib.metadata, json, pathlib, sys
 folder = pathlib.Path(lightning_bigopt.__file__).parent
 assert (folder / "py.typed").is_file()
 assert all(hasattr(lightning_bigopt, name) for name in lightning_bigopt.__all__)
 print(folder, importlib.metadata.version("lightning-bigopt"))
+(script,) = importlib.metadata.entry_points(group="console_scripts", name="bigopt")
+for command in json.loads(sys.argv[1]):
+    assert script.load()(command) == 0, command
 """
+
+SMALL_GPT = [
+    *("--trainer.max_steps", "3", "--trainer.log_every_n_steps", "1"),
+    *("--trainer.val_check_interval", "null", "--trainer.accelerator", "cpu"),
+    *("--model.width", "16", "--model.layers", "1", "--model.heads", "2", "--model.length", "8"),
+    *("--data.length", "8", "--data.validation_samples", "64"),
+]
 
 
 def run(*command: object, cwd: Path) -> str:
@@ -67,8 +79,11 @@ def metadata(wheel: Path) -> Metadata:
         return Metadata.from_email(files.read(name), validate=True)
 
 
-def environment(folder: Path, package: Path) -> Path:
-    """Installs the package in a new environment with its dependencies; returns its scripts."""
+def environment(folder: Path, package: object) -> Path:
+    """Installs the package in a new environment; returns its scripts.
+
+    The dependencies are those of the current environment. pip checks them, and downloads none.
+    """
     venv.create(folder, with_pip=False, symlinks=True)
     variables = {"base": str(folder), "platbase": str(folder)}
     site = Path(sysconfig.get_path("purelib", "venv", vars=variables))
@@ -77,25 +92,38 @@ def environment(folder: Path, package: Path) -> Path:
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     scripts = Path(sysconfig.get_path("scripts", "venv", vars=variables))
     pip = [sys.executable, "-m", "pip", "--python", scripts / "python", "install", "--quiet"]
-    run(*pip, "--no-deps", "--no-index", "--no-build-isolation", package, cwd=folder)
+    run(*pip, "--no-index", "--no-build-isolation", package, cwd=folder)
     return scripts
 
 
-@pytest.mark.parametrize("kind", ["wheel", "sdist"])
-def test_package_runs_in_a_new_environment(
-    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+def test_every_command_runs_from_the_wheel_in_a_new_environment(
+    wheel: Path, tmp_path: Path
 ) -> None:
-    scripts = environment(tmp_path / "env", request.getfixturevalue(kind))
-    if kind == "wheel":
-        where, version = run(scripts / "python", "-c", PROBE, cwd=tmp_path).split()
-        assert (tmp_path / "env").resolve() in Path(where).resolve().parents
-        assert version == lightning_bigopt.__version__
-        printed = run(scripts / "bigopt", "demo", "--max-steps", "2", cwd=tmp_path)
-        assert "| validation loss (nats/byte) |" in printed
-        assert (tmp_path / "runs" / "demo" / "demo.png").is_file()
-    else:
-        assert "WarmupStableDecay" in run(scripts / "bigopt", "schedules", cwd=tmp_path)
-        assert list((tmp_path / "env").rglob("lightning_bigopt/py.typed"))
+    scripts = environment(tmp_path / "env", f"{wheel}[cli,plot]")
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "gpt.yaml").write_text((ROOT / "examples" / "gpt.yaml").read_text())
+    fit = ["fit", "--config", "gpt.yaml", *SMALL_GPT]
+    commands = [["schedules"], ["plan", "gpt.yaml"], fit, ["report", "runs/gpt/version_0"]]
+    printed = run(scripts / "python", "-c", PROBE, json.dumps(commands), cwd=work)
+    where, version = printed.splitlines()[0].split()
+    assert (tmp_path / "env").resolve() in Path(where).resolve().parents
+    assert version == lightning_bigopt.__version__
+    assert "WarmupStableDecay" in printed
+    assert "updates: 300\n" in printed
+    page = (work / "report.html").read_text()
+    assert page.count("<svg") >= 7
+    assert "<td>3 steps</td>" in page
+
+    printed = run(scripts / "bigopt", "demo", "--max-steps", "5", cwd=work)
+    assert "| validation loss (nats/byte) |" in printed
+    assert (work / "runs" / "demo" / "demo.png").is_file()
+
+
+def test_package_is_installed_from_the_sdist(sdist: Path, tmp_path: Path) -> None:
+    scripts = environment(tmp_path / "env", sdist)
+    assert "WarmupStableDecay" in run(scripts / "bigopt", "schedules", cwd=tmp_path)
+    assert list((tmp_path / "env").rglob("lightning_bigopt/py.typed"))
 
 
 def test_wheel_holds_only_the_package(wheel: Path) -> None:
@@ -132,6 +160,12 @@ def test_metadata_are_complete(metadata: Metadata) -> None:
     assert {"cli", "plot", "docs"} <= set(metadata.provides_extra or [])
     assert "Typing :: Typed" in (metadata.classifiers or [])
     assert not metadata.project_urls  # there is none yet
+    # The versions of Python with which all tests were run, as docs/compatibility.md says.
+    found = set(metadata.classifiers or [])
+    assert {c for c in found if re.search(r":: 3\.", c)} == {
+        "Programming Language :: Python :: 3.11"
+    }
+    assert {c for c in found if "System ::" in c} == {"Operating System :: POSIX :: Linux"}
 
 
 def test_readme_renders(metadata: Metadata) -> None:

@@ -16,9 +16,10 @@ NAMES = """
     NoiseScaleBatchSize NonFinite NormClip NormSpike OneCycle OptimizationMonitor
     OptimizationMonitorMixin PerParameterNormClip PiecewiseLinear Polynomial Power Product
     Progress REX RangeTest ReduceOnPlateau ReduceOnPlateauMixin Schedule SchedulePolicy Seesaw
-    SeesawBatchSize SingleSample Skip StepDecay StepGuard StepGuardMixin TriStage UpdateClip
-    ValueClip Warmup WarmupConstant WarmupCosine WarmupInverseSquareRoot WarmupLinear
-    WarmupStableDecay ZClip __version__ learning_rate_range_test parameter_groups plan replay
+    SeesawBatchSize SingleSample Skip StepDecay StepGuard StepGuardMixin TooManyRejectionsError
+    TriStage UpdateClip ValueClip Warmup WarmupConstant WarmupCosine WarmupInverseSquareRoot
+    WarmupLinear WarmupStableDecay ZClip __version__ learning_rate_range_test parameter_groups plan
+    replay
 """
 
 

@@ -9,6 +9,7 @@ from lightning_bigopt.callbacks.noise_scale import GradientNoiseScale
 from lightning_bigopt.callbacks.plateau import ReduceOnPlateau
 from lightning_bigopt.callbacks.step_guard.replay import replay
 from lightning_bigopt.callbacks.step_guard.step_guard import StepGuard
+from lightning_bigopt.callbacks.step_guard.too_many_rejections import TooManyRejectionsError
 
 __all__ = [
     "BatchSizeScheduler",
@@ -19,5 +20,6 @@ __all__ = [
     "OptimizationMonitor",
     "ReduceOnPlateau",
     "StepGuard",
+    "TooManyRejectionsError",
     "replay",
 ]

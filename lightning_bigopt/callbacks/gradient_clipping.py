@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_bigopt.arguments import explain_arguments
@@ -30,9 +29,10 @@ from lightning_bigopt.gradients.measure import measure
 from lightning_bigopt.gradients.rules.clipping_rule import ClipContext, ClippingRule, RuleState
 from lightning_bigopt.gradients.shared_decision import SharedDecision, check_rule, joint_norms
 from lightning_bigopt.monitoring.tags import tag_name
-from lightning_bigopt.optimizers.names import is_opacus_optimizer
+from lightning_bigopt.optimizers.private import check_not_private
 from lightning_bigopt.parameters import tied_names
 from lightning_bigopt.trainer_access import loop, precision, strategies
+from lightning_bigopt.trainer_access.packages import own
 
 __all__ = ["ClippingScope", "GradientClipping"]
 
@@ -118,6 +118,7 @@ class GradientClipping(Capability):
                 "gradient_clip_val must be None with GradientClipping, got "
                 f"{trainer.gradient_clip_val}; keep one of them"
             )
+        is_overridden = own(trainer, "utilities.model_helpers.is_overridden")
         if is_overridden("configure_gradient_clipping", fit.module):
             raise ValueError(
                 "configure_gradient_clipping must not be overridden with GradientClipping, got "
@@ -129,13 +130,12 @@ class GradientClipping(Capability):
                 f"{type(trainer.strategy).__name__}, which clips itself; set gradient_clipping in "
                 "its config"
             )
-        for optimizer in trainer.optimizers:
-            if is_opacus_optimizer(optimizer):
-                raise ValueError(
-                    "optimizer must not be an optimizer of Opacus with GradientClipping, got "
-                    f"{type(optimizer).__name__}, which clips the gradient of each sample and "
-                    "scales its noise by that limit; set its max_grad_norm"
-                )
+        check_not_private(
+            trainer.optimizers,
+            "GradientClipping",
+            "which clips the gradient of each sample and scales its noise by that limit; set its "
+            "max_grad_norm",
+        )
 
     def check_optimizers(self, fit: Fit) -> None:
         """Raises if several optimizers share a norm under a GradScaler."""

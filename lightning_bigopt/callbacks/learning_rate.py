@@ -148,7 +148,7 @@ class LearningRateScheduler(Capability):
         """Raises if a callback or the strategy writes the learning rate."""
         trainer = fit.trainer
         if (
-            trainer_callbacks.find_callback(trainer, trainer_callbacks.StochasticWeightAveraging)
+            trainer_callbacks.find_lightning_callback(trainer, "StochasticWeightAveraging")
             is not None
         ):
             raise ValueError(

@@ -10,8 +10,6 @@ from pathlib import Path
 from traceback import walk_tb
 from typing import TYPE_CHECKING
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-
 from lightning_bigopt.cli.command import Command, MissingExtraError, require
 from lightning_bigopt.cli.completion import completion_command
 from lightning_bigopt.cli.demo import DEMO
@@ -19,6 +17,7 @@ from lightning_bigopt.cli.fit import FIT
 from lightning_bigopt.cli.plan import PLAN
 from lightning_bigopt.cli.report import REPORT
 from lightning_bigopt.cli.schedules import SCHEDULES
+from lightning_bigopt.trainer_access.packages import classes
 from lightning_bigopt.version import __version__
 
 if TYPE_CHECKING:
@@ -41,7 +40,9 @@ exit codes:
   0 success, 1 an error whose message says how to fix it, 2 an invalid command line, 130 Ctrl-C
 """
 # Errors raised inside these packages are about the command line or the config.
-_REPORTED = frozenset({"jsonargparse", "lightning", "lightning_bigopt", "matplotlib"})
+_REPORTED = frozenset(
+    {"jsonargparse", "lightning", "lightning_bigopt", "matplotlib", "pytorch_lightning"}
+)
 # A traceback through these packages only contains no code of the user.
 _LIBRARIES = _REPORTED | sys.stdlib_module_names | {"fsspec", "torch", "yaml"}
 
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(exit_.__context__, KeyboardInterrupt):
             return 130
         raise
-    except (MissingExtraError, MisconfigurationException, OSError, ValueError) as error:
+    except _reported_errors() as error:
         if not _explains_itself(error):
             raise
         print(f"bigopt: error: {error}", file=sys.stderr)
@@ -90,8 +91,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def make_parser() -> ArgumentParser:
-    """Makes the parser of the command line, with one subparser for each subcommand."""
+def make_parser(arguments: Sequence[str] = ()) -> ArgumentParser:
+    """Makes the parser of the command line, with one subparser for each subcommand.
+
+    Args:
+        arguments: The arguments that it will parse: ``bigopt fit`` has the options of the package
+            of its model.
+    """
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
     class HelpText(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -106,9 +112,9 @@ def make_parser() -> ArgumentParser:
     )
     subcommands = parser.add_subcommands(dest="command")
     for name, command in COMMANDS.items():
-        subparser = command.parser(
-            description=command.summary, epilog=command.epilog, formatter_class=HelpText
-        )
+        texts = {"description": command.summary, "epilog": command.epilog}
+        given = {"arguments": arguments[1:]} if command is FIT else {}
+        subparser = command.parser(formatter_class=HelpText, **texts, **given)
         subcommands.add_subcommand(name, subparser, help=command.summary)
     return parser
 
@@ -120,13 +126,18 @@ def _parse(arguments: Sequence[str] | None) -> tuple[str, Namespace]:
             f"config must be given as --config, got {given[1]!r}; write bigopt fit --config "
             f"{given[1]}"
         )
-    parsed = make_parser().parse_args(given)
+    parsed = make_parser(given).parse_args(given)
     return parsed.command, parsed[parsed.command]
+
+
+def _reported_errors() -> tuple[type[Exception], ...]:
+    misconfiguration = classes("fabric.utilities.exceptions.MisconfigurationException")
+    return MissingExtraError, OSError, ValueError, *misconfiguration
 
 
 def _explains_itself(error: Exception) -> bool:
     """Returns whether the message suffices; errors of the user's own code need a traceback."""
-    if isinstance(error, MissingExtraError | MisconfigurationException):
+    if not isinstance(error, OSError | ValueError):
         return True
     packages = [
         frame.f_globals.get("__name__", "").split(".")[0]

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -17,7 +17,11 @@ import lightning_bigopt.examples  # noqa: F401
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
-__all__ = ["ConfiguredTraining", "KeepConfig"]
+    _CLI = LightningCLI
+else:
+    _CLI = object
+
+__all__ = ["ConfiguredTraining", "KeepConfig", "TrainingCommands"]
 
 
 @contextmanager
@@ -50,14 +54,15 @@ class KeepConfig(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
 
-class ConfiguredTraining(LightningCLI):
-    """A Trainer, a model and an optional datamodule, built from arguments and config files.
+class TrainingCommands(_CLI):
+    """Parses, builds and trains what a config describes; stands before a class LightningCLI.
 
     Args:
         arguments: Command-line arguments, or the namespace that :meth:`parser_for`'s parser
             returned.
         parser_texts: Keyword arguments of the parser, such as ``description`` and ``epilog``.
         save_config: Whether the fit saves the config in the log folder.
+        options: Further arguments of LightningCLI.
     """
 
     def __init__(
@@ -66,6 +71,7 @@ class ConfiguredTraining(LightningCLI):
         *,
         parser_texts: dict[str, Any] | None = None,
         save_config: bool = True,
+        **options: Any,
     ) -> None:
         with _quiet():
             super().__init__(
@@ -74,6 +80,7 @@ class ConfiguredTraining(LightningCLI):
                 seed_everything_default=0,
                 parser_kwargs=parser_texts,
                 save_config_callback=KeepConfig if save_config else None,
+                **options,
             )
 
     @classmethod
@@ -81,12 +88,11 @@ class ConfiguredTraining(LightningCLI):
         """Makes the parser without parsing any arguments."""
         from jsonargparse import capture_parser
 
-        parser = capture_parser(cls, [], parser_texts=texts)
-        assert isinstance(parser, LightningArgumentParser)
-        return parser
+        parser: Any = capture_parser(cls, [], parser_texts=texts)
+        return cast("LightningArgumentParser", parser)
 
     @classmethod
-    def read(cls, path: str | Path) -> ConfiguredTraining:
+    def read(cls, path: str | Path) -> TrainingCommands:
         """Builds the objects of a config file, without training and without seeding.
 
         Raises:
@@ -104,7 +110,7 @@ class ConfiguredTraining(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the arguments of ``Trainer.fit``, such as ``ckpt_path``."""
         skipped = {"model", "train_dataloaders", "val_dataloaders", "datamodule"}
-        self.fit_arguments = parser.add_method_arguments(Trainer, "fit", skip=skipped)
+        self.fit_arguments = parser.add_method_arguments(self.trainer_class, "fit", skip=skipped)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses the arguments, unless they are a namespace that was parsed before."""
@@ -116,3 +122,7 @@ class ConfiguredTraining(LightningCLI):
         """Runs ``Trainer.fit`` with the configured model, data and arguments."""
         options = {name: self.config_init.get(name) for name in self.fit_arguments}
         self.trainer.fit(self.model, datamodule=self.datamodule, **options)
+
+
+class ConfiguredTraining(TrainingCommands, LightningCLI):
+    """A Trainer, a model and an optional datamodule of ``lightning``."""

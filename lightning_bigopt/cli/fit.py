@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_bigopt.cli.command import Command
@@ -14,19 +15,19 @@ __all__ = ["FIT"]
 _USAGE = "bigopt fit --config CONFIG [--trainer.max_steps N] [other options of the config]"
 
 
-def make_parser(**texts: Any) -> ArgumentParser:
+def make_parser(*, arguments: Sequence[str] = (), **texts: Any) -> ArgumentParser:
     """Makes the parser of ``bigopt fit``, with Lightning's options for Trainer, model and data."""
-    from lightning_bigopt.cli.config import ConfiguredTraining
+    from lightning_bigopt.cli.package_of_config import model_path, training_class
 
     # The list of all options takes more than a hundred lines, above every error message.
-    return ConfiguredTraining.parser_for(usage=_USAGE, **texts)
+    return training_class(model_path(arguments)).parser_for(usage=_USAGE, **texts)
 
 
 def run(options: Namespace) -> None:
     """Trains the model of a config, and saves the config in the log folder."""
-    from lightning_bigopt.cli.config import ConfiguredTraining
+    from lightning_bigopt.cli.package_of_config import training_class
 
-    ConfiguredTraining(options).fit()
+    training_class(getattr(options.model, "class_path", ""))(options).fit()
 
 
 FIT = Command(

@@ -30,10 +30,11 @@ def run(options: Namespace) -> None:
     """Prints the plan of a run without training, and draws it with ``--picture``."""
     if options.picture is not None:
         require("matplotlib", extra="plot")
-    from lightning_bigopt.cli.config import ConfiguredTraining
+    from lightning_bigopt.cli.package_of_config import model_path, training_class
     from lightning_bigopt.tuning.run_plan import plan
 
-    configured = ConfiguredTraining.read(options.config)
+    training = training_class(model_path(["--config", options.config]))
+    configured = training.read(options.config)
     planned = plan(configured.trainer, configured.model, datamodule=configured.datamodule)
     print(planned)
     if options.picture is not None:

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback
 from lightning_bigopt.engine.engine import Engine
 from lightning_bigopt.engine.fit_setup import check_version
 from lightning_bigopt.engine.stage import Stages
+from lightning_bigopt.fabric_hooks import TrainerOnly
 from lightning_bigopt.removed import RemovedAttribute
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 
@@ -23,7 +24,7 @@ _Setup = Callable[[Any, "Trainer", "LightningModule", str], None]
 _ADDS_ENGINE: set[object] = set()  # the setup functions that already add the engine
 
 
-class Capability(Stages, Callback):
+class Capability(TrainerOnly, Stages, Callback):
     """A callback that implements stages of a fit.
 
     A capability implements stages (:class:`~lightning_bigopt.engine.stage.Stages`) instead of

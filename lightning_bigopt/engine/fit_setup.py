@@ -10,8 +10,9 @@ from lightning_bigopt.checks import shown
 from lightning_bigopt.engine import optimizer_setup
 from lightning_bigopt.engine.amounts import NeedsSamples
 from lightning_bigopt.engine.batch_source import simulate_constant
-from lightning_bigopt.engine.stage import Fit, Stages
+from lightning_bigopt.engine.stage import Fit, Stages, overriding
 from lightning_bigopt.engine.update_check import UpdateCheck
+from lightning_bigopt.optimizers.private import check_not_private
 from lightning_bigopt.trainer_access import loaders, saved_weights
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "saved_bases",
     "start_clock",
 ]
+
+_ON_GRADIENTS = ("weigh_loss", "rescale", "needs_norms", "decide", "clip", "observe")
 
 
 def check(fit: Fit, run: object) -> None:
@@ -60,6 +63,13 @@ def check(fit: Fit, run: object) -> None:
     for capability in fit.capabilities:
         capability.check_fit(fit)
         capability.check_optimizers(fit)
+        if any(overriding([capability])[stage] for stage in _ON_GRADIENTS):
+            check_not_private(
+                fit.trainer.optimizers,
+                type(capability).__name__,
+                "which clips and adds noise inside its step: the gradients before it are not "
+                "private, and not those of the update; remove the callback",
+            )
 
 
 def install(

@@ -115,7 +115,7 @@ def adopt_values(trainer: Trainer, groups: GroupSchedule, *, epoch_is_new: bool 
     Raises:
         ValueError: If other code writes a field for every update.
     """
-    finetuning = callbacks.find_callback(trainer, callbacks.BackboneFinetuning)
+    finetuning = callbacks.find_lightning_callback(trainer, "BackboneFinetuning")
     if (
         epoch_is_new
         and finetuning is not None

@@ -14,6 +14,7 @@ from lightning_bigopt.gradients.apply import apply_
 from lightning_bigopt.gradients.clip_decision import ClipDecision
 from lightning_bigopt.gradients.rules.clipping_rule import ClipContext, ClippingRule, RuleState
 from lightning_bigopt.optimizers.names import check_optimizer
+from lightning_bigopt.optimizers.private import check_no_sample_gradients, check_not_private
 from lightning_bigopt.parameters import listed
 from lightning_bigopt.type_checks import check_instance
 
@@ -49,7 +50,7 @@ def clip_gradients_(
         The decision: coefficient, threshold and norms.
 
     Raises:
-        ValueError: If the rule requires a state or an optimizer that is not given.
+        ValueError: If the rule requires a state or an optimizer that is not given, or with Opacus.
 
     Example:
         >>> import torch
@@ -81,6 +82,9 @@ def clip_gradients_(
             raise ValueError(f"state must be of {type(rule).__name__}, got {shown(state)}; {hint}")
     check_non_negative("fraction", fraction)
     named = _named(parameters)
+    if optimizer is not None:
+        check_not_private([optimizer], "clip_gradients_", "which clips; set its max_grad_norm")
+    check_no_sample_gradients(parameter for _, parameter in named)
     if state is None:
         state = rule.initial_state()
         if _has_content(state):

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning_bigopt.engine.capability import Capability
+from lightning_bigopt.fabric_hooks import fabric_error
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
-from lightning_bigopt.trainer_access.modules import is_lightning_module
+from lightning_bigopt.trainer_access.packages import classes
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule
@@ -59,6 +60,11 @@ class OwnedCallbackMixin(_Module):
 
     _CHECKED.add(configure_callbacks)
 
+    def on_after_setup(self, **arguments: Any) -> None:
+        """Raises in Fabric if the module will be trained: without a Trainer mixins do nothing."""
+        if self.optimizers():  # none for evaluation
+            raise fabric_error(type(self).__name__, *(kind for kind, _ in self._owns()))
+
     def _owns(self) -> Iterator[tuple[type[Capability], str]]:
         for base in type(self).__mro__:
             if "owns" in base.__dict__:
@@ -91,7 +97,8 @@ class OwnedCallbackMixin(_Module):
 
 def _check_order(cls: type[OwnedCallbackMixin]) -> None:
     """Raises if LightningModule precedes a mixin, whose ``configure_callbacks`` is never called."""
-    after_module = itertools.dropwhile(lambda base: not is_lightning_module(base), cls.__mro__)
+    modules = classes("LightningModule")
+    after_module = itertools.dropwhile(lambda base: base not in modules, cls.__mro__)
     hidden = [base for base in after_module if "owns" in base.__dict__]
     if hidden:
         bases = sorted(cls.__bases__, key=lambda base: not issubclass(base, OwnedCallbackMixin))

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lightning_bigopt.checks import check_between, check_non_negative, shown
+from lightning_bigopt.config_values import python_value
 from lightning_bigopt.parameters import (
     as_patterns,
     check_all_match,
@@ -96,6 +97,7 @@ def parameter_groups(
         )
     names, patterns = tuple(parameters), as_patterns(no_decay, name="no_decay")
     if not (isinstance(layers, str) and layers == "blocks"):
+        layers = python_value("layers", layers)
         check_instance("layers", layers, (list, tuple), hint="write 'blocks' or ['embed.*', '*']")
         layers = as_patterns(layers, name="layers")
     tied = tied_names(module)

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning.fabric.utilities.cloud_io import get_filesystem
-from lightning.pytorch.callbacks import (
-    BackboneFinetuning,
-    Checkpoint,
-    GradientAccumulationScheduler,
-    ModelCheckpoint,
-    StochasticWeightAveraging,
-    Timer,
-)
+
+from lightning_bigopt.trainer_access.packages import classes
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint
 
 __all__ = [
-    "BackboneFinetuning",
-    "GradientAccumulationScheduler",
-    "StochasticWeightAveraging",
-    "Timer",
     "accumulation_schedule",
     "callbacks_of",
     "checkpoint_descriptions",
     "checkpoint_exists",
     "find_callback",
+    "find_lightning_callback",
     "first_checkpoint_callback",
     "newest_checkpoint",
 ]
@@ -46,9 +38,15 @@ def find_callback(trainer: Trainer, kind: type[CallbackT]) -> CallbackT | None:
     return next((c for c in callbacks_of(trainer) if isinstance(c, kind)), None)
 
 
+def find_lightning_callback(trainer: Trainer, name: str) -> Any:
+    """Returns the first callback of a class of Lightning, by its name; None if there is none."""
+    kinds = classes(f"callbacks.{name}")
+    return next((c for c in callbacks_of(trainer) if isinstance(c, kinds)), None)
+
+
 def accumulation_schedule(trainer: Trainer) -> dict[int, int]:
     """Returns the accumulation of the Trainer from each epoch on, in ascending order from 0."""
-    scheduler = find_callback(trainer, GradientAccumulationScheduler)
+    scheduler = find_lightning_callback(trainer, "GradientAccumulationScheduler")
     if scheduler is None:
         return {0: int(trainer.accumulate_grad_batches)}
     return dict(sorted(scheduler.scheduling.items()))
@@ -60,7 +58,11 @@ def first_checkpoint_callback(trainer: Trainer) -> int:
     Lightning moves these callbacks to the end of the list.
     """
     callbacks = callbacks_of(trainer)
-    indices = (i for i, callback in enumerate(callbacks) if isinstance(callback, Checkpoint))
+    indices = (
+        i
+        for i, callback in enumerate(callbacks)
+        if isinstance(callback, classes("callbacks.Checkpoint"))
+    )
     return next(indices, len(callbacks))
 
 
@@ -71,7 +73,8 @@ def newest_checkpoint(trainer: Trainer) -> str | None:
     saved = [
         (callback._last_global_step_saved, callback._last_checkpoint_saved)
         for callback in trainer.checkpoint_callbacks
-        if isinstance(callback, ModelCheckpoint) and callback._last_checkpoint_saved
+        if isinstance(callback, classes("callbacks.ModelCheckpoint"))
+        and callback._last_checkpoint_saved
     ]
     if saved:
         return str(max(saved)[1])
@@ -87,7 +90,7 @@ def checkpoint_descriptions(callbacks: Sequence[Callback]) -> tuple[str, ...]:
     """Describes each ModelCheckpoint in one line: when it saves, and the monitored metric."""
     lines = []
     for callback in callbacks:
-        if isinstance(callback, ModelCheckpoint):
+        if isinstance(callback, classes("callbacks.ModelCheckpoint")):
             monitored = f" by {callback.monitor}" if callback.monitor else ""
             lines.append(f"{_interval(callback)}{monitored}")
     return tuple(lines)

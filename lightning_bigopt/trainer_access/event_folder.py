@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from lightning.pytorch.loggers import TensorBoardLogger
+from typing import TYPE_CHECKING, Any
 
 from lightning_bigopt.trainer_access import loggers, loop, output_paths
+from lightning_bigopt.trainer_access.packages import classes, own
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -28,7 +28,7 @@ class EventFolder:
 
     def __init__(self, path: str | None) -> None:
         self.path = path
-        self._logger: _EventLogger | None = None
+        self._logger: Any = None
 
     def check(self, trainer: Trainer) -> None:
         """Raises on every process if the folder cannot be used. A collective.
@@ -49,8 +49,10 @@ class EventFolder:
                 "choose another folder"
             )
         folder = Path(path).resolve()
-        own = (lg for lg in trainer.loggers if isinstance(lg, TensorBoardLogger))
-        if any(Path(logger.log_dir).resolve() == folder for logger in own):
+        existing = (
+            lg for lg in trainer.loggers if isinstance(lg, classes("loggers.TensorBoardLogger"))
+        )
+        if any(Path(logger.log_dir).resolve() == folder for logger in existing):
             return ValueError(
                 "event_folder must not be the folder of a TensorBoardLogger of the Trainer, got "
                 f"{path!r}; remove event_folder=, because this logger writes the same events"
@@ -61,7 +63,8 @@ class EventFolder:
         """Adds the logger to the Trainer, on every process; process 0 writes."""
         if self.path is None or loop.is_fast_dev_run(trainer):
             return
-        self._logger = _EventLogger(self.path, name="", version="", default_hp_metric=False)
+        kind = _event_logger(own(trainer, "loggers.TensorBoardLogger"))
+        self._logger = kind(self.path, name="", version="", default_hp_metric=False)
         trainer.loggers = [*trainer.loggers, self._logger]
 
     def close(self, trainer: Trainer) -> None:
@@ -73,18 +76,25 @@ class EventFolder:
             self._logger.finalize("success")
 
 
-class _EventLogger(TensorBoardLogger):
-    """A TensorBoardLogger whose errors of writing are warnings, and without ``hparams.yaml``."""
+@cache
+def _event_logger(base: Any) -> Any:
+    """Returns a class of TensorBoardLogger whose errors of writing are warnings.
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        with loggers.failed_writes_warn(self):
-            try:
-                super().log_metrics(metrics, step)
-            except ValueError as error:  # in which Lightning wraps every error
-                if isinstance(error.__cause__, OSError):
-                    raise error.__cause__ from None
-                raise
+    It writes no ``hparams.yaml``.
+    """
 
-    def save(self) -> None:
-        with loggers.failed_writes_warn(self):
-            self.experiment.flush()
+    class EventLogger(base):  # type: ignore[misc]
+        def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+            with loggers.failed_writes_warn(self):
+                try:
+                    super().log_metrics(metrics, step)
+                except ValueError as error:  # in which Lightning wraps every error
+                    if isinstance(error.__cause__, OSError):
+                        raise error.__cause__ from None
+                    raise
+
+        def save(self) -> None:
+            with loggers.failed_writes_warn(self):
+                self.experiment.flush()
+
+    return EventLogger

@@ -6,12 +6,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.utilities.types import _Stateful
-from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import BatchSampler
 
 from lightning_bigopt.batching.exact_loader import GlobalBatchLoader
 from lightning_bigopt.trainer_access.loop import epoch_batches, fetched_batches, ready_batches
+from lightning_bigopt.trainer_access.packages import classes, own
 from lightning_bigopt.trainer_access.strategies import data_parallel_size
 
 if TYPE_CHECKING:
@@ -39,12 +38,13 @@ _PROCESS = "process_dataloader"
 
 def train_loaders(trainer: Trainer) -> list[Any]:
     """Returns the training loaders as the fit loop iterates them; from ``on_train_start`` on."""
-    return _flat(trainer.train_dataloader)
+    return _flat(trainer, trainer.train_dataloader)
 
 
 def stateful(trainer: Trainer) -> bool:
     """Returns whether every training loader has a state, which Lightning saves and restores."""
-    return all(isinstance(loader, _Stateful) for loader in train_loaders(trainer))
+    kinds = classes("fabric.utilities.types._Stateful")
+    return all(isinstance(loader, kinds) for loader in train_loaders(trainer))
 
 
 def may_reload(trainer: Trainer) -> bool:
@@ -164,14 +164,15 @@ def train_source(trainer: Trainer) -> Any:
 
 def source_loaders(trainer: Trainer) -> list[Any]:
     """Returns the training loaders as their source makes them, before Lightning changes them."""
-    return _flat(trainer.fit_loop._data_source.dataloader())
+    return _flat(trainer, trainer.fit_loop._data_source.dataloader())
 
 
-def _flat(loaders: Any) -> list[Any]:
+def _flat(trainer: Trainer, loaders: Any) -> list[Any]:
     if loaders is None:
         return []
-    combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders)
-    return list(combined.flattened)
+    if not isinstance(loaders, classes("utilities.CombinedLoader")):
+        loaders = own(trainer, "utilities.CombinedLoader")(loaders)
+    return list(loaders.flattened)
 
 
 def _batch_holder(loader: Any) -> Any:

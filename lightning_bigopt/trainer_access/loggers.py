@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 from urllib.parse import urlsplit
 from weakref import WeakSet
 
-from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_bigopt.trainer_access.packages import classes
+
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+    from lightning.pytorch.loggers import Logger, TensorBoardLogger
     from torch.utils.tensorboard import SummaryWriter
 
 __all__ = [
@@ -36,10 +37,11 @@ def log_folder(trainer: Trainer) -> str | None:
     Only TensorBoard holds texts and planned curves. Unlike ``trainer.log_dir``, which broadcasts it
     from process 0, this is not a collective.
     """
-    for kind in (TensorBoardLogger, CSVLogger):
+    for kind in ("loggers.TensorBoardLogger", "loggers.CSVLogger"):
         for logger in trainer.loggers:
-            if isinstance(logger, kind):
-                return logger.log_dir
+            if isinstance(logger, classes(kind)):
+                folder: str = logger.log_dir
+                return folder
     return None
 
 
@@ -53,7 +55,7 @@ def log_metrics(logger: Logger, values: Mapping[str, float], *, step: int) -> No
     """
     with failed_writes_warn(logger):
         logger.log_metrics(_accepted_by(logger, values), step=step)
-        if isinstance(logger, CSVLogger):
+        if isinstance(logger, classes("loggers.CSVLogger")):
             logger.save()  # it buffers 100 steps, which a killed run would lose
 
 
@@ -64,13 +66,13 @@ def _accepted_by(logger: Logger, values: Mapping[str, float]) -> dict[str, float
     last one, which is a file: ``optim/lr`` and ``optim/lr/head``, of a group that was added later,
     exclude each other. There the first slash stays a slash, and the others become points.
     """
-    if not isinstance(logger, MLFlowLogger):
+    if not isinstance(logger, classes("loggers.MLFlowLogger")):
         return dict(values)
     named = {
         "".join(c if c.isascii() else f"u{ord(c):x}" for c in tag): value
         for tag, value in values.items()
     }
-    uri = logger.experiment.tracking_uri
+    uri: str = logger.experiment.tracking_uri
     if uri.startswith("databricks") or urlsplit(uri).scheme not in ("", "file"):
         return named
     return {
@@ -138,8 +140,12 @@ def tensorboard_writers(trainer: Trainer) -> dict[Logger, tuple[SummaryWriter, s
             logger._prefix + logger.LOGGER_JOIN_CHAR if logger._prefix else "",
         )
         for logger in trainer.loggers
-        if isinstance(logger, TensorBoardLogger)
+        if _is_tensorboard(logger)
     }
+
+
+def _is_tensorboard(logger: Logger) -> TypeGuard[TensorBoardLogger]:
+    return isinstance(logger, classes("loggers.TensorBoardLogger"))
 
 
 def loggers_with_placeholder(trainer: Trainer) -> list[Logger]:
@@ -155,7 +161,7 @@ def loggers_with_placeholder(trainer: Trainer) -> list[Logger]:
     return [
         logger
         for logger in trainer.loggers
-        if is_saving and isinstance(logger, TensorBoardLogger) and logger._default_hp_metric
+        if is_saving and _is_tensorboard(logger) and logger._default_hp_metric
     ]
 
 
@@ -173,7 +179,7 @@ def show_on_progress_bar(trainer: Trainer, values: Mapping[str, float]) -> None:
     }
     # RichProgressBar rounds numbers to three decimals, which would show a learning rate of 3e-4 as
     # 0.000, but shows strings unchanged.
-    if isinstance(trainer.progress_bar_callback, RichProgressBar):
+    if isinstance(trainer.progress_bar_callback, classes("callbacks.RichProgressBar")):
         shown = {
             name: str(value) if isinstance(value, int) else f"{value:.3g}"
             for name, value in shown.items()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.callbacks import Timer
-from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
+from lightning_bigopt.trainer_access.packages import classes
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import Timer
 
 __all__ = [
     "batch_is_processed",
@@ -79,7 +79,8 @@ def reached_limit(trainer: Trainer) -> str | None:
 
 
 def _timers(trainer: Trainer) -> list[Timer]:
-    return [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+    kinds = classes("callbacks.Timer")
+    return [callback for callback in trainer.callbacks if isinstance(callback, kinds)]  # type: ignore[attr-defined]
 
 
 def uses_dataloader_iter(trainer: Trainer) -> bool:
@@ -88,7 +89,8 @@ def uses_dataloader_iter(trainer: Trainer) -> bool:
     The hooks before ``training_step`` then receive the batch before, or None. Valid from
     ``on_train_start`` on.
     """
-    return isinstance(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher)
+    kinds = classes("loops.fetchers._DataLoaderIterDataFetcher")
+    return isinstance(trainer.fit_loop._data_fetcher, kinds)
 
 
 def ready_batches(trainer: Trainer) -> int:

@@ -7,20 +7,26 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
+
+from lightning_bigopt.trainer_access.packages import own
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+    from lightning.pytorch.strategies import DDPStrategy
+
+    _Strategy = DDPStrategy
+else:
+    _Strategy = object
 
 __all__ = ["planned_in_one_process"]
 
 
-class _PlannedProcesses(DDPStrategy):
+class _PlannedProcesses(_Strategy):
     """Process 0 of several processes that do not exist; collectives return their input.
 
-    It derives from DDPStrategy, because Lightning then gives each loader a DistributedSampler: the
-    lengths of loaders are those of one process, as in the real run.
+    It stands before DDPStrategy of the Trainer's package, because Lightning then gives each loader
+    a DistributedSampler: the lengths of loaders are those of one process, as in the real run.
     """
 
     strategy_name = "planned"
@@ -85,7 +91,8 @@ def planned_in_one_process(trainer: Trainer) -> Iterator[None]:
     # trainer.strategy is a read-only property of this connector.
     connector = trainer._accelerator_connector
     original = connector.strategy
-    planned = _PlannedProcesses(int(trainer.world_size))
+    bases = (_PlannedProcesses, own(trainer, "strategies.DDPStrategy"))
+    planned: Any = type("PlannedProcesses", bases, {})(int(trainer.world_size))
     planned.accelerator = original.accelerator
     planned.precision_plugin = original.precision_plugin
     planned.checkpoint_io = original.checkpoint_io

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR
 
 from lightning_bigopt.optimizers.names import unwrapped
+from lightning_bigopt.trainer_access.packages import own
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+    from lightning.pytorch.utilities.types import LRSchedulerConfig
 
 __all__ = ["add_scheduler", "initial_lrs", "remove_schedulers", "scheduler_names"]
 
@@ -26,8 +27,9 @@ def add_scheduler(trainer: Trainer, scheduler: LRScheduler, *, name: str | None)
     """
     # The frequency keeps Lightning from calling scheduler.step(): the engine writes the values of
     # all fields at the same time.
+    config = own(trainer, "utilities.types.LRSchedulerConfig")
     trainer.strategy.lr_scheduler_configs.append(
-        LRSchedulerConfig(scheduler=scheduler, interval="step", frequency=sys.maxsize, name=name)
+        config(scheduler=scheduler, interval="step", frequency=sys.maxsize, name=name)
     )
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_bigopt.gradients.local_gradient_norm import LocalGradientNorm
+from lightning_bigopt.trainer_access.packages import classes
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+    from lightning.pytorch.strategies import (
+        DDPStrategy,
+        FSDPStrategy,
+        ModelParallelStrategy,
+        Strategy,
+    )
 
 __all__ = [
     "averages_initial_parameters",
@@ -31,7 +38,7 @@ __all__ = [
 
 def data_parallel_size(trainer: Trainer) -> int:
     """Returns the number of processes that train on different data."""
-    if isinstance(trainer.strategy, ModelParallelStrategy):
+    if _is_model_parallel(trainer.strategy):
         mesh = trainer.strategy.device_mesh
         return mesh["data_parallel"].size()
     return int(trainer.world_size)
@@ -39,7 +46,7 @@ def data_parallel_size(trainer: Trainer) -> int:
 
 def data_rank(trainer: Trainer) -> int:
     """Returns the rank of this process among those that train on different data."""
-    if isinstance(trainer.strategy, ModelParallelStrategy):
+    if _is_model_parallel(trainer.strategy):
         mesh = trainer.strategy.device_mesh
         return int(mesh["data_parallel"].get_local_rank())
     return int(trainer.global_rank)
@@ -58,7 +65,7 @@ def sum_over_data_(trainer: Trainer, values: Tensor) -> Tensor:
     """Sums a tensor in place over the processes that train on different data; a collective."""
     if data_parallel_size(trainer) > 1:
         group = None
-        if isinstance(trainer.strategy, ModelParallelStrategy):
+        if _is_model_parallel(trainer.strategy):
             mesh = trainer.strategy.device_mesh
             group = mesh["data_parallel"].get_group()
         torch.distributed.all_reduce(values, group=group)
@@ -84,12 +91,12 @@ def is_deepspeed(trainer: Trainer) -> bool:
 
 def shards_gradients(trainer: Trainer) -> bool:
     """Returns whether every backward pass averages over the processes, also while accumulating."""
-    return isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
+    return _is_fsdp(trainer.strategy) or _is_model_parallel(trainer.strategy)
 
 
 def averages_initial_parameters(trainer: Trainer) -> bool:
     """Returns whether DDP averages the gradients of those parameters that it was given."""
-    return isinstance(trainer.strategy, DDPStrategy) and trainer.world_size > 1
+    return _is_ddp(trainer.strategy) and trainer.world_size > 1
 
 
 def check_first_window(trainer: Trainer) -> None:
@@ -99,7 +106,7 @@ def check_first_window(trainer: Trainer) -> None:
         ValueError: If DDP has a static graph and the window has several micro-batches: DDP records
             the graph in the first backward pass, and must reduce the gradients in it.
     """
-    if not isinstance(trainer.strategy, DDPStrategy):
+    if not _is_ddp(trainer.strategy):
         return
     length = int(trainer.accumulate_grad_batches)
     if length > 1 and getattr(trainer.strategy.model, "static_graph", False):
@@ -115,7 +122,7 @@ def shard_group(trainer: Trainer) -> ProcessGroup | None:
 
     DTensors (FSDP2) carry their process groups themselves.
     """
-    if not isinstance(trainer.strategy, FSDPStrategy):
+    if not _is_fsdp(trainer.strategy):
         return None
     model = trainer.strategy.model
     if getattr(getattr(model, "sharding_strategy", None), "name", None) == "NO_SHARD":
@@ -133,10 +140,11 @@ def register_gradient_norm_hook(trainer: Trainer) -> LocalGradientNorm | None:
         ValueError: If DDP already has a communication hook; it supports only one.
     """
     strategy = trainer.strategy
-    if not isinstance(strategy, DDPStrategy) or trainer.world_size == 1:
+    if not _is_ddp(strategy) or trainer.world_size == 1:
         return None
-    norm = LocalGradientNorm()
-    model: Any = strategy.model
+    norm, model = LocalGradientNorm(), strategy.model
+    if not isinstance(model, DistributedDataParallel):  # plan() does not wrap the module
+        return None
     # On a CPU Lightning silently ignores DDPStrategy(ddp_comm_hook=). Without this check, a second
     # hook would be accepted on a CPU and raise on a GPU.
     conflict = "" if strategy._ddp_comm_hook is None else "ddp_comm_hook="
@@ -153,3 +161,15 @@ def register_gradient_norm_hook(trainer: Trainer) -> LocalGradientNorm | None:
             f"one, got one ({conflict}); remove the hook or GradientNoiseScale"
         )
     return norm
+
+
+def _is_ddp(strategy: Strategy) -> TypeGuard[DDPStrategy]:
+    return isinstance(strategy, classes("strategies.DDPStrategy"))
+
+
+def _is_fsdp(strategy: Strategy) -> TypeGuard[FSDPStrategy]:
+    return isinstance(strategy, classes("strategies.FSDPStrategy"))
+
+
+def _is_model_parallel(strategy: Strategy) -> TypeGuard[ModelParallelStrategy]:
+    return isinstance(strategy, classes("strategies.ModelParallelStrategy"))

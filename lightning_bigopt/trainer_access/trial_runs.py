@@ -8,21 +8,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.loops.fit_loop import _FitLoop
-from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
-from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.exceptions import _TunerExitException as ExitFit
-
 from lightning_bigopt.optimizers.names import unwrapped
 from lightning_bigopt.trainer_access.loop import is_unlimited
+from lightning_bigopt.trainer_access.packages import own
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.loggers import Logger
 
-__all__ = ["ExitFit", "fit_quietly", "limits_kept", "objects_changed_by_fit", "run_separate_loop"]
+__all__ = ["exit_fit", "fit_quietly", "limits_kept", "objects_changed_by_fit", "run_separate_loop"]
+
+
+def exit_fit(trainer: Trainer) -> BaseException:
+    """Returns an error that ends the fit, and that Lightning catches without ``on_exception``."""
+    error: BaseException = own(trainer, "utilities.exceptions._TunerExitException")()
+    return error
 
 
 def run_separate_loop(
@@ -40,17 +40,19 @@ def run_separate_loop(
         callbacks: The only callbacks that run; they are set up and torn down here.
         max_steps: Number of updates.
     """
-    loop = _FitLoop(trainer, min_epochs=None, max_epochs=-1)
-    loop.epoch_loop = _TrainingEpochLoop(trainer, min_steps=None, max_steps=max_steps)
+    loop = own(trainer, "loops.fit_loop._FitLoop")(trainer, min_epochs=None, max_epochs=-1)
+    epoch_loop = own(trainer, "loops.training_epoch_loop._TrainingEpochLoop")
+    loop.epoch_loop = epoch_loop(trainer, min_steps=None, max_steps=max_steps)
+    source = own(trainer, "trainer.connectors.data_connector._DataLoaderSource")
     # The loaders are made once, so that those that are restored are those that were iterated.
     data = trainer.fit_loop._data_source.dataloader()
-    trainer.fit_loop, loop._data_source = loop, _DataLoaderSource(data, "")
+    trainer.fit_loop, loop._data_source = loop, source(data, "")
     trainer.callbacks = list(callbacks)  # type: ignore[attr-defined]  # set by a connector
-    trainer.loggers = [DummyLogger() for _ in trainer.loggers]
+    trainer.loggers = _silent_loggers(trainer)
     trainer.limit_val_batches = 0
     trainer.should_stop = False
     trainer.strategy.lr_scheduler_configs = []
-    with _loaders_restored(data):
+    with _loaders_restored(trainer, data):
         try:
             for callback in callbacks:
                 callback.setup(trainer, module, "fit")
@@ -91,10 +93,11 @@ def fit_quietly(
     saved = trainer.callbacks, trainer.loggers  # type: ignore[attr-defined]
     trainer.callbacks = list(callbacks)  # type: ignore[attr-defined]
     # Not an empty list: a module may call self.logger.log_metrics.
-    trainer.loggers = [DummyLogger() for _ in trainer.loggers]
+    trainer.loggers = _silent_loggers(trainer)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PossibleUserWarning)  # the user's own fit repeats it
+            advice = own(trainer, "fabric.utilities.warnings.PossibleUserWarning")
+            warnings.simplefilter("ignore", advice)  # the user's own fit repeats it
             trainer.fit(module, train_dataloaders, datamodule=datamodule)
     finally:
         trainer.callbacks, trainer.loggers = saved  # type: ignore[attr-defined]
@@ -117,10 +120,15 @@ def limits_kept(trainer: Trainer) -> Iterator[None]:
         loop.min_epochs, loop.max_epochs, trainer.num_sanity_val_steps = kept
 
 
+def _silent_loggers(trainer: Trainer) -> list[Logger]:
+    silent = own(trainer, "loggers.logger.DummyLogger")
+    return [silent() for _ in trainer.loggers]
+
+
 @contextmanager
-def _loaders_restored(data: Any) -> Iterator[None]:
+def _loaders_restored(trainer: Trainer, data: Any) -> Iterator[None]:
     """Restores the states of stateful loaders and of the generators of loaders and samplers."""
-    loaders = list(CombinedLoader(data).flattened)
+    loaders = list(own(trainer, "utilities.CombinedLoader")(data).flattened)
     samplers = [getattr(loader, "sampler", None) for loader in loaders]
     # By id: a loader and its sampler often share one generator.
     generators = {

@@ -19,8 +19,10 @@ from lightning_bigopt.batching.batch_plan import plan_update
 from lightning_bigopt.batching.exact_loader import GlobalBatchLoader
 from lightning_bigopt.batching.micro_batch_search import MicroBatchSearch, search_micro_batch_size
 from lightning_bigopt.checks import check_between, check_choice, check_count, shown
+from lightning_bigopt.fabric_hooks import TrainerOnly
 from lightning_bigopt.optimizers.names import unwrapped
 from lightning_bigopt.optimizers.object_snapshot import ObjectSnapshot
+from lightning_bigopt.optimizers.private import check_not_private
 from lightning_bigopt.trainer_access import loaders, strategies
 from lightning_bigopt.type_checks import check_instance
 
@@ -31,7 +33,7 @@ __all__ = ["GlobalBatchFinder"]
 
 
 @explain_arguments
-class GlobalBatchFinder(Callback):
+class GlobalBatchFinder(TrainerOnly, Callback):
     """Finds the largest micro-batch that fits into memory, and sets it before training begins.
 
     A trial accumulates two micro-batches and takes an optimizer step. Every process runs its trial
@@ -139,6 +141,11 @@ class GlobalBatchFinder(Callback):
                 f"{type(trainer.strategy).__name__}, whose forward needs all processes; set the "
                 "micro-batch by hand"
             )
+        check_not_private(
+            trainer.optimizers,
+            "GlobalBatchFinder",
+            "which the trials would not restore; set the batch of BatchMemoryManager by hand",
+        )
         synchronizes = any(isinstance(part, torch.nn.SyncBatchNorm) for part in module.modules())
         if synchronizes and trainer.world_size > 1:
             raise ValueError(

@@ -16,7 +16,9 @@ from torch import nn
 from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_between, check_choice, check_count, shown
 from lightning_bigopt.engine.engine import Engine
+from lightning_bigopt.fabric_hooks import TrainerOnly
 from lightning_bigopt.optimizers.object_snapshot import ObjectSnapshot
+from lightning_bigopt.optimizers.private import check_not_private
 from lightning_bigopt.removed import RemovedAttribute
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 from lightning_bigopt.trainer_access import loop, trial_runs
@@ -31,7 +33,7 @@ OnResult: TypeAlias = Literal["use", "report"]
 
 
 @explain_arguments
-class LearningRateRangeTest(Callback):
+class LearningRateRangeTest(TrainerOnly, Callback):
     """Sweeps the learning rate before training starts, and trains with the suggested rate.
 
     The sweep trains on the Trainer's loader with its precision and accumulation, with
@@ -136,7 +138,15 @@ class LearningRateRangeTest(Callback):
 
         Returns:
             The result of the sweep.
+
+        Raises:
+            ValueError: If an optimizer is from Opacus.
         """
+        check_not_private(
+            trainer.optimizers,
+            "LearningRateRangeTest",
+            "whose privacy budget the test would spend; set the learning rate by hand",
+        )
         sweep = Sweep(
             self.rates, groups, smoothing=self.smoothing, stop_at=self.stop_at, skip=self.skip
         )
@@ -248,7 +258,7 @@ class _RangeTestOnly(LearningRateRangeTest):
     trainer_callbacks: list[Callback]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Runs the sweep, and ends the fit by :class:`trial_runs.ExitFit`."""
+        """Runs the sweep, and ends the fit by :func:`trial_runs.exit_fit`."""
         groups = BaseRates(trainer)
         of_module = [c for c in trainer_callbacks.callbacks_of(trainer) if c is not self]
         copies = callbacks_affecting_gradients([*self.trainer_callbacks, *of_module])
@@ -256,7 +266,7 @@ class _RangeTestOnly(LearningRateRangeTest):
         self.report()
         if self.on_result == "use" and self.result.suggestion is not None:
             groups.use(self.result.suggestion, trainer, pl_module)
-        raise trial_runs.ExitFit
+        raise trial_runs.exit_fit(trainer)
 
 
 @contextmanager

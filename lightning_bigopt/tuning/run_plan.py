@@ -24,6 +24,7 @@ from lightning_bigopt.planning.outline import PlannedUpdate, planned_updates
 from lightning_bigopt.reporting.planned_run import Boundary, PlanRow, TrainingPlan
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 from lightning_bigopt.trainer_access import loop, trial_runs
+from lightning_bigopt.trainer_access.packages import classes
 from lightning_bigopt.trainer_access.planning_strategy import planned_in_one_process
 from lightning_bigopt.type_checks import check_instance
 
@@ -97,7 +98,7 @@ def plan(
     checkpoints = trainer_callbacks.checkpoint_descriptions(callbacks)
     planner = _Planner(points, [_UNLIMITED] if unlimited else [], checkpoints)
     copies: list[Any] = [_fresh_copy(c) for c in callbacks if isinstance(c, Capability)]
-    of_lightning = (trainer_callbacks.GradientAccumulationScheduler, trainer_callbacks.Timer)
+    of_lightning = classes("callbacks.GradientAccumulationScheduler", "callbacks.Timer")
     copies += [copy.deepcopy(c) for c in callbacks if isinstance(c, of_lightning)]
     with (
         isolate_rng(include_cuda=torch.cuda.is_available()),
@@ -140,7 +141,7 @@ class _Planner(Engine):
         """Computes the plan and ends the fit.
 
         Raises:
-            ExitFit: Always. Lightning then ends the fit without calling ``on_exception``.
+            BaseException: Always. Lightning catches it and ends the fit without ``on_exception``.
         """
         assert self._fit is not None  # set in on_fit_start
         warnings = list(self._warnings)
@@ -157,7 +158,7 @@ class _Planner(Engine):
             trainer_callbacks.callbacks_of(trainer)
         )
         self.plan = _plan_of(self._fit, self._points, warnings, checkpoints or self._checkpoints)
-        raise trial_runs.ExitFit
+        raise trial_runs.exit_fit(trainer)
 
 
 def _fresh_copy(capability: StagesT) -> StagesT:

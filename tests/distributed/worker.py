@@ -10,14 +10,16 @@ from pathlib import Path
 
 import torch
 
-from tests.distributed import batch_scenarios, scenarios
+from tests.distributed import batch_scenarios, package_scenarios, scenarios
+from tests.older_lightning import accept_weights_only
 
 
 def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    accept_weights_only()
     out, names = Path(sys.argv[1]), sys.argv[2:]
-    known = {**vars(scenarios), **vars(batch_scenarios)}
+    known = {**vars(scenarios), **vars(batch_scenarios), **vars(package_scenarios)}
     results = {name: known[name](out) for name in names}
     (out / f"rank{os.environ['RANK']}.json").write_text(json.dumps(results))
 

@@ -1,15 +1,37 @@
-"""The LightningCLI project of the recipe trains, and trains the same from its saved config."""
+"""The projects of the recipe, LightningCLI and Hydra, train as the page says."""
 
 from __future__ import annotations
 
 import csv
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from hydra.utils import instantiate
+from lightning import Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_bigopt import (
+    BatchSizeScheduler,
+    BatchSizeSteps,
+    GradientClipping,
+    LearningRateScheduler,
+    MultiStep,
+    NonFinite,
+    NormClip,
+    NormSpike,
+    OptimizationMonitor,
+    Product,
+    StepGuard,
+    WarmupCosine,
+    WarmupStableDecay,
+)
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "recipes" / "config_files.md").read_text(encoding="utf-8")
@@ -22,6 +44,20 @@ def block(language: str, containing: str) -> str:
     found = re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     (code,) = (code for code in found if containing in code)
     return code
+
+
+def run(command: str, folder: Path) -> None:
+    _, *arguments = shlex.split(command)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def logged(folder: Path) -> list[dict[str, str]]:
@@ -37,17 +73,7 @@ def test_saved_config_repeats_the_run(tmp_path: Path) -> None:
     commands = block("console", "version_0/config.yaml").splitlines()
     assert len(commands) == 2
     for command in commands:
-        _, *arguments = command.split()
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+        run(command, tmp_path)
     first, again = (logged(tmp_path / "runs" / "regression" / f"version_{n}") for n in (0, 1))
     assert first == again
     rates = [float(row["optim/lr"]) for row in first if row["optim/lr"]]
@@ -55,3 +81,72 @@ def test_saved_config_repeats_the_run(tmp_path: Path) -> None:
     # last one is in the middle of a 1-sqrt cooldown over updates 16 to 20.
     scaled = 0.01 * 2**0.5
     assert rates == pytest.approx([0.01, 0.01, scaled, scaled * (1 - 0.75**0.5)])
+
+
+def write_hydra_project(folder: Path) -> None:
+    files = re.findall(
+        r"^`((?:configs|src)/[\w/.]+)`[^\n]*:\n\n```\w+\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL
+    )
+    assert len(files) == 12
+    for name, content in (*files, ("src/project.py", block("python", "class Regression"))):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+
+
+def train_without_hydra(
+    folder: Path, *, rule: NormClip, max_steps: int = 20, decay: str = "20%"
+) -> list[dict[str, str]]:
+    """Trains with objects that Python code builds, and returns what is logged."""
+    project: dict[str, Any] = {"__name__": "project"}
+    exec(block("python", "class Regression"), project)
+    seed_everything(0, workers=True)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=max_steps,
+        log_every_n_steps=5,
+        enable_progress_bar=False,
+        logger=CSVLogger(folder, name="", version="csv"),
+        callbacks=[
+            LearningRateScheduler(WarmupStableDecay(warmup="10%", decay=decay)),
+            GradientClipping(rule),
+            StepGuard([NonFinite(), NormSpike()]),
+            BatchSizeScheduler(BatchSizeSteps({"0%": 8, "50%": 16}), lr_scaling="sqrt"),
+            OptimizationMonitor(layers={"linear": "layer*"}),
+        ],
+    )
+    trainer.fit(project["Regression"](lr=0.01), datamodule=project["Sums"]())
+    return logged(folder / "csv")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec. is deprecated")
+def test_hydra_project_trains_as_without_hydra(tmp_path: Path) -> None:
+    write_hydra_project(tmp_path)
+    run_changed, run_sweep = block("console", "src/train.py").splitlines()
+
+    run(run_changed, tmp_path)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert logged(folder / "csv") == train_without_hydra(
+        tmp_path / "changed", rule=NormClip(max_norm=1.0), max_steps=12, decay="50%"
+    )
+    assert "guard/skipped" not in (folder / "csv" / "metrics.csv").read_text()
+
+    run(run_sweep, tmp_path)
+    (sweep,) = (tmp_path / "sweeps").iterdir()
+    jobs = [logged(sweep / number / "csv") for number in ("0", "1")]
+    assert jobs[0] != jobs[1]
+    for max_norm, job in zip((0.05, 0.5), jobs, strict=True):
+        rule = NormClip(max_norm=max_norm, norm_type=1)
+        assert job == train_without_hydra(tmp_path / str(max_norm), rule=rule)
+
+
+def test_config_with_convert_all_builds_what_the_page_says() -> None:
+    (message,) = re.findall(r"^```text\n(_convert_.*)\n```$", PAGE, re.MULTILINE)
+    config = yaml.safe_load(block("yaml", "_convert_: all"))["product"]
+    made = instantiate(config)
+    assert made.schedule == Product([WarmupCosine(warmup="10%"), MultiStep({"50%": 0.5})])
+    del config["_convert_"]
+    with pytest.raises(ValueError, match=rf"^{re.escape(message)}\n"):
+        instantiate(config)

@@ -45,17 +45,27 @@ def launch(command: str, folder: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-# Stand-ins for Ray, by file: one process, without the strategy of Ray.
+# Stand-ins for Ray, by file: one process, without the strategy of Ray. ``make test-ray`` runs the
+# script with Ray.
 RAY = {
     "ray/__init__.py": "",
     "ray/train/__init__.py": """
 class ScalingConfig:
     def __init__(self, *, num_workers): ...
+
+class FailureConfig:
+    def __init__(self, *, max_failures): ...
+
+class RunConfig:
+    def __init__(self, *, storage_path, failure_config): ...
+
+def get_checkpoint():
+    return None
 """,
     "ray/train/torch.py": """
 class TorchTrainer:
-    def __init__(self, train, *, scaling_config):
-        self.fit = train
+    def __init__(self, train, *, train_loop_config, scaling_config, run_config):
+        self.fit = lambda: train(train_loop_config)
 """,
     "ray/train/lightning.py": """
 from lightning.pytorch import Callback as RayTrainReportCallback

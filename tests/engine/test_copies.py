@@ -36,6 +36,7 @@ from lightning_bigopt import (
 )
 from lightning_bigopt.engine.engine import Engine
 from tests.helpers import QUIET, Probe, Regression, loader
+from tests.older_lightning import fault_of_2_5_0
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 COPIES: dict[str, Callable[[Any], Any]] = {
@@ -210,6 +211,7 @@ def test_copy_from_a_hook_trains_like_the_interrupted_original(
     assert copied[0].global_step > 3
 
 
+@fault_of_2_5_0("RichProgressBar fails with rich 15", strict=False)
 @pytest.mark.parametrize(
     ("bar", "way"), [(TQDMProgressBar, "pickle"), (RichProgressBar, "deepcopy")]
 )

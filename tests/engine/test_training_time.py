@@ -27,6 +27,7 @@ from lightning_bigopt import (
     plan,
 )
 from tests.helpers import QUIET, SaveAt
+from tests.older_lightning import fault_of_2_5_0
 
 TEN_SECONDS = "00:00:00:10"
 
@@ -163,6 +164,7 @@ class Stops(Callback):
         trainer.should_stop = trainer.should_stop or trainer.global_step == 4
 
 
+@fault_of_2_5_0("after should_stop a second fit trains nothing")
 def test_second_fit_has_the_whole_time_again_as_for_the_timer(clock: Any) -> None:
     module = Recorded(clock)
     trainer = fit(module, LearningRateScheduler(Linear()), Stops(), max_time=TEN_SECONDS)

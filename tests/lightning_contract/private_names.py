@@ -70,7 +70,8 @@ def _names(node: ast.AST) -> Iterator[str]:
         for alias in node.names:
             yield from alias.name.split(".")
     elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-        yield node.value  # getattr(x, "_name"), vars(x)["_name"], attrgetter("_name")
+        # getattr(x, "_name"), vars(x)["_name"], attrgetter("_name"), own(x, "module._name")
+        yield from node.value.split(".") if re.fullmatch(r"\w+(\.\w+)*", node.value) else ()
 
 
 def _defined(tree: ast.Module) -> tuple[set[str], set[str]]:

@@ -34,6 +34,7 @@ def test_every_name_is_asserted_once_with_its_purpose() -> None:
         ("def f(trainer):\n    return trainer._anything", "_anything"),
         ("def f(a):\n    return getattr(a.b, '_anything')", "_anything"),
         ("def f(a):\n    return vars(a)['_anything']", "_anything"),
+        ("def f(a):\n    return own(a, 'loops.module._Anything')", "_Anything"),
         ("from lightning.pytorch.loops import _Anything", "_Anything"),
         ("from lightning._private import Anything", "_private"),
         ("import torch._dynamo", "_dynamo"),

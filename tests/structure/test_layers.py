@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 from pathlib import Path
 
@@ -23,12 +24,19 @@ LIGHTNING = TORCH | {"lightning", "torchmetrics", "tensorboard"}
 # Only for types: a backport of the standard library.
 FOR_TYPES = frozenset({"typing_extensions"})
 # Only inside functions: optional packages.
-ON_DEMAND = frozenset({"jinja2", "jsonargparse", "matplotlib", "rich", "shtab", "transformers"})
+ON_DEMAND = frozenset(
+    {"jinja2", "jsonargparse", "matplotlib", "rich", "shtab", "transformers", "yaml"}
+)
 
 # From the lowest layer to the highest, each with the distributions that it may import.
 LAYERS: tuple[tuple[frozenset[str], frozenset[str]], ...] = (
     (
-        frozenset({"argument_hints", "arguments", "checks", "removed", "type_checks", "version"}),
+        frozenset(
+            {
+                *("argument_hints", "arguments", "checks", "config_values"),
+                *("fabric_hooks", "removed", "type_checks", "version"),
+            }
+        ),
         STANDARD_LIBRARY,
     ),
     (frozenset({"durations"}), STANDARD_LIBRARY),
@@ -49,8 +57,11 @@ LAYERS: tuple[tuple[frozenset[str], frozenset[str]], ...] = (
     (frozenset({"cli", "examples", "__init__"}), LIGHTNING),
 )
 NOT_BUILT_YET = frozenset({"averaging"})
-# Lightning's classes that any module may import: base classes, and arguments of hooks.
-PUBLIC_CLASSES = frozenset({"Callback", "LightningDataModule", "LightningModule", "Trainer"})
+# Lightning's classes that a module may import otherwise than for types: the base of callbacks,
+# and names in annotations. Objects are checked against, and made from, the classes of the Trainer's
+# own package.
+BASE_CLASSES = frozenset({"Callback", "LightningModule", "Trainer"})
+CHECKS = ("isinstance", "issubclass", "check_instance", "find_callback")
 # These modules make a Trainer of their own.
 OWN_TRAINER = frozenset({"cli", "examples"})
 
@@ -111,16 +122,67 @@ def test_module_is_not_too_long(name: str, path: Path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 320
 
 
-@pytest.mark.parametrize(("name", "path"), modules().items(), ids=modules())
-def test_classes_of_lightning_stay_in_trainer_access(name: str, path: Path):
-    if name.split(".", maxsplit=1)[0] in OWN_TRAINER | {"trainer_access"}:
-        return
-    classes = {
+def classes_of_lightning(path: Path) -> set[str]:
+    """Returns the classes of Lightning that a module imports to use them, not for types."""
+    names = {
         found.target.rpartition(".")[2]
         for found in imports(path)
-        if found.target.startswith("lightning.") and found.target.rpartition(".")[2][0].isupper()
+        if found.target.startswith("lightning.") and found.when != "types"
     }
-    assert classes <= PUBLIC_CLASSES
+    return {name for name in names if name.lstrip("_")[0].isupper()}
+
+
+def checks_of_classes(path: Path) -> list[str]:
+    """Returns the checks and handlers in a module that name a class of Lightning itself."""
+    kinds, found = classes_of_lightning(path), []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(CHECKS):
+            parts: list[ast.AST] = list(node.args)
+        elif isinstance(node, ast.ExceptHandler) and node.type is not None:
+            parts = [node.type]
+        else:
+            continue
+        names = {name.id for part in parts for name in ast.walk(part) if isinstance(name, ast.Name)}
+        found += [f"line {node.lineno}: {name}" for name in sorted(names & kinds)]
+    return found
+
+
+@pytest.mark.parametrize(("name", "path"), modules().items(), ids=modules())
+def test_classes_of_lightning_come_from_the_package_of_the_trainer(name: str, path: Path):
+    if name.split(".", maxsplit=1)[0] in OWN_TRAINER:
+        return
+    advice = "use classes(...) or own(...) of trainer_access/packages.py"
+    assert classes_of_lightning(path) <= BASE_CLASSES, advice
+    assert not checks_of_classes(path), advice
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from lightning.pytorch.callbacks import Timer\nisinstance(x, Timer)",
+        "from lightning.pytorch.callbacks import Timer",
+        "from lightning.pytorch.loops.fit_loop import _FitLoop",
+        "def f():\n    from lightning.pytorch.loggers import CSVLogger",
+    ],
+)
+def test_a_class_of_one_package_is_found(source: str, tmp_path: Path):
+    (tmp_path / "module.py").write_text(source)
+    assert classes_of_lightning(tmp_path / "module.py") - BASE_CLASSES
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "isinstance(x, Callback)",
+        "issubclass(x, (str, Callback))",
+        "check_instance('x', x, Callback | None)",
+        "try:\n    f()\nexcept (ValueError, Callback):\n    raise",
+    ],
+)
+def test_a_check_against_a_class_of_one_package_is_found(source: str, tmp_path: Path):
+    imported = "from lightning.pytorch import Callback\n"
+    (tmp_path / "module.py").write_text(imported + source)
+    assert checks_of_classes(tmp_path / "module.py")
 
 
 TYPES = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    "

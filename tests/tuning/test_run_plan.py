@@ -23,6 +23,7 @@ from lightning_bigopt import (
     GlobalBatchLoader,
     GradientClipping,
     GradientClippingMixin,
+    GradientNoiseScale,
     LearningRateScheduleMixin,
     LearningRateScheduler,
     Linear,
@@ -221,6 +222,15 @@ def test_several_processes_are_planned_without_starting_them() -> None:
     found = plan(trainer, Probe(), DataLoader(Regression(64), batch_size=4))
     assert found.totals == {"updates": 4, "samples": 64, "epochs": 1}
     assert found.rows[0].global_batch_size == 16
+
+
+def test_noise_scale_on_several_processes_is_planned() -> None:
+    callbacks = [GradientNoiseScale(), LearningRateScheduler(Linear())]
+    trainer = L.Trainer(
+        **QUIET, max_steps=4, devices=2, strategy=DDPStrategy(), callbacks=callbacks
+    )
+    found = plan(trainer, Probe(), DataLoader(Regression(64), batch_size=4))
+    assert found.rows[0].global_batch_size == 8
 
 
 class ModuleWithData(Probe):

@@ -15,6 +15,7 @@ from lightning_bigopt.batching.policies.fixed_batch import (
 from lightning_bigopt.callbacks.batch_size.coupling import BatchCoupling
 from lightning_bigopt.checks import shown
 from lightning_bigopt.engine.stage import Fit
+from lightning_bigopt.optimizers.private import check_not_private
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 from lightning_bigopt.trainer_access import strategies
 from lightning_bigopt.type_checks import check_instance
@@ -54,14 +55,11 @@ def check_conflicts(fit: Fit, policy: BatchSizePolicy) -> None:
             "accumulate_grad_batches must be 1 with BatchSizeScheduler, got "
             f"{trainer.accumulate_grad_batches}; set the global batch size in the policy instead"
         )
-    for kind in (
-        trainer_callbacks.GradientAccumulationScheduler,
-        trainer_callbacks.StochasticWeightAveraging,
-    ):
-        if trainer_callbacks.find_callback(trainer, kind) is not None:
+    for name in ("GradientAccumulationScheduler", "StochasticWeightAveraging"):
+        if trainer_callbacks.find_lightning_callback(trainer, name) is not None:
             raise ValueError(
-                f"callbacks must not contain {kind.__name__} with BatchSizeScheduler, got both; "
-                f"remove {kind.__name__}"
+                f"callbacks must not contain {name} with BatchSizeScheduler, got both; remove "
+                f"{name}"
             )
     if not module.automatic_optimization:
         raise ValueError(
@@ -79,6 +77,12 @@ def check_conflicts(fit: Fit, policy: BatchSizePolicy) -> None:
             f"{type(trainer.strategy).__name__}, which accumulates itself; set "
             "gradient_accumulation_steps in its config"
         )
+    check_not_private(
+        trainer.optimizers,
+        "BatchSizeScheduler",
+        "whose noise and privacy accounting are those of one batch size; set batch_size of the "
+        "loader",
+    )
     if "seconds" in policy.units:
         raise ValueError(
             "the thresholds of a batch-size policy must be in steps, epochs, samples, tokens or "

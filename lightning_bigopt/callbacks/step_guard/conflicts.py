@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_bigopt.engine.stage import LEARNING_RATE, Fit
-from lightning_bigopt.optimizers.names import is_opacus_optimizer
+from lightning_bigopt.optimizers.private import check_not_private
 from lightning_bigopt.trainer_access import strategies
 
 __all__ = ["check_conflicts"]
@@ -26,13 +26,12 @@ def check_conflicts(fit: Fit, *, has_backoffs: bool) -> None:
             "strategy must not be DeepSpeed with StepGuard, got "
             f"{type(trainer.strategy).__name__}, which steps itself; remove StepGuard"
         )
-    for optimizer in trainer.optimizers:
-        if is_opacus_optimizer(optimizer):
-            raise ValueError(
-                "optimizer must not be an optimizer of Opacus with StepGuard, got "
-                f"{type(optimizer).__name__}: skipping updates depending on their data breaks "
-                "the privacy accounting; remove StepGuard"
-            )
+    check_not_private(
+        trainer.optimizers,
+        "StepGuard",
+        "whose privacy accounting breaks if updates are skipped depending on their data; remove "
+        "StepGuard",
+    )
     if has_backoffs and LEARNING_RATE not in fit.owners():
         raise ValueError(
             "callbacks must contain a LearningRateScheduler with Backoff, got none; add "

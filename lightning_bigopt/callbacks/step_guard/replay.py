@@ -22,6 +22,7 @@ from lightning_bigopt.batching.randomness import preserve_random_state, set_rand
 from lightning_bigopt.checks import check_choice, shown
 from lightning_bigopt.gradients.gradient_norms import GradientNorms
 from lightning_bigopt.gradients.measure import measure
+from lightning_bigopt.trainer_access.packages import classes
 from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["Replay", "replay"]
@@ -116,7 +117,8 @@ def replay(
         ('layer.weight', 'layer.bias')
     """
     check_choice("load", load, ("safe", "pickle"))
-    check_instance("module", module, LightningModule, hint="pass the module with the training_step")
+    hint = "pass the module with the training_step"
+    check_instance("module", module, classes("LightningModule"), hint=hint)
     saved = _load(path, load)
     window = saved["window"]
     samples = sum(micro["samples"] for micro in window)

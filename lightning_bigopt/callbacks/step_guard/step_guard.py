@@ -70,7 +70,7 @@ class StepGuard(Capability):
     Raises:
         ValueError: At fit start with DeepSpeed, with an optimizer of Opacus, for a ``Backoff``
             without a LearningRateScheduler, and if a process cannot write to ``forensics``.
-        RuntimeError: After ``max_consecutive`` rejections in a row.
+        TooManyRejectionsError: After ``max_consecutive`` rejections in a row; a RuntimeError.
 
     State:
         ``guarded``: for each optimizer the histories of the detectors, and the numbers of

@@ -15,14 +15,27 @@ from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-__all__ = ["too_many_rejections"]
+__all__ = ["TooManyRejectionsError", "too_many_rejections"]
 
 _MAX_NAMES = 5
 
 
+class TooManyRejectionsError(RuntimeError):
+    """StepGuard has rejected too many updates in a row; the run has probably diverged.
+
+    Raised out of ``Trainer.fit``, on every process. A hyperparameter search can catch it and prune
+    the trial.
+
+    Example:
+        >>> from lightning_bigopt import TooManyRejectionsError
+        >>> issubclass(TooManyRejectionsError, RuntimeError)
+        True
+    """
+
+
 def too_many_rejections(
     trainer: Trainer, rejected: RejectedUpdate, limit: int, checkpoint: str | None
-) -> RuntimeError:
+) -> TooManyRejectionsError:
     """Creates the error that ends a run after too many rejections in a row.
 
     Args:
@@ -53,7 +66,7 @@ def too_many_rejections(
         )
         if checkpoint is not None:
             hint += f", and resume from {checkpoint}, the last checkpoint before"
-    return RuntimeError(
+    return TooManyRejectionsError(
         f"updates must not be rejected {limit} times in a row, got: {rejected} {hint}"
     )
 

@@ -1,0 +1,1 @@
+"""Measurements whose pages are in docs/benchmarks; the tests run small cases of some."""

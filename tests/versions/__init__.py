@@ -1,0 +1,1 @@
+"""A short end-to-end set, and the environments of other versions in which it runs."""
