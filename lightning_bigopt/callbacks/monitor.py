@@ -26,6 +26,7 @@ from lightning_bigopt.monitoring.tags import tag_name
 from lightning_bigopt.optimizers.names import group_names
 from lightning_bigopt.parameters import tied_names
 from lightning_bigopt.trainer_access import loggers, loop
+from lightning_bigopt.trainer_access.event_folder import EventFolder
 from lightning_bigopt.type_checks import path_or_none
 
 if TYPE_CHECKING:
@@ -60,7 +61,10 @@ class OptimizationMonitor(Capability):
             batch size of the loader.
         tokens: Counts the tokens of a batch: a function, or the name of an ids or mask field.
         report: File for the report of the run, written when the fit ends, also after an error;
-            None for no report. It needs a TensorBoardLogger or a CSVLogger.
+            None for no report. It needs a TensorBoardLogger, a CSVLogger or ``event_folder``.
+        event_folder: Folder for TensorBoard events of the run, beside the Trainer's loggers, for
+            ``report`` and ``bigopt report``; None for no events. A new run replaces the events of
+            an earlier one in the same folder.
 
     Logs:
         All tags of the table ``lightning_bigopt.monitoring.TAGS``; ``lr``, ``grad_norm``,
@@ -70,10 +74,10 @@ class OptimizationMonitor(Capability):
     Samples that cannot be counted, as of a batch of strings, are left out of the log.
 
     Raises:
-        ValueError: If an argument is out of range; at fit start if ``report`` is a folder or cannot
-            be written, or there is no logger to read from; at train start if ``x_axis`` is tokens
-            and no callback counts them, or a pattern matches no parameter; at the first batch if
-            ``x_axis`` is samples and they cannot be counted.
+        ValueError: If an argument is out of range; at fit start if ``report`` is a folder, if it or
+            ``event_folder`` cannot be written, or there are no logs to read from; at train start if
+            ``x_axis`` is tokens and no callback counts them, or a pattern matches no parameter; at
+            the first batch if ``x_axis`` is samples and they cannot be counted.
         ImportError: At fit start for ``report`` without matplotlib or jinja2.
 
     Example:
@@ -99,6 +103,7 @@ class OptimizationMonitor(Capability):
         samples: BatchCount = None,
         tokens: BatchCount = None,
         report: str | None = None,
+        event_folder: str | None = None,
     ) -> None:
         for name, number, hint in (
             ("every", every, "None follows Trainer(log_every_n_steps=)"),
@@ -113,6 +118,8 @@ class OptimizationMonitor(Capability):
         self.every, self.histograms_every, self.x_axis = every, histograms_every, x_axis
         self.layers = layers
         self.report = path_or_none("report", report, hint="write 'report.html'")
+        path = path_or_none("event_folder", event_folder, hint="write 'runs/events'")
+        self.event_folder, self._events = path, EventFolder(path)
         self.settings = ClockSettings(samples=samples, tokens=tokens)
         self.needs_samples = "required" if x_axis == "samples" else "optional"
         self.reset()
@@ -133,7 +140,8 @@ class OptimizationMonitor(Capability):
 
     def start(self, fit: Fit) -> None:
         """Checks the report, the patterns of layers and the x axis, and starts the timer."""
-        check_report(fit.trainer, self.report)
+        self._events.check(fit.trainer)
+        check_report(fit.trainer, self.report, self.event_folder)
         if self.x_axis == "tokens" and fit.clock.settings.tokens is None:
             raise ValueError(
                 "tokens must be counted for x_axis='tokens', got no callback that counts them; "
@@ -146,13 +154,19 @@ class OptimizationMonitor(Capability):
 
     def announce(self, fit: Fit) -> None:
         """Writes the plan of the run to TensorBoard."""
+        self._events.open(fit.trainer)
+        if self.histograms_every is not None:
+            logging.warn_without_histograms(fit.trainer)
         logging.write_start(fit, self.x_axis)
 
     def end(self, fit: Fit) -> None:
         """Writes hyperparameters with final metrics, and the report."""
         self._values, self._layers = MetricBuffer(), {}
-        logging.write_end(fit)
-        write_run_report(fit.trainer, self.report)
+        try:
+            logging.write_end(fit)
+            write_run_report(fit.trainer, self.report, self.event_folder)
+        finally:
+            self._events.close(fit.trainer)
 
     # ----------------------------------------------------------------------------- an update
 

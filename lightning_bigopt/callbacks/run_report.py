@@ -15,16 +15,17 @@ if TYPE_CHECKING:
 __all__ = ["check_report", "write_run_report"]
 
 
-def check_report(trainer: Trainer, report: str | None) -> None:
+def check_report(trainer: Trainer, report: str | None, event_folder: str | None) -> None:
     """Raises if the report could not be written at the end of the fit. A collective.
 
     Args:
         trainer: The Trainer.
         report: File of the report; None for no report.
+        event_folder: The monitor's own folder of events; None for the folder of a logger.
 
     Raises:
-        ValueError: If the file is a folder or cannot be written, or there is no TensorBoardLogger
-            and no CSVLogger.
+        ValueError: If the file is a folder or cannot be written, or there are neither
+            ``event_folder`` nor a TensorBoardLogger nor a CSVLogger.
         ImportError: If matplotlib or jinja2 is not installed.
     """
     if loop.is_fast_dev_run(trainer):
@@ -35,12 +36,12 @@ def check_report(trainer: Trainer, report: str | None) -> None:
     output_paths.raise_on_every_process(trainer, error, name="report")
     if report is None:
         return
-    if loggers.log_folder(trainer) is None:
+    if event_folder is None and loggers.log_folder(trainer) is None:
         kinds = ", ".join(type(logger).__name__ for logger in trainer.loggers)
         raise ValueError(
             "logger must be a TensorBoardLogger or a CSVLogger with "
-            f"OptimizationMonitor(report=), got {kinds or 'none'}; pass one to the Trainer, or "
-            "remove report="
+            f"OptimizationMonitor(report=), got {kinds or 'none'}; write event_folder="
+            "'runs/events' beside report=, pass such a logger to the Trainer, or remove report="
         )
     for module in ("jinja2", "matplotlib"):
         if find_spec(module) is None:
@@ -50,10 +51,18 @@ def check_report(trainer: Trainer, report: str | None) -> None:
             )
 
 
-def write_run_report(trainer: Trainer, report: str | None) -> None:
-    """Writes the report on process 0; an error becomes a warning."""
-    folder = loggers.log_folder(trainer) if trainer.is_global_zero else None
-    if report is None or folder is None:
+def write_run_report(trainer: Trainer, report: str | None, event_folder: str | None) -> None:
+    """Writes the report on process 0; an error becomes a warning.
+
+    Args:
+        trainer: The Trainer.
+        report: File of the report; None for no report.
+        event_folder: The monitor's own folder of events; None for the folder of a logger.
+    """
+    if report is None or not trainer.is_global_zero or loop.is_fast_dev_run(trainer):
+        return
+    folder = event_folder or loggers.log_folder(trainer)
+    if folder is None:
         return
     from lightning_bigopt.reporting.report import write_report
     from lightning_bigopt.reporting.runs import holds_logs

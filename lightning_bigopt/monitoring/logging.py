@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from weakref import WeakSet
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.distributed.tensor import DTensor
 
 from lightning_bigopt.durations.duration import amount_of
@@ -27,6 +27,7 @@ __all__ = [
     "XAxis",
     "log_values",
     "planned_curves",
+    "warn_without_histograms",
     "write_end",
     "write_histograms",
     "write_rejection",
@@ -152,6 +153,17 @@ def planned_curves(fit: Fit, axis: XAxis, *, first: int) -> Iterator[tuple[int, 
         elif axis == "samples" and size is not None:
             # Measured values are logged after their update, and count its samples.
             yield progress.samples + int(size), values
+
+
+def warn_without_histograms(trainer: Trainer) -> None:
+    """Warns if the Trainer has loggers, but none that stores histograms."""
+    kinds = ", ".join(type(logger).__name__ for logger in trainer.loggers)
+    is_trained_in_full = trainer.is_global_zero and not loop.is_fast_dev_run(trainer)
+    if kinds and is_trained_in_full and not loggers.tensorboard_writers(trainer):
+        rank_zero_warn(
+            f"OptimizationMonitor(histograms_every=) writes histograms to TensorBoard only, got "
+            f"{kinds}; write event_folder='runs/events' beside it, or pass a TensorBoardLogger too."
+        )
 
 
 def write_histograms(fit: Fit, update: Update, axis: XAxis) -> None:

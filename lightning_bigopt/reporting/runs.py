@@ -83,7 +83,8 @@ def read_run(folder: str | PathLike[str]) -> Run:
     if not folders:
         raise ValueError(
             f"logdir must contain TensorBoard events or a metrics.csv, got none in {str(root)!r}; "
-            "pass the folder of the logger"
+            "pass the folder of a TensorBoardLogger, of a CSVLogger or of "
+            "OptimizationMonitor(event_folder=)"
         )
     if len(folders) > 1 and root not in folders:
         names = ", ".join(str(path.relative_to(root)) for path in folders[:5])

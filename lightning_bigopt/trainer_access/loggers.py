@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeGuard
+from urllib.parse import urlsplit
 from weakref import WeakSet
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -33,14 +34,16 @@ __all__ = [
 
 
 def log_folder(trainer: Trainer) -> str | None:
-    """Returns the folder of the first TensorBoardLogger or CSVLogger; None if there is none.
+    """Returns the folder of the first TensorBoardLogger, else of the first CSVLogger, or None.
 
-    Unlike ``trainer.log_dir``, which broadcasts it from process 0, this is not a collective.
+    Only TensorBoard holds texts and planned curves. Unlike ``trainer.log_dir``, which broadcasts it
+    from process 0, this is not a collective.
     """
-    for logger in trainer.loggers:
-        if isinstance(logger, classes("loggers.TensorBoardLogger", "loggers.CSVLogger")):
-            folder: str = logger.log_dir
-            return folder
+    for kind in ("loggers.TensorBoardLogger", "loggers.CSVLogger"):
+        for logger in trainer.loggers:
+            if isinstance(logger, classes(kind)):
+                folder: str = logger.log_dir
+                return folder
     return None
 
 
@@ -53,9 +56,31 @@ def log_metrics(logger: Logger, values: Mapping[str, float], *, step: int) -> No
         step: Step of the values.
     """
     with failed_writes_warn(logger):
-        logger.log_metrics(dict(values), step=step)
+        logger.log_metrics(_accepted_by(logger, values), step=step)
         if isinstance(logger, classes("loggers.CSVLogger")):
             logger.save()  # it buffers 100 steps, which a killed run would lose
+
+
+def _accepted_by(logger: Logger, values: Mapping[str, float]) -> dict[str, float]:
+    """Returns the values under names that the logger accepts.
+
+    MLflow accepts only ASCII letters. Its file store makes a folder of every part of a name but the
+    last one, which is a file: ``optim/lr`` and ``optim/lr/head``, of a group that was added later,
+    exclude each other. There the first slash stays a slash, and the others become points.
+    """
+    if not isinstance(logger, classes("loggers.MLFlowLogger")):
+        return dict(values)
+    named = {
+        "".join(c if c.isascii() else f"u{ord(c):x}" for c in tag): value
+        for tag, value in values.items()
+    }
+    uri: str = logger.experiment.tracking_uri
+    if uri.startswith("databricks") or urlsplit(uri).scheme not in ("", "file"):
+        return named
+    return {
+        "/".join(part.replace("/", ".") for part in tag.split("/", 1)): value
+        for tag, value in named.items()
+    }
 
 
 def flush(trainer: Trainer) -> None:

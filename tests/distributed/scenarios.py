@@ -390,15 +390,23 @@ def monitored(out: Path) -> Any:
                 layers="parameters",
                 histograms_every=2,
                 report=str(out / f"{name}.html"),
+                event_folder=str(events := out / f"{name}-events"),
             ),
             max_epochs=2,
             use_distributed_sampler=False,
             logger=logger,
         )
-        curves = read_run(logger.log_dir).curves if os.environ["RANK"] == "0" else {}
-        files = len(list(Path(logger.log_dir).glob("events*")))
+        folders = (logger.log_dir, events)
+        is_first = os.environ["RANK"] == "0"
+        curves, beside = (read_run(path).curves if is_first else {} for path in folders)
+        files = sum(len(list(Path(path).glob("events*"))) for path in folders)
         reported = (out / f"{name}.html").exists()
-        found[name] = {"curves": dict(curves), "files": files, "reported": reported}
+        found[name] = {
+            "curves": dict(curves),
+            "beside": dict(beside),
+            "files": files,
+            "reported": reported,
+        }
     return found
 
 
@@ -419,6 +427,7 @@ def output_folders(out: Path) -> Any:
     found: dict[str, Any] = {
         "batches of process 1": error_of(StepGuard(forensics=str(own))),
         "report of process 0": error_of(OptimizationMonitor(report=str(out / "file" / "a.html"))),
+        "events of process 0": error_of(OptimizationMonitor(event_folder=str(out / "file"))),
     }
     folder = out / f"of rank {rank}"
     guard = StepGuard([NonFinite()], forensics=str(folder))

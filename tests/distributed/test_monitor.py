@@ -16,7 +16,10 @@ def test_norms_are_those_of_full_parameters_and_one_file_is_written(
 ) -> None:
     first, second = two_processes("monitored")
     assert second["ddp"]["curves"] == second[strategy]["curves"] == {}
-    assert first["ddp"]["files"] == first[strategy]["files"] == 1
+    # One file of the logger, and one in event_folder.
+    assert first["ddp"]["files"] == first[strategy]["files"] == 2
+    assert len(first[strategy]["beside"]) > 20
+    assert first[strategy]["beside"] == first[strategy]["curves"]
     assert first["ddp"]["reported"]  # written by one process
     assert first[strategy]["reported"]
     whole, sharded = first["ddp"]["curves"], first[strategy]["curves"]
@@ -44,6 +47,12 @@ def test_folder_that_one_process_cannot_write_to_raises_on_both(two_processes: A
     assert second[batches].startswith("forensics must be a folder that can be written to, got '")
     assert first[report].startswith("report must be a file in a folder that can be written to, ")
     assert second[report] == f"report {other} 1; read its message"
+
+
+def test_event_folder_that_process_0_cannot_write_to_raises_on_both(two_processes: Any) -> None:
+    first, second = (result["events of process 0"] for result in two_processes("output_folders"))
+    assert first.startswith("event_folder must be a folder that can be written to, got '")
+    assert second.startswith("event_folder must be writable on every process, got an error on")
 
 
 def test_folder_that_breaks_on_one_process_gives_one_warning(two_processes: Any) -> None:
