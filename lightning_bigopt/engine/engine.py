@@ -164,7 +164,8 @@ class Engine(EvaluationHooks, StepHooks):
         fit, clock = self._fit, self.clock
         if fit is None:
             return
-        fit.requeue.settle()
+        if fit.requeue is not None:
+            fit.requeue.settle()
         if clock.horizon is not None and clock.cooldown is None and self._needs_horizon():
             budget.report_early_end(trainer, clock.horizon, fraction=clock.fraction)
 
@@ -218,7 +219,7 @@ class Engine(EvaluationHooks, StepHooks):
             # As at the end of an epoch. ModelCheckpoint(save_on_exception=True) saves later.
             if (buffers := self._window_buffers()) is not None:
                 buffers.restore_()
-            if self._fit is not None:
+            if self._fit is not None and self._fit.requeue is not None:
                 self._fit.requeue.settle_alone()
         finally:
             self._end()
@@ -238,9 +239,8 @@ class Engine(EvaluationHooks, StepHooks):
     def _end(self) -> None:
         if self._fit is None:
             return
-        self._idle_state = self._fit_state(self._fit)
+        self._idle_state, self._unlisted = self._fit_state(self._fit), []
         fit, self._fit = self._fit, None
-        self._unlisted = []
         check = self._update_check
         self._clear_fit()
         fit_setup.end(fit, check)

@@ -53,8 +53,9 @@ class EvaluationHooks(Callback):
     def on_validation_batch_end(self, *arguments: Any) -> None:
         """Handles a signal of SLURM, because a validation may last longer than the time left."""
         # Another process may receive it later: it joins here, or when its validation ends.
-        if self._fit is not None and self._fit.requeue.is_pending:
-            self._fit.requeue.settle()
+        requeue = None if self._fit is None else self._fit.requeue
+        if requeue is not None and requeue.is_pending:
+            requeue.settle()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs the stage ``end_evaluation`` of the capabilities of the evaluation."""
@@ -63,7 +64,7 @@ class EvaluationHooks(Callback):
             capability.end_evaluation(trainer, pl_module)
         if (buffers := self._window_buffers()) is not None:
             buffers.end_evaluation()
-        if self._fit is not None:
+        if self._fit is not None and self._fit.requeue is not None:
             self._fit.requeue.settle()
 
     on_test_start = on_predict_start = on_validation_start

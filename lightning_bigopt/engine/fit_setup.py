@@ -14,6 +14,7 @@ from lightning_bigopt.engine.stage import Fit, Stages, overriding
 from lightning_bigopt.engine.update_check import UpdateCheck
 from lightning_bigopt.optimizers.private import check_not_private
 from lightning_bigopt.trainer_access import loaders, saved_weights
+from lightning_bigopt.trainer_access.requeue_signal import defer_requeue
 
 __all__ = [
     "check",
@@ -89,7 +90,7 @@ def install(
     if receive_loader is not None:
         loaders.watch_loaders(trainer, receive_loader)
     saved_weights.replace_saved_weights(trainer, collect_weights)
-    fit.requeue.defer()
+    fit.requeue = defer_requeue(trainer)
 
 
 def end(fit: Fit, update_check: UpdateCheck | None) -> None:
@@ -103,7 +104,8 @@ def end(fit: Fit, update_check: UpdateCheck | None) -> None:
     """
     with ExitStack() as stack:  # calls the last one first
         stack.callback(fit.clock.stop)
-        stack.callback(fit.requeue.stop)
+        if fit.requeue is not None:
+            stack.callback(fit.requeue.stop)
         if update_check is not None:
             stack.callback(update_check.remove)
         stack.callback(optimizer_setup.uninstall, fit.groups)

@@ -21,10 +21,11 @@ from lightning_bigopt.engine.saved_state import SavedState
 from lightning_bigopt.engine.update import Rejection, Restorable, Update
 from lightning_bigopt.optimizers.group_schedule import GroupSchedule
 from lightning_bigopt.parameters import parameter_names
-from lightning_bigopt.trainer_access.requeue_signal import RequeueSignal
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+
+    from lightning_bigopt.trainer_access.requeue_signal import RequeueSignal
 
 __all__ = ["LEARNING_RATE", "Batch", "Fit", "Stages", "overriding"]
 
@@ -61,7 +62,7 @@ class Fit:
     Attributes:
         optimizers: The parameters of each optimizer.
         buffers: The buffers of the module at the start of the current accumulation window.
-        requeue: The signal with which SLURM announces the end of a job.
+        requeue: The signal with which SLURM announces the end of a job; None outside SLURM.
     """
 
     trainer: Trainer
@@ -81,12 +82,11 @@ class Fit:
     take_snapshot: Callable[[], Restorable]
     optimizers: OptimizerInfos = field(init=False)
     buffers: BufferSnapshot = field(init=False, default_factory=BufferSnapshot)
-    requeue: RequeueSignal = field(init=False)
+    requeue: RequeueSignal | None = None
     _names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         self.optimizers = OptimizerInfos(self.trainer, self.module)
-        self.requeue = RequeueSignal(self.trainer)
 
     def optimizer_info(self, optimizer: Optimizer) -> OptimizerInfo:
         """Returns the label of an optimizer, and its parameters with their names."""

@@ -229,8 +229,8 @@ class StepHooks(Callback):
         self.clock.read_time()
         if not self._batch_has_ended:
             self._end_batch()
-        if not self.clock.window_is_open:  # so that also a loader with a position loses nothing
-            self._fit.requeue.settle()
+        if self._fit.requeue is not None and not self.clock.window_is_open:
+            self._fit.requeue.settle()  # after whole windows, so that no loader loses one
         # Not in _end_batch, which saving may call: reading the time is a collective operation.
         if not self.clock.window_is_open and self.clock.budget_exhausted:
             trainer.should_stop = True

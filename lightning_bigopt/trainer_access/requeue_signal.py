@@ -10,9 +10,19 @@ from torch import distributed
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-__all__ = ["RequeueSignal"]
+__all__ = ["RequeueSignal", "defer_requeue"]
 
 _HANDLER = "_slurm_sigusr_handler_fn"
+
+
+def defer_requeue(trainer: Trainer) -> RequeueSignal | None:
+    """Defers Lightning's handler of SLURM's signal; returns None if there is no such handler.
+
+    Call it in ``on_fit_start``: Lightning registers the handler after it.
+    """
+    # Only SLURMEnvironment and its subclasses have the attribute.
+    environment = trainer._accelerator_connector.cluster_environment
+    return RequeueSignal(trainer) if getattr(environment, "auto_requeue", False) else None
 
 
 class RequeueSignal:
@@ -22,24 +32,16 @@ class RequeueSignal:
     only some have been updated, or counts that do not match. Several processes get the signal at
     different moments, and the collectives of the handler would meet those of an update.
 
-    Outside SLURM, and with ``auto_requeue=False``, this object does nothing.
-
     Args:
-        trainer: The Trainer.
+        trainer: The Trainer, on a cluster with SLURM and ``auto_requeue=True``.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        # Only SLURMEnvironment and its subclasses have the attribute.
-        environment = trainer._accelerator_connector.cluster_environment
-        self._is_used = bool(getattr(environment, "auto_requeue", False))
+        self._is_used = True
         self._number = self._received = self._handled = 0
-
-    def defer(self) -> None:
-        """Replaces the handler; call it before Lightning registers it after ``on_fit_start``."""
-        if self._is_used:
-            # An instance attribute shadows the method, and deleting it undoes the change.
-            vars(self._trainer._signal_connector)[_HANDLER] = self._receive
+        # An instance attribute shadows the method, and deleting it undoes the change.
+        vars(trainer._signal_connector)[_HANDLER] = self._receive
 
     def stop(self) -> None:
         """Ends the deferral: later signals are handled at once."""

@@ -45,7 +45,10 @@ def results(report: Path) -> list[Result]:
         outcome, reason = "passed", ""
         for child in case:
             if child.tag in {"failure", "error"}:
-                outcome, reason = "failed", (child.get("message") or "").split("\n")[0]
+                outcome, reason = (
+                    "failed",
+                    (child.get("message") or "").replace(str(ROOT), "").split("\n")[0][:120],
+                )
             elif child.tag == "skipped":
                 outcome = "xfailed" if child.get("type") == "pytest.xfail" else "skipped"
                 reason = child.get("message") or ""
