@@ -263,11 +263,9 @@ class StepHooks(Callback):
             self._update_check.end_batch(self._updating, closes_window=closes and trained)
         for capability in self._stages["end_batch"]:
             capability.end_batch(batch)
-        if closes:
-            self._end_update(fit)
-        self._inside_update = False
-
-    def _end_update(self, fit: Fit) -> None:
+        if not closes:
+            self._inside_update = False
+            return
         # Metrics that are logged also without a monitor.
         logged = [c for c in fit.capabilities if c.logs_without_monitor]
         if logged and not any(c.logs_all_metrics for c in fit.capabilities):
@@ -279,7 +277,8 @@ class StepHooks(Callback):
             self._roll_back.restore(rewind=False)  # the data stays consumed
             self._roll_back = None
         if fit.groups:  # last, because all of the above may change adjustments and groups
-            fit.groups.write(self.clock.progress())
+            fit.groups.write(clock.progress())
+        self._inside_update = False
 
     def _read_list(self, fit: Fit) -> None:
         """Ends capabilities that were removed from the Trainer's list; warns about new ones."""
