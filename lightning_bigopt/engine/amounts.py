@@ -58,3 +58,15 @@ class RunAmounts(NamedTuple):
     def since(self, earlier: RunAmounts) -> RunAmounts:
         """Returns the amounts consumed after ``earlier``."""
         return RunAmounts(*map(sub, self, earlier))
+
+    def reach_limit(self, epochs: float | None, fraction: float) -> bool:
+        """Returns whether these amounts reach a limit of the run.
+
+        Args:
+            epochs: The limit in epochs; None for a limit in another unit.
+            fraction: The consumed fraction of the limit.
+        """
+        # Whole epochs end with an epoch, whose length is known only then.
+        if epochs is not None and float(epochs).is_integer():
+            return self.epochs >= epochs
+        return fraction >= 1.0

@@ -9,7 +9,6 @@ from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.durations.progress import Progress
 from lightning_bigopt.engine import budget
 from lightning_bigopt.engine.amounts import BatchAmounts, RunAmounts
-from lightning_bigopt.engine.budget import Simulate
 from lightning_bigopt.engine.clock_settings import ClockSettings
 from lightning_bigopt.engine.epoch_position import EpochPosition
 from lightning_bigopt.engine.horizon_state import horizon_from_state, horizon_to_state, pair
@@ -68,7 +67,7 @@ class Clock:
     def start(
         self,
         trainer: Trainer,
-        simulate: Simulate | None,
+        simulate: budget.Simulate | None,
         *,
         horizon: Literal["required", "optional"] = "required",
     ) -> None:
@@ -289,7 +288,10 @@ class Clock:
         """Whether an explicit budget or ``max_time`` is consumed, or a cooldown has ended."""
         if self.cooldown is not None:
             return self.fraction >= sum(self.cooldown) - budget.ROUNDING
-        return self.fraction >= 1.0 and (self.settings.budget is not None or self.is_timed)
+        if self.horizon is None or (self.settings.budget is None and not self.is_timed):
+            return False
+        limits, counts = (self.horizon, *self.horizon.others), self.counts()
+        return any(counts.reach_limit(n.epochs, self._fraction_of(n, counts)) for n in limits)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns counts, horizon and cooldown as plain numbers."""

@@ -157,6 +157,16 @@ def shares(announced: int, *lengths: int, window: int = 1) -> list[float]:
     return rates
 
 
+def test_an_explicit_budget_is_trained_to_its_end_after_a_short_epoch() -> None:
+    """The third epoch is expected to be as short as the second, but is not."""
+    module = Recorded()
+    scheduler = LearningRateScheduler(Linear(), budget="30 steps")
+    trainer = L.Trainer(**{**QUIET, "max_steps": -1}, max_epochs=3, callbacks=[scheduler])
+    trainer.fit(module, Announces(12, 12, 6, 12))
+    assert trainer.global_step == len(module.rates) == 30
+    assert trainer.current_epoch == 3
+
+
 @pytest.mark.parametrize("window", [1, 3])
 @pytest.mark.parametrize(
     "lengths", [(4, 8, 8, 8), (8, 4, 8, 8), (6, 8, 7, 8), (4, 6, 6), (6, 6, 6)]
