@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-ray test-versions lint format bench notebooks docs clean
+.PHONY: help venv demo test test-fast test-litdata test-ray test-versions lint format bench notebooks docs clean
 
 help:  ## Lists the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,11 @@ test: $(STAMP)  ## Runs all tests (25 minutes at most on two cores).
 
 test-fast: $(STAMP)  ## Runs the tests that are neither slow nor distributed (4 minutes at most).
 	$(PYTEST) -m "not slow and not distributed"
+
+test-litdata: $(STAMP)  ## Installs litdata into build/litdata; resumes runs with its loader (5 minutes).
+	test -d build/litdata || $(BIN)/python -m pip install --no-deps --target build/litdata \
+		--requirement benchmarks/with_litdata/constraints.txt
+	PYTHONPATH=$(CURDIR):$(CURDIR)/build/litdata $(BIN)/python benchmarks/with_litdata/resume.py
 
 test-ray: $(STAMP)  ## Installs Ray into build/ray; compares runs with and without it (10 to 25 minutes).
 	test -d build/ray || $(BIN)/python -m pip install --no-deps --target build/ray \
