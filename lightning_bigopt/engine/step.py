@@ -42,7 +42,7 @@ class StepHooks(Callback):
         super().__init__()
         self.clock = Clock()
         self._fit: Fit | None = None
-        self._inside_update = False  # from its complete gradients until its batch has ended
+        self._inside_update = False  # from its decisions until its batch has ended
         self._clear_fit()
 
     def _clear_fit(self) -> None:
@@ -141,10 +141,10 @@ class StepHooks(Callback):
         fit, stages = self._fit, self._stages
         if fit is None:
             return
-        self._inside_update = True
         self._follow_changes(fit)
         update = self._new_update(fit, optimizer)
         if update is None:
+            self._inside_update = True
             return
         for capability in stages["rescale"]:
             capability.rescale(update)
@@ -153,6 +153,7 @@ class StepHooks(Callback):
             update.measure()
         for capability in stages["decide"]:
             update.rejection = update.rejection or capability.decide(update)
+        self._inside_update = True  # not before: StepGuard may end the run by an error
         if update.rejection is None:
             for capability in stages["clip"]:
                 capability.clip(update)

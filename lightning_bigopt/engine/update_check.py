@@ -167,7 +167,7 @@ def check_update_is_complete(*, inside_update: bool) -> None:
     """Warns about a checkpoint that is saved while an update is performed."""
     if inside_update:
         rank_zero_warn(
-            "A checkpoint is saved during an update: after its gradients were complete, and before "
+            "A checkpoint is saved during an update, after its clipping was decided and before "
             "Lightning counted it. It may contain a part of this update, which a resume performs "
             "again. Save in on_train_batch_end; in a handler of a signal, set a flag and save "
             "there."

@@ -233,7 +233,7 @@ def test_auto_requeue_off_leaves_the_signal_alone(folder: Path) -> None:
     assert not (folder / "calls").exists()
 
 
-@pytest.mark.parametrize("moment", ["window", "decision", "optimizer step"])
+@pytest.mark.parametrize("moment", ["window", "optimizer step"])
 def test_handler_that_saves_within_an_update_warns(tmp_path: Path, moment: str) -> None:
     module = Module(moment)
 

@@ -42,6 +42,7 @@ def test_error_of_the_module_is_not_replaced() -> None:
     assert end_of(outcome) == "LookupError"
 
 
+@pytest.mark.filterwarnings("ignore:A checkpoint is saved during an update")
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("hook", HOOKS)
 def test_failed_save_that_is_caught_changes_nothing(hook: str, first: bool, tmp_path: Path) -> None:

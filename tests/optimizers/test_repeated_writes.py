@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning_utilities.core import rank_zero
 from torch import Tensor
 
 from lightning_bigopt import (
@@ -232,6 +233,15 @@ class At(Callback):
             self.act(trainer)
 
 
+class BeginsEpoch(Callback):
+    """Begins the epoch after a resume from the last batch of one, as in an uninterrupted run."""
+
+    def on_train_start(self, trainer: Any, *_: Any) -> None:
+        epochs = trainer.fit_loop.epoch_progress.total
+        if trainer.fit_loop.restarted_mid_epoch and epochs.processed == epochs.started:
+            trainer.fit_loop.reset_restart_stage()
+
+
 def write(trainer: Any) -> None:
     for group in trainer.optimizers[0].param_groups:
         group["lr"] = 0.4
@@ -248,7 +258,7 @@ def run(path: Path, callbacks: list[Any], limits: dict[str, Any], *, resume: boo
 def no_report() -> Iterator[None]:
     """Raises for a report of changes: a value that was written before the save is none."""
     seen: list[str] = []
-    logger, handler = logging.getLogger("lightning.pytorch.utilities.rank_zero"), logging.Handler()
+    logger, handler = rank_zero.log, logging.Handler()
     handler.emit = lambda record: seen.append(record.getMessage())  # type: ignore[method-assign]
     logger.addHandler(handler)
     try:
@@ -276,7 +286,7 @@ def test_a_write_beside_a_save_resumes_as_without_a_schedule(
             if not path.exists():
                 trainer.save_checkpoint(path)
 
-        own = [] if name == "plain" else [LearningRateScheduler(Linear())]
+        own: list[Any] = [BeginsEpoch() if name == "plain" else LearningRateScheduler(Linear())]
         pair = [At(hooks[0], write), At(hooks[1], save)][:: 1 if order == "write, save" else -1]
         again: list[Any] = [At(hooks[0], write)]
         run(path, own + pair if is_first else pair + own, limits, resume=False)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning_utilities.core import rank_zero
 
 from lightning_bigopt import (
     BatchSizeScheduler,
@@ -162,7 +163,7 @@ class KeepsMessages(L.Callback):
         self._handler.emit = lambda record: self.messages.append(  # type: ignore[method-assign]
             record.getMessage()
         )
-        self._logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+        self._logger = rank_zero.log  # that of the package of Lightning imported last
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self._level = self._logger.level

@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning_utilities.core import rank_zero
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
@@ -125,7 +126,7 @@ def test_sweep_with_mixed_precision_and_accumulation(precision: str, accumulate:
 
 def test_report_says_what_each_number_is(caplog: pytest.LogCaptureFixture) -> None:
     test = LearningRateRangeTest(on_result="report", steps=60, start=1e-5)
-    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+    with caplog.at_level("INFO", logger=rank_zero.log.name):
         fit(Model(), test)
     (text,) = (r.getMessage() for r in caplog.records if "range test:" in r.getMessage())
     assert test.result is not None
