@@ -208,6 +208,7 @@ class RecordsWindows(QuadraticNoise):
         self.used.append((window, optimizer.param_groups[0]["lr"]))
 
 
+@pytest.mark.slow
 def test_resume_decides_the_same_batch_sizes(tmp_path: Path) -> None:
     def go(*callbacks: Any, ckpt: Any = None) -> RecordsWindows:
         module = RecordsWindows()

@@ -56,6 +56,7 @@ both = pytest.mark.parametrize("name", NAMES)
 # --------------------------------------------------------------------------- the same results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_both_packages_train_to_the_same_bits(case: str) -> None:
     first, second = (run(case, name) for name in NAMES)

@@ -38,6 +38,7 @@ def recall(rule, task):
     return caught / bad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", UPDATES, ids=str)
 def test_one_of_a_thousand_good_updates_and_nearly_all_spikes_are_rejected(task):
     assert rejected_share(NormSpike(), task) <= 0.001

@@ -99,6 +99,7 @@ def test_settings_of_the_user_for_formulas_are_not_used(tmp_path: Path) -> None:
         draw_schedules([Linear()], 10**8, str(tmp_path / "schedules.png"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])
 def test_folder_of_a_run_may_have_any_name(
     kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

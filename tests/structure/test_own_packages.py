@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -24,6 +26,7 @@ def imported_folders() -> set[str]:
     return {name for name in found if (ROOT / name).is_dir()} - {"lightning_bigopt"}
 
 
+@pytest.mark.slow
 def test_packages_of_the_same_names_do_not_hide_ours(tmp_path: Path) -> None:
     # Opacus 1.6, for example, installs a package "benchmarks". Python prefers a package with an
     # __init__.py to a folder without one, whatever their order on sys.path.

@@ -27,9 +27,11 @@ import doctest, importlib, pkgutil, sys, types
 package = types.ModuleType("lightning_bigopt")
 package.__path__ = ["lightning_bigopt"]
 sys.modules["lightning_bigopt"] = package
-modules = []  # without reporting, whose examples draw with matplotlib and jinja2
+# Without modules whose examples need other packages: lightning, matplotlib, jinja2.
+without = ("lightning_bigopt.reporting", "lightning_bigopt.trainer_access")
+modules = []
 for found in pkgutil.walk_packages(package.__path__, "lightning_bigopt.", onerror=print):
-    if found.name.startswith("lightning_bigopt.reporting"):
+    if found.name.startswith(without):
         continue
     try:
         modules.append(importlib.import_module(found.name))
@@ -111,6 +113,4 @@ def measure() -> tuple[str, bool]:
         else:
             cells = [compiled(command), typed, examples_run(command)]
         rows.append(f"| 3.{minor} | {' | '.join(cells)} |")
-    return "\n".join(rows), not any(
-        "✗" in row or "0 failed" not in row + "0 failed" for row in rows
-    )
+    return "\n".join(rows), not any(re.search(r"✗|[1-9]\d* failed", row) for row in rows)
