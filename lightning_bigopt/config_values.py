@@ -2,7 +2,7 @@
 
 With ``_convert_: none``, Hydra's default, a list or dictionary of a config reaches a constructor as
 a ListConfig or DictConfig, and dataclasses in it as DictConfigs that remember the class. This
-package does not import omegaconf: whoever passes such an object has imported it.
+package does not import omegaconf: code that passes such an object has already imported it.
 """
 
 from __future__ import annotations

@@ -52,10 +52,10 @@ class EvaluationHooks(Callback):
 
     def on_validation_batch_end(self, *arguments: Any) -> None:
         """Handles a signal of SLURM, because a validation may last longer than the time left."""
-        # Another process may receive it later: it joins here, or when its validation ends.
-        requeue = None if self._fit is None else self._fit.requeue
-        if requeue is not None and requeue.is_pending:
-            requeue.settle()
+        # Several processes wait for the end of the validation: they receive the signal at different
+        # batches, and the collectives of the handler would meet those of the metrics.
+        if self._fit is not None and self._fit.requeue is not None:
+            self._fit.requeue.settle_alone()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs the stage ``end_evaluation`` of the capabilities of the evaluation."""

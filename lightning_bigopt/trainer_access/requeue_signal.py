@@ -54,11 +54,6 @@ class RequeueSignal:
         if not self._is_used:
             self._handle(self._received)
 
-    @property
-    def is_pending(self) -> bool:
-        """Whether this process has received a signal that has not been handled."""
-        return self._received > self._handled
-
     def settle(self) -> None:
         """Handles signals that any process has received; a collective with several processes."""
         # A process whose own signal arrives later does not handle it again. The loop ends on all
@@ -67,11 +62,11 @@ class RequeueSignal:
             self._handle(received)
 
     def settle_alone(self) -> None:
-        """Handles a pending signal after an error, if there is only one process.
+        """Handles a pending signal if there is only one process, without a collective.
 
-        With several, the handler would wait for processes without an error.
+        After an error or within a validation, other processes would not take part in the handler.
         """
-        if self.is_pending and self._trainer.world_size == 1:
+        if self._received > self._handled and self._trainer.world_size == 1:
             self._handle(self._received)
 
     def _handle(self, received: int) -> None:
