@@ -24,7 +24,7 @@ def defer_requeue(trainer: Trainer) -> RequeueSignal | None:
     Call it in ``on_fit_start``: Lightning registers the handler after it.
     """
     # Only SLURMEnvironment and its subclasses have the attribute.
-    environment = trainer._accelerator_connector.cluster_environment
+    environment: Any = trainer._accelerator_connector.cluster_environment
     if not getattr(environment, "auto_requeue", False):
         return None
     return RequeueSignal(trainer, is_sigterm=environment.requeue_signal == signal.SIGTERM)
