@@ -177,8 +177,8 @@ def test_requeued_job_of_hydra_continues_in_its_folder(tmp_path: Path) -> None:
     job = {"JOB_ID": "4711", "JOB_NAME": "train", "NTASKS": "1", "NODEID": "0", "LOCALID": "0"}
     environment = {f"SLURM_{name}": value for name, value in (job | {"PROCID": "0"}).items()}
     environment |= {"PATH": f"{scontrol.parent}:/usr/bin:/bin", "WANDB_MODE": "offline"}
-    command = block("bash", "srun python").splitlines()[0]
-    command = command.removeprefix("srun ").removesuffix("\\").replace("$SLURM_JOB_ID", "4711")
+    command = block("bash", "srun python").strip().removeprefix("srun ")
+    command = command.replace("$SLURM_JOB_ID", "4711")
     for _ in range(2):
         run(f"{command} callbacks=signal", tmp_path, **environment)
     assert (tmp_path / "calls").read_text() == "requeue 4711\n"
