@@ -1,0 +1,278 @@
+"""Optimizers with a training and an evaluation mode, such as those of schedulefree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_bigopt.gradients.sharding import to_local
+from lightning_bigopt.optimizers.names import unwrapped
+from lightning_bigopt.optimizers.object_snapshot import copied
+from lightning_bigopt.parameters import named_parameters
+from lightning_bigopt.trainer_access import saved_weights, strategies, trial_runs
+from lightning_bigopt.trainer_access.saved_weights import Collect
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["OptimizerModes", "has_modes", "prepare_trial"]
+
+_version = attrgetter("_version")
+_OWNER = "training_weights"  # of the second weights of a sharded checkpoint
+
+
+def has_modes(optimizer: Optimizer) -> bool:
+    """Returns whether an optimizer has a training and an evaluation mode.
+
+    Example:
+        >>> has_modes(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]))
+        False
+    """
+    return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
+
+
+def prepare_trial(trainer: Trainer) -> None:
+    """Switches optimizers to training mode before the first batch.
+
+    A finder of Lightning may train before :class:`OptimizerModes` is there, and restores all state.
+    """
+
+    def train() -> None:
+        trial_runs.call_before_batch(trainer, None)
+        for optimizer in _with_modes(trainer):
+            optimizer.train()
+
+    trial_runs.call_before_batch(trainer, train)
+
+
+def _with_modes(trainer: Trainer) -> list[Any]:
+    return [one for one in map(unwrapped, trainer.optimizers) if has_modes(one)]
+
+
+class OptimizerModes:
+    """Switches optimizers with ``train()`` and ``eval()`` as a plain loop does.
+
+    They are in training mode while batches are trained, and in evaluation mode from the beginning
+    of an evaluation to the next batch, at the end of a fit, and in every checkpoint. A checkpoint
+    contains the weights of evaluation mode as the model's, so that they are what
+    ``load_from_checkpoint`` and a file of weights give, and the training weights beside them:
+    ``train()`` after ``eval()`` restores them only up to rounding.
+
+    Args:
+        trainer: The Trainer, while it fits.
+        module: The module that is trained.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+        self._trainer, self._module = trainer, module
+        # The training weights of a checkpoint, until they are loaded into the module.
+        self._restored: Mapping[str, Any] | None = None
+        # Those of the checkpoint that is being saved.
+        self._collected: Mapping[str, Any] | None = None
+        self._is_training = False
+        self._showing: WeakSet[Optimizer] = WeakSet()  # those whose values show their mode
+
+    # ------------------------------------------------------------------------------- the modes
+
+    def prepare(self) -> None:
+        """Prepares for loading a checkpoint, and for the first batch."""
+        # A checkpoint has the weights of evaluation, and the mode only if it is in param_groups.
+        # A sharded strategy loads a state after a step, with a learning rate of 0, has created it.
+        method = "train" if strategies.shards_gradients(self._trainer) else "eval"
+        for optimizer in _with_modes(self._trainer):
+            if not optimizer.state:
+                self._call(optimizer, method)
+        self._switch_before_batch()
+
+    def read_shards(self) -> None:
+        """Reads the training weights of a sharded checkpoint; a collective."""
+        optimizers = _with_modes(self._trainer)
+        if optimizers and self._restored is None:
+            weights = {n: torch.empty_like(p.detach()) for n, p in self._parameters(optimizers)}
+            if saved_weights.read_second_weights(self._trainer, weights, owner=_OWNER):
+                self._restored = weights
+
+    def restore(self, weights: Mapping[str, Any] | None) -> None:
+        """Stores the training weights of a checkpoint, whose optimizers have their own mode."""
+        self._restored = weights
+        self._switch_before_batch()
+
+    def _switch_before_batch(self) -> None:
+        """Switches to training mode before the next batch, also if it is one of a trial."""
+        self._is_training = False
+        self._collected = None
+        function = self._train if _with_modes(self._trainer) else None
+        trial_runs.call_before_batch(self._trainer, function)
+
+    def follow_changes(self) -> None:
+        """Switches new optimizers and parameter groups to training mode, if the others are."""
+        if self._is_training:
+            self._train()
+
+    def state(self) -> Mapping[str, Any] | None:
+        """Returns the training weights for the state of the engine; None for none, or shards."""
+        weights = self._collected if self._restored is None else self._restored
+        return None if weights is None or saved_weights.is_sharded(weights) else weights
+
+    def _train(self) -> None:
+        trial_runs.call_before_batch(self._trainer, None)
+        for optimizer in _with_modes(self._trainer):
+            self._call(optimizer, "train")
+        if self._restored is not None:
+            saved_weights.load_weights_(self._trainer, self._restored)
+            self._restored = None
+        self._is_training = True
+
+    def evaluate(self) -> None:
+        """Switches to evaluation mode."""
+        if self._restored is not None:
+            self._train()  # the run that saved them has computed those of evaluation from them
+        for optimizer in _with_modes(self._trainer):
+            self._call(optimizer, "eval")
+        self._switch_before_batch()
+
+    def end(self) -> Mapping[str, Any] | None:
+        """Switches to evaluation mode at the end of the fit; uses no collectives.
+
+        Returns:
+            The training weights that differ from those of evaluation; None for none, and if they
+            are sharded.
+        """
+        optimizers = _with_modes(self._trainer)
+        if not optimizers or self._restored is not None:
+            self._evaluate(optimizers)
+            return self.state()
+        training = None
+        if not strategies.shards_gradients(self._trainer):
+            training = copied(saved_weights.collect_weights(self._trainer))
+        if not self._evaluate(optimizers) or training is None:
+            return None
+        return _different(training, saved_weights.collect_weights(self._trainer))
+
+    def _evaluate(self, optimizers: Iterable[Optimizer]) -> list[Optimizer]:
+        """Switches optimizers to evaluation mode, and returns those that were in training mode."""
+        return [
+            optimizer
+            for optimizer in optimizers
+            if self._call(optimizer, "eval")
+            # Or one that shows its mode nowhere.
+            or (self._is_training and optimizer not in self._showing)
+        ]
+
+    def _call(self, optimizer: Any, method: str) -> bool:
+        """Calls ``train`` or ``eval``, and returns whether a value of the optimizer has changed."""
+        before = _plain_values(optimizer)
+        getattr(optimizer, method)()
+        if before == _plain_values(optimizer):
+            return False
+        self._showing.add(optimizer)
+        return True
+
+    # -------------------------------------------------------------------------------- checkpoints
+
+    def collect_weights(self, collect: Collect) -> dict[str, Any]:
+        """Collects the weights of evaluation mode; keeps the training weights for the state.
+
+        Those of a sharded checkpoint are added under reserved keys.
+        """
+        optimizers = _with_modes(self._trainer)
+        if not optimizers:
+            return collect()
+        with self._evaluation_mode(optimizers) as switched:
+            weights = self._copy_live_tensors(collect(), optimizers)
+        training = self._restored
+        if training is None and switched:
+            training = collect()
+        self._collected = None
+        if training is None:
+            return weights
+        if saved_weights.is_sharded(weights):
+            names = [name for name, _ in self._parameters(optimizers) if name in training]
+            second = {name: training[name] for name in names}
+            return saved_weights.with_second_weights(weights, second, owner=_OWNER)
+        self._collected = _different(training, weights) or None
+        return weights
+
+    def collect_optimizer(self, optimizer: Optimizer, collect: Collect) -> dict[str, Any]:
+        """Collects the state of an optimizer in evaluation mode, to which the weights belong."""
+        one = unwrapped(optimizer)
+        if not has_modes(one):
+            return collect()
+        versions = _versions(one)
+        with self._evaluation_mode([one]):
+            state = collect()
+            # An optimizer that exchanges the weights with its state changes this again.
+            return copied(state) if _versions(one) != versions else state
+
+    @contextmanager
+    def _evaluation_mode(self, optimizers: Sequence[Optimizer]) -> Iterator[list[Optimizer]]:
+        """Switches to evaluation mode and, to the bit, back; yields what was in training mode."""
+        parameters = [parameter for _, parameter in self._parameters(optimizers)]
+        weights = [to_local(parameter.detach()).clone() for parameter in parameters]
+        switched = self._evaluate(optimizers)
+        try:
+            yield switched
+        finally:
+            for optimizer in switched:
+                self._call(optimizer, "train")
+            if switched:
+                with torch.no_grad():
+                    for parameter, weight in zip(parameters, weights, strict=True):
+                        to_local(parameter).copy_(weight)
+
+    def _parameters(self, optimizers: Iterable[Optimizer]) -> list[tuple[str, Tensor]]:
+        return [pair for one in optimizers for pair in named_parameters(self._module, one)]
+
+    def _copy_live_tensors(
+        self, weights: dict[str, Any], optimizers: Iterable[Optimizer]
+    ) -> dict[str, Any]:
+        """Replaces tensors that share memory with parameters of the optimizers by copies."""
+        live = {_address(parameter) for _, parameter in self._parameters(optimizers)}
+        for name, value in weights.items():
+            if isinstance(value, Tensor) and _address(value) in live:
+                weights[name] = value.detach().clone()
+        return weights
+
+
+def _address(tensor: Tensor) -> int:
+    return to_local(tensor.detach()).untyped_storage().data_ptr()
+
+
+def _different(weights: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Returns the tensors that differ from those of the same name."""
+    return {
+        name: value
+        for name, value in weights.items()
+        if isinstance(value, Tensor) and not torch.equal(value, others[name])
+    }
+
+
+def _versions(optimizer: Optimizer) -> list[int]:
+    """Returns torch's counts of changes of the tensors in the state of an optimizer."""
+    states = [state for state in optimizer.state.values() if isinstance(state, dict)]
+    return [_version(v) for state in states for v in state.values() if isinstance(v, Tensor)]
+
+
+def _plain_values(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Returns the plain attributes and group values of an optimizer and those that it wraps."""
+    found: list[dict[str, Any]] = []
+    seen: dict[int, Any] = {}
+    waiting: list[Any] = [optimizer]
+    while waiting:
+        one = waiting.pop()
+        if id(one) not in seen:
+            seen[id(one)] = one
+            waiting += [value for value in vars(one).values() if hasattr(value, "param_groups")]
+            found += map(_plain, (vars(one), *one.param_groups))
+    return found
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: v for name, v in values.items() if isinstance(v, bool | int | float | str)}
