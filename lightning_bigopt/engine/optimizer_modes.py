@@ -17,6 +17,7 @@ from lightning_bigopt.optimizers.names import unwrapped
 from lightning_bigopt.optimizers.object_snapshot import copied
 from lightning_bigopt.parameters import named_parameters
 from lightning_bigopt.trainer_access import saved_weights, strategies, trial_runs
+from lightning_bigopt.trainer_access.packages import classes
 from lightning_bigopt.trainer_access.saved_weights import Collect
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["OptimizerModes", "has_modes", "prepare_trial"]
 
 _version = attrgetter("_version")
+_SHOWING: WeakSet[Optimizer] = WeakSet()  # the optimizers whose plain values show their mode
 _OWNER = "training_weights"  # of the second weights of a sharded checkpoint
 
 
@@ -57,13 +59,16 @@ def _with_modes(trainer: Trainer) -> list[Any]:
 
 
 class OptimizerModes:
-    """Switches optimizers with ``train()`` and ``eval()`` as a plain loop does.
+    """Switches optimizers with ``train()`` and ``eval()``.
 
     They are in training mode while batches are trained, and in evaluation mode from the beginning
     of an evaluation to the next batch, at the end of a fit, and in every checkpoint. A checkpoint
     contains the weights of evaluation mode as the model's, so that they are what
-    ``load_from_checkpoint`` and a file of weights give, and the training weights beside them:
-    ``train()`` after ``eval()`` restores them only up to rounding.
+    ``load_from_checkpoint`` and a file of weights give, and the training weights beside them.
+
+    ``train()`` after ``eval()`` computes the training weights only up to rounding. They are copied
+    instead: neither an evaluation nor saving changes the training, and a run that is resumed
+    without an evaluation that the other one had equals it to the bit.
 
     Args:
         trainer: The Trainer, while it fits.
@@ -74,21 +79,37 @@ class OptimizerModes:
         self._trainer, self._module = trainer, module
         # The training weights of a checkpoint, until they are loaded into the module.
         self._restored: Mapping[str, Any] | None = None
+        # Those of the run, with their parameters, while it evaluates.
+        self._kept: list[tuple[Tensor, Tensor]] | None = None
         # Those of the checkpoint that is being saved.
         self._collected: Mapping[str, Any] | None = None
         self._is_training = False
-        self._showing: WeakSet[Optimizer] = WeakSet()  # those whose values show their mode
 
     # ------------------------------------------------------------------------------- the modes
 
     def prepare(self) -> None:
-        """Prepares for loading a checkpoint, and for the first batch."""
+        """Prepares for loading a checkpoint, and for the first batch.
+
+        Raises:
+            ValueError: If the strategy is FSDP1, whose parameters are parts of flat tensors.
+        """
+        optimizers, strategy = _with_modes(self._trainer), self._trainer.strategy
+        if optimizers and isinstance(strategy, classes("strategies.FSDPStrategy")):
+            raise ValueError(
+                "strategy must not be FSDPStrategy with an optimizer that has a training and an "
+                f"evaluation mode, got {type(optimizers[0]).__name__}; use ModelParallelStrategy "
+                "(FSDP2) or DDP"
+            )
         # A checkpoint has the weights of evaluation, and the mode only if it is in param_groups.
         # A sharded strategy loads a state after a step, with a learning rate of 0, has created it.
-        method = "train" if strategies.shards_gradients(self._trainer) else "eval"
-        for optimizer in _with_modes(self._trainer):
+        is_sharded = strategies.shards_gradients(self._trainer)
+        for optimizer in optimizers:
             if not optimizer.state:
-                self._call(optimizer, method)
+                for method in ("eval", "train") if is_sharded else ("train", "eval"):
+                    self._call(optimizer, method)
+                # Those of schedulefree create empty states, with which torch omits that step.
+                for parameter in [p for p, state in optimizer.state.items() if not state]:
+                    del optimizer.state[parameter]
         self._switch_before_batch()
 
     def read_shards(self) -> None:
@@ -101,7 +122,7 @@ class OptimizerModes:
 
     def restore(self, weights: Mapping[str, Any] | None) -> None:
         """Stores the training weights of a checkpoint, whose optimizers have their own mode."""
-        self._restored = weights
+        self._restored, self._kept = weights, None
         self._switch_before_batch()
 
     def _switch_before_batch(self) -> None:
@@ -127,15 +148,19 @@ class OptimizerModes:
             self._call(optimizer, "train")
         if self._restored is not None:
             saved_weights.load_weights_(self._trainer, self._restored)
-            self._restored = None
+        elif self._kept is not None:
+            _write(self._kept)
+        self._restored = self._kept = None
         self._is_training = True
 
     def evaluate(self) -> None:
-        """Switches to evaluation mode."""
+        """Switches to evaluation mode, and keeps the training weights."""
         if self._restored is not None:
             self._train()  # the run that saved them has computed those of evaluation from them
-        for optimizer in _with_modes(self._trainer):
-            self._call(optimizer, "eval")
+        optimizers = _with_modes(self._trainer)
+        kept = self._copies(optimizers)
+        if self._evaluate(optimizers):
+            self._kept = kept
         self._switch_before_batch()
 
     def end(self) -> Mapping[str, Any] | None:
@@ -145,16 +170,19 @@ class OptimizerModes:
             The training weights that differ from those of evaluation; None for none, and if they
             are sharded.
         """
-        optimizers = _with_modes(self._trainer)
+        optimizers, collect = _with_modes(self._trainer), self._collect
         if not optimizers or self._restored is not None:
             self._evaluate(optimizers)
             return self.state()
-        training = None
-        if not strategies.shards_gradients(self._trainer):
-            training = copied(saved_weights.collect_weights(self._trainer))
-        if not self._evaluate(optimizers) or training is None:
+        kept = self._kept or self._copies(optimizers)
+        if not self._evaluate(optimizers) and self._kept is None:
             return None
-        return _different(training, saved_weights.collect_weights(self._trainer))
+        if strategies.shards_gradients(self._trainer):
+            return None
+        return _different(self._with(kept, collect, optimizers), collect()) or None
+
+    def _collect(self) -> dict[str, Any]:
+        return saved_weights.collect_weights(self._trainer)
 
     def _evaluate(self, optimizers: Iterable[Optimizer]) -> list[Optimizer]:
         """Switches optimizers to evaluation mode, and returns those that were in training mode."""
@@ -163,7 +191,7 @@ class OptimizerModes:
             for optimizer in optimizers
             if self._call(optimizer, "eval")
             # Or one that shows its mode nowhere.
-            or (self._is_training and optimizer not in self._showing)
+            or (self._is_training and optimizer not in _SHOWING)
         ]
 
     def _call(self, optimizer: Any, method: str) -> bool:
@@ -172,7 +200,7 @@ class OptimizerModes:
         getattr(optimizer, method)()
         if before == _plain_values(optimizer):
             return False
-        self._showing.add(optimizer)
+        _SHOWING.add(optimizer)
         return True
 
     # -------------------------------------------------------------------------------- checkpoints
@@ -185,9 +213,11 @@ class OptimizerModes:
         optimizers = _with_modes(self._trainer)
         if not optimizers:
             return collect()
+        training = self._restored
         with self._evaluation_mode(optimizers) as switched:
             weights = self._copy_live_tensors(collect(), optimizers)
-        training = self._restored
+            if training is None and self._kept is not None:
+                training = self._with(self._kept, collect, optimizers)
         if training is None and switched:
             training = collect()
         self._collected = None
@@ -214,8 +244,7 @@ class OptimizerModes:
     @contextmanager
     def _evaluation_mode(self, optimizers: Sequence[Optimizer]) -> Iterator[list[Optimizer]]:
         """Switches to evaluation mode and, to the bit, back; yields what was in training mode."""
-        parameters = [parameter for _, parameter in self._parameters(optimizers)]
-        weights = [to_local(parameter.detach()).clone() for parameter in parameters]
+        weights = self._copies(optimizers)
         switched = self._evaluate(optimizers)
         try:
             yield switched
@@ -223,9 +252,26 @@ class OptimizerModes:
             for optimizer in switched:
                 self._call(optimizer, "train")
             if switched:
-                with torch.no_grad():
-                    for parameter, weight in zip(parameters, weights, strict=True):
-                        to_local(parameter).copy_(weight)
+                _write(weights)
+
+    def _with(
+        self,
+        weights: Iterable[tuple[Tensor, Tensor]],
+        collect: Collect,
+        optimizers: Sequence[Optimizer],
+    ) -> dict[str, Any]:
+        """Collects the state of the module with other weights."""
+        current = self._copies(optimizers)
+        _write(weights)
+        try:
+            return self._copy_live_tensors(collect(), optimizers)
+        finally:
+            _write(current)
+
+    def _copies(self, optimizers: Iterable[Optimizer]) -> list[tuple[Tensor, Tensor]]:
+        """Returns the parameters of the optimizers with copies of their local parts."""
+        parameters = [parameter for _, parameter in self._parameters(optimizers)]
+        return [(p, to_local(p.detach()).clone()) for p in parameters]
 
     def _parameters(self, optimizers: Iterable[Optimizer]) -> list[tuple[str, Tensor]]:
         return [pair for one in optimizers for pair in named_parameters(self._module, one)]
@@ -239,6 +285,13 @@ class OptimizerModes:
             if isinstance(value, Tensor) and _address(value) in live:
                 weights[name] = value.detach().clone()
         return weights
+
+
+@torch.no_grad()
+def _write(weights: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Writes copies of the local parts of parameters back."""
+    for parameter, weight in weights:
+        to_local(parameter).copy_(weight)
 
 
 def _address(tensor: Tensor) -> int:

@@ -99,9 +99,22 @@ class Free(Looked):
 
 
 def plain_loop(
-    optimizer: Any, batches: Iterable[Any], *, evaluate_after: Iterable[int] = (), **options: Any
+    optimizer: Any,
+    batches: Iterable[Any],
+    *,
+    evaluate_after: Iterable[int] = (),
+    switch_after: Iterable[int] = (),
+    **options: Any,
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]], Free]:
-    """Trains without Lightning, and switches as the examples of schedulefree do.
+    """Trains without Lightning.
+
+    Args:
+        optimizer: Class of the optimizer.
+        batches: The batches.
+        evaluate_after: Updates after which ``eval()`` gives the weights of an evaluation, and those
+            before it are copied back.
+        switch_after: Updates after which ``eval()`` and ``train()`` are called, which rounds.
+        options: Arguments of the optimizer.
 
     Returns:
         The weights after every update, those of every evaluation, and the module after a last
@@ -109,15 +122,21 @@ def plain_loop(
     """
     module = Free(optimizer, **options)
     one = module.configure_optimizers()
-    trained, evaluated, evaluations = [], [], set(evaluate_after)
+    trained, evaluated = [], []
+    one.train()
     for number, (x, y, _) in enumerate(batches, 1):
-        one.train()
         one.zero_grad()
         nn.functional.mse_loss(module.net(x), y).backward()
         one.step()
         trained.append(copies(module))
-        if number in evaluations:
+        if number in evaluate_after:
             one.eval()
             evaluated.append(copies(module))
+            one.train()
+            module.load_state_dict(trained[-1])
+        if number in switch_after:
+            one.eval()
+            evaluated.append(copies(module))
+            one.train()
     one.eval()
     return trained, evaluated, module

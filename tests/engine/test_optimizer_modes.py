@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -11,10 +13,22 @@ import pytest
 import schedulefree
 import torch
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
-from lightning_bigopt import GradientClipping, NonFinite, NormClip, StepGuard
+from lightning_bigopt import (
+    Constant,
+    Cosine,
+    GradientClipping,
+    LearningRateScheduler,
+    NonFinite,
+    NormClip,
+    StepGuard,
+    WarmupConstant,
+    WarmupLinear,
+)
 from lightning_bigopt.engine.capability import Capability
+from lightning_bigopt.engine.optimizer_modes import OptimizerModes
 from lightning_bigopt.engine.stage import Batch
 from lightning_bigopt.engine.update import Rejection, Update
 from tests.engine.fake_averaging import copies
@@ -123,34 +137,34 @@ class Guided(Free):
 
 
 @every_optimizer
-def test_hooks_of_the_module_that_switch_too_change_nothing(optimizer: Any, tmp_path: Path) -> None:
-    modules = [Free(optimizer), Guided(optimizer)]
-    for module in modules:
-        saves = SavesIn(tmp_path / type(module).__name__, "on_train_batch_end")
-        trainer_with(Idle(), saves, val_check_interval=3).fit(
-            module, ResumableLoader(16, 2), loader(2, 2)
-        )
-        resumed = type(module)(optimizer)
-        trainer_with(Idle(), val_check_interval=3).fit(
-            resumed, ResumableLoader(16, 2), loader(2, 2), ckpt_path=saves.path, weights_only=True
-        )
-        assert all_same(resumed.trained, module.trained[4:])
-    assert all_same(modules[0].trained, modules[1].trained)
-    assert all_same(modules[0].evaluated, modules[1].evaluated)
-    assert same(copies(modules[0]), copies(modules[1]))
+def test_hooks_of_the_module_that_switch_too_equal_a_plain_loop(
+    optimizer: Any, tmp_path: Path
+) -> None:
+    trained, evaluated, end = plain_loop(optimizer, batches(), switch_after=[3, 6])
+    module, resumed = Guided(optimizer), Guided(optimizer)
+    saves = SavesIn(tmp_path / "a.ckpt", "on_train_batch_end")
+    options = {"val_check_interval": 3}
+    trainer_with(Idle(), saves, **options).fit(module, ResumableLoader(16, 2), loader(2, 2))
+    assert all_same(module.trained, trained)
+    assert all_same(module.evaluated[1:], evaluated)
+    assert same(copies(module), copies(end))
+    trainer_with(Idle(), **options).fit(
+        resumed, ResumableLoader(16, 2), loader(2, 2), ckpt_path=saves.path, weights_only=True
+    )
+    assert all_same(resumed.trained, trained[4:])
 
 
 # ------------------------------------------------------------------------------------ checkpoints
 
 
 class SavesIn(L.Callback):
-    """Saves in a hook after four updates."""
+    """Saves in a hook after some updates."""
 
-    def __init__(self, path: Path, hook: str, **options: Any) -> None:
+    def __init__(self, path: Path, hook: str, *, at: int = 4, **options: Any) -> None:
         self.path, self.saved = path, 0
 
         def save(trainer: Any, *arguments: Any) -> None:
-            if trainer.global_step == 4 and not self.saved and not trainer.sanity_checking:
+            if trainer.global_step == at and not self.saved and not trainer.sanity_checking:
                 self.saved += 1
                 trainer.save_checkpoint(path, **options)
 
@@ -168,12 +182,12 @@ HOOKS = [
 
 
 def fit_two_epochs(module: Free, *callbacks: Any, accumulate: int = 1, **resume: Any) -> Free:
-    size = 8 * accumulate
+    size = 16 * accumulate
     trainer_with(
         *callbacks,
         max_steps=-1,
         max_epochs=2,
-        val_check_interval=size // 2,
+        val_check_interval=size // 4,
         accumulate_grad_batches=accumulate,
     ).fit(module, ResumableLoader(size, 2), loader(2, 2), **resume)
     return module
@@ -185,20 +199,21 @@ def fit_two_epochs(module: Free, *callbacks: Any, accumulate: int = 1, **resume:
 def test_a_checkpoint_holds_the_weights_of_evaluation_and_resumes_to_the_bit(
     tmp_path: Path, optimizer: Any, hook: str, first: bool
 ) -> None:
-    saves = SavesIn(tmp_path / "a.ckpt", hook)
+    at = 8 if hook == "on_train_epoch_end" else 4
+    saves = SavesIn(tmp_path / "a.ckpt", hook, at=at)
     callbacks = [saves, Idle()] if first else [Idle(), saves]
     unsaved = fit_two_epochs(Free(optimizer), Idle())
     straight = fit_two_epochs(Free(optimizer), *callbacks)
     assert all_same(straight.trained, unsaved.trained)  # saving changes nothing
     checkpoint = torch.load(saves.path, weights_only=True)
     assert checkpoint["state_dict"].keys() == straight.state_dict().keys()
-    expected = plain_loop(optimizer, list(loader(8, 2)), evaluate_after=[2, 4])[1][1]
+    expected = plain_loop(optimizer, batches(), evaluate_after=[at])[1][0]
     assert same(checkpoint["state_dict"], expected)
     loaded = Free.load_from_checkpoint(saves.path, weights_only=True, optimizer=optimizer)
     assert same(copies(loaded), expected)
     resumed = fit_two_epochs(Free(optimizer), Idle(), ckpt_path=saves.path, weights_only=True)
     if hook != "on_train_batch_start":  # the loader has handed out a batch
-        assert all_same(resumed.trained, straight.trained[4:])
+        assert all_same(resumed.trained, straight.trained[at:])
         assert same(copies(resumed), copies(straight))
         assert same(resumed.evaluated[-1], straight.evaluated[-1])
 
@@ -314,7 +329,7 @@ def test_a_second_fit_with_the_same_optimizer_equals_a_plain_loop(optimizer: Any
             self.kept = vars(self).get("kept") or super().configure_optimizers()
             return self.kept
 
-    trained, _, end = plain_loop(optimizer, [*loader(8, 2)] * 2, evaluate_after=[4])
+    trained, _, end = plain_loop(optimizer, [*loader(8, 2)] * 2, switch_after=[4])
     module, trainer = Keeps(optimizer), trainer_with(Idle(), max_steps=4)
     for limit in (4, 8):
         trainer.fit_loop.epoch_loop.max_steps = limit
@@ -343,7 +358,7 @@ def test_a_bare_trainer_continues_from_the_weights_of_evaluation(tmp_path: Path)
     trainer_with(Idle(), saves).fit(Free(AdamW), ResumableLoader(16, 2))
     bare = Guided(AdamW)
     trainer_with().fit(bare, ResumableLoader(16, 2), ckpt_path=saves.path, weights_only=True)
-    trained, _, _ = plain_loop(AdamW, batches(), evaluate_after=[4])
+    trained, _, _ = plain_loop(AdamW, batches(), switch_after=[4])
     assert all_same(bare.trained, trained[4:])
     with pytest.raises(Exception, match="not in train mode"):
         trainer_with().fit(
@@ -385,16 +400,13 @@ class RollsBack(Capability):
 
 
 @every_optimizer
-@pytest.mark.parametrize(("interval", "end"), [(3, 6), (4, 8)])
-def test_a_rollback_across_a_validation_equals_a_plain_loop(
-    optimizer: Any, interval: int, end: int
-) -> None:
+def test_a_rollback_across_a_validation_equals_a_plain_loop(optimizer: Any) -> None:
     all_batches = list(batches())
-    trained, _, _ = plain_loop(optimizer, all_batches[:2] + all_batches[5:])
+    trained, _, end = plain_loop(optimizer, all_batches[:2] + all_batches[5:])
     module = Free(optimizer)
-    options = {"val_check_interval": interval, "limit_val_batches": 1}
-    trainer_with(RollsBack(), max_steps=8, **options).fit(module, loader(16, 2), loader(2, 2))
-    assert all_same(module.trained[4:end], trained[1 : end - 3])  # to the next validation
+    trainer_with(RollsBack(), val_check_interval=3).fit(module, loader(16, 2), loader(2, 2))
+    assert all_same(module.trained[4:], trained[1:])
+    assert same(copies(module), copies(end))
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true"])
@@ -507,6 +519,48 @@ def test_a_learning_rate_finder_runs_and_changes_nothing(
         max_epochs=2,
         val_check_interval=4,
         default_root_dir=tmp_path,
-    ).fit(found, loader(8, 2), loader(2, 2))
-    assert all_same(found.trained[-4:], straight.trained[-4:])
+    ).fit(found, loader(16, 2), loader(2, 2))
+    assert all_same(found.trained[-8:], straight.trained[-8:])
     assert same(copies(found), copies(straight))
+
+
+def test_fsdp1_is_refused() -> None:
+    trainer: Any = SimpleNamespace(
+        optimizers=[Free(AdamW).configure_optimizers()], strategy=FSDPStrategy()
+    )
+    with pytest.raises(ValueError, match="strategy must not be FSDPStrategy .* got AdamWSchedule"):
+        OptimizerModes(trainer, Free(AdamW)).prepare()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "schedule", "is_said"),
+    [
+        (AdamW, WarmupLinear(warmup="10%"), True),
+        (AdamW, Cosine(), True),
+        (AdamW, WarmupConstant(warmup="10%"), False),
+        (AdamW, Constant(), False),
+        (torch.optim.AdamW, Cosine(), False),
+    ],
+)
+def test_a_schedule_that_decays_is_not_needed(
+    optimizer: Any, schedule: Any, is_said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        trainer_with(LearningRateScheduler(schedule)).fit(Free(optimizer), loader(16, 2))
+    said = [record.message for record in caplog.records if "WarmupConstant()" in record.message]
+    assert len(said) == is_said
+    assert all("AdamWScheduleFree evaluates an average of its weights" in line for line in said)
+
+
+def test_a_schedule_of_warm_up_alone_equals_a_plain_loop() -> None:
+    module = Free(AdamW)
+    trainer_with(LearningRateScheduler(WarmupConstant(warmup=4))).fit(module, loader(16, 2))
+    oracle = Free(AdamW)
+    one = oracle.configure_optimizers()
+    one.train()
+    for number, (x, y, _) in enumerate(batches()):
+        one.param_groups[0]["lr"] = 0.05 * min(number / 4, 1)
+        one.zero_grad()
+        nn.functional.mse_loss(oracle.net(x), y).backward()
+        one.step()
+        assert same(module.trained[number], copies(oracle))
