@@ -22,9 +22,9 @@ from lightning_bigopt.engine.batch_contents import BatchCount
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.clock_settings import ClockSettings, OnResume
 from lightning_bigopt.engine.lr_scheduler import LightningLRScheduler
-from lightning_bigopt.engine.optimizer_modes import has_modes
 from lightning_bigopt.engine.stage import LEARNING_RATE, Fit
 from lightning_bigopt.optimizers.field_claim import BaseOwner
+from lightning_bigopt.optimizers.modes import has_modes
 from lightning_bigopt.optimizers.names import group_names
 from lightning_bigopt.schedules.base import Schedule
 from lightning_bigopt.schedules.shapes import CooldownShape

@@ -1,18 +1,17 @@
-"""Optimizers with a training and an evaluation mode, such as those of schedulefree."""
+"""The modes of the optimizers of a fit, and the weights of evaluation in its checkpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_bigopt.gradients.sharding import to_local
+from lightning_bigopt.optimizers import modes
 from lightning_bigopt.optimizers.names import unwrapped
 from lightning_bigopt.optimizers.object_snapshot import copied
 from lightning_bigopt.parameters import named_parameters
@@ -23,21 +22,9 @@ from lightning_bigopt.trainer_access.saved_weights import Collect
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["OptimizerModes", "has_modes", "prepare_trial"]
+__all__ = ["OptimizerModes", "prepare_trial"]
 
-_version = attrgetter("_version")
-_SHOWING: WeakSet[Optimizer] = WeakSet()  # the optimizers whose plain values show their mode
 _OWNER = "training_weights"  # of the second weights of a sharded checkpoint
-
-
-def has_modes(optimizer: Optimizer) -> bool:
-    """Returns whether an optimizer has a training and an evaluation mode.
-
-    Example:
-        >>> has_modes(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]))
-        False
-    """
-    return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
 
 
 def prepare_trial(trainer: Trainer) -> None:
@@ -55,7 +42,7 @@ def prepare_trial(trainer: Trainer) -> None:
 
 
 def _with_modes(trainer: Trainer) -> list[Any]:
-    return [one for one in map(unwrapped, trainer.optimizers) if has_modes(one)]
+    return [one for one in map(unwrapped, trainer.optimizers) if modes.has_modes(one)]
 
 
 class OptimizerModes:
@@ -106,7 +93,7 @@ class OptimizerModes:
         for optimizer in optimizers:
             if not optimizer.state:
                 for method in ("eval", "train") if is_sharded else ("train", "eval"):
-                    self._call(optimizer, method)
+                    modes.switch(optimizer, method)
                 # Those of schedulefree create empty states, with which torch omits that step.
                 for parameter in [p for p, state in optimizer.state.items() if not state]:
                     del optimizer.state[parameter]
@@ -145,7 +132,7 @@ class OptimizerModes:
     def _train(self) -> None:
         trial_runs.call_before_batch(self._trainer, None)
         for optimizer in _with_modes(self._trainer):
-            self._call(optimizer, "train")
+            modes.switch(optimizer, "train")
         if self._restored is not None:
             saved_weights.load_weights_(self._trainer, self._restored)
         elif self._kept is not None:
@@ -189,19 +176,10 @@ class OptimizerModes:
         return [
             optimizer
             for optimizer in optimizers
-            if self._call(optimizer, "eval")
+            if modes.switch(optimizer, "eval")
             # Or one that shows its mode nowhere.
-            or (self._is_training and optimizer not in _SHOWING)
+            or (self._is_training and not modes.shows_mode(optimizer))
         ]
-
-    def _call(self, optimizer: Any, method: str) -> bool:
-        """Calls ``train`` or ``eval``, and returns whether a value of the optimizer has changed."""
-        before = _plain_values(optimizer)
-        getattr(optimizer, method)()
-        if before == _plain_values(optimizer):
-            return False
-        _SHOWING.add(optimizer)
-        return True
 
     # -------------------------------------------------------------------------------- checkpoints
 
@@ -233,13 +211,13 @@ class OptimizerModes:
     def collect_optimizer(self, optimizer: Optimizer, collect: Collect) -> dict[str, Any]:
         """Collects the state of an optimizer in evaluation mode, to which the weights belong."""
         one = unwrapped(optimizer)
-        if not has_modes(one):
+        if not modes.has_modes(one):
             return collect()
-        versions = _versions(one)
+        versions = modes.state_versions(one)
         with self._evaluation_mode([one]):
             state = collect()
             # An optimizer that exchanges the weights with its state changes this again.
-            return copied(state) if _versions(one) != versions else state
+            return copied(state) if modes.state_versions(one) != versions else state
 
     @contextmanager
     def _evaluation_mode(self, optimizers: Sequence[Optimizer]) -> Iterator[list[Optimizer]]:
@@ -250,7 +228,7 @@ class OptimizerModes:
             yield switched
         finally:
             for optimizer in switched:
-                self._call(optimizer, "train")
+                modes.switch(optimizer, "train")
             if switched:
                 _write(weights)
 
@@ -305,27 +283,3 @@ def _different(weights: Mapping[str, Any], others: Mapping[str, Any]) -> dict[st
         for name, value in weights.items()
         if isinstance(value, Tensor) and not torch.equal(value, others[name])
     }
-
-
-def _versions(optimizer: Optimizer) -> list[int]:
-    """Returns torch's counts of changes of the tensors in the state of an optimizer."""
-    states = [state for state in optimizer.state.values() if isinstance(state, dict)]
-    return [_version(v) for state in states for v in state.values() if isinstance(v, Tensor)]
-
-
-def _plain_values(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Returns the plain attributes and group values of an optimizer and those that it wraps."""
-    found: list[dict[str, Any]] = []
-    seen: dict[int, Any] = {}
-    waiting: list[Any] = [optimizer]
-    while waiting:
-        one = waiting.pop()
-        if id(one) not in seen:
-            seen[id(one)] = one
-            waiting += [value for value in vars(one).values() if hasattr(value, "param_groups")]
-            found += map(_plain, (vars(one), *one.param_groups))
-    return found
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: v for name, v in values.items() if isinstance(v, bool | int | float | str)}

@@ -407,7 +407,7 @@ def test_the_strategy_hears_of_every_training_batch_after_callbacks_and_module()
             calls.append("step")
             return super().training_step(*arguments)
 
-    one = trainer(callbacks=[Hears()], max_steps=1)
+    one = trainer(Hears(), max_steps=1)
     vars(one.strategy)["on_train_batch_start"] = lambda *arguments: calls.append("strategy")
     one.fit(Module(), batches())
     assert calls == ["callback", "module", "strategy", "step"]
