@@ -142,8 +142,6 @@ class OptimizerModes:
 
     def evaluate(self) -> None:
         """Switches to evaluation mode, and keeps the training weights."""
-        if self._restored is not None:
-            self._train()  # the run that saved them has computed those of evaluation from them
         optimizers = _with_modes(self._trainer)
         kept = self._copies(optimizers)
         if self._evaluate(optimizers):

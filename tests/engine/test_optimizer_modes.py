@@ -353,16 +353,19 @@ def test_a_checkpoint_of_a_bare_trainer_resumes_to_the_bit(tmp_path: Path, optim
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-def test_a_bare_trainer_continues_from_the_weights_of_evaluation(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", [AdamW, SwappingSGD])
+def test_a_bare_trainer_continues_from_the_weights_of_evaluation(
+    tmp_path: Path, optimizer: Any
+) -> None:
     saves = SavesIn(tmp_path / "a.ckpt", "on_train_batch_end")
-    trainer_with(Idle(), saves).fit(Free(AdamW), ResumableLoader(16, 2))
-    bare = Guided(AdamW)
+    trainer_with(Idle(), saves).fit(Free(optimizer), ResumableLoader(16, 2))
+    bare = Guided(optimizer)
     trainer_with().fit(bare, ResumableLoader(16, 2), ckpt_path=saves.path, weights_only=True)
-    trained, _, _ = plain_loop(AdamW, batches(), switch_after=[4])
+    trained, _, _ = plain_loop(optimizer, batches(), switch_after=[4])
     assert all_same(bare.trained, trained[4:])
-    with pytest.raises(Exception, match="not in train mode"):
+    with pytest.raises(Exception, match=r"not in train mode|in evaluation mode"):
         trainer_with().fit(
-            Free(AdamW), ResumableLoader(16, 2), ckpt_path=saves.path, weights_only=True
+            Free(optimizer), ResumableLoader(16, 2), ckpt_path=saves.path, weights_only=True
         )
 
 
@@ -470,19 +473,25 @@ def test_a_group_that_is_added_during_the_fit_is_trained(tmp_path: Path, hook: s
         def configure_optimizers(self) -> Any:
             return AdamW(self.net[0].parameters(), lr=0.05)
 
-    module = Half(AdamW)
-    oracle = Half(AdamW)
+    module, oracle = Half(AdamW), Half(AdamW)
     one = oracle.configure_optimizers()
     for number, (x, y, _) in enumerate(list(loader(4, 2)) * 4):
         if number == 2:
             one.add_param_group({"params": list(oracle.net[2].parameters())})
         one.train()
+        if number == 4:
+            training = copies(oracle)
+            one.eval()
+            evaluated = copies(oracle)
+            one.train()
+            oracle.load_state_dict(training)
         oracle.zero_grad()
         nn.functional.mse_loss(oracle.net(x), y).backward()
         one.step()
     one.eval()
     saves = SavesIn(tmp_path / "a.ckpt", "on_train_batch_end")
     trainer_with(Grows(), Idle(), saves, max_steps=8).fit(module, loader(4, 2))
+    assert same(torch.load(saves.path, weights_only=True)["state_dict"], evaluated)
     assert same(copies(module), copies(oracle))
 
 
@@ -520,8 +529,27 @@ def test_a_learning_rate_finder_runs_and_changes_nothing(
         val_check_interval=4,
         default_root_dir=tmp_path,
     ).fit(found, loader(16, 2), loader(2, 2))
+    assert len(found.trained) == 16 + 3  # after the first epoch Lightning's trial makes no step
     assert all_same(found.trained[-8:], straight.trained[-8:])
     assert same(copies(found), copies(straight))
+
+
+def test_a_checkpoint_that_is_restored_within_the_fit_restores_the_training_weights(
+    tmp_path: Path,
+) -> None:
+    """As a finder of Lightning restores one after its trial."""
+
+    class Restores(L.Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, *arguments: Any) -> None:
+            if trainer.global_step == 4:
+                trainer.save_checkpoint(tmp_path / "a.ckpt")
+                nn.init.zeros_(module.net[0].weight)
+                trainer._checkpoint_connector.restore(tmp_path / "a.ckpt", weights_only=True)
+                trainer.fit_loop.restarting = trainer.fit_loop.epoch_loop.restarting = False
+
+    module = Free(AdamW)
+    trainer_with(Idle(), Restores()).fit(module, ResumableLoader(16, 2))
+    assert all_same(module.trained[4:], plain_loop(AdamW, batches())[0][4:])
 
 
 def test_fsdp1_is_refused() -> None:
