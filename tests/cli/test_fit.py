@@ -82,7 +82,8 @@ def test_combined_optimizer_trains_from_the_file_and_from_the_saved_config():
     for group in ("Muon", "AdamW", "AdamW.no_decay"):
         rates = list(used[f"optim/lr/{group}"].values())
         assert rates == pytest.approx([3e-3 * factor for factor in factors])
-    cosine = [0.0, *(0.5 * (1 + math.cos(math.pi * (t - 0.3) / 5.7)) for t in range(1, 6))]
+    halves = [0.5 * (1 + math.cos(math.pi * (t - 0.3) / 5.7)) for t in range(1, 6)]
+    cosine = [0.0, *(0.1 + 0.9 * half for half in halves)]
     rates = list(used["optim/lr/AdamW.head"].values())
     assert rates == pytest.approx([1.5e-3 * factor for factor in cosine])
 
