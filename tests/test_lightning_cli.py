@@ -200,5 +200,5 @@ def test_parts_and_groups_by_pattern_train_from_the_saved_config(
     for mine, other in zip(first.parameters(), again.parameters(), strict=True):
         assert torch.equal(mine, other)
     config.write_text(COMBINED.format(root=tmp_path))
-    with pytest.raises(ValueError, match="every pattern of groups must match a .*'net.none'"):
+    with pytest.raises(ValueError, match=r"every pattern of groups must match a .*'net.none'"):
         train(config, ModelOfParts)

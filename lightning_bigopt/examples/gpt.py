@@ -11,6 +11,7 @@ from torch.nn import functional
 from torchmetrics import MeanMetric
 
 from lightning_bigopt.checks import check_between, check_count, check_non_negative, shown
+from lightning_bigopt.type_checks import check_callable
 
 __all__ = ["BytesGPT", "CausalSelfAttention", "TransformerBlock"]
 
@@ -139,6 +140,10 @@ class BytesGPT(LightningModule):
             raise ValueError(
                 f"width must be a multiple of 2 * heads = 2 * {heads} = {2 * heads}, got "
                 f"{shown(width)}; write {2 * heads * max(1, round(width / (2 * heads)))}"
+            )
+        if optimizer is not None:
+            check_callable(
+                "optimizer", optimizer, hint="pass functools.partial(MuonAdamW, lr=3e-3)"
             )
         self.save_hyperparameters(ignore=["optimizer"])  # a checkpoint holds plain values
         self.lr = lr

@@ -4,7 +4,8 @@ from lightning_bigopt.optimizers.combined import CombinedOptimizer, combine_opti
 from lightning_bigopt.optimizers.group_field import GroupField
 from lightning_bigopt.optimizers.groups import parameter_groups
 from lightning_bigopt.optimizers.lr_scheduler import ScheduleLR, as_lr_scheduler
-from lightning_bigopt.optimizers.muon import Muon, MuonAdamW, hidden_matrices, muon_adamw
+from lightning_bigopt.optimizers.muon import Muon
+from lightning_bigopt.optimizers.muon_adamw import MuonAdamW, muon_adamw
 from lightning_bigopt.optimizers.parameter_group import ParameterGroup
 
 __all__ = [
@@ -16,7 +17,6 @@ __all__ = [
     "ScheduleLR",
     "as_lr_scheduler",
     "combine_optimizers",
-    "hidden_matrices",
     "muon_adamw",
     "parameter_groups",
 ]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, TypeAlias
@@ -15,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import shown
 from lightning_bigopt.optimizers.combined_state import PartStates, states_of_groups
+from lightning_bigopt.optimizers.make_part import OptimizerFactory, checked_factories, make_part
 from lightning_bigopt.optimizers.parameter_group import (
     ParameterGroup,
     checked_groups,
@@ -23,12 +22,9 @@ from lightning_bigopt.optimizers.parameter_group import (
     trainable_parameters,
 )
 from lightning_bigopt.parameters import as_patterns
-from lightning_bigopt.type_checks import check_callable, check_instance
+from lightning_bigopt.type_checks import check_instance
 
-__all__ = ["CombinedOptimizer", "OptimizerFactory", "combine_optimizers"]
-
-OptimizerFactory: TypeAlias = Callable[[Iterable[Any]], Optimizer]
-"""Makes an optimizer of parameter groups: a class, or ``functools.partial`` of one."""
+__all__ = ["CombinedOptimizer", "combine_optimizers"]
 
 _Group: TypeAlias = dict[str, Any]
 _OF_ONE_STEP = ("grad_scale", "found_inf")
@@ -99,7 +95,7 @@ class CombinedOptimizer(Optimizer):
     ) -> None:
         check_instance("module", module, nn.Module, hint="pass the module itself")
         parameters = trainable_parameters(module)
-        factories = _checked_factories(optimizers)
+        factories = checked_factories(optimizers)
         keys = tuple(factories)
         owners = match(module, parameters, keys, name="every key of optimizers")
         for name, owner in zip(parameters, owners, strict=True):
@@ -150,7 +146,7 @@ class CombinedOptimizer(Optimizer):
                 order = list(dict.fromkeys([None, *(group for group, _ in members)]))
                 chosen = sorted(members, key=lambda pair: (order.index(pair[0]), not pair[1]))
                 ordered = {pair: members[pair] for pair in chosen}
-                made.append((_make(key, factory, ordered, parameters), chosen))
+                made.append((make_part(key, factory, ordered, parameters), chosen))
         self.parts = {}
         super().__init__([{}], {})
         kinds = [type(part).__name__ for part, _ in made]
@@ -299,64 +295,3 @@ def combine_optimizers(
         ['Muon', 'AdamW']
     """
     return CombinedOptimizer(module, optimizers, groups=groups, no_decay=no_decay)
-
-
-def _checked_factories(optimizers: Any) -> dict[str, OptimizerFactory]:
-    example = "write {'*': functools.partial(torch.optim.AdamW, lr=1e-3)}"
-    check_instance("optimizers", optimizers, Mapping, hint=example)
-    if not optimizers:
-        raise ValueError(f"optimizers must not be empty, got {{}}; {example}")
-    for key, factory in optimizers.items():
-        check_instance("every key of optimizers", key, str, hint=example)
-        if isinstance(factory, Optimizer):
-            raise ValueError(
-                f"optimizers[{key!r}] must make an optimizer, got {type(factory).__name__}, which "
-                "is one; write functools.partial(torch.optim.AdamW, lr=1e-3)"
-            )
-        check_callable(f"optimizers[{key!r}]", factory, hint=example)
-    return dict(optimizers)
-
-
-def _make(
-    key: str,
-    factory: OptimizerFactory,
-    members: Mapping[tuple[ParameterGroup | None, bool], list[str]],
-    parameters: Mapping[str, nn.Parameter],
-) -> Optimizer:
-    """Makes the optimizer of a part, with a group for each entry of ``members``."""
-    groups: list[_Group] = []
-    for (specification, keeps), names in members.items():
-        group: _Group = {"params": [parameters[name] for name in names], "param_names": names}
-        if specification is not None and specification.weight_decay is not None:
-            group["weight_decay"] = float(specification.weight_decay)
-        elif not keeps:
-            group["weight_decay"] = 0.0
-        groups.append(group)
-    part = factory(groups)
-    check_instance(f"optimizers[{key!r}]", part, Optimizer, hint="it must return an optimizer")
-    _check_part(key, part, [name for names in members.values() for name in names], parameters)
-    for group, names in zip(part.param_groups, members.values(), strict=True):
-        group.setdefault("param_names", names)
-        if group.get("weight_decay") and "weight_decay" not in part.defaults:
-            raise ValueError(
-                f"weight_decay must be None for {type(part).__name__}, which has none, got "
-                f"{group['weight_decay']:g}; remove it from groups"
-            )
-    return part
-
-
-def _check_part(
-    key: str, part: Optimizer, names: Sequence[str], parameters: Mapping[str, nn.Parameter]
-) -> None:
-    held = {id(parameter) for group in part.param_groups for parameter in group["params"]}
-    if held != {id(parameters[name]) for name in names}:
-        raise ValueError(
-            f"optimizers[{key!r}] must hold the parameters that it is given, got "
-            f"{type(part).__name__} with others; use a class of optimizers or a partial of one"
-        )
-    closure = inspect.signature(functools.partial(type(part).step, part)).parameters.get("closure")
-    if closure is not None and closure.default is closure.empty:
-        raise ValueError(
-            f"optimizers[{key!r}] must step without a closure, got {type(part).__name__}; use it "
-            "alone, for all parameters"
-        )

@@ -112,7 +112,7 @@ def group_names(groups: Sequence[dict[str, Any]]) -> list[str]:
 
 def part_optimizers(optimizer: Any) -> dict[str, Optimizer]:
     """Returns the parts of a combined optimizer by name; empty for any other optimizer."""
-    parts = getattr(optimizer, "parts", None)
+    parts: Any = getattr(optimizer, "parts", None)
     is_combined = isinstance(parts, dict) and all(isinstance(p, Optimizer) for p in parts.values())
     return parts if is_combined else {}
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
-from lightning_bigopt.arguments import explain_arguments
+from lightning_bigopt.arguments import Specification, explain_arguments
 from lightning_bigopt.checks import check_non_negative, check_positive, shown
 from lightning_bigopt.config_values import python_value
 from lightning_bigopt.parameters import (
@@ -31,7 +31,7 @@ __all__ = [
 
 @explain_arguments
 @dataclass(frozen=True)
-class ParameterGroup:
+class ParameterGroup(Specification):
     """Parameters by pattern, with a learning-rate factor and a weight decay of their own.
 
     For ``groups=`` of :func:`parameter_groups`, :class:`CombinedOptimizer` and
@@ -54,6 +54,8 @@ class ParameterGroup:
         >>> ParameterGroup("head.*", name="head", lr_factor=0.1)
         ParameterGroup(pattern=('head.*',), name='head', lr_factor=0.1, weight_decay=None)
     """
+
+    _used_in: ClassVar[str] = "parameter_groups(module, weight_decay=0.1, groups=[{}])"
 
     pattern: tuple[str, ...] | str
     _: KW_ONLY

@@ -1,4 +1,4 @@
-"""Scenarios of combined optimizers on two processes: steps, resume, and Muon of sharded matrices."""
+"""Scenarios of combined optimizers on two processes: steps, resume, Muon of shards."""
 
 from __future__ import annotations
 

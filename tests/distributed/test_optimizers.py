@@ -41,7 +41,7 @@ def test_muon_of_sharded_matrices_is_that_of_whole_ones(found: Any) -> None:
 
 def test_flat_shards_raise_with_the_way_out(found: Any) -> None:
     for result in found:
-        assert "must have a hidden matrix for Muon, got none" in result["flat_muon"]
+        assert "must have a hidden matrix for Muon, got a Recipe without one" in result["flat_muon"]
         assert "use FSDP2" in result["flat_muon"]
 
 

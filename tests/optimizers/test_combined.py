@@ -24,8 +24,10 @@ from lightning_bigopt import (
     ParameterGroup,
     StepGuard,
     combine_optimizers,
+    learning_rate_range_test,
 )
 from lightning_bigopt.gradients import skip_update_, step_control
+from lightning_bigopt.optimizers.training_snapshot import TrainingSnapshot
 from tests.bad_batches import BadBatchModule
 from tests.helpers import QUIET, Probe, ResumableLoader, cpu_precision, loader
 
@@ -444,6 +446,10 @@ def test_guard_skips_an_update_in_all_parts(precision: str) -> None:
             {"*": partial(torch.optim.LBFGS, lr=1.0)},
             "step without a closure, got LBFGS; use it alo",
         ),
+        (
+            {"*": MUON},
+            "got 'embed.weight' and others, and the error 'Muon only sup",
+        ),
         ([ADAMW], "optimizers must be a Mapping, got .*; write {'"),
     ],
 )
@@ -456,7 +462,7 @@ def test_invalid_parts_raise(optimizers: Any, message: str) -> None:
 def test_frozen_and_tied_parameters():
     net = Net()
     net.embed.requires_grad_(requires_grad=False)
-    with pytest.raises(ValueError, match="got 'embed.*', which matches frozen ones only"):
+    with pytest.raises(ValueError, match=r"got 'embed.*', which matches frozen ones only"):
         combine_optimizers(net, {"embed.*": SGD, "*": ADAMW})
     assert "embed.weight" not in combined(net).param_groups[1]["param_names"]
     net.requires_grad_(requires_grad=False)
@@ -464,7 +470,7 @@ def test_frozen_and_tied_parameters():
         combined(net)
     tied = Net()
     tied.head.weight = tied.embed.weight
-    with pytest.raises(ValueError, match="head.weight is tied to embed.weight: write a patt"):
+    with pytest.raises(ValueError, match=r"head.weight is tied to embed.weight: write a patt"):
         combine_optimizers(tied, {"head.weight": SGD, "*": ADAMW})
     names = [n for g in combined(tied).param_groups for n in g["param_names"]]
     assert names.count("embed.weight") == 1
@@ -509,3 +515,45 @@ def test_weight_decay_of_an_optimizer_without_one_raises():
         ValueError, match="weight_decay must be None for Rprop, which has none, got"
     ):
         combine_optimizers(Net(), rprop, groups=groups)
+
+
+# ------------------------------------------------------------------------------------ snapshots
+
+
+def test_snapshot_restores_every_part():
+    net = Net()
+    optimizer = combined(net)
+    train(net, [optimizer])
+    weights, before = copy.deepcopy(net), contents(optimizer)
+    snapshot = TrainingSnapshot(net, [optimizer])
+    train(net, [optimizer], range(4, 6))
+    optimizer.param_groups[0]["lr"] = 9.0
+    optimizer.load_state_dict(optimizer.state_dict())
+    new = nn.Parameter(torch.ones(2))
+    optimizer.add_param_group({"params": [new], "name": "AdamW.new"})
+    snapshot.restore()
+    assert optimizer.param_groups[-1]["name"] == "AdamW.new"
+    del optimizer.parts["AdamW"].param_groups[-1]
+    assert same(contents(optimizer), before)
+    assert_equal(net, weights)
+
+
+def test_range_test_restores_every_part():
+    weights = []
+    for is_tested in (False, True):
+        module = Combined()
+        trainer = L.Trainer(**QUIET, max_steps=4)
+        if is_tested:
+            learning_rate_range_test(trainer, module, ResumableLoader(16, 4), steps=10)
+            assert not trainer.optimizers or not trainer.optimizers[0].state
+        trainer.fit(module, ResumableLoader(16, 4))
+        weights.append(module)
+    assert_equal(*weights)
+
+
+def test_groups_that_are_assigned_go_to_their_parts():
+    optimizer = combined(Net())
+    groups = [dict(group) for group in reversed(optimizer.param_groups)]
+    optimizer.param_groups = groups
+    assert optimizer.parts["AdamW"].param_groups == [groups[0]]
+    assert optimizer.parts["Muon"].param_groups == [groups[1]]

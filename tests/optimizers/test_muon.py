@@ -23,7 +23,8 @@ from lightning_bigopt import (
     muon_adamw,
 )
 from lightning_bigopt.gradients import skip_update_
-from lightning_bigopt.optimizers import Muon, hidden_matrices
+from lightning_bigopt.optimizers import Muon
+from lightning_bigopt.optimizers.muon_adamw import hidden_matrices
 from tests.bad_batches import BadBatchModule
 from tests.helpers import QUIET, Probe, ResumableLoader, loader
 from tests.optimizers.test_combined import Net, assert_equal, backward
@@ -166,7 +167,7 @@ def test_invalid_arguments_raise(options: dict[str, Any], message: str) -> None:
 
 def test_flat_shards_and_models_without_hidden_matrices_raise():
     with pytest.raises(
-        ValueError, match="must have a hidden matrix for Muon, got none among 2 para"
+        ValueError, match="must have a hidden matrix for Muon, got a Linear without o"
     ):
         muon_adamw(nn.Linear(3, 3), lr=0.1)
     flat = nn.Module()
