@@ -202,8 +202,8 @@ def _chosen(
     if not chosen:
         kind = type(module).__name__
         raise ValueError(
-            f"module must have a hidden matrix for Muon, got {with_article(kind)} "
-            "without one; use AdamW alone, or name matrices in muon= (FSDP1 has flat shards: use FSDP2, "
+            f"module must have a hidden matrix for Muon, got {with_article(kind)} without "
+            "one; use AdamW alone, or name matrices in muon= (FSDP1 has flat shards: use FSDP2, "
             "ModelParallelStrategy)"
         )
     for name in sorted(chosen):

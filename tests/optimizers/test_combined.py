@@ -544,7 +544,7 @@ def test_range_test_restores_every_part():
         module = Combined()
         trainer = L.Trainer(**QUIET, max_steps=4)
         if is_tested:
-            learning_rate_range_test(trainer, module, ResumableLoader(16, 4), steps=10)
+            learning_rate_range_test(trainer, module, ResumableLoader(16, 4), steps=15)
             assert not trainer.optimizers or not trainer.optimizers[0].state
         trainer.fit(module, ResumableLoader(16, 4))
         weights.append(module)
