@@ -28,9 +28,9 @@ def defer_requeue(trainer: Trainer) -> RequeueSignal | None:
 class RequeueSignal:
     """Defers Lightning's handler of SLURM's signal, which saves a checkpoint and requeues the job.
 
-    Python runs a handler between any two instructions. Lightning's own may save parameters of which
-    only some have been updated, or counts that do not match. Several processes get the signal at
-    different moments, and the collectives of the handler would meet those of an update.
+    Python runs a handler between any two instructions. That of Lightning may save parameters of
+    which only some have been updated, or counts that do not match. Several processes get the signal
+    at different moments: one would run the collectives of the handler, another those of an update.
 
     Args:
         trainer: The Trainer, on a cluster with SLURM and ``auto_requeue=True``.
