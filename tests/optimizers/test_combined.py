@@ -247,6 +247,15 @@ def test_other_parameters_raise_with_their_names_and_change_nothing(change, mess
     assert same(contents(again), before)
 
 
+def test_state_of_other_parts_raises_with_their_names():
+    net = Net()
+    saved = combine_optimizers(net, {"blocks.* if ndim == 2": SGD, "*": ADAMW}).state_dict()
+    with pytest.raises(
+        ValueError, match="must have the parameter groups Muon, AdamW, got SGD, Ada"
+    ):
+        combined(net).load_state_dict(saved)
+
+
 def test_copies_and_pickles_continue_as_the_original():
     net = Net()
     optimizer = combined(net)
@@ -323,13 +332,15 @@ def test_skipped_update_changes_nothing_in_any_part():
     assert_equal(net, weights)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_grad_scaler_scales_and_skips_all_parts(fused: bool) -> None:
-    parts = {"blocks.*": partial(torch.optim.SGD, lr=0.1, fused=fused)}
-    parts["*"] = partial(torch.optim.AdamW, lr=1e-2, fused=fused)
+@pytest.mark.parametrize(
+    ("of_sgd", "of_adamw"), [(False, False), (True, True), (True, False), (False, True)]
+)
+def test_grad_scaler_scales_and_skips_all_parts(of_sgd: bool, of_adamw: bool) -> None:
+    parts = {"blocks.*": partial(torch.optim.SGD, lr=0.1, fused=of_sgd)}
+    parts["*"] = partial(torch.optim.AdamW, lr=1e-2, fused=of_adamw)
     net, reference = Net(), Net()
     optimizer, plain = combine_optimizers(net, parts), combine_optimizers(reference, parts)
-    assert optimizer._step_supports_amp_scaling is fused
+    assert optimizer._step_supports_amp_scaling is (of_sgd and of_adamw)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=100)
     for seed in range(3):
         backward(net, seed)
