@@ -20,7 +20,7 @@ class Muon(torch.optim.Muon):
 
     .. math:: \mu_t = (1 - f) \mu_0 + f \mu, \quad f = \min(t / T, 1)
 
-    for update :math:`t = 0, 1, \dots` The count is saved in the groups; updates that are skipped,
+    for update :math:`t = 0, 1, \ldots`. The count is saved in the groups; updates that are skipped,
     and updates without gradients, do not count.
 
     torch's own Muon multiplies the shards of a DTensor in bfloat16 and adds the products, which
