@@ -62,7 +62,8 @@ class LearningRateScheduler(Capability):
         groups: Other schedules for parameter groups, by their ``name``; a group without one has the
             name that the charts show, such as ``"group1"``.
         optimizers: Other schedules for some optimizers, by the name of their class: ``"Adam"``, or
-            ``"Adam-0"`` and ``"Adam-1"`` for two of a class.
+            ``"Adam-0"`` and ``"Adam-1"`` for two of a class. The parts of a CombinedOptimizer count
+            as optimizers.
         min_lr: Lower bound of every learning rate (base × factor) after the schedule's warm-up and
             after all adjustments; None for no bound.
         max_lr: Upper bound of every learning rate; None for no bound.
