@@ -25,7 +25,7 @@ from lightning_bigopt.engine.lr_scheduler import LightningLRScheduler
 from lightning_bigopt.engine.stage import LEARNING_RATE, Fit
 from lightning_bigopt.optimizers.field_claim import BaseOwner
 from lightning_bigopt.optimizers.modes import has_modes
-from lightning_bigopt.optimizers.names import group_names
+from lightning_bigopt.optimizers.names import group_names, part_optimizers
 from lightning_bigopt.schedules.base import Schedule
 from lightning_bigopt.schedules.shapes import CooldownShape
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
@@ -247,11 +247,17 @@ class LearningRateScheduler(Capability):
 
     def _advise_on_modes(self, fit: Fit) -> None:
         """Logs that an optimizer with an evaluation mode needs no decay, if its schedule decays."""
-        for label, optimizer in fit.groups:
-            names = group_names(optimizer.param_groups) if has_modes(optimizer) else []
+        parts = [
+            (label, part)
+            for label, optimizer in fit.groups
+            for part in part_optimizers(optimizer).values() or (optimizer,)
+            if has_modes(part)
+        ]
+        for label, part in parts:
+            names = group_names(part.param_groups)
             if any(_decays(self.schedule_of(name, optimizer=label)) for name in names):
                 rank_zero_info(
-                    f"{type(optimizer).__name__} evaluates an average of its weights, which "
+                    f"{type(part).__name__} evaluates an average of its weights, which "
                     "replaces the decay of the learning rate: it needs no schedule, or a warm-up "
                     "only, as LearningRateScheduler(WarmupConstant())."
                 )

@@ -14,6 +14,7 @@ from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import shown
 from lightning_bigopt.optimizers.combined_state import PartStates, states_of_groups
 from lightning_bigopt.optimizers.make_part import OptimizerFactory, checked_factories, make_part
+from lightning_bigopt.optimizers.modes import has_modes
 from lightning_bigopt.optimizers.parameter_group import (
     ParameterGroup,
     checked_groups,
@@ -192,6 +193,16 @@ class CombinedOptimizer(Optimizer):
         """The fields of parameter groups that a part schedules itself."""
         fields = (getattr(part, "scheduled_fields", ()) for part in self.parts.values())
         return frozenset(chain.from_iterable(fields))
+
+    def train(self) -> None:
+        """Switches the parts that have modes, such as those of schedulefree, to training mode."""
+        for part in filter(has_modes, self.parts.values()):
+            part.train()  # type: ignore[attr-defined]
+
+    def eval(self) -> None:
+        """Switches the parts that have modes to evaluation mode."""
+        for part in filter(has_modes, self.parts.values()):
+            part.eval()  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -10,6 +10,8 @@ from weakref import WeakSet
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_bigopt.optimizers.names import part_optimizers
+
 __all__ = ["has_modes", "shows_mode", "state_versions", "switch"]
 
 _version = attrgetter("_version")
@@ -17,13 +19,15 @@ _SHOWING: WeakSet[Optimizer] = WeakSet()  # those whose plain values have shown 
 
 
 def has_modes(optimizer: Optimizer) -> bool:
-    """Returns whether an optimizer has ``train()`` and ``eval()``.
+    """Returns whether an optimizer, or a part of a combined one, has ``train()`` and ``eval()``.
 
     Example:
         >>> import torch
         >>> has_modes(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]))
         False
     """
+    if parts := part_optimizers(optimizer):
+        return any(map(has_modes, parts.values()))
     return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
 
 

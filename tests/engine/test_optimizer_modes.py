@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ from lightning_bigopt import (
     StepGuard,
     WarmupConstant,
     WarmupLinear,
+    combine_optimizers,
 )
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.optimizer_modes import OptimizerModes
@@ -256,6 +258,29 @@ def test_the_best_checkpoint_holds_what_was_validated(tmp_path: Path, on_epoch_e
     trainer_with(Idle(), saves, enable_checkpointing=True).fit(module, loader(16, 2), loader(2, 2))
     saved = torch.load(saves.best_model_path, weights_only=True)["state_dict"]
     assert same(saved, module.evaluated[-1])
+
+
+def half_free(parameters: Any, lr: float, *, free: Any) -> torch.optim.Optimizer:
+    """Returns SGD and an optimizer with modes as one optimizer, for the same parameters."""
+    module = nn.ParameterList(parameters)
+    return combine_optimizers(
+        module, {"0": partial(torch.optim.SGD, lr=lr), "*": partial(free, lr=lr)}
+    )
+
+
+@pytest.mark.parametrize("free", [AdamW, MeanSGD, SwappingSGD])
+def test_a_part_of_a_combined_optimizer_is_switched(free: Any, tmp_path: Path) -> None:
+    optimizer, path = partial(half_free, free=free), tmp_path / "a.ckpt"
+    trained, evaluated, end = plain_loop(optimizer, batches(), evaluate_after=[3, 6])
+    module = Free(optimizer)
+    trainer_with(Idle(), val_check_interval=3).fit(module, loader(16, 2), loader(2, 2))
+    assert all_same(module.trained, trained)
+    assert all_same(module.evaluated[1:], evaluated)
+    assert same(copies(module), copies(end))
+    saves = SavesIn(path, "on_train_batch_end")
+    trainer_with(saves, Idle(), max_steps=4).fit(Free(optimizer), ResumableLoader(16, 2))
+    straight, resumed = straight_and_resumed(path, optimizer)
+    assert all_same(resumed.trained, straight.trained[4:])
 
 
 def straight_and_resumed(path: Path, optimizer: Any) -> tuple[Free, Free]:
