@@ -6,18 +6,19 @@ import lightning_bigopt
 from lightning_bigopt import schedules
 
 NAMES = """
-    AGC Abort Action AdaGC AutoClip Backoff BatchSizePolicy BatchSizePolicyMixin BatchSizeRamp
-    BatchSizeScheduler BatchSizeSteps Chain Clamp ClipToMedian ClippingRule Constant
-    ConstantBatchSize Cooldown Cosine CosineWithRestarts Cyclic Detector Duration Exponential
+    AGC Abort Action AdaGC AutoClip BF16 Backoff BatchSizePolicy BatchSizePolicyMixin BatchSizeRamp
+    BatchSizeScheduler BatchSizeSteps Chain Clamp ClipToMedian ClippingRule Compressor Constant
+    ConstantBatchSize Cooldown Cosine CosineWithRestarts Cyclic Detector Duration Exponential FP16
     FullBatch GlobalBatchFinder GlobalBatchLoader GradientClipping GradientClippingMixin
+    GradientCompression GradientCompressionMixin
     GradientNoiseScale GradientNoiseScaleMixin Groups Horizon HyperparameterScheduleMixin
     HyperparameterScheduler InfiniteSchedule InverseSquareRoot LearningRateRangeTest
     LearningRateScheduleMixin LearningRateScheduler Linear LossSpike MaxUpdateRatio MultiStep Noam
     NoiseScaleBatchSize NonFinite NormClip NormSpike OneCycle OptimizationMonitor
-    OptimizationMonitorMixin PerParameterNormClip PiecewiseLinear Polynomial Power Product
+    OptimizationMonitorMixin PerParameterNormClip PiecewiseLinear Polynomial Power PowerSGD Product
     Progress REX RangeTest ReduceOnPlateau ReduceOnPlateauMixin Schedule SchedulePolicy Seesaw
     SeesawBatchSize SingleSample Skip StepDecay StepGuard StepGuardMixin TooManyRejectionsError
-    TriStage UpdateClip ValueClip Warmup WarmupConstant WarmupCosine WarmupInverseSquareRoot
+    TopK TriStage UpdateClip ValueClip Warmup WarmupConstant WarmupCosine WarmupInverseSquareRoot
     WarmupLinear WarmupStableDecay ZClip __version__ learning_rate_range_test parameter_groups plan
     replay
 """
