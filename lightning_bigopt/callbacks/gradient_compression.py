@@ -47,6 +47,8 @@ class GradientCompression(Capability):
     the result. :class:`TopK` and :class:`PowerSGD` keep what an update does not send, and add it to
     the next one (error feedback); an update that is skipped changes nothing of that. On one process
     TopK acts on the gradient of each update, and the other compressors do nothing.
+    GradientNoiseScale does not measure updates with TopK or PowerSGD, whose norm is not that of the
+    mean gradient: it measures those before ``start``.
 
     This saves time only where the network is the bottleneck: the compressed gradients cost
     computation, and TopK and PowerSGD do not send while the backward pass runs.
@@ -185,9 +187,11 @@ class GradientCompression(Capability):
         """Acts on the gradient of one process; with several ones DDP's hook has done so."""
         compressor = self.compressor
         assert self.fit is not None  # set by the engine
-        if self.fit.trainer.world_size > 1 or not isinstance(compressor, TopK):
+        is_alone = self._reduction is None
+        if not self._is_active(self.fit) or (is_alone and not isinstance(compressor, TopK)):
             return
-        if not self._is_active(self.fit):
+        update.is_approximate = self._has_feedback
+        if not is_alone or not isinstance(compressor, TopK):
             return
         kinds: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
         for name, parameter in self._parameters.items():

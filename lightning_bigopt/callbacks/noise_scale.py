@@ -178,6 +178,12 @@ class GradientNoiseScale(Capability):
 
     def rescale(self, update: Update) -> None:
         """Stores the norm of the update, before clipping."""
+        if update.is_approximate:
+            self._log_once(
+                "The gradient noise scale is not measured while TopK or PowerSGD compresses the "
+                "gradients, because their norm is not that of the mean gradient."
+            )
+            return
         if not self.needs_norms(update):
             self._log_unless_measured_later()
             return

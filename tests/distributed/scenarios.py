@@ -374,6 +374,13 @@ def gradients(out: Path) -> Any:
     return {name: getattr(gradient_scenarios, name)(out) for name in gradient_scenarios.NAMES}
 
 
+def compression(out: Path) -> Any:
+    """Runs the scenarios of ``compression_scenarios``, which imports this module."""
+    from tests.distributed import compression_scenarios
+
+    return {name: getattr(compression_scenarios, name)(out) for name in compression_scenarios.NAMES}
+
+
 def monitored(out: Path) -> Any:
     """Returns the values that the monitor logs of layers, and the processes that wrote files."""
     found = {}
@@ -559,6 +566,7 @@ NAMES = [
     "flat_shards",
     "schedules",
     "gradients",
+    "compression",
     "monitored",
     "uncounted",
     "output_folders",
