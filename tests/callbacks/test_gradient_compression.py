@@ -106,9 +106,11 @@ def test_others_do_nothing_on_one_process_and_say_so(
 def test_ddp_with_one_process_equals_no_strategy(tmp_path: Path) -> None:
     runs = []
     for options in ({}, {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": 1}):
+        options["use_distributed_sampler"] = False  # which would shuffle
         model = Plain()
         fit(model, loader(16, 4), GradientCompression(TopK(keep=0.2)), max_epochs=2, **options)
         runs.append(flat(model))
+    torch.distributed.destroy_process_group()
     assert torch.equal(*runs)
 
 

@@ -127,7 +127,7 @@ def _matrix(tensor: Tensor) -> Tensor:
 
 def _orthogonal(matrix: Tensor) -> Tensor:
     """Returns an orthonormal basis; for columns of zeros some basis, and NaN for NaN."""
-    basis, _ = torch.linalg.qr(matrix)
+    basis: Tensor = torch.linalg.qr(matrix)[0]
     return basis
 
 
