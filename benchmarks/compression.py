@@ -191,8 +191,8 @@ order.
 
 - **KB** are the bytes that one process sends per update ({{doc}}`../guides/gradients`). With a late
   start they are the mean over the run. With two processes a sum sends the gradient once; TopK sends
-  values and positions, 8 bytes per element. With more processes the bytes of TopK grow in proportion;
-  those of the other compressors at most double.
+  values and positions, 8 bytes per element. With more processes the bytes of TopK grow in
+  proportion; those of the other compressors at most double.
 - **Loss** is compared after equal updates, at learning rates chosen for dense gradients.
 - **Time**: both processes are on one machine and share its cores, so that there is no slow network
   whose time could be saved. The column shows what compression costs: the median of

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["communication_hook", "restore_user_hook", "share_user_hook"]
 
-_HOOK = "_bigopt_communication_hook"
-_WRAPPED = "_bigopt_wrapped"
+_HOOK = "bigopt_communication_hook"
+_WRAPPED = "bigopt_wrapped"
 
 
 def share_user_hook(trainer: Trainer) -> None:
@@ -44,7 +44,7 @@ def share_user_hook(trainer: Trainer) -> None:
 
         # DDP checks annotations, and does not resolve those that are strings.
         run.__annotations__.clear()
-        setattr(run, _HOOK, shared)
+        setattr(share_with_callbacks, _HOOK, shared)
         return run
 
     setattr(share_with_callbacks, _WRAPPED, users)
@@ -81,8 +81,8 @@ def communication_hook(trainer: Trainer, user: str) -> CommunicationHook | None:
     found: CommunicationHook | None = vars(model).get(_HOOK)
     if found is not None:
         return found
-    for hook, _ in model._comm_hooks:
-        found = getattr(hook, _HOOK, None)
+    # Lightning has registered it, with a hook of the user inside.
+    found = getattr(getattr(trainer.strategy, "_ddp_comm_wrapper", None), _HOOK, None)
     if found is None:
         found = CommunicationHook()
         try:
