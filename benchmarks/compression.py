@@ -58,7 +58,7 @@ VARIANTS: dict[str, Compressor | None] = {
 }
 SEEDS = (0, 1)
 UPDATES = 400
-ROUNDS, TIMED_UPDATES = 4, 60
+ROUNDS, TIMED_UPDATES = 3, 50
 
 
 class Times(L.Callback):
@@ -195,11 +195,10 @@ order.
   proportion; those of the other compressors at most double.
 - **Loss** is compared after equal updates, at learning rates chosen for dense gradients.
 - **Time**: both processes are on one machine and share its cores, so that there is no slow network
-  whose time could be saved. The column shows what compression costs: the median of
-  {TIMED_UPDATES} updates, of which the lowest of {ROUNDS} runs is shown, because the machine was busy.
-  TopK and PowerSGD also wait for each bucket, while DDP sends dense gradients during the rest of the
-  backward pass. They save time only on networks on which sending the dense gradient takes longer
-  than both.
+  whose time could be saved. The column shows what compression costs: the median of {TIMED_UPDATES}
+  updates, and of {ROUNDS} such runs the lowest, because the machine was busy. TopK and PowerSGD
+  also wait for each bucket, while DDP sends dense gradients during the rest of the backward pass. They
+  save time only on networks on which sending the dense gradient takes longer than both.
 """
 
 

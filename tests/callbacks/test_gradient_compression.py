@@ -95,10 +95,8 @@ def test_others_do_nothing_on_one_process_and_say_so(
     model, bare = Plain(), Plain()
     with caplog.at_level(logging.INFO):
         fit(model, loader(16, 4), GradientCompression(compressor), max_epochs=1)
-    assert [r.message for r in caplog.records if "has no effect" in r.message] == [
-        "GradientCompression has no effect: one process sends no gradients. Only TopK acts on the "
-        "gradient of one process."
-    ]
+    (line,) = [r.message for r in caplog.records if "has no effect" in r.message]
+    assert "one process sends no gradients. Only TopK acts on the gradient" in line
     fit(bare, loader(16, 4), max_epochs=1)
     assert torch.equal(flat(model), flat(bare))
 
