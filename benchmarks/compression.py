@@ -197,8 +197,8 @@ order.
 - **Time**: both processes are on one machine and share its cores, so that there is no slow network
   whose time could be saved. The column shows what compression costs: the median of {TIMED_UPDATES}
   updates, and of {ROUNDS} such runs the lowest, because the machine was busy. TopK and PowerSGD
-  also wait for each bucket, while DDP sends dense gradients during the rest of the backward pass. They
-  save time only on networks on which sending the dense gradient takes longer than both.
+  also wait for each bucket, while DDP sends dense gradients during the rest of the backward pass.
+  They save time only on networks on which sending the dense gradient takes longer than both.
 """
 
 

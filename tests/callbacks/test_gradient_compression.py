@@ -223,7 +223,7 @@ def test_the_mixin_adds_the_callback() -> None:
     [
         (lambda: GradientCompression(0.1), ValueError, "compressor must be a Compressor, got 0.1"),
         (lambda: GradientCompression(TopK), ValueError, r"write TopK\(...\)"),
-        (lambda: GradientCompression(), TypeError, r"GradientCompression\(PowerSGD\(rank=1\)\)"),
+        (GradientCompression, TypeError, r"GradientCompression\(PowerSGD\(rank=1\)\)"),
         (
             lambda: fit(Plain(), loader(16, 4), TopK(), max_steps=1),
             AttributeError,
