@@ -198,6 +198,7 @@ VALID: dict[str, dict[str, Callable[[], Any]]] = {
     # callbacks
     "BatchSizeScheduler": _valid(policy=bigopt.ConstantBatchSize(8)),
     "GradientClipping": _valid(rule=bigopt.NormClip()),
+    "GradientCompression": _valid(compressor=bigopt.TopK()),
     "HyperparameterScheduler": _valid(field="weight_decay", schedule=bigopt.Linear()),
     "LearningRateScheduler": _valid(schedule=bigopt.WarmupCosine()),
     "ReduceOnPlateau": _valid(monitor="val_loss"),

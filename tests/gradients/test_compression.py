@@ -249,7 +249,7 @@ def test_a_hook_that_lightning_registers_runs_inside_ours(wrapper: Any) -> None:
     ddp_hooks.share_user_hook(trainer)  # of another callback
     registered: Any = strategy._ddp_comm_wrapper(strategy._ddp_comm_hook)  # type: ignore[misc]
     assert not registered.__annotations__
-    shared: CommunicationHook = getattr(strategy._ddp_comm_wrapper, "bigopt_communication_hook")
+    shared: CommunicationHook = strategy._ddp_comm_wrapper.bigopt_communication_hook
     norm = LocalGradientNorm()
     shared.measure(norm)
     sign = 1 if wrapper is None else -1
