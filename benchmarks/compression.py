@@ -207,7 +207,7 @@ order.
 - **CPU time** is that of compressing one gradient on one process, the lowest of {ROUNDS}; the
   forward and backward pass of a micro-batch takes {cost(None):.1f} ms. The time of whole updates is
   not shown: both processes share the cores of one machine, whose load changed it more than the
-  compressor did. There is no slow network here whose time could be saved. TopK and PowerSGD also wait
+  compressor did. No network here is slow, so no time could be saved. TopK and PowerSGD also wait
   for each bucket, while DDP sends dense gradients during the rest of the backward pass. They save
   time only on networks on which sending the dense gradient takes longer than both.
 """

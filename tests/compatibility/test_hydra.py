@@ -202,6 +202,7 @@ NOT_IN_LISTS = {
     *("AGC", "Groups", "BatchSizeSteps", "SchedulePolicy", "MultiStep", "PiecewiseLinear"),
     *("CosineWithRestarts", "Cyclic", "Exponential", "InverseSquareRoot", "Power", "StepDecay"),
     *("InfiniteSchedule", "Noam", "OneCycle", "TriStage", "Warmup", "WarmupConstant"),
+    *("BF16", "FP16", "PowerSGD", "TopK"),
     *("WarmupCosine", "WarmupInverseSquareRoot", "WarmupLinear", "WarmupStableDecay"),
 }
 

@@ -27,7 +27,8 @@ MODULES = (*MODULES, ".callbacks", ".mixins", ".examples", ".monitoring")
 
 NOT_CALLED = {
     # abstract base classes, protocols, types and data
-    *("Action", "BatchSizePolicy", "ClippingRule", "Detector", "Schedule", "UpdateRule"),
+    *("Action", "BatchSizePolicy", "ClippingRule", "Compressor", "Detector", "Schedule"),
+    "UpdateRule",
     *("GradientNorms", "RuleState", "ScalingRule", "Clock", "DurationLike", "Unit", "Rounding"),
     *("TAGS", "__version__"),
     # results and internal values, which the package makes
