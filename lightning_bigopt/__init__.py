@@ -15,6 +15,7 @@ from lightning_bigopt.batching import (
 from lightning_bigopt.callbacks import (
     BatchSizeScheduler,
     GradientClipping,
+    GradientCompression,
     GradientNoiseScale,
     HyperparameterScheduler,
     LearningRateScheduler,
@@ -51,9 +52,11 @@ from lightning_bigopt.gradients import (
     ValueClip,
     ZClip,
 )
+from lightning_bigopt.gradients.compression import BF16, FP16, Compressor, PowerSGD, TopK
 from lightning_bigopt.mixins import (
     BatchSizePolicyMixin,
     GradientClippingMixin,
+    GradientCompressionMixin,
     GradientNoiseScaleMixin,
     HyperparameterScheduleMixin,
     LearningRateScheduleMixin,
@@ -108,6 +111,8 @@ from lightning_bigopt.version import __version__
 
 __all__ = [
     "AGC",
+    "BF16",
+    "FP16",
     "REX",
     "Abort",
     "Action",
@@ -124,6 +129,7 @@ __all__ = [
     "ClipToMedian",
     "ClippingRule",
     "CombinedOptimizer",
+    "Compressor",
     "Constant",
     "ConstantBatchSize",
     "Cooldown",
@@ -138,6 +144,8 @@ __all__ = [
     "GlobalBatchLoader",
     "GradientClipping",
     "GradientClippingMixin",
+    "GradientCompression",
+    "GradientCompressionMixin",
     "GradientNoiseScale",
     "GradientNoiseScaleMixin",
     "Groups",
@@ -167,6 +175,7 @@ __all__ = [
     "PiecewiseLinear",
     "Polynomial",
     "Power",
+    "PowerSGD",
     "Product",
     "Progress",
     "RangeTest",
@@ -182,6 +191,7 @@ __all__ = [
     "StepGuard",
     "StepGuardMixin",
     "TooManyRejectionsError",
+    "TopK",
     "TriStage",
     "UpdateClip",
     "ValueClip",

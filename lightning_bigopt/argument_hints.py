@@ -299,6 +299,7 @@ EXAMPLES = {
     "BatchSizeScheduler": "BatchSizeScheduler(ConstantBatchSize(256))",
     "Chain": "Chain([('50%', Linear()), Cosine()])",
     "GlobalBatchLoader": "GlobalBatchLoader(loader.dataset, micro_batch_size=8)",
+    "GradientCompression": "GradientCompression(PowerSGD(rank=1))",
     "GradientClipping": "GradientClipping(NormClip(max_norm=1.0))",
     "HyperparameterScheduler": "HyperparameterScheduler('weight_decay', Linear())",
     "LearningRateScheduler": "LearningRateScheduler(WarmupCosine())",

@@ -9,6 +9,7 @@ __all__ = ["TrainerOnly", "fabric_error"]
 
 _IN_A_LOOP = {
     "BatchSizeScheduler": "GlobalBatchLoader(...) and its set_batch_sizes",
+    "GradientCompression": "module.register_comm_hook(None, bf16_compress_hook) of torch",
     "GradientClipping": "clip_gradients_(model, rule) before optimizer.step()",
     "GradientNoiseScale": "NoiseScaleEstimator of lightning_bigopt.batching",
     "HyperparameterScheduler": "group[field] = base * schedule(step / steps) at every step",

@@ -43,6 +43,13 @@ trainer:
           init_args:
             max_norm: 0.5
         scope: all
+    - class_path: lightning_bigopt.GradientCompression
+      init_args:
+        compressor:
+          class_path: lightning_bigopt.TopK
+          init_args:
+            keep: 0.3
+            start: 1 steps
     - class_path: lightning_bigopt.BatchSizeScheduler
       init_args:
         policy:

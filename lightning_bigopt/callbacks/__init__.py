@@ -2,6 +2,7 @@
 
 from lightning_bigopt.callbacks.batch_size.batch_size_scheduler import BatchSizeScheduler
 from lightning_bigopt.callbacks.gradient_clipping import GradientClipping
+from lightning_bigopt.callbacks.gradient_compression import GradientCompression
 from lightning_bigopt.callbacks.hyperparameter import HyperparameterScheduler
 from lightning_bigopt.callbacks.learning_rate import LearningRateScheduler
 from lightning_bigopt.callbacks.monitor import OptimizationMonitor
@@ -14,6 +15,7 @@ from lightning_bigopt.callbacks.step_guard.too_many_rejections import TooManyRej
 __all__ = [
     "BatchSizeScheduler",
     "GradientClipping",
+    "GradientCompression",
     "GradientNoiseScale",
     "HyperparameterScheduler",
     "LearningRateScheduler",

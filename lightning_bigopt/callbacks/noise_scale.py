@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -23,7 +23,10 @@ from lightning_bigopt.gradients.noise_scale import (
     noise_scale_terms,
 )
 from lightning_bigopt.gradients.norm_kernels import accumulation_dtype
-from lightning_bigopt.trainer_access import loop, precision, strategies
+from lightning_bigopt.trainer_access import ddp_hooks, loop, precision, strategies
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 __all__ = ["GradientNoiseScale"]
 
@@ -110,8 +113,13 @@ class GradientNoiseScale(Capability):
 
     # ------------------------------------------------------------------------------- stages
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Adds the engine, and shares DDP's communication hook with a hook of the user."""
+        super().setup(trainer, pl_module, stage)
+        ddp_hooks.share_user_hook(trainer)
+
     def check_fit(self, fit: Fit) -> None:
-        """Raises for manual optimization and DeepSpeed, and registers a hook with DDP."""
+        """Raises for manual optimization and DeepSpeed; uses the communication hook of DDP."""
         if not fit.module.automatic_optimization:
             raise ValueError(
                 "automatic_optimization must be True with GradientNoiseScale, got False; call "
@@ -123,7 +131,10 @@ class GradientNoiseScale(Capability):
                 f"{type(fit.trainer.strategy).__name__}, which does not expose gradients; remove "
                 "GradientNoiseScale"
             )
-        self._local = strategies.register_gradient_norm_hook(fit.trainer)
+        hook = ddp_hooks.communication_hook(fit.trainer, "GradientNoiseScale")
+        if hook is not None:
+            self._local = LocalGradientNorm()
+            hook.measure(self._local)
 
     def start(self, fit: Fit) -> None:
         """Starts without an open window."""
@@ -167,6 +178,12 @@ class GradientNoiseScale(Capability):
 
     def rescale(self, update: Update) -> None:
         """Stores the norm of the update, before clipping."""
+        if update.is_approximate:
+            self._log_once(
+                "The gradient noise scale is not measured while TopK or PowerSGD compresses the "
+                "gradients, because their norm is not that of the mean gradient."
+            )
+            return
         if not self.needs_norms(update):
             self._log_unless_measured_later()
             return
@@ -245,6 +262,7 @@ class GradientNoiseScale(Capability):
         if self._local is not None:
             self._local.stop()  # DDP has no way to remove a communication hook
             self._local = None
+        ddp_hooks.restore_user_hook(fit.trainer)
 
     def metrics(self, fit: Fit) -> Mapping[str, float]:
         """Returns noise scale, standard error, noise and signal; nothing if the error is large."""

@@ -59,6 +59,8 @@ class Update:
     Attributes:
         rejection: The rejection of the update, or None.
         decision: The decision of the clipping rule, or None.
+        is_approximate: Whether the gradients are not the mean over the window, because compression
+            has changed them; set in ``rescale``.
     """
 
     optimizer: Optimizer
@@ -72,6 +74,7 @@ class Update:
     announce_rejection: Callable[[Update, str], None]
     rejection: Rejection | None = None
     decision: ClipDecision | None = None
+    is_approximate: bool = False
     _norms: GradientNorms | None = field(default=None, init=False)
     _shrunk: GradientNorms | None = field(default=None, init=False)
 

@@ -1,13 +1,9 @@
-"""A DDP communication hook that measures the gradient of this process before the reduction."""
+"""Measures the gradient of this process before DDP averages it."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.futures import Future
 
 from lightning_bigopt.gradients.norm_kernels import accumulation_dtype, stored_values
 
@@ -43,18 +39,6 @@ class LocalGradientNorm:
         square = norm.to(accumulation_dtype(norm.device)) ** 2
         self._sum = square if self._sum is None else self._sum + square
 
-    def reduce(self, bucket: Any) -> Future[Tensor]:
-        """Runs as the communication hook: measures the bucket, then averages it.
-
-        Args:
-            bucket: DDP's ``GradBucket``.
-
-        Returns:
-            The averaged bucket, of the same shape.
-        """
-        self.add(bucket.buffer())
-        return allreduce_hook(None, bucket)  # type: ignore[arg-type]  # None: the default group
-
     def take(self) -> Tensor:
         """Returns the squared norm since the last reset, and resets it.
 
@@ -71,6 +55,6 @@ class LocalGradientNorm:
         self._sum = None
 
     def stop(self) -> None:
-        """Stops measuring. DDP cannot remove the hook, which then only averages."""
+        """Stops measuring: DDP cannot remove the hook that calls :meth:`add`."""
         self._is_active = False
         self.clear()

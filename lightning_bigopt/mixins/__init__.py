@@ -2,6 +2,7 @@
 
 from lightning_bigopt.mixins.batch_size import BatchSizePolicyMixin
 from lightning_bigopt.mixins.gradient_clipping import GradientClippingMixin
+from lightning_bigopt.mixins.gradient_compression import GradientCompressionMixin
 from lightning_bigopt.mixins.hyperparameter import HyperparameterScheduleMixin
 from lightning_bigopt.mixins.learning_rate import LearningRateScheduleMixin
 from lightning_bigopt.mixins.monitor import OptimizationMonitorMixin
@@ -12,6 +13,7 @@ from lightning_bigopt.mixins.step_guard import StepGuardMixin
 __all__ = [
     "BatchSizePolicyMixin",
     "GradientClippingMixin",
+    "GradientCompressionMixin",
     "GradientNoiseScaleMixin",
     "HyperparameterScheduleMixin",
     "LearningRateScheduleMixin",

@@ -163,6 +163,16 @@ TAGS: tuple[Tag, ...] = (
     ),
     _tag("noise_scale/signal", "1", "Running mean of the squared norm of the true gradient."),
     _tag(
+        "communication/bytes",
+        "bytes",
+        "Bytes that each process sends to average the gradient of this update, by ring algorithms.",
+    ),
+    _tag(
+        "communication/dense_bytes",
+        "bytes",
+        "Bytes that each process would send for this update without compression.",
+    ),
+    _tag(
         "guard/skipped",
         "updates",
         "Updates that the guard has skipped since the beginning of the run.",

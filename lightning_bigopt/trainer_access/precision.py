@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = [
     "gradient_scaler",
     "loss_scale",
+    "loss_scale_tensor",
     "scaler_found_inf",
     "unscale_gradients_",
     "unscaled_loss",
@@ -67,11 +68,9 @@ def unscaled_loss(trainer: Trainer, loss: Tensor) -> Tensor:
         The loss of the micro-batch, float32 of shape ``()``.
     """
     unscaled = loss.detach().float()
-    scaler = gradient_scaler(trainer)
-    # The tensor itself, because the public get_scale() synchronizes. It is None until the first
-    # loss is scaled.
-    if scaler is not None and scaler._scale is not None:
-        unscaled = unscaled / scaler._scale
+    scale = loss_scale_tensor(trainer)
+    if isinstance(scale, Tensor):
+        unscaled = unscaled / scale
     if trainer.lightning_module.automatic_optimization:
         unscaled = unscaled * int(trainer.accumulate_grad_batches)
     return unscaled
@@ -81,3 +80,14 @@ def loss_scale(trainer: Trainer) -> float:
     """Returns the factor by which the GradScaler multiplies losses; 1.0 without a GradScaler."""
     scaler = gradient_scaler(trainer)
     return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def loss_scale_tensor(trainer: Trainer) -> Tensor | float:
+    """Returns the factor of :func:`loss_scale` without synchronizing: a tensor, or 1.0.
+
+    With a GradScaler it is 1.0 until the first loss is scaled.
+    """
+    scaler = gradient_scaler(trainer)
+    # The tensor itself, because the public get_scale() synchronizes.
+    scale: Tensor | None = None if scaler is None else scaler._scale
+    return 1.0 if scale is None else scale

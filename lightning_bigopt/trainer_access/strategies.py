@@ -9,7 +9,6 @@ from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_bigopt.gradients.local_gradient_norm import LocalGradientNorm
 from lightning_bigopt.trainer_access.packages import classes
 
 if TYPE_CHECKING:
@@ -24,11 +23,12 @@ if TYPE_CHECKING:
 __all__ = [
     "averages_initial_parameters",
     "check_first_window",
+    "check_no_ddp_hook",
     "data_parallel_size",
     "data_rank",
+    "ddp_group",
     "is_deepspeed",
     "process_store",
-    "register_gradient_norm_hook",
     "shard_group",
     "shards_gradients",
     "sum_over_data",
@@ -117,6 +117,26 @@ def check_first_window(trainer: Trainer) -> None:
         )
 
 
+def check_no_ddp_hook(trainer: Trainer, user: str) -> None:
+    """Raises if the user gives DDP a communication hook.
+
+    Raises:
+        ValueError: For ``DDPStrategy(ddp_comm_hook=)``, also on a CPU, where Lightning ignores it.
+    """
+    if _is_ddp(trainer.strategy) and trainer.strategy._ddp_comm_hook is not None:
+        raise ValueError(
+            f"ddp_comm_hook must be None with {user}, which averages the gradients in a hook, got "
+            f"{getattr(trainer.strategy._ddp_comm_hook, '__name__', 'one')}; remove one of them"
+        )
+
+
+def ddp_group(trainer: Trainer) -> ProcessGroup:
+    """Returns the process group over which DDP averages gradients."""
+    model = trainer.strategy.model
+    assert isinstance(model, DistributedDataParallel)
+    return model.process_group
+
+
 def shard_group(trainer: Trainer) -> ProcessGroup | None:
     """Returns the process group over which FSDP1 shards flat parameters; None otherwise.
 
@@ -128,39 +148,6 @@ def shard_group(trainer: Trainer) -> ProcessGroup | None:
     if getattr(getattr(model, "sharding_strategy", None), "name", None) == "NO_SHARD":
         return None  # every process holds full gradients
     return getattr(model, "process_group", None)
-
-
-def register_gradient_norm_hook(trainer: Trainer) -> LocalGradientNorm | None:
-    """Registers a DDP communication hook that measures the gradient of this process.
-
-    Returns:
-        The state of the hook; None for other strategies and for one process.
-
-    Raises:
-        ValueError: If DDP already has a communication hook; it supports only one.
-    """
-    strategy = trainer.strategy
-    if not _is_ddp(strategy) or trainer.world_size == 1:
-        return None
-    norm, model = LocalGradientNorm(), strategy.model
-    if not isinstance(model, DistributedDataParallel):  # plan() does not wrap the module
-        return None
-    # On a CPU Lightning silently ignores DDPStrategy(ddp_comm_hook=). Without this check, a second
-    # hook would be accepted on a CPU and raise on a GPU.
-    conflict = "" if strategy._ddp_comm_hook is None else "ddp_comm_hook="
-    try:
-        if not conflict:
-            # A lambda, because DDP checks the annotations of the hook, and does not resolve those
-            # that are strings under ``from __future__ import annotations``.
-            model.register_comm_hook(norm, lambda state, bucket: state.reduce(bucket))
-    except RuntimeError as error:
-        conflict = str(error)
-    if conflict:
-        raise ValueError(
-            "DDP must have no communication hook with GradientNoiseScale, which needs the only "
-            f"one, got one ({conflict}); remove the hook or GradientNoiseScale"
-        )
-    return norm
 
 
 def _is_ddp(strategy: Strategy) -> TypeGuard[DDPStrategy]:

@@ -23,6 +23,8 @@ from lightning_bigopt import (
     GlobalBatchLoader,
     GradientClipping,
     GradientClippingMixin,
+    GradientCompression,
+    GradientCompressionMixin,
     GradientNoiseScale,
     GradientNoiseScaleMixin,
     HyperparameterScheduleMixin,
@@ -40,6 +42,7 @@ from lightning_bigopt import (
     ReduceOnPlateauMixin,
     StepGuard,
     StepGuardMixin,
+    TopK,
     WarmupStableDecay,
 )
 from tests.compatibility.lightning_packages import NAMES, package, train
@@ -94,6 +97,9 @@ CALLBACKS: dict[str, Case] = {
         callbacks=lambda _: [GradientNoiseScale(), OptimizationMonitor()],
         options={"accumulate_grad_batches": 2},
     ),
+    "GradientCompression": Case(
+        callbacks=lambda _: [GradientCompression(TopK(keep=0.2)), OptimizationMonitor()]
+    ),
     "HyperparameterScheduler": Case(
         callbacks=lambda _: [HyperparameterScheduler("weight_decay", Linear(end=0.0))]
     ),
@@ -136,6 +142,10 @@ MIXINS: dict[str, Case] = {
     "GradientNoiseScaleMixin": Case(
         mixins=[GradientNoiseScaleMixin, OptimizationMonitorMixin],
         options={"accumulate_grad_batches": 2},
+    ),
+    "GradientCompressionMixin": Case(
+        mixins=[GradientCompressionMixin],
+        members={"configure_gradient_compression": lambda self: TopK(keep=0.2)},
     ),
     "HyperparameterScheduleMixin": Case(
         mixins=[HyperparameterScheduleMixin],

@@ -263,6 +263,7 @@ NOT_IN_LISTS = {
     *("CosineWithRestarts", "Cyclic", "Exponential", "InverseSquareRoot", "Power", "StepDecay"),
     "ParameterGroup",
     *("InfiniteSchedule", "Noam", "OneCycle", "TriStage", "Warmup", "WarmupConstant"),
+    *("BF16", "FP16", "PowerSGD", "TopK"),
     *("WarmupCosine", "WarmupInverseSquareRoot", "WarmupLinear", "WarmupStableDecay"),
 }
 

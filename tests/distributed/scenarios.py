@@ -381,6 +381,13 @@ def optimizers(out: Path) -> Any:
     return {name: getattr(optimizer_scenarios, name)(out) for name in optimizer_scenarios.NAMES}
 
 
+def compression(out: Path) -> Any:
+    """Runs the scenarios of ``compression_scenarios``, which imports this module."""
+    from tests.distributed import compression_scenarios
+
+    return {name: getattr(compression_scenarios, name)(out) for name in compression_scenarios.NAMES}
+
+
 def monitored(out: Path) -> Any:
     """Returns the values that the monitor logs of layers, and the processes that wrote files."""
     found = {}
@@ -567,6 +574,7 @@ NAMES = [
     "schedules",
     "gradients",
     "optimizers",
+    "compression",
     "monitored",
     "uncounted",
     "output_folders",

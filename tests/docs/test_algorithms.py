@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 import lightning_bigopt
-from lightning_bigopt import BatchSizePolicy, ClippingRule, Detector, Schedule
+from lightning_bigopt import BatchSizePolicy, ClippingRule, Compressor, Detector, Schedule
 from lightning_bigopt.gradients import Action
 
 PAGE = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text()
 CALLS = [call for call in re.findall(r"`([A-Z]\w+\([^`]*=[^`]*\))`", PAGE) if "10_000" not in call]
-BASES = (BatchSizePolicy, ClippingRule, Detector, Schedule, Action)
+BASES = (BatchSizePolicy, ClippingRule, Compressor, Detector, Schedule, Action)
 
 
 def arguments_on_the_page(call: str) -> tuple[str, dict[str, object]]:

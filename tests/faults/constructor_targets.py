@@ -27,7 +27,8 @@ MODULES = (*MODULES, ".callbacks", ".mixins", ".examples", ".monitoring")
 
 NOT_CALLED = {
     # abstract base classes, protocols, types and data
-    *("Action", "BatchSizePolicy", "ClippingRule", "Detector", "Schedule", "UpdateRule"),
+    *("Action", "BatchSizePolicy", "ClippingRule", "Compressor", "Detector", "Schedule"),
+    "UpdateRule",
     *("GradientNorms", "RuleState", "ScalingRule", "Clock", "DurationLike", "Unit", "Rounding"),
     *("TAGS", "__version__"),
     # results and internal values, which the package makes
@@ -200,6 +201,7 @@ VALID: dict[str, dict[str, Callable[[], Any]]] = {
     # callbacks
     "BatchSizeScheduler": _valid(policy=bigopt.ConstantBatchSize(8)),
     "GradientClipping": _valid(rule=bigopt.NormClip()),
+    "GradientCompression": _valid(compressor=bigopt.TopK()),
     "HyperparameterScheduler": _valid(field="weight_decay", schedule=bigopt.Linear()),
     "LearningRateScheduler": _valid(schedule=bigopt.WarmupCosine()),
     "ReduceOnPlateau": _valid(monitor="val_loss"),

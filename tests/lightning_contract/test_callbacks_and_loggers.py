@@ -15,7 +15,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -157,7 +157,7 @@ def test_values_put_into_the_progress_bars_metrics_stay_there() -> None:
 
 @asserts("_ddp_comm_hook")
 def test_ddp_keeps_a_communication_hook_and_ignores_it_on_a_cpu() -> None:
-    """GradientNoiseScale rejects a second hook. On a CPU Lightning does not pass it to torch."""
+    """GradientCompression rejects a second hook. On a CPU Lightning does not pass it to torch."""
     assert DDPStrategy()._ddp_comm_hook is None
     strategy = DDPStrategy(ddp_comm_hook=fp16_compress_hook)
     assert strategy._ddp_comm_hook is fp16_compress_hook
@@ -178,6 +178,33 @@ def test_ddp_keeps_a_communication_hook_and_ignores_it_on_a_cpu() -> None:
         finally:
             torch.distributed.destroy_process_group()
     assert registered == [1]
+
+
+@asserts("_ddp_comm_wrapper")
+def test_lightning_passes_the_hook_of_ddp_to_the_wrapper_and_registers_the_result() -> None:
+    """On GPUs a hook of the user then runs inside that of GradientNoiseScale."""
+    registered: list[Any] = []
+
+    class Model:
+        def register_comm_hook(self, state: Any, hook: Any) -> None:
+            registered.append((state, hook))
+
+    def wrapped(state: Any, bucket: Any) -> Any: ...
+
+    def wrapper(hook: Any) -> Any:
+        registered.append(hook)
+        return wrapped
+
+    assert DDPStrategy()._ddp_comm_wrapper is None
+    strategy = DDPStrategy(
+        ddp_comm_hook=fp16_compress_hook, ddp_comm_state="state", ddp_comm_wrapper=wrapper
+    )
+    strategy.parallel_devices = [torch.device("cuda", 0)]
+    strategy.cluster_environment = LightningEnvironment()
+    strategy.model = Model()  # type: ignore[assignment]
+    with mock.patch("lightning.pytorch.strategies.ddp.DistributedDataParallel", Model):
+        strategy._register_ddp_hooks()
+    assert registered == [fp16_compress_hook, ("state", wrapped)]
 
 
 @asserts("_duration")
