@@ -27,6 +27,7 @@ from lightning_bigopt import (
     FP16,
     BatchSizeScheduler,
     BatchSizeSteps,
+    ConstantBatchSize,
     GlobalBatchLoader,
     GradientClipping,
     GradientCompression,
@@ -40,6 +41,7 @@ from lightning_bigopt import (
 from tests.distributed.batch_scenarios import QuadraticNoise, noise_loader
 from tests.distributed.scenarios import fit, in_order, module
 from tests.helpers import Regression, cpu_precision
+from tests.mean_gradients import MICRO, Means, first_element, mean_data
 
 COMPRESSORS = {
     "topk": TopK(keep=0.1),
@@ -469,6 +471,23 @@ def refused(out: Path) -> Any:
     return found
 
 
+def rescaled(out: Path) -> Any:
+    """Trains with windows that a batch policy rescales; the gradient does not depend on weights."""
+    rank, found = int(os.environ["RANK"]), {}
+    for name, compressor in (("topk", TopK(keep=0.02)), ("powersgd", PowerSGD(rank=1))):
+        for case, weight in (("samples", None), ("weights", first_element)):
+            model, callback = Means(), GradientCompression(compressor)
+            policy = BatchSizeScheduler(ConstantBatchSize(4 * MICRO), weight=weight)
+            loader = DataLoader(mean_data(33 + 2 * rank, seed=rank), batch_size=MICRO)  # type: ignore[arg-type]
+            options = {"use_distributed_sampler": False, "max_epochs": 2, "max_steps": -1}
+            fit("ddp", model, loader, callback, policy, **options)
+            found[f"{name} {case}"] = {
+                "weight": model.weight.flatten().tolist(),
+                "residual": callback.residuals["weight"].flatten().tolist(),
+            }
+    return found
+
+
 NAMES = [
     "resumed",
     "trained",
@@ -480,4 +499,5 @@ NAMES = [
     "graphs",
     "other_sizes",
     "refused",
+    "rescaled",
 ]

@@ -91,7 +91,7 @@ class FeedbackCompressor(Compressor):
                 device; in the same order on all processes.
             feedback: The states of the parameters.
             collectives: Communicates with the other processes.
-            scale: Factor of a GradScaler on the gradients; states do not have it.
+            scale: Factor on the gradients that states do not have, such as that of a GradScaler.
         """
 
     def state_shapes(self, gradient: Tensor) -> dict[str, torch.Size]:
