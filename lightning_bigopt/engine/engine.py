@@ -18,7 +18,7 @@ from lightning_bigopt.engine.stage import Fit, Stages
 from lightning_bigopt.engine.step import StepHooks
 from lightning_bigopt.engine.update_check import UpdateCheck, check_update_is_complete
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
-from lightning_bigopt.trainer_access import loggers, loop, strategies
+from lightning_bigopt.trainer_access import checkpoint_loading, loggers, loop, strategies
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -71,6 +71,7 @@ class Engine(EvaluationHooks, StepHooks):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ends a previous fit that was not ended because of an error."""
         self._end()
+        checkpoint_loading.accept_tensor_subclasses(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collects the capabilities, checks for conflicts, and installs hooks.
@@ -234,14 +235,14 @@ class Engine(EvaluationHooks, StepHooks):
         for callback in trainer_callbacks.callbacks_of(trainer):
             if isinstance(callback, Stages):
                 callback.take_loaded_state()  # loaded by validate or test, or by a finder
+        checkpoint_loading.restore_loading(trainer)
         self._end()
 
     def _end(self) -> None:
         if self._fit is None:
             return
         self._idle_state, self._unlisted = self._fit_state(self._fit), []
-        fit, self._fit = self._fit, None
-        check = self._update_check
+        fit, check, self._fit = self._fit, self._update_check, None
         self._clear_fit()
         fit_setup.end(fit, check)
 
@@ -315,6 +316,5 @@ class Engine(EvaluationHooks, StepHooks):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles must not contain the Trainer and the module.
-        copied = type(self)()
         names = ("clock", "_run", "_loaded", "_idle_state")
-        return {**vars(copied), **{name: getattr(self, name) for name in names}}
+        return {**vars(type(self)()), **{name: getattr(self, name) for name in names}}
