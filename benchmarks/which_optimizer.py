@@ -4,8 +4,8 @@
     python benchmarks/which_optimizer.py --quick  # only tests that the script runs
     python benchmarks/which_optimizer.py --keep /tmp/runs.json  # an interrupted run can continue
 
-Seed 0 finds the learning rate, from four values a factor of two apart and at most two more where
-the best one is at an edge. Seeds 1 and 2 are trained at that rate. Variants of AdamW are trained at its
+Seed 0 finds the learning rate, from three values a factor of two apart and at most two more where
+the best one is at an edge. Seed 1 is trained at that rate, too. Variants of AdamW are trained at its
 rate. The state of an optimizer is measured in bytes per parameter. Optimizers of libraries that are
 not installed are left out.
 """
@@ -46,7 +46,7 @@ from lightning_bigopt.examples.gpt import BytesGPT
 from lightning_bigopt.examples.text import SourceText
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "which_optimizer.md"
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 Groups = list[dict[str, Any]]
 
 
@@ -56,7 +56,7 @@ class Candidate:
 
     name: str
     make: Callable[[Groups, float], Any]
-    rates: tuple[float, ...] = (3e-3, 6e-3, 1.2e-2, 2.4e-2)  # empty for the best rate of AdamW
+    rates: tuple[float, ...] = (6e-3, 1.2e-2, 2.4e-2)  # empty for the best rate of AdamW
     schedule: Any = field(default_factory=lambda: WarmupLinear(warmup="5%"))
 
 
@@ -132,12 +132,12 @@ def candidates() -> Iterator[Candidate]:
     yield Candidate(
         name="Adafactor",
         make=lambda g, lr: of.Adafactor(g, lr=lr),
-        rates=(1.2e-2, 2.4e-2, 4.8e-2, 9.6e-2),
+        rates=(2.4e-2, 4.8e-2, 9.6e-2),
     )
     yield Candidate(
         name="SGD, momentum 0.9",
         make=lambda g, lr: of.SGD([{**x, "weight_decay": 0.0} for x in g], lr=lr, momentum=0.9),
-        rates=(0.1, 0.2, 0.4, 0.8),
+        rates=(0.1, 0.2, 0.4),
     )
     yield Candidate(name="Muon beside AdamW", make=muon)
     if hasattr(optimizers, "muon_adamw"):
@@ -146,7 +146,7 @@ def candidates() -> Iterator[Candidate]:
     yield Candidate(
         name="AdamWScheduleFree",
         make=lambda g, lr: schedulefree.AdamWScheduleFree(g, lr=lr, betas=(0.95, 0.95)),
-        rates=(6e-3, 1.2e-2, 2.4e-2, 4.8e-2),
+        rates=(1.2e-2, 2.4e-2, 4.8e-2),
         schedule=WarmupConstant(warmup="5%"),
     )
     if find_spec("prodigyopt"):
@@ -155,7 +155,7 @@ def candidates() -> Iterator[Candidate]:
         yield Candidate(
             name="Prodigy",
             make=lambda g, lr: prodigyopt.Prodigy(g, lr=lr, **adam),
-            rates=(0.5, 1.0, 2.0, 4.0),
+            rates=(0.5, 1.0, 2.0),
         )
     if find_spec("pytorch_optimizer"):
         import pytorch_optimizer
@@ -163,7 +163,7 @@ def candidates() -> Iterator[Candidate]:
         yield Candidate(
             name="Lion",
             make=lambda g, lr: pytorch_optimizer.Lion(g, lr=lr),
-            rates=(5e-4, 1e-3, 2e-3, 4e-3),
+            rates=(5e-4, 1e-3, 2e-3),
         )
     if find_spec("torchao"):
         from torchao.optim import AdamW4bit, AdamW8bit, AdamWFp8
@@ -204,7 +204,7 @@ def state_bytes(optimizer: Any) -> int:
 def train(candidate: Candidate, lr: float, seed: int, steps: int) -> dict[str, float]:
     """Trains once; returns validation loss, bytes of state per parameter, and seconds."""
     seed_everything(seed, verbose=False)
-    model, data = GPT(candidate, lr), SourceText(micro_batch_size=32, validation_samples=1024)
+    model, data = GPT(candidate, lr), SourceText(micro_batch_size=16, validation_samples=512)
     trainer = Trainer(
         accelerator="cpu",
         max_steps=steps * (2 if candidate.name.startswith("Muon") else 1),  # counts both optimizers
@@ -288,9 +288,9 @@ def page(rows: list[str], steps: int) -> str:
 
 Run with `python benchmarks/which_optimizer.py --write`. Measured on {time.strftime("%Y-%m-%d")} on a
 {platform.machine()} CPU, one thread, with torch {torch.__version__}. Each optimizer trains the GPT of
-the demo with 132k parameters for {steps} updates of 32 windows of 64 bytes, with
+the demo with 132k parameters for {steps} updates of 16 windows of 64 bytes, with
 `WarmupLinear(warmup="5%")` (`WarmupConstant` for schedule-free) and `NormClip(max_norm=1.0)`. The
-validation loss is in nats per byte, the mean over three seeds at the learning rate that was best for
+validation loss is in nats per byte, the mean over two seeds at the learning rate that was best for
 the first seed. "Good rates" are those within 0.02 of the best one. Fused and low-bit variants of
 AdamW are trained at the rate that was best for AdamW. State is the memory of the optimizer in bytes
 per parameter; the weights and gradients of this model take another 8.
