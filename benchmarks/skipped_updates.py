@@ -1,4 +1,4 @@
-"""Checks for every optimizer of five libraries that a skipped update changes nothing.
+"""Checks for the optimizers of six libraries that a skipped update changes nothing.
 
     python benchmarks/skipped_updates.py            # prints the table
     python benchmarks/skipped_updates.py --write    # writes docs/benchmarks/skipped_updates.md
@@ -111,7 +111,7 @@ def contents(value: Any, seen: dict[int, Any]) -> Any:
         return repr(value)
     if isinstance(value, types.FunctionType | types.MethodType | type):
         return type(value).__name__
-    # A learning-rate tensor is shared by the group and the defaults in a run without callbacks only.
+    # A run without callbacks shares a learning-rate tensor between the group and the defaults.
     if id(value) in seen and not isinstance(value, Tensor):
         return "seen"
     seen[id(value)] = value  # keeps the object alive, so that no other gets its id

@@ -39,6 +39,11 @@ class Entry:
     second_order: bool = False  # needs backward(create_graph=True)
     is_variant: bool = False  # another kernel, or another form of an argument
 
+    @property
+    def key(self) -> str:
+        """Library and name."""
+        return f"{self.library}/{self.name}"
+
 
 def matrices(net: nn.Module) -> list[nn.Parameter]:
     """Returns the parameters with two dimensions."""

@@ -36,7 +36,7 @@ class Engine(EvaluationHooks, StepHooks):
         than the learning rate, whose base values are in the checkpoint's ``lr_schedulers``;
         ``written``: the last values of all scheduled fields;
         ``loader``: epoch and position of a GlobalBatchLoader;
-        ``repeat``: whether each optimizer evaluates its closure several times per step.
+        ``repeat``: how each optimizer evaluates its closure in a step.
     """
 
     version = 2
