@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+
 from benchmarks.contracts.catalog import Entry
 from benchmarks.contracts.training import BATCH, Module, SaveAt, difference, fit, loop
 from benchmarks.skipped_updates import ManualModel, Model, problem

@@ -564,4 +564,5 @@ NAMES = [
     "output_folders",
     "restarted",
     "rejected_batches",
+    "optimizers",
 ]

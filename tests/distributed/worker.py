@@ -10,7 +10,12 @@ from pathlib import Path
 
 import torch
 
-from tests.distributed import batch_scenarios, package_scenarios, scenarios
+from tests.distributed import (
+    batch_scenarios,
+    optimizer_scenarios,
+    package_scenarios,
+    scenarios,
+)
 from tests.older_lightning import accept_weights_only
 
 
@@ -19,7 +24,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     accept_weights_only()
     out, names = Path(sys.argv[1]), sys.argv[2:]
-    known = {**vars(scenarios), **vars(batch_scenarios), **vars(package_scenarios)}
+    modules = (scenarios, batch_scenarios, package_scenarios, optimizer_scenarios)
+    known = {name: value for module in modules for name, value in vars(module).items()}
     results = {name: known[name](out) for name in names}
     (out / f"rank{os.environ['RANK']}.json").write_text(json.dumps(results))
 
