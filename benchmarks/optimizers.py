@@ -76,7 +76,7 @@ Run with `python benchmarks/optimizers.py --write` ({versions}; CPU). A regressi
 
 - **schedule**: `WarmupLinear`. The learning rate of each update with the formula, and the weights
   with those of a plain loop that writes these rates.
-- **clip**: `NormClip`. The weights with those of a plain loop with `torch.nn.utils.clip_grad_norm_`.
+- **clip**: `NormClip`. The weights with those of a loop with `torch.nn.utils.clip_grad_norm_`.
 - **exact skip**: `StepGuard`. Weights, states, groups and attributes, as in {{doc}}`skipped_updates`.
 - **MaxUpdateRatio**: the largest relative change of a tensor in a step, measured outside, with the
   limit of 0.001, which a run without it exceeds.

@@ -1,4 +1,4 @@
-"""Every contract for eight optimizers; ``benchmarks/optimizers.py`` checks those of six libraries."""
+"""Every contract for eight optimizers; benchmarks/optimizers.py checks those of six libraries."""
 
 from __future__ import annotations
 
