@@ -77,7 +77,7 @@ Run with `python benchmarks/optimizers.py --write` ({versions}; CPU). A regressi
 - **schedule**: `WarmupLinear`. The learning rate of each update with the formula, and the weights
   with those of a plain loop that writes these rates.
 - **clip**: `NormClip`. The weights with those of a loop with `torch.nn.utils.clip_grad_norm_`.
-- **exact skip**: `StepGuard`. Weights, states, groups and attributes, as in {{doc}}`skipped_updates`.
+- **exact skip**: `StepGuard`. Weights, states, groups and attributes: {{doc}}`skipped_updates`.
 - **MaxUpdateRatio**: the largest relative change of a tensor in a step, measured outside, with the
   limit of 0.001, which a run without it exceeds.
 - **batch coupling**: a batch that grows from 8 to 32 samples with `lr_scaling="sqrt"`. The factors
@@ -88,9 +88,9 @@ Run with `python benchmarks/optimizers.py --write` ({versions}; CPU). A regressi
 - **2 processes**: DDP with schedule and clipping. The processes with each other to the bit, and
   with one process on the whole batch.
 
-`y` is equality to the bit, or a bound that holds. `≈` is equality up to rounding: torch's clipping and
-this package sum the norm in another order. `refused` is an error before the first update that names
-the reason. `own fault` is an error or a difference that a bare Trainer or a plain loop shows, too.
+`y` is equality to the bit, or a bound that holds. `≈` is equality up to rounding: torch's clipping
+and this package sum the norm in another order. `refused` is an error before the first update that
+names the reason. `own fault` is an error or a difference that a bare Trainer or a plain loop shows, too.
 torchao's compiled step runs uncompiled here; "compiled step" is `torch.compile(optimizer.step)`
 with the backend "eager", which traces the step and generates no code.
 

@@ -5,9 +5,9 @@
     python benchmarks/which_optimizer.py --keep /tmp/runs.json  # an interrupted run can continue
 
 Seed 0 finds the learning rate, from three values a factor of two apart and at most two more where
-the best one is at an edge. Seed 1 is trained at that rate, too. Variants of AdamW are trained at its
-rate. The state of an optimizer is measured in bytes per parameter. Optimizers of libraries that are
-not installed are left out.
+the best one is at an edge. Seed 1 is trained at that rate, too. Variants of AdamW are trained at
+the rate of AdamW. The state of an optimizer is measured in bytes per parameter. Optimizers of
+libraries that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -286,9 +286,9 @@ def page(rows: list[str], steps: int) -> str:
     return f"""\
 # Which optimizer
 
-Run with `python benchmarks/which_optimizer.py --write`. Measured on {time.strftime("%Y-%m-%d")} on a
-{platform.machine()} CPU, one thread, with torch {torch.__version__}. Each optimizer trains the GPT of
-the demo with 132k parameters for {steps} updates of 16 windows of 64 bytes, with
+Run with `python benchmarks/which_optimizer.py --write`. Measured on {time.strftime("%Y-%m-%d")}
+on a {platform.machine()} CPU, one thread, with torch {torch.__version__}. Each optimizer trains the GPT
+of the demo with 132k parameters for {steps} updates of 16 windows of 64 bytes, with
 `WarmupLinear(warmup="5%")` (`WarmupConstant` for schedule-free) and `NormClip(max_norm=1.0)`. The
 validation loss is in nats per byte, the mean over two seeds at the learning rate that was best for
 the first seed. "Good rates" are those within 0.02 of the best one. Fused and low-bit variants of
@@ -299,10 +299,12 @@ per parameter; the weights and gradients of this model take another 8.
 |---|---|---|---|---|---|
 {chr(10).join(rows)}
 
-This is one small model, one data set and one short run. Differences below about 0.02 are within the
-noise of seeds and of the search, whose rates are a factor of two apart. Only the learning rate was
-tuned: betas, weight decay and the threshold of clipping are the same, or the default of the library.
-The low-bit optimizers quantize the states of tensors with at least 4096 elements.
+This is one small model, one data set and one very short run, in which the loss still falls fast.
+Differences below about 0.05 are within the noise of seeds and of the search, whose rates are a
+factor of two apart. Only the learning rate was tuned: betas, weight decay and the threshold of
+clipping are the same, or the default of the library. Muon is a manual optimization with Muon for
+the matrices of the blocks and AdamW for everything else, at one rate for both. The low-bit
+optimizers quantize the states of tensors with at least 4096 elements.
 """
 
 
