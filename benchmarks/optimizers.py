@@ -90,9 +90,9 @@ Run with `python benchmarks/optimizers.py --write` ({versions}; CPU). A regressi
 
 `y` is equality to the bit, or a bound that holds. `≈` is equality up to rounding: torch's clipping
 and this package sum the norm in another order. `refused` is an error before the first update that
-names the reason. `own fault` is an error or a difference that a bare Trainer or a plain loop shows, too.
-torchao's compiled step runs uncompiled here; "compiled step" is `torch.compile(optimizer.step)`
-with the backend "eager", which traces the step and generates no code.
+names the reason. `own fault` is an error or a difference that a bare Trainer or a plain loop shows,
+too. torchao's compiled step runs uncompiled here; "compiled step" is
+`torch.compile(optimizer.step)` with the backend "eager", which traces it and generates no code.
 
 | library | optimizer | {" | ".join(CONTRACTS)} |
 |---|---|{"---|" * len(CONTRACTS)}

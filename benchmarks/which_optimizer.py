@@ -55,7 +55,8 @@ class Candidate:
     """An optimizer, made of parameter groups and a learning rate, and the first rates to try."""
 
     name: str
-    make: Callable[[Groups, float], Any]
+    make: Callable[[Any, float], Any]
+    of_module: bool = False  # made of the module instead of groups
     rates: tuple[float, ...] = (6e-3, 1.2e-2, 2.4e-2)  # empty for the best rate of AdamW
     schedule: Any = field(default_factory=lambda: WarmupLinear(warmup="5%"))
 
@@ -71,7 +72,7 @@ class GPT(BytesGPT):
     def configure_optimizers(self) -> Any:
         groups: Groups = super().configure_optimizers().param_groups
         kept = [{key: group[key] for key in ("params", "weight_decay")} for group in groups]
-        made = self.candidate.make(kept, self.lr)
+        made = self.candidate.make(self if self.candidate.of_module else kept, self.lr)
         self.automatic_optimization = not isinstance(made, list)
         return made
 
@@ -141,8 +142,8 @@ def candidates() -> Iterator[Candidate]:
     )
     yield Candidate(name="Muon beside AdamW", make=muon)
     if hasattr(optimizers, "muon_adamw"):
-        # The matrices of the blocks and the other parameters, as muon() divides them.
-        yield Candidate(name="muon_adamw", make=lambda g, lr: optimizers.muon_adamw(g, lr=lr))
+        made = optimizers.muon_adamw
+        yield Candidate(name="muon_adamw", make=lambda m, lr: made(m, lr=lr), of_module=True)
     yield Candidate(
         name="AdamWScheduleFree",
         make=lambda g, lr: schedulefree.AdamWScheduleFree(g, lr=lr, betas=(0.95, 0.95)),
@@ -207,7 +208,8 @@ def train(candidate: Candidate, lr: float, seed: int, steps: int) -> dict[str, f
     model, data = GPT(candidate, lr), SourceText(micro_batch_size=16, validation_samples=512)
     trainer = Trainer(
         accelerator="cpu",
-        max_steps=steps * (2 if candidate.name.startswith("Muon") else 1),  # counts both optimizers
+        max_steps=steps
+        * (2 if candidate.name == "Muon beside AdamW" else 1),  # counts both optimizers
         callbacks=[
             LearningRateScheduler(candidate.schedule),
             GradientClipping(NormClip(max_norm=1.0)),

@@ -19,9 +19,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_bigopt import optimizers
+
 __all__ = ["LIBRARIES", "Build", "Entry", "catalog", "of_class", "table"]
 
-LIBRARIES = ("torch", "schedulefree", "prodigyopt", "pytorch_optimizer", "torchao", "bitsandbytes")
+LIBRARIES = (
+    *("lightning_bigopt", "torch", "schedulefree", "prodigyopt", "pytorch_optimizer", "torchao"),
+    "bitsandbytes",
+)
 UPDATES = 5  # some optimizers ask for the length of the run
 Build = Callable[[nn.Module], Any]
 
@@ -57,6 +62,9 @@ def of_class(kind: Any, **options: Any) -> Build:
 
 def catalog() -> Iterator[Entry]:
     """Yields every optimizer that is installed."""
+    if hasattr(optimizers, "muon_adamw"):
+        build = partial(optimizers.muon_adamw, lr=0.01)
+        yield Entry(library="lightning_bigopt", name="muon_adamw", build=build)
     yield from torch_optimizers()
     for library, entries in (
         ("schedulefree", schedulefree_optimizers),
