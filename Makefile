@@ -3,6 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+FAST := "not slow and not distributed"
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-fast test-litdata test-ray test-versions lint format bench notebooks docs clean
@@ -23,11 +24,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## Trains the example with and without the callbacks and compares them (about 4 minutes on two cores).
 	$(BIN)/bigopt demo
 
+# The others start processes of their own, or are timed: they run alone.
 test: $(STAMP)  ## Runs all tests (25 minutes at most on two cores).
-	$(PYTEST) --cov
+	$(PYTEST) --numprocesses 2 -m $(FAST) --cov --cov-report=
+	$(PYTEST) -m "slow or distributed" --cov --cov-append
 
 test-fast: $(STAMP)  ## Runs the tests that are neither slow nor distributed (4 minutes at most).
-	$(PYTEST) -m "not slow and not distributed"
+	$(PYTEST) --numprocesses 2 -m $(FAST)
 
 test-litdata: $(STAMP)  ## Installs litdata into build/litdata; resumes runs with its loader (5 minutes).
 	test -d build/litdata || $(BIN)/python -m pip install --no-deps --target build/litdata \

@@ -4,10 +4,10 @@
     python benchmarks/loggers.py wandb comet    # some of them
 
 Each logger gets a run of 20 updates with schedule, clipping, guard (which rejects update 7) and
-histograms, in a process of its own; then a run that fails at update 15 and is resumed from its
-checkpoint of update 10, as the documentation of the logger describes it. Whatever TensorBoard
-stores is looked for in the files of the other loggers. mlflow and comet_ml are no dependencies of
-the tests: ``pip install mlflow comet_ml`` beside this package.
+histograms, in a process of its own. A second run fails at update 15 and is resumed from its
+checkpoint of update 10, as the documentation of the logger describes it. The files of every other
+logger are searched for what TensorBoard stores. mlflow and comet_ml are not dependencies of the
+tests: ``pip install mlflow comet_ml`` beside this package.
 """
 
 from __future__ import annotations

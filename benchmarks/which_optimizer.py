@@ -289,8 +289,8 @@ def page(rows: list[str], steps: int) -> str:
 # Which optimizer
 
 Run with `python benchmarks/which_optimizer.py --write`. Measured on {time.strftime("%Y-%m-%d")}
-on a {platform.machine()} CPU, one thread, with torch {torch.__version__}. Each optimizer trains the GPT
-of the demo with 132k parameters for {steps} updates of 16 windows of 64 bytes, with
+on a {platform.machine()} CPU, one thread, with torch {torch.__version__}. Each optimizer trains
+the GPT of the demo with 132k parameters for {steps} updates of 16 windows of 64 bytes, with
 `WarmupLinear(warmup="5%")` (`WarmupConstant` for schedule-free) and `NormClip(max_norm=1.0)`. The
 validation loss is in nats per byte, the mean over two seeds at the learning rate that was best for
 the first seed. "Good rates" are those within 0.02 of the best one. Fused and low-bit variants of

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from lightning_bigopt.argument_hints import EXAMPLES, HINTS
 from lightning_bigopt.checks import shown
 from lightning_bigopt.config_values import check_convertible, python_value
+from lightning_bigopt.fabric_hooks import fabric_error
 
 __all__ = ["Specification", "explain_arguments"]
 
@@ -107,10 +108,8 @@ class Specification:
 
         def __getattr__(self, name: str) -> Any:
             if name in ("on_after_setup", "on_after_optimizer_step"):
-                raise TypeError(  # not an AttributeError, which Fabric ignores
-                    f"callbacks must contain objects with hooks, got {self!r} in Fabric; call it "
-                    "in the training loop"
-                )
+                # Not an AttributeError, which Fabric ignores.
+                raise fabric_error(repr(self), [self._used_in.partition("(")[0]])
             if name in _CALLBACK_NAMES or name.startswith("on_"):
                 raise AttributeError(
                     f"callbacks must contain Callback objects, got {self!r}; write "

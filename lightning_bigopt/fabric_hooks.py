@@ -1,7 +1,8 @@
-"""An error for callbacks that are passed to Fabric, which ignores the hooks of a Trainer."""
+"""Errors for callbacks and specifications in Fabric, which ignores the hooks of a Trainer."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 __all__ = ["TrainerOnly", "fabric_error"]
@@ -16,38 +17,37 @@ _IN_A_LOOP = {
     "ReduceOnPlateau": "torch.optim.lr_scheduler.ReduceLROnPlateau",
     "StepGuard": "inspect(detectors, states, readings), record and skip_update_",
 }
-"""What does the work of each callback in a loop without a Trainer, by the name of its class."""
+"""The code that replaces each callback in a loop without a Trainer, by the name of its class."""
 
 
 class TrainerOnly:
-    """Raises in Fabric: its hooks have other arguments than those of a Trainer, or other names.
+    """Base class of callbacks that raise an error in Fabric.
 
-    A callback that Fabric does not call would train without it, and without an error.
-    ``fabric.setup`` calls :meth:`on_after_setup`; the step of an optimizer that was set up alone
-    calls :meth:`on_after_optimizer_step`. A Trainer calls neither.
+    Fabric calls none of the hooks of a Trainer: without the error, the callback would have no
+    effect. ``fabric.setup`` calls :meth:`on_after_setup`; the step of an optimizer that was set up
+    alone calls :meth:`on_after_optimizer_step`. A Trainer calls neither.
     """
 
     def on_after_setup(self, **arguments: Any) -> None:
         """Raises a ValueError that names what to call in the loop instead."""
-        raise fabric_error(type(self).__name__, type(self))
+        raise fabric_error(type(self).__name__, [base.__name__ for base in type(self).__mro__])
 
     def on_after_optimizer_step(self, **arguments: Any) -> None:
         """Raises a ValueError that names what to call in the loop instead."""
-        raise fabric_error(type(self).__name__, type(self))
+        raise fabric_error(type(self).__name__, [base.__name__ for base in type(self).__mro__])
 
 
-def fabric_error(name: str, *callbacks: type) -> ValueError:
-    """Returns the error for callbacks in Fabric, or for a module whose mixins add callbacks.
+def fabric_error(name: str, callbacks: Iterable[str]) -> ValueError:
+    """Returns the error for an object in Fabric that needs callbacks of a Trainer.
 
     Args:
-        name: Name of the object that Fabric holds.
-        callbacks: Classes of the callbacks.
+        name: Name of the object: a callback, a specification, or a module with mixins.
+        callbacks: Names of the classes of the callbacks; names of other classes are ignored.
 
     Example:
-        >>> print(fabric_error("Mine"))
+        >>> print(fabric_error("Mine", []))
         callbacks must be passed to a Trainer, got Mine in Fabric; use lightning.Trainer
     """
-    names = [base.__name__ for callback in callbacks for base in callback.__mro__]
-    calls = [_IN_A_LOOP[name] for name in names if name in _IN_A_LOOP]
+    calls = [_IN_A_LOOP[callback] for callback in callbacks if callback in _IN_A_LOOP]
     advice = f"in the loop, use {' and '.join(calls)}" if calls else "use lightning.Trainer"
     return ValueError(f"callbacks must be passed to a Trainer, got {name} in Fabric; {advice}")

@@ -16,7 +16,10 @@ from hypothesis import settings
 from notebooks.run import free_port
 from tests.older_lightning import accept_weights_only
 
-# Lightning starts the processes of every test at this port instead of at any that is free.
+# Lightning starts the processes of every test at this port instead of at any that is free. A worker
+# of pytest-xdist inherits the port of the first process.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["MASTER_PORT"] = str(free_port())
 os.environ.setdefault("MASTER_PORT", str(free_port()))
 
 # No deadlines: the machine may be busy.

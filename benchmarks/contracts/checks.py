@@ -30,7 +30,7 @@ from lightning_bigopt import (
     WarmupLinear,
 )
 
-__all__ = ["CHECKS", "bare_fault", "run_check"]
+__all__ = ["CHECKS", "amplified_rounding", "bare_fault", "run_check"]
 
 MAX_NORM = 0.05
 RATIO = 1e-3
@@ -53,21 +53,28 @@ def clipping() -> GradientClipping:
 
 
 def equal(entry: Entry, found: Module, expected: Module, **options: Any) -> str:
-    """Compares weights: equal to the bit, to rounding, or not.
-
-    An optimizer may amplify rounding, as a sign, a quantized state or a difference of gradients
-    does. Then a plain loop with a threshold that is two roundings larger differs as much.
-    """
+    """Compares weights: equal to the bit, to rounding, or not."""
     size = difference(found, expected)
     if size == 0:
         return "y"
     if size < ROUNDING:
         return "≈"
-    shifted = loop(entry, **{**options, "max_norm": MAX_NORM * (1 + 2.4e-7)})
-    alone = difference(shifted, loop(entry, **{**options, "max_norm": MAX_NORM}))
+    alone = amplified_rounding(entry, **options)
     if size < 30 * alone:
         return f"≈ amplifies rounding: {size:.0e}, a plain loop {alone:.0e}"
     return f"fault: weights differ by {size:.1e}, by rounding alone {alone:.0e}"
+
+
+def amplified_rounding(entry: Entry, **options: Any) -> float:
+    """Returns how much plain loops differ whose thresholds differ by a few roundings.
+
+    A sign, a quantized state, a difference of gradients and a weight that is rounded to bfloat16
+    amplify rounding, each only where a value is near a boundary; hence several thresholds.
+    """
+    plain = loop(entry, **{**options, "max_norm": MAX_NORM})
+    shifts = (1.2e-7, -1.2e-7, 2.4e-7, -2.4e-7, 4.8e-7, -4.8e-7)
+    loops = (loop(entry, **{**options, "max_norm": MAX_NORM * (1 + shift)}) for shift in shifts)
+    return max(difference(shifted, plain) for shifted in loops)
 
 
 def follows_schedule(entry: Entry) -> str:

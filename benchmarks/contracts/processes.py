@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.contracts.catalog import Entry, catalog
-from benchmarks.contracts.checks import ROUNDING, clipping, schedule, shortened
+from benchmarks.contracts.checks import (
+    ROUNDING,
+    amplified_rounding,
+    clipping,
+    factor,
+    schedule,
+    shortened,
+)
 from benchmarks.contracts.training import Batches, fit
 
 __all__ = ["compare", "start", "train_both"]
@@ -69,6 +76,8 @@ def _compare(entry: Entry, ranks: Sequence[list[Tensor] | str], *callbacks: Any)
     )
     if size == 0:
         return "y"
+    if ROUNDING < size < 30 * (shifted := amplified_rounding(entry, factor=factor, steps=STEPS)):
+        return f"≈ amplifies rounding: {size:.0e}, a plain loop {shifted:.0e}"
     return (
         "≈" if size < ROUNDING else f"fault: weights differ from those of one process by {size:.1e}"
     )

@@ -72,7 +72,10 @@ def main() -> None:
             num_workers=1,
         )
         print(f"litdata {litdata.__version__}, {EPOCHS} epochs of {BATCHES} batches\n")
-        print("| workers | checkpoint | rest of the epoch | batches lost later | without us |")
+        print(
+            "| workers | checkpoint | rest of the epoch | batches lost later "
+            "| without this package |"
+        )
         print("|---|---|---|---|---|")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

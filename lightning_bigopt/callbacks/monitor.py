@@ -71,7 +71,7 @@ class OptimizationMonitor(Capability):
         ``global_batch`` and ``skipped`` on the progress bar. With several optimizers the tags
         contain the names of their classes.
 
-    Samples that cannot be counted, as of a batch of strings, are left out of the log.
+    Values that need a number of samples are not logged if it is unknown, as for batches of strings.
 
     Raises:
         ValueError: If an argument is out of range; at fit start if ``report`` is a folder, if it or
@@ -84,6 +84,8 @@ class OptimizationMonitor(Capability):
         >>> from lightning_bigopt import OptimizationMonitor
         >>> OptimizationMonitor(every=10, layers="blocks").every
         10
+        >>> OptimizationMonitor(event_folder="runs/mine", report="report.html").event_folder
+        'runs/mine'
     """
 
     owns = "monitor"

@@ -16,7 +16,8 @@ from lightning_bigopt.engine.evaluation import EvaluationHooks
 from lightning_bigopt.engine.snapshot import Snapshot
 from lightning_bigopt.engine.stage import Fit, Stages
 from lightning_bigopt.engine.step import StepHooks
-from lightning_bigopt.engine.update_check import UpdateCheck, check_update_is_complete
+from lightning_bigopt.engine.unfinished_update import check_update_is_complete
+from lightning_bigopt.engine.update_check import UpdateCheck
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 from lightning_bigopt.trainer_access import checkpoint_loading, loggers, loop, strategies
 
@@ -278,7 +279,7 @@ class Engine(EvaluationHooks, StepHooks):
         if self._loaded is not None:
             return self._loaded  # not applied yet, see Capability.state_dict
         self.finish_batch()
-        check_update_is_complete(inside_update=self._inside_update)
+        check_update_is_complete(self._fit, evaluations=self._evaluations)
         if self._fit is not None:
             # A run that is killed after the checkpoint must not lose values before it.
             loggers.flush(self._fit.trainer)

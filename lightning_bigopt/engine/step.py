@@ -42,7 +42,7 @@ class StepHooks(Callback):
         super().__init__()
         self.clock = Clock()
         self._fit: Fit | None = None
-        self._inside_update = False  # from its decisions until its batch has ended
+        self._evaluations = 0  # of an update, from its decisions until its batch has ended
         self._clear_fit()
 
     def _clear_fit(self) -> None:
@@ -59,7 +59,7 @@ class StepHooks(Callback):
 
     def _set_capabilities(self, fit: Fit, capabilities: list[Stages]) -> None:
         fit.capabilities[:] = capabilities
-        self._inside_update = False  # not in _clear_fit: a checkpoint may be saved after an error
+        self._evaluations = 0  # not in _clear_fit: a checkpoint may be saved after an error
         self._stages = overriding(capabilities)
         self._updating = list(dict.fromkeys(c for n in _UPDATE_STAGES for c in self._stages[n]))
         self._may_reject = any(capability.may_reject for capability in self._stages["decide"])
@@ -144,7 +144,7 @@ class StepHooks(Callback):
         self._follow_changes(fit)
         update = self._new_update(fit, optimizer)
         if update is None:
-            self._inside_update = True
+            self._evaluations += 1
             return
         for capability in stages["rescale"]:
             capability.rescale(update)
@@ -153,7 +153,7 @@ class StepHooks(Callback):
             update.measure()
         for capability in stages["decide"]:
             update.rejection = update.rejection or capability.decide(update)
-        self._inside_update = True  # not before: StepGuard may end the run by an error
+        self._evaluations += 1  # not before: StepGuard may end the run by an error
         if update.rejection is None:
             for capability in stages["clip"]:
                 capability.clip(update)
@@ -265,7 +265,7 @@ class StepHooks(Callback):
         for capability in self._stages["end_batch"]:
             capability.end_batch(batch)
         if not closes:
-            self._inside_update = False
+            self._evaluations = 0
             return
         # Metrics that are logged also without a monitor.
         logged = [c for c in fit.capabilities if c.logs_without_monitor]
@@ -279,7 +279,7 @@ class StepHooks(Callback):
             self._roll_back = None
         if fit.groups:  # last, because all of the above may change adjustments and groups
             fit.groups.write(clock.progress())
-        self._inside_update = False
+        self._evaluations = 0
 
     def _read_list(self, fit: Fit) -> None:
         """Ends capabilities that were removed from the Trainer's list; warns about new ones."""

@@ -14,7 +14,7 @@ from lightning_bigopt.trainer_access import strategies
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-__all__ = ["UpdateCheck", "check_update_is_complete"]
+__all__ = ["UpdateCheck"]
 
 # An epoch may be as long as the run. So many windows without any gradient are no coincidence.
 _MANY_WINDOWS = 100
@@ -161,14 +161,3 @@ class UpdateCheck:
 def _is_frozen(optimizer: Optimizer) -> bool:
     """Returns whether no parameter of an optimizer requires a gradient."""
     return not any(p.requires_grad for group in optimizer.param_groups for p in group["params"])
-
-
-def check_update_is_complete(*, inside_update: bool) -> None:
-    """Warns about a checkpoint that is saved while an update is performed."""
-    if inside_update:
-        rank_zero_warn(
-            "A checkpoint is saved during an update, after its clipping was decided and before "
-            "Lightning counted it. It may contain a part of this update, which a resume performs "
-            "again. Save in on_train_batch_end; in a handler of a signal, set a flag and save "
-            "there."
-        )

@@ -63,7 +63,8 @@ class OwnedCallbackMixin(_Module):
     def on_after_setup(self, **arguments: Any) -> None:
         """Raises in Fabric if the module will be trained: without a Trainer mixins do nothing."""
         if self.optimizers():  # none for evaluation
-            raise fabric_error(type(self).__name__, *(kind for kind, _ in self._owns()))
+            bases = (base for kind, _ in self._owns() for base in kind.__mro__)
+            raise fabric_error(type(self).__name__, [base.__name__ for base in bases])
 
     def _owns(self) -> Iterator[tuple[type[Capability], str]]:
         for base in type(self).__mro__:

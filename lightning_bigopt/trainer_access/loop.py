@@ -18,6 +18,7 @@ __all__ = [
     "closes_window",
     "continues_ended_epoch",
     "counters",
+    "current_hook",
     "epoch_batches",
     "epoch_is_exhausted",
     "epochs_before_fit",
@@ -226,6 +227,12 @@ def closes_window(trainer: Trainer) -> bool:
     # Lightning's own rule. A WindowLength computes the remainder relative to its first batch.
     length: int = trainer.accumulate_grad_batches
     return ready_batches(trainer) % length == 0 or is_last_batch(trainer)
+
+
+def current_hook(trainer: Trainer) -> str | None:
+    """Returns the innermost hook that Lightning currently calls; None outside hooks."""
+    hook: str | None = trainer.lightning_module._current_fx_name
+    return hook
 
 
 def epoch_batches(trainer: Trainer) -> int | None:

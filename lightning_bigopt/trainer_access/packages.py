@@ -1,7 +1,7 @@
 """Lightning's classes in both of its packages, ``lightning.pytorch`` and ``pytorch_lightning``.
 
 The packages hold copies of the same code: their classes have the same names, and an object of one
-package is no instance of the class of the other. A user trains with either of them. Only this
+package is not an instance of the class of the other. A user trains with either of them. Only this
 module knows the packages; all others get the classes here, by their path within the package.
 """
 
@@ -59,7 +59,7 @@ def own(trainer: Trainer, path: str) -> Any:
 
 @cache
 def _find(package: str, path: str) -> Any:
-    """Returns what a path names; None if the package has no such name, as an old version."""
+    """Returns the object at a path; None if the package does not have it, as an old version."""
     if path.startswith("fabric."):
         package, path = _FABRIC[package], path.removeprefix("fabric.")
     module, _, name = f"{package}.{path}".rpartition(".")

@@ -97,9 +97,21 @@ def test_module_with_mixins_is_evaluated_but_not_trained(package):
         package.Fabric(accelerator="cpu").setup(module, optimizer)
 
 
-def test_specification_raises():
-    fabric = lightning.fabric.Fabric(accelerator="cpu", callbacks=[NormClip(max_norm=1.0)])
-    with pytest.raises(TypeError, match=r"got NormClip\(max_norm=1\.0.* in Fabric; call it"):
+@pytest.mark.parametrize(
+    ("specification", "advice"),
+    [
+        (NormClip(max_norm=1.0), r"clip_gradients_\("),
+        (bigopt.Cosine(), r"as_lr_scheduler\("),
+        (bigopt.NonFinite(), r"inspect\("),
+        (bigopt.Skip(), r"inspect\("),
+        (bigopt.ConstantBatchSize(8), r"GlobalBatchLoader\("),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_specification_raises(specification, advice):
+    fabric = lightning.fabric.Fabric(accelerator="cpu", callbacks=[specification])
+    name = type(specification).__name__
+    with pytest.raises(ValueError, match=rf"got {name}\(.*\) in Fabric; in the loop, use {advice}"):
         fabric.setup(parts()[0])
 
 

@@ -206,7 +206,7 @@ NOT_IN_LISTS = {
 }
 
 
-@pytest.mark.parametrize("name", SPECIFICATIONS.keys() - NOT_IN_LISTS)
+@pytest.mark.parametrize("name", sorted(SPECIFICATIONS.keys() - NOT_IN_LISTS))
 def test_specification_survives_a_list_of_omegaconf(name: str) -> None:
     specification = SPECIFICATIONS[name]
     in_list = OmegaConf.create([{"a": specification}], flags={"allow_objects": True})
@@ -215,7 +215,7 @@ def test_specification_survives_a_list_of_omegaconf(name: str) -> None:
     assert values(again) == (dict, {"a": values(specification)})
 
 
-@pytest.mark.parametrize("name", NOT_IN_LISTS)
+@pytest.mark.parametrize("name", sorted(NOT_IN_LISTS))
 def test_specification_that_omegaconf_rejects_says_how_to_convert(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

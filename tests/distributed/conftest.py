@@ -59,7 +59,8 @@ def launch(out: Path, names: list[str], *, processes: int = 2, timeout: float = 
 @pytest.fixture(scope="session")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Returns a function: scenario → its result on each of two processes."""
-    results = launch(tmp_path_factory.mktemp("two"), scenarios.NAMES)
+    names = [*scenarios.NAMES, "split_datasets"]
+    results = launch(tmp_path_factory.mktemp("two"), names)
     return lambda name: [result[name] for result in results]
 
 

@@ -46,9 +46,9 @@ def block(language: str, containing: str) -> str:
     return code
 
 
-def run(command: str, folder: Path) -> None:
+def run(command: str, folder: Path, **variables: str) -> None:
     _, *arguments = shlex.split(command)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,
@@ -87,7 +87,7 @@ def write_hydra_project(folder: Path) -> None:
     files = re.findall(
         r"^`((?:configs|src)/[\w/.]+)`[^\n]*:\n\n```\w+\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL
     )
-    assert len(files) == 12
+    assert len(files) == 13
     for name, content in (*files, ("src/project.py", block("python", "class Regression"))):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,6 +140,56 @@ def test_hydra_project_trains_as_without_hydra(tmp_path: Path) -> None:
     for max_norm, job in zip((0.05, 0.5), jobs, strict=True):
         rule = NormClip(max_norm=max_norm, norm_type=1)
         assert job == train_without_hydra(tmp_path / str(max_norm), rule=rule)
+
+
+# Records the learning rates. The first start of the job gets the signal after update 8 and ends as
+# if SLURM had killed it; the second one finds the file of scontrol.
+SIGNAL = """
+import os, signal
+from pathlib import Path
+import lightning as L
+
+first = not Path("calls").exists()
+
+class Signal(L.Callback):
+    def on_train_batch_start(self, trainer, *_):
+        if Path("calls").exists() and first:
+            os._exit(0)
+        with open("rates", "a") as file:
+            rate = trainer.optimizers[0].param_groups[0]["lr"]
+            print(int(first), trainer.global_step, rate, file=file)
+        if first and trainer.global_step == 8:
+            os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+@pytest.mark.slow
+def test_requeued_job_of_hydra_continues_in_its_folder(tmp_path: Path) -> None:
+    write_hydra_project(tmp_path)
+    (tmp_path / "src" / "signals.py").write_text(SIGNAL)
+    (tmp_path / "configs" / "callbacks" / "signal.yaml").write_text(
+        "defaults: [default, _self_]\nsignal:\n  _target_: signals.Signal\n"
+    )
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "calls"}\n')
+    scontrol.chmod(0o755)
+    job = {"JOB_ID": "4711", "JOB_NAME": "train", "NTASKS": "1", "NODEID": "0", "LOCALID": "0"}
+    environment = {f"SLURM_{name}": value for name, value in (job | {"PROCID": "0"}).items()}
+    environment |= {"PATH": f"{scontrol.parent}:/usr/bin:/bin", "WANDB_MODE": "offline"}
+    command = block("bash", "srun python").strip().removeprefix("srun ")
+    command = command.replace("$SLURM_JOB_ID", "4711")
+    for _ in range(2):
+        run(f"{command} callbacks=signal", tmp_path, **environment)
+    assert (tmp_path / "calls").read_text() == "requeue 4711\n"
+    assert len(list((tmp_path / "runs" / "4711" / "wandb").glob("offline-run-*-4711"))) == 2
+    lines = [line.split() for line in (tmp_path / "rates").read_text().splitlines()]
+    first, second = ({step: rate for f, step, rate in lines if f == start} for start in "10")
+    assert list(first) == [str(step) for step in range(9)]
+    assert list(second) == [str(step) for step in range(9, 20)]
+    factors = WarmupStableDecay(warmup="10%", decay="20%").values(20)
+    scaled = [0.01 * factor * (1.0 if step < 10 else 2**0.5) for step, factor in enumerate(factors)]
+    assert [float(rate) for rate in (first | second).values()] == pytest.approx(scaled)
 
 
 def test_config_with_convert_all_builds_what_the_page_says() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -187,18 +188,25 @@ def test_signal_at_any_moment_resumes_to_the_bit(folder: Path, moment: str) -> N
     assert at == MOMENTS.get(moment, at)
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 @pytest.mark.parametrize("moment", ["window", "optimizer step"])
-def test_loader_with_a_position_loses_no_window(folder: Path, moment: str) -> None:
+def test_loader_with_a_position_loses_no_window(
+    folder: Path, moment: str, number: signal.Signals
+) -> None:
     def own() -> list[Any]:
         return [c for c in capabilities() if "BatchSize" not in type(c).__name__]
 
     def data() -> ResumableLoader:
         return ResumableLoader(24, 2)
 
-    options = {"accumulate_grad_batches": 3, "max_epochs": 4}
-    first = Module(moment)
-    fit(first, folder, data, own(), **options)
-    assert check_resume(first, folder, data, own, **options) == AT + 1
+    environment = SLURMEnvironment(requeue_signal=number)
+    options = {"accumulate_grad_batches": 3, "max_epochs": 4, "plugins": [environment]}
+    straight = Module()
+    fit(straight, folder, data, own(), **options)
+    ends = pytest.raises(SIGTERMException) if number == signal.SIGTERM else nullcontext()
+    with ends:
+        fit(Module(moment, number), folder, data, own(), **options)
+    assert check_resume(straight, folder, data, own, **options) == AT + 1
 
 
 @pytest.mark.parametrize("moment", ["window", "validation"])

@@ -133,12 +133,9 @@ def cells() -> Iterator[tuple[Case, int]]:
     product = itertools.product(("stateful", "exact", "exact, 2 workers"), SIGNALS)
     for index, (loader, name) in enumerate(product):
         precision = ("32-true", "16-mixed", "bf16-mixed")[(index + index // 3) % 3]
-        # A ramp makes windows of many lengths, also around a validation. After SIGTERM Lightning
-        # ends the run at the end of the batch, inside a window.
-        is_exact = loader != "stateful"
-        number = index if is_exact else 2 * index + 1
-        sent = name if is_exact else name.replace("SIGTERM", "SIGUSR1")
-        yield Case(loader, precision, "BatchNorm", True, number, requeue_signal=sent, pause=0.0), 9
+        # A ramp makes windows of many lengths, also around a validation.
+        number = 2 * index + 1 if loader == "stateful" else index
+        yield Case(loader, precision, "BatchNorm", True, number, requeue_signal=name, pause=0.0), 9
 
 
 def cells_of_two() -> Iterator[tuple[Case, int]]:
@@ -147,6 +144,8 @@ def cells_of_two() -> Iterator[tuple[Case, int]]:
     yield case, 8
     yield replace(case, precision="16-mixed", number=7, requeue_signal="SIGUSR2"), 8
     yield replace(case, loader="stateful", number=3, guard=False), 8
+    yield replace(case, loader="stateful", number=5, requeue_signal="SIGTERM"), 8
+    yield replace(case, number=6, requeue_signal="SIGTERM"), 8
     yield replace(case, loader="exact, 2 workers", number=4, norm="LayerNorm"), 8
 
 

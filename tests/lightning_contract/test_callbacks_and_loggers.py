@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -193,28 +195,35 @@ def test_a_timer_has_the_interval_at_which_it_ends_a_run() -> None:
     assert Timer("00:00:01:30", interval="epoch")._interval == "epoch"
 
 
-@asserts("_signal_connector", "_slurm_sigusr_handler_fn")
-def test_handler_of_slurm_is_registered_after_on_fit_start(
+@asserts("_signal_connector", "_slurm_sigusr_handler_fn", "_sigterm_notifier_fn")
+def test_handlers_of_slurm_are_registered_after_on_fit_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The handler on the instance is the one that is registered, if the environment is SLURM's.
+    """The handlers on the instance are those that are registered, if the environment is SLURM's.
 
-    Without it a signal of SLURM saves a checkpoint in the middle of an update.
+    Without it a signal of SLURM saves a checkpoint in the middle of an update, and SIGTERM starts a
+    collective there.
     """
     for name in ("JOB_ID", "NTASKS", "PROCID", "LOCALID", "NODEID"):
         monkeypatch.setenv(f"SLURM_{name}", "1" if name == "NTASKS" else "0")
     monkeypatch.setenv("SLURM_JOB_NAME", "train")
-    received: list[int] = []
+    received: list[str] = []
 
     class Replaces(L.Callback):
         def on_fit_start(self, trainer: Any, module: Any) -> None:
             assert trainer._accelerator_connector.cluster_environment.auto_requeue
-            assert callable(trainer._signal_connector._slurm_sigusr_handler_fn)
-            handler = "_slurm_sigusr_handler_fn"
-            vars(trainer._signal_connector)[handler] = lambda number, frame: received.append(number)
+            for handler in ("_slurm_sigusr_handler_fn", "_sigterm_notifier_fn"):
+                assert callable(getattr(trainer._signal_connector, handler))
+                record = partial(lambda name, *arguments: received.append(name), handler)
+                vars(trainer._signal_connector)[handler] = record
 
         def on_train_start(self, trainer: Any, module: Any) -> None:
-            signal.raise_signal(signal.SIGUSR1)
+            signal.raise_signal(signal.SIGTERM)
 
-    trainer(Replaces()).fit(Small(), batches(2))
-    assert received == [signal.SIGUSR1]
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    environment = SLURMEnvironment(requeue_signal=signal.SIGTERM)
+    try:
+        trainer(Replaces(), plugins=[environment]).fit(Small(), batches(2))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert received == ["_sigterm_notifier_fn", "_slurm_sigusr_handler_fn"]

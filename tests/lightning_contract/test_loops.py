@@ -220,6 +220,32 @@ def test_public_metrics_add_those_of_a_batch_that_has_not_ended() -> None:
     assert other.progress_bar_metrics is other._logger_connector._progress_bar_metrics
 
 
+@asserts("_current_fx_name")
+def test_the_module_has_the_name_of_the_current_hook() -> None:
+    """A save before the optimizer's step differs from one during it.
+
+    The hook before the step is called within the step, by its closure.
+    """
+    seen: list[str | None] = []
+
+    class Optimizer(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+            result = super().step(closure)
+            seen.append(one.lightning_module._current_fx_name)
+            return result
+
+    class Module(Small):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            seen.append(self._current_fx_name)
+
+        def configure_optimizers(self) -> Any:
+            return Optimizer(self.parameters(), lr=0.1)
+
+    one = trainer(max_steps=1)
+    one.fit(Module(), batches())
+    assert seen == ["on_before_optimizer_step", "optimizer_step"]
+
+
 @asserts("_DataLoaderIterDataFetcher")
 @pytest.mark.filterwarnings("ignore:(Found|You are using the) `dataloader_iter`")
 @pytest.mark.parametrize("fetches", [True, False])

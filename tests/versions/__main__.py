@@ -3,6 +3,7 @@
 python -m tests.versions                     # everything; takes about half an hour
 python -m tests.versions lightning           # Lightning only; python: Python only
 python -m tests.versions --only 2.5.0        # one version of Lightning
+python -m tests.versions lightning --package pytorch_lightning   # the Trainer of the other package
 python -m tests.versions --write             # writes the section of docs/compatibility.md
 """
 

@@ -23,8 +23,13 @@ _MAX_NAMES = 5
 class TooManyRejectionsError(RuntimeError):
     """StepGuard has rejected too many updates in a row; the run has probably diverged.
 
-    Raised out of ``Trainer.fit``, on every process. A hyperparameter search can catch it and prune
-    the trial.
+    ``Trainer.fit`` raises it on every process. A hyperparameter search catches it and prunes the
+    trial::
+
+        try:
+            trainer.fit(module, loader)
+        except TooManyRejectionsError as error:
+            raise optuna.TrialPruned(str(error)) from error
 
     Example:
         >>> from lightning_bigopt import TooManyRejectionsError
