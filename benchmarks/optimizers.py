@@ -71,8 +71,9 @@ def page(rows: Rows) -> str:
     return f"""\
 # Optimizers and contracts
 
-Run with `python benchmarks/optimizers.py --write` ({versions}; CPU). A regression with a weight of
-4096 elements, from which on low-bit optimizers quantize, is trained for 12 updates.
+Run with `python benchmarks/optimizers.py --write` on a CPU ({versions}).
+A regression with a weight of 4096 elements, from which on low-bit optimizers quantize, is trained
+for 12 updates.
 
 - **schedule**: `WarmupLinear`. The learning rate of each update with the formula, and the weights
   with those of a plain loop that writes these rates.
@@ -106,9 +107,9 @@ Own faults of the optimizers, shown by a bare Trainer or a plain loop:
 
 {reasons(rows, "own")}
 
-These amplify rounding, by a sign, a quantized state or a difference of gradients. The second
-figure is the difference of two plain loops whose thresholds differ by two roundings, or of a bare
-Trainer on one and two processes:
+These amplify rounding, by a sign, a quantized state, a difference of gradients or weights that are
+rounded to bfloat16. The second figure is the largest difference of plain loops whose thresholds
+differ by a few roundings:
 
 {reasons(rows, "≈")}
 

@@ -57,7 +57,7 @@ class Evaluations:
         # A compiled step cannot contain the closure, and would be compiled again in every step.
         self.replay: Callable[[], Any] = torch.compiler.disable(self._replay)  # type: ignore[no-untyped-call]
         self._makes_first = True
-        self.start_weights = WeakTensorKeyDictionary()  # type: ignore[no-untyped-call]
+        self.start_weights = WeakTensorKeyDictionary()
         self.repeat: bool | None = None
         self._closure: Callable[[], Any] | None = None
         self._first: list[Any] = []  # the result of the first evaluation, until it is replayed

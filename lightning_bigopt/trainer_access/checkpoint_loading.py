@@ -42,7 +42,7 @@ def restore_loading(trainer: Trainer) -> None:
     vars(_innermost(trainer)).pop(_LOAD, None)
 
 
-def _innermost(trainer: Trainer) -> CheckpointIO:
+def _innermost(trainer: Trainer) -> Any:
     """Returns the plugin that reads files; AsyncCheckpointIO contains another plugin."""
     plugin: Any = trainer.strategy.checkpoint_io
     while (inner := getattr(plugin, "checkpoint_io", None)) is not None:
