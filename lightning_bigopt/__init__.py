@@ -61,7 +61,14 @@ from lightning_bigopt.mixins import (
     ReduceOnPlateauMixin,
     StepGuardMixin,
 )
-from lightning_bigopt.optimizers import parameter_groups
+from lightning_bigopt.optimizers import (
+    CombinedOptimizer,
+    MuonAdamW,
+    ParameterGroup,
+    combine_optimizers,
+    muon_adamw,
+    parameter_groups,
+)
 from lightning_bigopt.schedules import (
     REX,
     Chain,
@@ -116,6 +123,7 @@ __all__ = [
     "Clamp",
     "ClipToMedian",
     "ClippingRule",
+    "CombinedOptimizer",
     "Constant",
     "ConstantBatchSize",
     "Cooldown",
@@ -145,6 +153,7 @@ __all__ = [
     "LossSpike",
     "MaxUpdateRatio",
     "MultiStep",
+    "MuonAdamW",
     "Noam",
     "NoiseScaleBatchSize",
     "NonFinite",
@@ -153,6 +162,7 @@ __all__ = [
     "OneCycle",
     "OptimizationMonitor",
     "OptimizationMonitorMixin",
+    "ParameterGroup",
     "PerParameterNormClip",
     "PiecewiseLinear",
     "Polynomial",
@@ -183,7 +193,9 @@ __all__ = [
     "WarmupStableDecay",
     "ZClip",
     "__version__",
+    "combine_optimizers",
     "learning_rate_range_test",
+    "muon_adamw",
     "parameter_groups",
     "plan",
     "replay",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -152,17 +154,46 @@ def as_patterns(patterns: str | Iterable[str], *, name: str = "patterns") -> tup
     )
 
 
+_RULES = {"==": operator.eq, ">=": operator.ge, "<=": operator.le}
+_RULE = re.compile(r"ndim\s*(==|>=|<=)\s*(\d+)")
+
+
+def _matches(name: str, pattern: str, ndim: int | None) -> bool:
+    """Returns whether a parameter matches a pattern, and its rule where ``ndim`` is given."""
+    glob, has_rule, rule = pattern.partition(" if ")
+    if ndim is None or not has_rule:
+        return fnmatchcase(name, pattern)
+    found = _RULE.fullmatch(rule.strip())
+    if found is None:
+        raise ValueError(
+            f"the rule of a pattern must compare ndim with a number, got {shown(pattern)}; write "
+            "'blocks.* if ndim == 2', or with >= or <="
+        )
+    return fnmatchcase(name, glob.strip()) and bool(_RULES[found[1]](ndim, int(found[2])))
+
+
 @lru_cache(maxsize=64)
-def first_match(names: tuple[str, ...], patterns: tuple[str, ...]) -> tuple[int | None, ...]:
+def first_match(
+    names: tuple[str, ...], patterns: tuple[str, ...], ndims: tuple[int, ...] = ()
+) -> tuple[int | None, ...]:
     """Returns for each name the index of the first pattern that it matches; None without a match.
+
+    Args:
+        names: Names of parameters.
+        patterns: The patterns. If ``ndims`` is given, they may have a rule: ``"*.weight if ndim ==
+            2"``, also with ``>=`` and ``<=``.
+        ndims: The number of dimensions of each parameter; empty if patterns have no rules.
 
     Example:
         >>> first_match(("head.bias", "body.bias"), ("head.*", "*.bias"))
         (0, 1)
+        >>> first_match(("0.weight", "0.bias"), ("* if ndim == 2", "*"), (2, 1))
+        (0, 1)
     """
+    sizes: tuple[int | None, ...] = ndims or (None,) * len(names)
     return tuple(
-        next((i for i, pattern in enumerate(patterns) if fnmatchcase(name, pattern)), None)
-        for name in names
+        next((i for i, pattern in enumerate(patterns) if _matches(name, pattern, ndim)), None)
+        for name, ndim in zip(names, sizes, strict=True)
     )
 
 
@@ -173,6 +204,7 @@ def check_all_match(
     tied: tuple[tuple[str, str], ...] = (),
     *,
     name: str = "every pattern",
+    ndims: tuple[int, ...] = (),
 ) -> None:
     """Raises unless each pattern is the first match of some name.
 
@@ -181,15 +213,17 @@ def check_all_match(
         patterns: The patterns.
         tied: Other names of some of these parameters, as :func:`tied_names` returns them.
         name: Description of the patterns, for the error.
+        ndims: As for :func:`first_match`.
 
     Raises:
         ValueError: If a pattern matches no name, or only names that an earlier pattern matches.
     """
-    used = set(first_match(names, patterns))
+    used = set(first_match(names, patterns, ndims))
+    sizes: tuple[int | None, ...] = ndims or (None,) * len(names)
     for index, pattern in enumerate(patterns):
         if index in used:
             continue
-        taken = [name for name in names if fnmatchcase(name, pattern)]
+        taken = [n for n, ndim in zip(names, sizes, strict=True) if _matches(n, pattern, ndim)]
         others = [pair for pair in tied if fnmatchcase(pair[0], pattern)]
         if taken:
             why = f"; an earlier pattern matches {taken[0]} first; correct or remove the pattern"

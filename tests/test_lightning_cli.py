@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,15 +81,14 @@ class DataModule(L.LightningDataModule):
         return DataLoader(Regression(40), batch_size=2)
 
 
-def train(config: Path) -> Model:
+def train(config: Path, kind: type[Model] = Model) -> Any:
     cli = LightningCLI(
-        Model,
+        kind,
         DataModule,
         args=["fit", "--config", str(config)],
         save_config_kwargs={"overwrite": True},
     )
-    model: Model = cli.model
-    return model
+    return cli.model
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from LightningCLI
@@ -108,3 +108,97 @@ def test_saved_config_trains_to_the_same_bits(
     again = train(saved)
     assert again.seen == first.seen
     assert torch.equal(again.net.weight, first.net.weight)
+
+
+COMBINED = """
+seed_everything: 3
+model:
+  optimizer:
+    class_path: lightning_bigopt.CombinedOptimizer
+    init_args:
+      optimizers:
+        "hidden.* if ndim == 2":
+          class_path: torch.optim.Muon
+          init_args:
+            lr: 0.02
+        "*":
+          class_path: torch.optim.AdamW
+          init_args:
+            lr: 0.1
+            betas: [0.9, 0.95]
+      groups:
+        - pattern: ["net.weight", "net.none"]
+          name: head
+          lr_factor: 0.5
+          weight_decay: 0.3
+      no_decay: "* if ndim <= 1"
+trainer:
+  accelerator: cpu
+  max_steps: 4
+  logger: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  enable_checkpointing: false
+  default_root_dir: {root}
+  callbacks:
+    - class_path: lightning_bigopt.LearningRateScheduler
+      init_args:
+        schedule:
+          class_path: lightning_bigopt.Constant
+        groups:
+          AdamW.head:
+            class_path: lightning_bigopt.Linear
+        optimizers:
+          Muon:
+            class_path: lightning_bigopt.Linear
+            init_args:
+              end: 0.5
+"""
+
+
+class ModelOfParts(Model):
+    def __init__(self, optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(4, 4)
+        self.optimizer = optimizer
+        self.groups: list[dict[str, float]] = []
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer(self)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        groups = self.trainer.optimizers[0].param_groups
+        self.groups.append({group["name"]: group["lr"] for group in groups})
+        return nn.functional.mse_loss(self.net(self.hidden(batch[0])), batch[1])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from LightningCLI
+def test_parts_and_groups_by_pattern_train_from_the_saved_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    config = tmp_path / "written.yaml"
+    text = COMBINED.format(root=tmp_path).replace(', "net.none"', "")
+    config.write_text(text)
+    first = train(config, ModelOfParts)
+    (optimizer,) = first.trainer.optimizers
+    assert {g["name"]: (g["weight_decay"], g["param_names"]) for g in optimizer.param_groups} == {
+        "Muon": (0.1, ["hidden.weight"]),
+        "AdamW.no_decay": (0.0, ["net.bias", "hidden.bias"]),
+        "AdamW.head": (0.3, ["net.weight"]),
+    }
+    assert optimizer.parts["AdamW"].param_groups[0]["betas"] == (0.9, 0.95)
+    for update, rates in enumerate(first.groups):
+        assert rates == {
+            "Muon": pytest.approx(0.02 * (1 - 0.5 * update / 4)),
+            "AdamW.no_decay": 0.1,
+            "AdamW.head": pytest.approx(0.05 * (1 - update / 4)),
+        }
+    saved = tmp_path / "config.yaml"
+    assert "CombinedOptimizer" in saved.read_text()
+    again = train(saved, ModelOfParts)
+    for mine, other in zip(first.parameters(), again.parameters(), strict=True):
+        assert torch.equal(mine, other)
+    config.write_text(COMBINED.format(root=tmp_path))
+    with pytest.raises(ValueError, match=r"every pattern of groups must match a .*'net.none'"):
+        train(config, ModelOfParts)

@@ -7,19 +7,19 @@ from lightning_bigopt import schedules
 
 NAMES = """
     AGC Abort Action AdaGC AutoClip Backoff BatchSizePolicy BatchSizePolicyMixin BatchSizeRamp
-    BatchSizeScheduler BatchSizeSteps Chain Clamp ClipToMedian ClippingRule Constant
-    ConstantBatchSize Cooldown Cosine CosineWithRestarts Cyclic Detector Duration Exponential
-    FullBatch GlobalBatchFinder GlobalBatchLoader GradientClipping GradientClippingMixin
-    GradientNoiseScale GradientNoiseScaleMixin Groups Horizon HyperparameterScheduleMixin
-    HyperparameterScheduler InfiniteSchedule InverseSquareRoot LearningRateRangeTest
-    LearningRateScheduleMixin LearningRateScheduler Linear LossSpike MaxUpdateRatio MultiStep Noam
-    NoiseScaleBatchSize NonFinite NormClip NormSpike OneCycle OptimizationMonitor
-    OptimizationMonitorMixin PerParameterNormClip PiecewiseLinear Polynomial Power Product
-    Progress REX RangeTest ReduceOnPlateau ReduceOnPlateauMixin Schedule SchedulePolicy Seesaw
-    SeesawBatchSize SingleSample Skip StepDecay StepGuard StepGuardMixin TooManyRejectionsError
-    TriStage UpdateClip ValueClip Warmup WarmupConstant WarmupCosine WarmupInverseSquareRoot
-    WarmupLinear WarmupStableDecay ZClip __version__ learning_rate_range_test parameter_groups plan
-    replay
+    BatchSizeScheduler BatchSizeSteps Chain Clamp ClipToMedian ClippingRule CombinedOptimizer
+    Constant ConstantBatchSize Cooldown Cosine CosineWithRestarts Cyclic Detector Duration
+    Exponential FullBatch GlobalBatchFinder GlobalBatchLoader GradientClipping
+    GradientClippingMixin GradientNoiseScale GradientNoiseScaleMixin Groups Horizon
+    HyperparameterScheduleMixin HyperparameterScheduler InfiniteSchedule InverseSquareRoot
+    LearningRateRangeTest LearningRateScheduleMixin LearningRateScheduler Linear LossSpike
+    MaxUpdateRatio MultiStep MuonAdamW Noam NoiseScaleBatchSize NonFinite NormClip NormSpike
+    OneCycle OptimizationMonitor OptimizationMonitorMixin ParameterGroup PerParameterNormClip
+    PiecewiseLinear Polynomial Power Product Progress REX RangeTest ReduceOnPlateau
+    ReduceOnPlateauMixin Schedule SchedulePolicy Seesaw SeesawBatchSize SingleSample Skip StepDecay
+    StepGuard StepGuardMixin TooManyRejectionsError TriStage UpdateClip ValueClip Warmup
+    WarmupConstant WarmupCosine WarmupInverseSquareRoot WarmupLinear WarmupStableDecay ZClip
+    __version__ combine_optimizers learning_rate_range_test muon_adamw parameter_groups plan replay
 """
 
 

@@ -28,7 +28,8 @@ class HyperparameterScheduler(Capability):
 
     Args:
         field: ``"weight_decay"``, ``"momentum"``, ``"betas[0]"``, ``"betas[1]"``, ``"eps"`` or any
-            other numeric field of the parameter groups.
+            other numeric field of the parameter groups. Groups of a combined optimizer without it
+            are left out.
         schedule: Factor on the base over the budget, dimensionless.
         groups: Other schedules for parameter groups, as for :class:`LearningRateScheduler`.
         budget: As for :class:`LearningRateScheduler`; all callbacks of a Trainer share one clock.
@@ -144,9 +145,10 @@ class HyperparameterScheduler(Capability):
         """Returns the values by position: optimizer and group."""
         field = GroupField(self.field)
         return {
-            (index, position): field.read(group)
+            (index, position): value
             for index, (_, optimizer) in enumerate(fit.groups)
-            for position, group in enumerate(optimizer.param_groups)
+            for position, value in enumerate(field.read_all(optimizer.param_groups))
+            if value is not None
         }
 
     def specification(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -23,6 +24,8 @@ from lightning_bigopt.engine.clock_settings import ClockSettings, OnResume
 from lightning_bigopt.engine.lr_scheduler import LightningLRScheduler
 from lightning_bigopt.engine.stage import LEARNING_RATE, Fit
 from lightning_bigopt.optimizers.field_claim import BaseOwner
+from lightning_bigopt.optimizers.modes import has_modes
+from lightning_bigopt.optimizers.names import group_names
 from lightning_bigopt.schedules.base import Schedule
 from lightning_bigopt.schedules.shapes import CooldownShape
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
@@ -59,7 +62,8 @@ class LearningRateScheduler(Capability):
         groups: Other schedules for parameter groups, by their ``name``; a group without one has the
             name that the charts show, such as ``"group1"``.
         optimizers: Other schedules for some optimizers, by the name of their class: ``"Adam"``, or
-            ``"Adam-0"`` and ``"Adam-1"`` for two of a class.
+            ``"Adam-0"`` and ``"Adam-1"`` for two of a class. The parts of a CombinedOptimizer count
+            as optimizers.
         min_lr: Lower bound of every learning rate (base × factor) after the schedule's warm-up and
             after all adjustments; None for no bound.
         max_lr: Upper bound of every learning rate; None for no bound.
@@ -218,7 +222,8 @@ class LearningRateScheduler(Capability):
         )
 
     def announce(self, fit: Fit) -> None:
-        """Logs the differences between a resumed run and its checkpoint."""
+        """Logs advice, and the differences between a resumed run and its checkpoint."""
+        self._advise_on_modes(fit)
         saved, self._saved = self._saved, None
         if not is_resumed(fit):
             return
@@ -239,6 +244,17 @@ class LearningRateScheduler(Capability):
             start, _ = fit.clock.cooldown
             factors = [self.schedule_of(name)(start) for name in (None, *self.groups)]
             warn_of_flat_cooldown(factors, end=self.cooldown_end)
+
+    def _advise_on_modes(self, fit: Fit) -> None:
+        """Logs that an optimizer with an evaluation mode needs no decay, if its schedule decays."""
+        for label, optimizer in fit.groups:
+            names = group_names(optimizer.param_groups) if has_modes(optimizer) else []
+            if any(_decays(self.schedule_of(name, optimizer=label)) for name in names):
+                rank_zero_info(
+                    f"{type(optimizer).__name__} evaluates an average of its weights, which "
+                    "replaces the decay of the learning rate: it needs no schedule, or a warm-up "
+                    "only, as LearningRateScheduler(WarmupConstant())."
+                )
 
     @property
     def is_resolved(self) -> bool:
@@ -274,6 +290,11 @@ class LearningRateScheduler(Capability):
 
     def __repr__(self) -> str:
         return f"LearningRateScheduler({type(self.schedule).__name__}(...))"
+
+
+def _decays(schedule: Schedule) -> bool:
+    factors = [schedule(step / 100) for step in range(101)]
+    return any(later < before for before, later in pairwise(factors))
 
 
 def _learning_rates(fit: Fit) -> dict[tuple[int, int], float]:

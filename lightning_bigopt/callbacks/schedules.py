@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 from lightning_bigopt.checks import shown
 from lightning_bigopt.engine.stage import Fit
-from lightning_bigopt.optimizers.names import group_names
+from lightning_bigopt.optimizers.names import group_names, part_optimizers
 from lightning_bigopt.schedules.base import Schedule
 from lightning_bigopt.schedules.shapes import CooldownShape
 from lightning_bigopt.type_checks import check_instance
@@ -22,7 +22,8 @@ class GroupSchedules:
         schedule: Schedule of all groups that have no other schedule.
         groups: Schedules by name of a parameter group; a group without a name has that of the
             charts, such as ``"group1"``.
-        optimizers: Schedules by label of an optimizer; by its class if there is only one.
+        optimizers: Schedules by label of an optimizer; by its class if there is only one. The parts
+            of a combined optimizer count as optimizers.
         hint: Example of a schedule for the error message.
     """
 
@@ -42,6 +43,7 @@ class GroupSchedules:
         self.is_resolved = False
         self._of_group: dict[str | None, Schedule] = {}
         self._of_optimizer: dict[str, Schedule] = {}
+        self._of_part: dict[str, Schedule] = {}
 
     @property
     def need_horizon(self) -> bool:
@@ -69,6 +71,9 @@ class GroupSchedules:
         self.is_resolved = False
         self._check_groups(fit)
         labels = {label or type(optimizer).__name__: label for label, optimizer in fit.groups}
+        # A part of a combined optimizer has its own name, which its groups begin with.
+        parts = [part for _, optimizer in fit.groups for part in part_optimizers(optimizer)]
+        labels |= {part: part for part in parts}
         self._check_optimizers(labels, is_replaced=fit.has_started)
         horizon, cooldown = fit.clock.horizon, fit.clock.cooldown
 
@@ -83,12 +88,14 @@ class GroupSchedules:
 
         self._of_all = resolved(self._schedule)
         self._of_group = {name: resolved(schedule) for name, schedule in self._groups.items()}
-        self._of_optimizer = {labels[n]: resolved(s) for n, s in self._optimizers.items()}
+        schedules = {labels[n]: resolved(s) for n, s in self._optimizers.items()}
+        self._of_part = {part: schedules[part] for part in parts if part in schedules}
+        self._of_optimizer = {n: s for n, s in schedules.items() if n not in self._of_part}
         self.is_resolved = True
 
     def schedule_of(self, group: str | None, optimizer: str) -> Schedule:
         """Returns the resolved schedule of a group: by its name, its optimizer, or for all."""
-        named = self._of_group.get(group)
+        named = self._of_group.get(group) or self._of_part.get((group or "").partition(".")[0])
         return self._of_optimizer.get(optimizer, self._of_all) if named is None else named
 
     def _check_groups(self, fit: Fit) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +11,20 @@ from lightning_bigopt.engine import budget, fit_setup, optimizer_setup, process_
 from lightning_bigopt.engine.batch_counter import BatchCounter
 from lightning_bigopt.engine.clock import Clock
 from lightning_bigopt.engine.evaluation import EvaluationHooks
+from lightning_bigopt.engine.optimizer_modes import prepare_trial
 from lightning_bigopt.engine.snapshot import Snapshot
 from lightning_bigopt.engine.stage import Fit, Stages
 from lightning_bigopt.engine.step import StepHooks
 from lightning_bigopt.engine.unfinished_update import check_update_is_complete
 from lightning_bigopt.engine.update_check import UpdateCheck
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
-from lightning_bigopt.trainer_access import checkpoint_loading, loggers, loop, strategies
+from lightning_bigopt.trainer_access import (
+    checkpoint_loading,
+    loggers,
+    loop,
+    strategies,
+    trial_runs,
+)
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -37,7 +42,8 @@ class Engine(EvaluationHooks, StepHooks):
         than the learning rate, whose base values are in the checkpoint's ``lr_schedulers``;
         ``written``: the last values of all scheduled fields;
         ``loader``: epoch and position of a GlobalBatchLoader;
-        ``repeat``: how each optimizer evaluates its closure in a step.
+        ``repeat``: how each optimizer evaluates its closure in a step;
+        ``training_weights``: those that differ from the model's, for optimizers with two modes.
     """
 
     version = 2
@@ -73,6 +79,8 @@ class Engine(EvaluationHooks, StepHooks):
         """Ends a previous fit that was not ended because of an error."""
         self._end()
         checkpoint_loading.accept_tensor_subclasses(trainer)
+        if stage == "fit":
+            prepare_trial(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collects the capabilities, checks for conflicts, and installs hooks.
@@ -90,7 +98,7 @@ class Engine(EvaluationHooks, StepHooks):
         if last is not trainer and (self._last_trainer is not None or not trainer.global_step):
             self.clock, self._run = Clock(), object()
         self._last_trainer = weakref.ref(trainer)
-        self._idle_state["loader"] = None
+        self._idle_state["loader"] = self._idle_state["training_weights"] = None
         self._fit = Fit(
             trainer=trainer,
             module=pl_module,
@@ -105,6 +113,7 @@ class Engine(EvaluationHooks, StepHooks):
         # Collected here and not in setup: in a second fit the engine's setup may run before that of
         # new capabilities, because mixins make new callbacks for a new module.
         self._set_capabilities(self._fit, self._collect(trainer))
+        self._fit.modes.prepare()
         fit_setup.check(self._fit, self._run)
         process_settings.publish_settings(self._fit)
         self._fit.controls_steps = bool(self._updating)
@@ -112,6 +121,7 @@ class Engine(EvaluationHooks, StepHooks):
             self._fit,
             receive_loader=self._receive_loader if self._stages["loader_ready"] else None,
             collect_weights=self._collect_weights,
+            collect_optimizer=self._collect_optimizer,
         )
         # Lightning restores the states of schedulers after on_fit_start, before on_train_start.
         optimizer_setup.install(self._fit)
@@ -184,6 +194,7 @@ class Engine(EvaluationHooks, StepHooks):
         optimizer_setup.adopt_values(fit.trainer, fit.groups)  # of a learning-rate finder
         fit.shard_group = strategies.shard_group(fit.trainer)
         process_settings.check_processes(fit)
+        fit.modes.read_shards()
         strategies.check_first_window(fit.trainer)
         needs = fit_setup.needs_samples(fit)
         self._counter = BatchCounter(fit.trainer, self.clock, needs_samples=needs)
@@ -224,6 +235,7 @@ class Engine(EvaluationHooks, StepHooks):
             if self._fit is not None and self._fit.requeue is not None:
                 self._fit.requeue.settle_alone()
         finally:
+            trial_runs.call_before_batch(trainer, None)
             self._end()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -236,6 +248,7 @@ class Engine(EvaluationHooks, StepHooks):
         for callback in trainer_callbacks.callbacks_of(trainer):
             if isinstance(callback, Stages):
                 callback.take_loaded_state()  # loaded by validate or test, or by a finder
+        trial_runs.call_before_batch(trainer, None)
         checkpoint_loading.restore_loading(trainer)
         self._end()
 
@@ -245,7 +258,10 @@ class Engine(EvaluationHooks, StepHooks):
         self._idle_state, self._unlisted = self._fit_state(self._fit), []
         fit, check, self._fit = self._fit, self._update_check, None
         self._clear_fit()
-        fit_setup.end(fit, check)
+        try:
+            fit_setup.end(fit, check)
+        finally:
+            self._idle_state["training_weights"] = fit.modes.end()
 
     def _take_snapshot(self) -> Snapshot:
         fit = self._fit
@@ -256,23 +272,7 @@ class Engine(EvaluationHooks, StepHooks):
             fit.trainer, fit.module, self.clock, fit.groups, fit.capabilities, rewound=rewound
         )
 
-    # ---------------------------------------------------------------------- weights and state
-
-    def _collect_weights(self, collect: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        fit = self._fit
-        # Lightning's finders replace the list of callbacks during a trial, and save a checkpoint.
-        if fit is None or self not in trainer_callbacks.callbacks_of(fit.trainer):
-            return collect()
-        # Lightning collects the weights before the states of the callbacks: a rollback at the end
-        # of the batch must come first, so that weights and states belong to the same update.
-        self.finish_batch()
-        # The gradients of an open window are lost, and the batches may be trained again.
-        buffers = self._window_buffers()
-        with nullcontext() if buffers is None else buffers.in_place():
-            weights = collect()
-        for capability in self._stages["saved_weights"]:
-            weights = capability.saved_weights(weights)
-        return weights
+    # ---------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state after the last update that ``global_step`` counts."""
@@ -298,6 +298,7 @@ class Engine(EvaluationHooks, StepHooks):
             "written": fit.groups.written(),
             "loader": loader,
             "repeat": optimizer_setup.repeated_evaluations(fit.groups),
+            "training_weights": fit.modes.state(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -312,6 +313,7 @@ class Engine(EvaluationHooks, StepHooks):
             self.clock.rewind(state_dict["clock"])
             self._fit.groups.load_state_dict(state_dict["groups"])
             self._fit.groups.restore_written(state_dict["written"])
+            self._fit.modes.restore(state_dict.get("training_weights"))
         else:
             self._loaded = state_dict
 

@@ -48,6 +48,7 @@ class EpochPosition:
         self._announced: int | None = None
         self._continues_run = False  # whether this is the first epoch after a resume
         self._within = False  # whether the resume continues within it
+        self._is_trained = False  # whether the resume continues after its last batch
         self._has_state = False  # whether its loaders continue from a state
         # Whether this epoch can show that it is longer than the last, and its length.
         self._shows_longer = self._shows_length = True
@@ -64,13 +65,17 @@ class EpochPosition:
         self._continues_run = trainer.ckpt_path is not None and loop.has_trained_batches(trainer)
         self._within = loop.restarts_within_epoch(trainer)
         self._has_state = loaders.stateful(trainer)
-        if trainer.ckpt_path is not None and not self.in_samples:
-            # Not after an interrupted fit: Lightning begins the epoch again, but has the counts.
+        if trainer.ckpt_path is None:
+            return  # after an interrupted fit Lightning begins the epoch again, but has the counts
+        self._is_trained = loop.resumes_at_end_of_epoch(trainer)
+        if self._is_trained:
+            self.done = self.length or 0
+        elif not self.in_samples:
             self.done = loop.resumed_batches(trainer)
 
     def begin(self, trainer: Trainer) -> None:
         """Reads the length of an epoch that begins, because every epoch may have a new loader."""
-        self.has_begun, self._has_batch = True, False
+        self.has_begun, self._has_batch, self._is_trained = True, False, False
         self.read_exact_loader(trainer)
         if self.in_samples:
             self.next_check = math.inf
@@ -85,7 +90,9 @@ class EpochPosition:
         exact = loaders.exact_loader(trainer)
         self.in_samples = exact is not None
         if exact is not None:
-            self.length, self.done = exact.samples, exact.position
+            # A loader begins the next epoch before the current one is counted.
+            self.length = exact.samples
+            self.done = exact.samples if self._is_trained else exact.position
 
     def check_length(self, index: int) -> None:
         """Corrects the length if the epoch is longer than expected.
@@ -137,7 +144,7 @@ class EpochPosition:
         if self.done and is_known and loop.epoch_is_exhausted(trainer, self.done):
             is_shorter = announced is None or self.done < announced
             self.seen = (announced, self.done) if is_shorter else None
-        self.done, self.has_begun = 0, False
+        self.done, self.has_begun, self._is_trained = 0, False, False
         self._continues_run = self.grew = False
         self._check_accumulation(trainer)
 

@@ -1,16 +1,19 @@
-"""Lightning's hooks of validation, test and prediction, and the stages that they run."""
+"""Lightning's hooks of validation, test and prediction, and the weights that checkpoints store."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
+from torch.optim import Optimizer
 
 from lightning_bigopt.engine.buffer_snapshot import BufferSnapshot
 from lightning_bigopt.engine.clock import Clock
 from lightning_bigopt.engine.stage import Fit, Stages, overriding
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 from lightning_bigopt.trainer_access.checkpoint_loading import restore_loading
+from lightning_bigopt.trainer_access.saved_weights import Collect
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -19,9 +22,13 @@ __all__ = ["EvaluationHooks"]
 
 
 class EvaluationHooks(Callback):
-    """Runs the stages ``begin_evaluation`` and ``end_evaluation``, during a fit and without one."""
+    """Runs the stages ``begin_evaluation`` and ``end_evaluation``, during a fit and without one.
+
+    It also collects the weights of a checkpoint, which are those of an evaluation.
+    """
 
     _fit: Fit | None
+    _stages: dict[str, list[Stages]]
     clock: Clock
 
     def __init__(self) -> None:
@@ -46,6 +53,9 @@ class EvaluationHooks(Callback):
             return  # a second engine does nothing
         if (buffers := self._window_buffers()) is not None:
             buffers.begin_evaluation()
+        if self._fit is not None:
+            # Until the next batch, so that ModelCheckpoint saves the weights that were evaluated.
+            self._fit.modes.evaluate()
         # Kept, because a callback may be removed before the evaluation ends.
         self._evaluated = self._collect(trainer)
         for capability in overriding(self._evaluated)["begin_evaluation"]:
@@ -77,3 +87,29 @@ class EvaluationHooks(Callback):
         evaluated, self._evaluated = self._evaluated, []
         for capability in overriding(evaluated)["begin_evaluation"]:
             capability.end_evaluation(trainer, pl_module)
+
+    # ---------------------------------------------------------------- the weights of a checkpoint
+
+    def _listed_fit(self) -> Fit | None:
+        """Returns the fit; None in a trial of Lightning's finders, which replace all callbacks."""
+        fit = self._fit
+        return fit if fit and self in trainer_callbacks.callbacks_of(fit.trainer) else None
+
+    def _collect_weights(self, collect: Collect) -> dict[str, Any]:
+        fit = self._listed_fit()
+        if fit is None:
+            return collect()
+        # Lightning collects the weights before the states of the callbacks: a rollback at the end
+        # of the batch must come first, so that weights and states belong to the same update.
+        fit.finish_batch()
+        # The gradients of an open window are lost, and the batches may be trained again.
+        buffers = self._window_buffers()
+        with nullcontext() if buffers is None else buffers.in_place():
+            weights = fit.modes.collect_weights(collect)
+        for capability in self._stages["saved_weights"]:
+            weights = capability.saved_weights(weights)
+        return weights
+
+    def _collect_optimizer(self, optimizer: Optimizer, collect: Collect) -> dict[str, Any]:
+        fit = self._listed_fit()
+        return collect() if fit is None else fit.modes.collect_optimizer(optimizer, collect)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from torch.optim import Optimizer
+
 from lightning_bigopt.checks import shown
 from lightning_bigopt.engine import optimizer_setup
 from lightning_bigopt.engine.amounts import NeedsSamples
@@ -77,7 +79,8 @@ def install(
     fit: Fit,
     *,
     receive_loader: Callable[[Any], None] | None,
-    collect_weights: Callable[[Callable[[], dict[str, Any]]], dict[str, Any]],
+    collect_weights: Callable[[saved_weights.Collect], dict[str, Any]],
+    collect_optimizer: Callable[[Optimizer, saved_weights.Collect], dict[str, Any]],
 ) -> None:
     """Installs hooks on the strategy, and on SLURM's signal, for the length of the fit.
 
@@ -85,11 +88,12 @@ def install(
         fit: The fit.
         receive_loader: Receives each training loader before its first iteration; None for no hook.
         collect_weights: Collects the weights of a checkpoint.
+        collect_optimizer: Collects the state of an optimizer for a checkpoint.
     """
     trainer = fit.trainer
     if receive_loader is not None:
         loaders.watch_loaders(trainer, receive_loader)
-    saved_weights.replace_saved_weights(trainer, collect_weights)
+    saved_weights.replace_saved_weights(trainer, collect_weights, collect_optimizer)
     fit.requeue = defer_requeue(trainer)
 
 
@@ -136,6 +140,7 @@ def restore(fit: Fit, loaded: dict[str, Any] | None) -> bool:
             capability.load_saved_state(state)
     if clock is not None:
         fit.clock.load_state_dict(clock)
+    fit.modes.restore(None if loaded is None else loaded.get("training_weights"))
     if loaded is not None:
         fit.restored_bases.update(loaded["groups"])
         fit.groups.load_state_dict(loaded["groups"])

@@ -54,6 +54,7 @@ class _Fit(Protocol):
     trainer: Trainer
     module: LightningModule
     groups: GroupSchedule
+    known_optimizers: list[Optimizer]
     controls_steps: bool
     scheduler_names: dict[int, str]
 
@@ -92,8 +93,10 @@ def uninstall(groups: GroupSchedule, *, keep: Sequence[Optimizer] = ()) -> None:
         groups.remember(index)
 
 
-def follow_optimizers(trainer: Trainer, groups: GroupSchedule) -> None:
+def follow_optimizers(fit: _Fit) -> None:
     """Continues with the optimizers that the Trainer has now; call :func:`install` afterwards."""
+    trainer, groups = fit.trainer, fit.groups
+    fit.known_optimizers = list(trainer.optimizers)
     optimizers = _labeled_optimizers(trainer)
     uninstall(groups, keep=[optimizer for _, optimizer in optimizers])
     schedulers.remove_schedulers(trainer, LightningLRScheduler)

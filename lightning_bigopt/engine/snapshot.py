@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
 
 from lightning_bigopt.batching.randomness import random_state, set_random_state
 from lightning_bigopt.engine.clock import Clock
 from lightning_bigopt.optimizers.group_schedule import GroupSchedule
 from lightning_bigopt.optimizers.names import unwrapped
+from lightning_bigopt.optimizers.object_snapshot import copied
 from lightning_bigopt.optimizers.training_snapshot import TrainingSnapshot
 from lightning_bigopt.trainer_access import loaders, loop, precision
 
@@ -71,11 +71,11 @@ class Snapshot:
         self._scaler = None if scaler is None else (scaler, scaler.state_dict())
         self._device = trainer.strategy.root_device
         self._random = random_state(self._device)
-        self._capabilities = [(c, _copied(c.snapshot())) for c in capabilities]
+        self._capabilities = [(c, copied(c.snapshot())) for c in capabilities]
         self._counts = clock.state_dict()
         self._counters = loop.counters(trainer)
         self._loaders = [
-            (loader, _copied(loader.state_dict()))
+            (loader, copied(loader.state_dict()))
             for loader in loaders.train_loaders(trainer)
             if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
         ]
@@ -108,7 +108,7 @@ class Snapshot:
         # Copies of the copies, because a snapshot may be restored again: training after the restore
         # would otherwise change its containers and tensors.
         for capability, state in self._capabilities:
-            capability.restore(_copied(state))
+            capability.restore(copied(state))
         if rewind:
             self._rewind()
         # Last, because a loader that begins anew draws random numbers.
@@ -118,20 +118,7 @@ class Snapshot:
         self._clock.rewind(self._counts)
         loop.restore_counters(self._trainer, self._counters)
         for loader, position in self._loaders:
-            loader.load_state_dict(_copied(position))
+            loader.load_state_dict(copied(position))
         if len(self._loaders) == len(loaders.train_loaders(self._trainer)):
             loaders.restart_epoch(self._trainer)
         self._rewound()
-
-
-def _copied(value: Any) -> Any:
-    """Copies tensors and containers recursively; other objects are shared."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, Mapping):
-        return {key: _copied(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_copied(item) for item in value]
-    if type(value) is tuple:
-        return tuple(_copied(item) for item in value)
-    return value

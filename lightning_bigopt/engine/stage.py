@@ -17,6 +17,7 @@ from lightning_bigopt.engine.buffer_snapshot import BufferSnapshot
 from lightning_bigopt.engine.clock import Clock
 from lightning_bigopt.engine.clock_settings import ClockSettings
 from lightning_bigopt.engine.optimizer_info import OptimizerInfo, OptimizerInfos
+from lightning_bigopt.engine.optimizer_modes import OptimizerModes
 from lightning_bigopt.engine.saved_state import SavedState
 from lightning_bigopt.engine.update import Rejection, Restorable, Update
 from lightning_bigopt.optimizers.group_schedule import GroupSchedule
@@ -61,6 +62,7 @@ class Fit:
 
     Attributes:
         optimizers: The parameters of each optimizer.
+        modes: Switches optimizers that have a training and an evaluation mode.
         buffers: The buffers of the module at the start of the current accumulation window.
         requeue: The signal with which SLURM announces the end of a job; None outside SLURM.
     """
@@ -81,12 +83,14 @@ class Fit:
     finish_batch: Callable[[], None]
     take_snapshot: Callable[[], Restorable]
     optimizers: OptimizerInfos = field(init=False)
+    modes: OptimizerModes = field(init=False)
     buffers: BufferSnapshot = field(init=False, default_factory=BufferSnapshot)
     requeue: RequeueSignal | None = None
     _names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         self.optimizers = OptimizerInfos(self.trainer, self.module)
+        self.modes = OptimizerModes(self.trainer, self.module)
 
     def optimizer_info(self, optimizer: Optimizer) -> OptimizerInfo:
         """Returns the label of an optimizer, and its parameters with their names."""

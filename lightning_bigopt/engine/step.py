@@ -83,7 +83,6 @@ class StepHooks(Callback):
         if fit is None:
             return
         assert self._counter is not None  # set in on_train_start
-        trainer = fit.trainer
         if not clock.epoch.has_begun:  # Lightning omits on_train_epoch_start after a resume
             clock.epoch.continue_epoch(trainer)
             self._counter.begin_epoch(trainer)
@@ -307,11 +306,11 @@ class StepHooks(Callback):
         if not (is_replaced or self._epoch_is_new or self.clock.epoch.grew or groups.was_changed()):
             return
         if is_replaced:
-            fit.known_optimizers = list(trainer.optimizers)
-            optimizer_setup.follow_optimizers(trainer, groups)
+            optimizer_setup.follow_optimizers(fit)
             for capability in fit.capabilities:
                 capability.check_optimizers(fit)
             optimizer_setup.install(fit)
+        fit.modes.follow_changes()
         optimizer_setup.adopt_values(trainer, groups, epoch_is_new=self._epoch_is_new)
         self._rewrite_groups()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch.nn import functional
 from torchmetrics import MeanMetric
 
 from lightning_bigopt.checks import check_between, check_count, check_non_negative, shown
+from lightning_bigopt.type_checks import check_callable
 
 __all__ = ["BytesGPT", "CausalSelfAttention", "TransformerBlock"]
 
@@ -100,6 +103,8 @@ class BytesGPT(LightningModule):
         layers: Number of transformer blocks.
         heads: Number of attention heads.
         length: Maximum length of an input in bytes.
+        optimizer: Makes the optimizer of the module, such as MuonAdamW, instead of AdamW with
+            ``lr`` and ``weight_decay``; None for that AdamW.
 
     Example:
         >>> model = BytesGPT()
@@ -118,6 +123,7 @@ class BytesGPT(LightningModule):
         layers: int = 3,
         heads: int = 4,
         length: int = 64,
+        optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
     ) -> None:
         super().__init__()
         check_non_negative("lr", lr, hint="write 3e-3")
@@ -135,9 +141,14 @@ class BytesGPT(LightningModule):
                 f"width must be a multiple of 2 * heads = 2 * {heads} = {2 * heads}, got "
                 f"{shown(width)}; write {2 * heads * max(1, round(width / (2 * heads)))}"
             )
-        self.save_hyperparameters()
+        if optimizer is not None:
+            check_callable(
+                "optimizer", optimizer, hint="pass functools.partial(MuonAdamW, lr=3e-3)"
+            )
+        self.save_hyperparameters(ignore=["optimizer"])  # a checkpoint holds plain values
         self.lr = lr
         self.weight_decay = weight_decay
+        self.optimizer = optimizer
         self.bytes = nn.Embedding(256, width)
         self.blocks = nn.Sequential(
             *(TransformerBlock(width=width, heads=heads, length=length) for _ in range(layers))
@@ -176,7 +187,9 @@ class BytesGPT(LightningModule):
         self.log("val_loss", self.validation_loss, prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Makes an AdamW with weight decay on the matrices only."""
+        """Makes the given optimizer, or an AdamW with weight decay on the matrices only."""
+        if self.optimizer is not None:
+            return self.optimizer(self)
         parameters = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {

@@ -112,11 +112,15 @@ def base_values(optimizer: Optimizer, field: GroupField) -> BaseValues:
         [0.1]
     """
     stored = [_Remembered(*one) for one in vars(optimizer).get(_ATTRIBUTE, {}).get(field.name, [])]
-    current = [field.read(group) for group in optimizer.param_groups]
+    found = field.read_all(optimizer.param_groups)
+    current = [0.0 if value is None else value for value in found]
     bases: list[float] = []
     changes: list[tuple[float, float]] = []  # by other code, since an earlier fit
     unknown: list[float] = []
-    for group, value in zip(optimizer.param_groups, current, strict=True):
+    for group, value in zip(optimizer.param_groups, found, strict=True):
+        if value is None:  # the group does not have the field, and its base is not used
+            bases.append(0.0)
+            continue
         known = next((one for one in stored if one.group is group), None)
         if known is not None and known.written is not None and value != known.written:
             bases.append(value)

@@ -100,7 +100,9 @@ class FieldClaim:
         # A checkpoint may have had groups that callbacks add only later in this run.
         waiting = bases[len(written) :]
         added = [group for group, place in zip(groups, places, strict=True) if place is None]
-        of_added = [*waiting[: len(added)], *map(self.field.read, added[len(waiting) :])]
+        values = dict(zip(map(id, groups), self.field.read_all(groups), strict=True))
+        new = [values[id(group)] or 0.0 for group in added[len(waiting) :]]
+        of_added = [*waiting[: len(added)], *new]
         own = iter(of_added)
         self.bases[index] = [
             *(next(own) if place is None else bases[place] for place in places),
@@ -119,7 +121,7 @@ class FieldClaim:
             if place is None:
                 values, note = base_values(optimizer, self.field)
                 bases.append(values)
-                written.append([*map(self.field.read, optimizer.param_groups)])
+                written.append(self.field.read_all(optimizer.param_groups))
                 self.notes[id(optimizer)] = note
             else:
                 bases.append(self.bases[place])
@@ -154,9 +156,11 @@ class FieldClaim:
         for index, (label, optimizer) in enumerate(optimizers):
             names = group_names(optimizer.param_groups)
             for position, group in enumerate(optimizer.param_groups):
-                value, written = self.field.read(group), self.written[index][position]
-                used = stepped.get((index, position))
-                if written is None or (value == written and used is None):
+                written, used = self.written[index][position], stepped.get((index, position))
+                if written is None:
+                    continue
+                value = self.field.read(group)
+                if value == written and used is None:
                     continue
                 if value != written:
                     self.bases[index][position] = value
@@ -175,8 +179,7 @@ class FieldClaim:
     def note_step(self, index: int, groups: Sequence[dict[str, Any]]) -> None:
         """Notes the values of other code that an update of an optimizer has used."""
         for position, (group, written) in enumerate(zip(groups, self.written[index], strict=True)):
-            value = self.field.read(group)
-            if written is not None and value != written:
+            if written is not None and (value := self.field.read(group)) != written:
                 self.stepped[index, position] = value
 
     def restore_bases(self, index: int, bases: Sequence[float]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from numbers import Real
 from typing import Any
@@ -67,6 +67,24 @@ class GroupField:
         if type(value) is not bool and isinstance(value, Real):  # also numbers of NumPy
             return float(value)
         raise ValueError(self._problem(group, value, is_missing=is_missing))
+
+    def read_all(self, groups: Sequence[Mapping[str, Any]]) -> list[float | None]:
+        """Returns the value of each group of an optimizer.
+
+        None for a group without the field, other than ``lr``, if another group has it: the parts of
+        a combined optimizer have different fields.
+
+        Raises:
+            ValueError: If no group has the field, or a value is no number.
+
+        Example:
+            >>> GroupField("momentum").read_all([{"momentum": 0.9}, {"betas": (0.9, 0.95)}])
+            [0.9, None]
+        """
+        is_partial = self.key != "lr" and any(self.key in group for group in groups)
+        return [
+            None if is_partial and self.key not in group else self.read(group) for group in groups
+        ]
 
     def _problem(self, group: Mapping[str, Any], value: Any, *, is_missing: bool) -> str:
         """Returns the message for a value that is no number."""

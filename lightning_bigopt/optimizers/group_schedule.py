@@ -66,9 +66,11 @@ class GroupSchedule(ClaimedFields):
                 checkpoint. None keeps the previous choice, initially ``"checkpoint"``.
 
         Raises:
-            ValueError: If a group does not have the field.
+            ValueError: If no group of an optimizer has the field, or an optimizer schedules it
+                itself.
         """
         if name not in self._claims:
+            _check_not_scheduled(name, self.optimizers)
             self._claims[name] = FieldClaim.of(name, self.optimizers)
             self._has_new_bases = True
             self._mark()
@@ -96,6 +98,8 @@ class GroupSchedule(ClaimedFields):
                 groups = optimizer.param_groups
                 values = _values(claim, index, len(groups), progress)
                 for position, (group, value) in enumerate(zip(groups, values, strict=True)):
+                    if key not in group:
+                        continue
                     if type(group[key]) is float:
                         group[key] = written[position] = value
                     else:
@@ -253,13 +257,27 @@ class GroupSchedule(ClaimedFields):
             if claim is None:
                 values = [float(g[name]) if g.get(name) is not None else None for g in groups]
             else:
-                values = list(_values(claim, index, len(groups), progress, is_planned=True))
+                planned_values = _values(claim, index, len(groups), progress, is_planned=True)
+                values = [
+                    value if claim.field.key in group else None
+                    for group, value in zip(groups, planned_values, strict=True)
+                ]
             planned += [
                 PlannedValue(label, group, value)
                 for group, value in zip(group_names(groups), values, strict=True)
                 if value is not None  # the lr of Adafactor(relative_step=True), for example
             ]
         return planned
+
+
+def _check_not_scheduled(name: str, optimizers: Iterable[tuple[str, Optimizer]]) -> None:
+    for _, optimizer in optimizers:
+        if name in getattr(optimizer, "scheduled_fields", ()):
+            raise ValueError(
+                f"{name} must have one writer, got {type(optimizer).__name__}, which schedules it "
+                f"itself, and a schedule; switch off its own ({name}_warmup=0), or remove the "
+                "schedule"
+            )
 
 
 def _values(

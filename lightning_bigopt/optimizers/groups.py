@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from operator import itemgetter
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from lightning_bigopt.checks import check_between, check_non_negative, shown
 from lightning_bigopt.config_values import python_value
+from lightning_bigopt.optimizers.parameter_group import (
+    ParameterGroup,
+    checked_groups,
+    match,
+    match_groups,
+    trainable_parameters,
+)
 from lightning_bigopt.parameters import (
     as_patterns,
     check_all_match,
     first_match,
     numbered_prefix,
-    plain_name,
     tied_names,
 )
 from lightning_bigopt.type_checks import check_instance
@@ -32,6 +39,7 @@ def parameter_groups(
     layer_decay: float | None = None,
     min_factor: float = 0.0,
     layers: Literal["blocks"] | Sequence[str] = "blocks",
+    groups: Sequence[ParameterGroup] | None = None,
 ) -> list[dict[str, Any]]:
     r"""Returns named parameter groups for any torch optimizer.
 
@@ -48,7 +56,8 @@ def parameter_groups(
     Args:
         module: The module; its parameters must be registered from the input to the output.
         weight_decay: Weight decay of the parameters that get one, non-negative.
-        no_decay: Patterns of further parameters without decay, such as ``"*.wpe.weight"``.
+        no_decay: Patterns of further parameters without decay, such as ``"*.wpe.weight"``. A
+            pattern may have a rule: ``"* if ndim == 3"``, also with ``>=`` and ``<=``.
         lr: Learning rate :math:`\eta`. Required with ``layer_decay``; otherwise None uses the
             learning rate of the optimizer.
         layer_decay: Factor :math:`d` from one layer to the previous layer, in (0, 1]; None for one
@@ -58,11 +67,14 @@ def parameter_groups(
             one layer, and consecutive parameters without a number, such as those of an embedding
             or a head, to another. Or patterns from the input to the output, one for each layer; the
             first that matches a name decides.
+        groups: Groups of their own by pattern, with a factor on ``lr``, or with a weight decay for
+            all their parameters.
 
     Returns:
         Groups with ``name``, ``params``, ``weight_decay`` and, if it is given, ``lr``. The names
-        are ``decay`` and ``no_decay``, with layers ``layer_0.decay`` and so on; OptimizationMonitor
-        shows them in its tags. No group is empty.
+        are ``decay`` and ``no_decay``, with layers ``layer_0.decay`` and so on; those of a group of
+        ``groups`` begin with its name: ``head.decay``, or ``head`` if it has a weight decay.
+        OptimizationMonitor shows them in its tags. No group is empty.
 
     Raises:
         ValueError: If a number is out of range, a pattern matches nothing, a parameter belongs to
@@ -86,14 +98,12 @@ def parameter_groups(
     """
     check_instance("module", module, nn.Module, hint="pass the module itself")
     _check(weight_decay=weight_decay, lr=lr, layer_decay=layer_decay, min_factor=min_factor)
-    parameters = {
-        plain_name(name): parameter
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad
-    }
-    if not parameters:
+    parameters = trainable_parameters(module)
+    own = checked_groups(groups)
+    if lr is None and (scaled := next((g for g in own if g.lr_factor != 1.0), None)) is not None:
         raise ValueError(
-            "module must have a parameter to train, got none that requires a gradient; unfreeze one"
+            f"lr must be given with lr_factor, got None with lr_factor={scaled.lr_factor:g} of "
+            f"{scaled.name!r}; pass the learning rate of the other parameters"
         )
     names, patterns = tuple(parameters), as_patterns(no_decay, name="no_decay")
     if not (isinstance(layers, str) and layers == "blocks"):
@@ -101,11 +111,11 @@ def parameter_groups(
         check_instance("layers", layers, (list, tuple), hint="write 'blocks' or ['embed.*', '*']")
         layers = as_patterns(layers, name="layers")
     tied = tied_names(module)
-    check_all_match(names, patterns, tied, name="every pattern of no_decay")
-    excluded = first_match(names, patterns)
+    excluded = match(module, parameters, patterns, name="every pattern of no_decay")
+    specifications = match_groups(module, parameters, own)
     decays = [
-        match is None and parameter.ndim > 1 and name.rpartition(".")[2] != "bias"
-        for (name, parameter), match in zip(parameters.items(), excluded, strict=True)
+        index is None and parameter.ndim > 1 and name.rpartition(".")[2] != "bias"
+        for (name, parameter), index in zip(parameters.items(), excluded, strict=True)
     ]
     if weight_decay and not any(decays):
         raise ValueError(
@@ -114,24 +124,29 @@ def parameter_groups(
             "name"
         )
     depths = [0] * len(names) if layer_decay is None else _depths(names, layers, tied)
-    groups: dict[str, dict[str, Any]] = {}
-    for depth in range(max(depths) + 1):
-        for label, decaying in (("decay", True), ("no_decay", False)):
-            members = [
-                parameter
-                for parameter, at, decay in zip(parameters.values(), depths, decays, strict=True)
-                if at == depth and decay is decaying
-            ]
-            if not members:
-                continue
-            name = label if layer_decay is None else f"layer_{depth}.{label}"
-            group: dict[str, Any] = {"name": name, "params": members}
-            group["weight_decay"] = weight_decay if decaying else 0.0
-            if lr is not None:
-                factor = 1.0 if layer_decay is None else layer_decay ** (max(depths) - depth)
-                group["lr"] = lr * max(min_factor, factor)
-            groups[name] = group
-    return list(groups.values())
+    members: dict[tuple[int, int, str, float], list[nn.Parameter]] = {}
+    for parameter, depth, decaying, group in zip(
+        parameters.values(), depths, decays, specifications, strict=True
+    ):
+        label, value = ("decay", float(weight_decay)) if decaying else ("no_decay", 0.0)
+        if group is not None and group.weight_decay is not None:
+            label, value = group.name, float(group.weight_decay)
+        elif group is not None:
+            label = f"{group.name}.{label}"
+        # Layers from the input to the output; in each, groups in their order, and decay first.
+        place = -1 if group is None else own.index(group)
+        members.setdefault((depth, place, label, -value), []).append(parameter)
+    made = []
+    for (depth, place, label, negative), chosen in sorted(members.items(), key=itemgetter(0)):
+        name = label if layer_decay is None else f"layer_{depth}.{label}"
+        entry: dict[str, Any] = {"name": name, "params": chosen, "weight_decay": -negative or 0.0}
+        if lr is not None:
+            factor = 1.0 if layer_decay is None else layer_decay ** (max(depths) - depth)
+            entry["lr"] = lr * max(min_factor, factor)
+            if place >= 0:
+                entry["lr"] *= own[place].lr_factor
+        made.append(entry)
+    return made
 
 
 def _depths(
@@ -146,13 +161,13 @@ def _depths(
         ]
     check_all_match(names, tuple(layers), tied, name="every pattern of layers")
     depths = []
-    for name, match in zip(names, first_match(names, tuple(layers)), strict=True):
-        if match is None:
+    for name, layer in zip(names, first_match(names, tuple(layers)), strict=True):
+        if layer is None:
             raise ValueError(
                 f"layers must contain a pattern for every parameter, got none for {name!r}; add "
                 "'*' for the layer of the others"
             )
-        depths.append(match)
+        depths.append(layer)
     return depths
 
 

@@ -9,7 +9,14 @@ from torch.optim import Optimizer
 
 from lightning_bigopt.checks import shown
 
-__all__ = ["check_optimizer", "group_names", "is_opacus_optimizer", "optimizer_label", "unwrapped"]
+__all__ = [
+    "check_optimizer",
+    "group_names",
+    "is_opacus_optimizer",
+    "optimizer_label",
+    "part_optimizers",
+    "unwrapped",
+]
 
 
 # Of the wrappers of Lightning and Fabric. Their classes are also subclasses of the wrapped class.
@@ -101,6 +108,13 @@ def group_names(groups: Sequence[dict[str, Any]]) -> list[str]:
     return [
         f"{name}-{index}" if names.count(name) > 1 else name for index, name in enumerate(names)
     ]
+
+
+def part_optimizers(optimizer: Any) -> dict[str, Optimizer]:
+    """Returns the parts of a combined optimizer by name; empty for any other optimizer."""
+    parts: Any = getattr(optimizer, "parts", None)
+    is_combined = isinstance(parts, dict) and all(isinstance(p, Optimizer) for p in parts.values())
+    return parts if is_combined else {}
 
 
 def is_opacus_optimizer(optimizer: Optimizer) -> bool:

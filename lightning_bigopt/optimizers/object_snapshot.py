@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim import Optimizer
 
-__all__ = ["ObjectSnapshot"]
+__all__ = ["ObjectSnapshot", "copied"]
 
 
 class ObjectSnapshot:
@@ -213,3 +213,16 @@ def _undo_of(value: Any) -> Callable[[], object] | None:
 def _refill(value: deque[Any] | set[Any], items: list[Any]) -> None:
     value.clear()
     (value.extend if isinstance(value, deque) else value.update)(items)
+
+
+def copied(value: Any) -> Any:
+    """Copies tensors and containers recursively; other objects are shared."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, Mapping):
+        return {key: copied(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [copied(item) for item in value]
+    if type(value) is tuple:
+        return tuple(copied(item) for item in value)
+    return value

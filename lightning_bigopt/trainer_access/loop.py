@@ -145,6 +145,18 @@ def resumed_batches(trainer: Trainer) -> int:
     return done if continues else 0
 
 
+def resumes_at_end_of_epoch(trainer: Trainer) -> bool:
+    """Returns whether a resume ends an epoch whose batches are trained, but which is not counted.
+
+    So after a checkpoint of the validation behind an epoch's last batch.
+    """
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress
+    is_trained: bool = batches.is_last_batch and batches.current.completed == batches.current.ready
+    is_resumed = trainer.fit_loop.epoch_loop.restarting
+    return is_resumed and is_trained and epochs.processed < epochs.started
+
+
 def continues_ended_epoch(trainer: Trainer) -> bool:
     """Returns whether a resume continues an epoch that had ended, and so loses an epoch.
 

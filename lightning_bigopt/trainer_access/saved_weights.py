@@ -1,60 +1,111 @@
-"""Replaces the weights that a checkpoint stores as the model, or stores second weights."""
+"""Replaces what a checkpoint stores as the model and its optimizers; stores second weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lightning_bigopt.trainer_access import strategies
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from lightning.pytorch.strategies import Strategy
 
 __all__ = [
+    "Collect",
+    "collect_weights",
     "is_sharded",
+    "load_weights_",
     "read_second_weights",
     "replace_saved_weights",
     "restore_saved_weights",
     "with_second_weights",
 ]
 
-_COLLECT = "lightning_module_state_dict"
+_WEIGHTS, _OPTIMIZER = "lightning_module_state_dict", "optimizer_state"
 _MODEL = "state_dict"  # the part of a sharded checkpoint that holds the model
+
+Collect: TypeAlias = Callable[[], dict[str, Any]]
+"""Collects the state of the model or of one optimizer."""
 
 
 def replace_saved_weights(
-    trainer: Trainer, change: Callable[[Callable[[], dict[str, Any]]], dict[str, Any]]
+    trainer: Trainer,
+    change: Callable[[Collect], dict[str, Any]],
+    change_optimizer: Callable[[Optimizer, Collect], dict[str, Any]],
 ) -> None:
-    """Replaces the function that collects the weights for a checkpoint.
+    """Replaces the functions that collect weights and optimizer states for a checkpoint.
 
     Every checkpoint (full, weights-only or sharded) collects its weights through the public method
-    ``Strategy.lightning_module_state_dict``.
+    ``Strategy.lightning_module_state_dict``, and then the state of each optimizer, if it has them,
+    through ``Strategy.optimizer_state``.
 
     Args:
         trainer: The Trainer, after ``strategy.setup``.
-        change: Function that receives the original collecting function, and returns the state dict
-            to save.
+        change: Function that receives the original function that collects the weights, and returns
+            the state dict to save.
+        change_optimizer: The same for the state of an optimizer, which it also receives.
     """
     # An instance attribute shadows the method of the class, and deleting it undoes the change. The
     # hook on_save_checkpoint would come too late: Lightning has collected the weights by then, and
-    # a sharded strategy may save them separately.
-    vars(trainer.strategy)[_COLLECT] = partial(_collect, trainer.strategy, change)
+    # a sharded strategy may save them separately. A partial can be copied with the Trainer.
+    strategy = trainer.strategy
+    vars(strategy)[_WEIGHTS] = partial(_collect, strategy, change)
+    vars(strategy)[_OPTIMIZER] = partial(_collect_optimizer, strategy, change_optimizer)
 
 
 def restore_saved_weights(trainer: Trainer) -> None:
     """Undoes :func:`replace_saved_weights`."""
-    vars(trainer.strategy).pop(_COLLECT, None)
+    for name in (_WEIGHTS, _OPTIMIZER):
+        vars(trainer.strategy).pop(name, None)
 
 
-def _collect(
-    strategy: Strategy, change: Callable[[Callable[[], dict[str, Any]]], dict[str, Any]]
+def collect_weights(trainer: Trainer) -> dict[str, Any]:
+    """Returns the weights as they are, without :func:`replace_saved_weights`."""
+    return _original(trainer.strategy, _WEIGHTS)()
+
+
+def _collect(strategy: Strategy, change: Callable[[Collect], dict[str, Any]]) -> dict[str, Any]:
+    return change(_original(strategy, _WEIGHTS))
+
+
+def _collect_optimizer(
+    strategy: Strategy,
+    change: Callable[[Optimizer, Collect], dict[str, Any]],
+    optimizer: Optimizer,
 ) -> dict[str, Any]:
+    return change(optimizer, partial(_original(strategy, _OPTIMIZER), optimizer))
+
+
+def _original(strategy: Strategy, name: str) -> Callable[..., dict[str, Any]]:
     # Looked up on the class: on the instance this name is the replacement.
-    return change(partial(type(strategy).lightning_module_state_dict, strategy))
+    return partial(getattr(type(strategy), name), strategy)
+
+
+def load_weights_(trainer: Trainer, weights: Mapping[str, Any]) -> None:
+    """Loads some of the weights; the others stay as they are.
+
+    Args:
+        trainer: The Trainer, while it fits.
+        weights: Weights by their names in the checkpoint: whole tensors on every process, or
+            DTensors.
+    """
+    strategy = trainer.strategy
+    if not strategies.shards_gradients(trainer):
+        strategy.load_model_state_dict({_MODEL: dict(weights)}, strict=False)
+        return
+    # There this method does nothing, because these strategies load when they read the file.
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    assert strategy.model is not None  # set before a fit
+    options = StateDictOptions(full_state_dict=not is_sharded(weights), strict=False)
+    set_model_state_dict(strategy.model, dict(weights), options=options)
 
 
 # ---------------------------------------------------------------------- a second copy, as shards

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning_bigopt.optimizers.names import unwrapped
@@ -15,8 +16,36 @@ from lightning_bigopt.trainer_access.packages import own
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.loggers import Logger
+    from lightning.pytorch.strategies import Strategy
 
-__all__ = ["exit_fit", "fit_quietly", "limits_kept", "objects_changed_by_fit", "run_separate_loop"]
+__all__ = [
+    "call_before_batch",
+    "exit_fit",
+    "fit_quietly",
+    "limits_kept",
+    "objects_changed_by_fit",
+    "run_separate_loop",
+]
+
+_HOOK = "on_train_batch_start"
+
+
+def call_before_batch(trainer: Trainer, function: Callable[[], None] | None) -> None:
+    """Calls a function before each training batch, also of a trial that has other callbacks.
+
+    Args:
+        trainer: The Trainer.
+        function: Called after the hooks of the callbacks and the module; None for none.
+    """
+    # Lightning calls this hook of the strategy in every loop; see replace_saved_weights.
+    vars(trainer.strategy).pop(_HOOK, None)
+    if function is not None:
+        vars(trainer.strategy)[_HOOK] = partial(_begin_batch, trainer.strategy, function)
+
+
+def _begin_batch(strategy: Strategy, function: Callable[[], None], *arguments: Any) -> None:
+    function()
+    getattr(type(strategy), _HOOK)(strategy, *arguments)
 
 
 def exit_fit(trainer: Trainer) -> BaseException:

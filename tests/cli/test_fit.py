@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -66,6 +67,33 @@ def test_example_trains_and_its_saved_config_trains_to_the_same_weights():
         "BatchSizeScheduler",
         "OptimizationMonitor",
     ]
+    assert cli.main(["fit", "--config", "runs/gpt/version_0/config.yaml"]) == 0
+    first, second = weights(0), weights(1)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert cli.main(["plan", "runs/gpt/version_1/config.yaml"]) == 0
+
+
+@pytest.mark.slow
+def test_combined_optimizer_trains_from_the_file_and_from_the_saved_config():
+    assert cli.main(["fit", "--config", str(ROOT / "examples" / "gpt_muon.yaml"), *SMALL]) == 0
+    used = read_scalars(Path("runs/gpt/version_0"))
+    # The warm-up is 5 % of 6 updates: 0.3. The cooldown begins at update 4.8.
+    factors = [0.0, 1.0, 1.0, 1.0, 1.0, 1 - (0.2 / 1.2) ** 0.5]
+    for group in ("Muon", "AdamW", "AdamW.no_decay"):
+        rates = list(used[f"optim/lr/{group}"].values())
+        assert rates == pytest.approx([3e-3 * factor for factor in factors])
+    halves = [0.5 * (1 + math.cos(math.pi * (t - 0.3) / 5.7)) for t in range(1, 6)]
+    cosine = [0.0, *(0.1 + 0.9 * half for half in halves)]
+    rates = list(used["optim/lr/AdamW.head"].values())
+    assert rates == pytest.approx([1.5e-3 * factor for factor in cosine])
+
+    (path,) = Path("runs/gpt/version_0/checkpoints").glob("*.ckpt")
+    (saved,) = torch.load(path, weights_only=True)["optimizer_states"]
+    groups = {group["name"]: group for group in saved["param_groups"]}
+    assert groups["Muon"]["updates"] == 6
+    assert groups["AdamW.head"]["weight_decay"] == 0.0
+    assert "blocks.0.attention.expand.weight" in groups["AdamW"]["param_names"]
+    assert config(0)["model"]["init_args"]["optimizer"]["class_path"].endswith("MuonAdamW")
     assert cli.main(["fit", "--config", "runs/gpt/version_0/config.yaml"]) == 0
     first, second = weights(0), weights(1)
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -46,7 +46,7 @@ from tests.faults.constructor_targets import targets
 MODES = ("none", "partial", "object", "all")
 
 
-def target(name: str, **arguments: Any) -> dict[str, Any]:
+def target(name: str, /, **arguments: Any) -> dict[str, Any]:
     return {"_target_": f"lightning_bigopt.{name}", **arguments}
 
 
@@ -84,6 +84,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "OptimizationMonitor": (
         {"layers": {"linear": "layer*"}, "per_layer": ["grad_norm"]},
         {"layers": {"linear": "layer*"}, "per_layer": ["grad_norm"]},
+    ),
+    "ParameterGroup": (
+        {"pattern": ["head*", "*.bias"], "name": "a"}, {"pattern": ("head*", "*.bias"), "name": "a"}
     ),
     "PiecewiseLinear": ({"points": {"0%": 0.1, "75%": 1}}, {"points": {"0%": 0.1, "75%": 1}}),
     "Product": (
@@ -135,6 +138,62 @@ def values(obj: Any) -> Any:
     return obj if isinstance(obj, int | float | str | type) else type(obj)
 
 
+ADAMW = {"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 0.1}
+SGD = {"_target_": "torch.optim.SGD", "_partial_": True, "lr": 0.2}
+OF_A_MODULE = {
+    "CombinedOptimizer": {
+        "optimizers": {"0.* if ndim == 2": SGD, "*": ADAMW},
+        "groups": [target("ParameterGroup", pattern=["1.*"], name="head", lr_factor=0.5)],
+        "no_decay": ["*.bias"],
+    },
+    "MuonAdamW": {
+        "lr": 0.1,
+        "adamw": ["0.weight"],
+        "muon": ["1.weight"],
+        "betas": [0.8, 0.9],
+        "groups": [target("ParameterGroup", pattern="1.*", name="head", weight_decay=0.0)],
+        "no_decay": ["0.weight"],
+    },
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("name", "function"), [
+    ("CombinedOptimizer", "combine_optimizers"), ("MuonAdamW", "muon_adamw"),
+])  # fmt: skip
+def test_optimizers_of_a_module_are_partial(name: str, function: str, mode: str) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    for called in (name, function):
+        config = target(called, _partial_=True, _convert_=mode, **OF_A_MODULE[name])
+        if mode == "none":  # omegaconf does not put the groups into a list
+            with pytest.raises(ValueError, match=re.escape(CONVERT)):
+                instantiate(config)
+            del config["groups"]
+            assert list(instantiate(config)(module).parts) == list(
+                {"CombinedOptimizer": ["SGD", "AdamW"], "MuonAdamW": ["Muon", "AdamW"]}[name]
+            )
+            continue
+        optimizer = instantiate(config)(module)
+        found = {g["name"]: (g["lr"], g["param_names"]) for g in optimizer.param_groups}
+        assert "omegaconf" not in str([type(v) for g in optimizer.param_groups for v in g.values()])
+        assert (
+            found
+            == {
+                "CombinedOptimizer": {
+                    "SGD": (0.2, ["0.weight"]),
+                    "AdamW.no_decay": (0.1, ["0.bias"]),
+                    "AdamW.head": (0.05, ["1.weight"]),
+                    "AdamW.head.no_decay": (0.05, ["1.bias"]),
+                },
+                "MuonAdamW": {
+                    "Muon.head": (0.1, ["1.weight"]),
+                    "AdamW.no_decay": (0.1, ["0.weight", "0.bias"]),
+                    "AdamW.head": (0.1, ["1.bias"]),
+                },
+            }[name]
+        )
+
+
 def test_every_constructor_with_a_list_or_mapping_has_a_case():
     containers = re.compile(r"\b(Mapping|Sequence|Iterable|dict|list|tuple|set)\[")
     found = {
@@ -145,6 +204,7 @@ def test_every_constructor_with_a_list_or_mapping_has_a_case():
         if containers.search(str(parameter.annotation))
     }
     cases = {(name, argument) for name, (_, written) in CASES.items() for argument in written}
+    cases |= {(name, argument) for name, written in OF_A_MODULE.items() for argument in written}
     assert len(found) > 15
     assert found - NOT_IN_CONFIGS <= cases
 
@@ -201,6 +261,7 @@ SPECIFICATIONS = {
 NOT_IN_LISTS = {
     *("AGC", "Groups", "BatchSizeSteps", "SchedulePolicy", "MultiStep", "PiecewiseLinear"),
     *("CosineWithRestarts", "Cyclic", "Exponential", "InverseSquareRoot", "Power", "StepDecay"),
+    "ParameterGroup",
     *("InfiniteSchedule", "Noam", "OneCycle", "TriStage", "Warmup", "WarmupConstant"),
     *("WarmupCosine", "WarmupInverseSquareRoot", "WarmupLinear", "WarmupStableDecay"),
 }

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import schedulefree
 import torch
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -201,6 +202,65 @@ def no_second_weights(out: Path) -> Any:
     fresh = ShardedAveraging()
     trainer("fsdp2", fresh).fit(Sharded(), ResumableLoader(8, 2), loader(4, 2))
     return [averaging.was_read, fresh.was_read]
+
+
+# ------------------------------------------------------------------------ optimizer modes
+
+
+class ShardedFree(Sharded):
+    def __init__(self) -> None:
+        super().__init__(optimizer=schedulefree.AdamWScheduleFree)
+
+
+class GuidedFree(ShardedFree):
+    """Has the hooks that a bare Trainer needs.
+
+    Before torch loads a sharded state, it steps with optimizers whose state is empty.
+    """
+
+    def on_fit_start(self) -> None:
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        optimizer.train()
+        optimizer.state.clear()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.optimizers(use_pl_optimizer=False).train()  # type: ignore[union-attr]
+
+
+def with_modes(out: Path) -> Any:
+    """Trains with a schedule-free optimizer, saves, and resumes with and without this package."""
+    found = {}
+    for name, whole in (("ddp", True), ("fsdp2", False), ("fsdp2", True)):
+        for hook in ("on_train_batch_end", "on_validation_end"):
+            case = f"{name} {'whole' if whole else 'sharded'} {hook}"
+            path = out / f"modes {case}.ckpt"
+            options: dict[str, Any] = {"whole": whole, "val_check_interval": 4}
+
+            def make(kind: str = "", name: str = name) -> Looked:
+                if name == "ddp":
+                    return Looked(optimizer=schedulefree.AdamWScheduleFree)
+                return GuidedFree() if kind == "bare" else ShardedFree()
+
+            data = (ResumableLoader(8, 2), loader(4, 2))
+            straight, saves = make(), Saves(path, at=4, hook=hook)
+            clipping = GradientClipping(NormClip(1.0))
+            trainer(name, saves, clipping, **options).fit(straight, *data)
+            resumed, again = make(), GradientClipping(NormClip(1.0))
+            trainer(name, again, **options).fit(resumed, *data, ckpt_path=path, weights_only=False)
+            found[case] = {
+                "training": [numbers(each) for each in straight.trained],
+                "evaluated": [numbers(each) for each in straight.evaluated],
+                "resumed": [numbers(each) for each in resumed.trained],
+                "ends": [weights(straight), weights(resumed)],
+                "file": describe(path),
+            }
+            if name == "fsdp2":
+                bare, start = make("bare"), WeightsAtStart()
+                trainer(name, start, whole=whole, limit_val_batches=0).fit(
+                    bare, *data, ckpt_path=path, weights_only=False
+                )
+                found[case]["bare"] = [start.seen, len(bare.trained)]
+    return found
 
 
 # ------------------------------------------------------------------------------ snapshots
@@ -433,6 +493,7 @@ def saved_values(path: Path) -> dict[str, list[float]]:
 NAMES = [
     "averaged",
     "no_second_weights",
+    "with_modes",
     "rolled_back",
     "saved_first",
     "bare_resumed",

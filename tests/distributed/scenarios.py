@@ -374,6 +374,13 @@ def gradients(out: Path) -> Any:
     return {name: getattr(gradient_scenarios, name)(out) for name in gradient_scenarios.NAMES}
 
 
+def optimizers(out: Path) -> Any:
+    """Runs the scenarios of ``optimizer_scenarios``, which imports this module."""
+    from tests.distributed import optimizer_scenarios
+
+    return {name: getattr(optimizer_scenarios, name)(out) for name in optimizer_scenarios.NAMES}
+
+
 def monitored(out: Path) -> Any:
     """Returns the values that the monitor logs of layers, and the processes that wrote files."""
     found = {}
@@ -559,10 +566,11 @@ NAMES = [
     "flat_shards",
     "schedules",
     "gradients",
+    "optimizers",
     "monitored",
     "uncounted",
     "output_folders",
     "restarted",
     "rejected_batches",
-    "optimizers",
+    "contracts",
 ]

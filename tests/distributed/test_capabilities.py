@@ -99,6 +99,30 @@ def test_a_checkpoint_without_second_weights_has_none_to_be_read(two: Any) -> No
         assert result["no_second_weights"] == [False, False]
 
 
+# ------------------------------------------------------------------------ optimizer modes
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_end"])
+@pytest.mark.parametrize("case", CASES)
+def test_an_optimizer_with_modes_resumes_to_the_bit(two: Any, case: str, hook: str) -> None:
+    for found in (result["with_modes"][f"{case} {hook}"] for result in two):
+        assert len(found["training"]) == 8
+        assert found["resumed"] == found["training"][4:]
+        assert found["ends"][0] == found["ends"][1]
+        assert found["ends"][0] == found["evaluated"][-1] != found["training"][-1]
+        file = found["file"]
+        saved = file["weights" if "whole" in case else "consolidated"]
+        assert {name: saved[name] for name in NAMES} == found["evaluated"][1]
+        if case == "fsdp2 sharded":
+            owners = ("", "lightning_bigopt.training_weights.")
+            assert file["pieces"] == {f"state_dict.{o}{n}": 2 for o in owners for n in NAMES}
+        else:
+            assert file["keys"] == sorted(NAMES)
+        if case != "ddp whole":
+            start, updates = found["bare"]
+            assert (start, updates) == (found["evaluated"][1], 4)
+
+
 # ------------------------------------------------------------------------------ snapshots
 
 

@@ -12,8 +12,8 @@ import torch
 
 from tests.distributed import (
     batch_scenarios,
+    contract_scenarios,
     loader_scenarios,
-    optimizer_scenarios,
     package_scenarios,
     scenarios,
 )
@@ -27,7 +27,7 @@ def main() -> None:
     out, names = Path(sys.argv[1]), sys.argv[2:]
     modules = (
         *(scenarios, batch_scenarios, package_scenarios, loader_scenarios),
-        optimizer_scenarios,
+        contract_scenarios,
     )
     known = {name: value for module in modules for name, value in vars(module).items()}
     results = {name: known[name](out) for name in names}

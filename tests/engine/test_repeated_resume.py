@@ -135,6 +135,33 @@ def test_a_second_resume_continues_where_the_first_has_saved(
     assert twice.ended[-2:] == straight.ended[-2:]
 
 
+class LastRates(L.Callback):
+    """Records the learning rate at the end of each epoch, and at the end of the fit."""
+
+    def __init__(self) -> None:
+        self.found: list[float] = []
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.found.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    on_train_end = on_train_epoch_end
+
+
+@pytest.mark.filterwarnings("ignore:Lightning continues an epoch that had")
+@pytest.mark.parametrize("kind", ["saves its position", "GlobalBatchLoader", "with a length"])
+@pytest.mark.parametrize("update", [10, 20])
+@pytest.mark.parametrize("hook", ["on_validation_end", "on_train_batch_end", "on_train_epoch_end"])
+def test_a_resume_after_the_last_batch_of_an_epoch_has_the_learning_rate_of_its_end(
+    tmp_path: Path, hook: str, update: int, kind: str
+) -> None:
+    path, straight, resumed = tmp_path / "saved.ckpt", LastRates(), LastRates()
+    limit = {"max_epochs": EPOCHS}
+    fit(kind, Validated(), SavesAfter(path, update, hook), straight, **limit)
+    fit(kind, Validated(), resumed, ckpt=path, **limit)
+    assert len(straight.found) == EPOCHS + 1
+    assert resumed.found == straight.found[EPOCHS + 1 - len(resumed.found) :]
+
+
 @pytest.mark.parametrize("second", [6, 10])
 @pytest.mark.parametrize("kind", ["saves its position", "GlobalBatchLoader"])
 @pytest.mark.parametrize(

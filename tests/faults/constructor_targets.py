@@ -40,6 +40,7 @@ NOT_CALLED = {
     *(name for name in bigopt.__all__ if name.endswith("Mixin")),
     # they train; their own tests call them with wrong arguments
     *("learning_rate_range_test", "plan", "replay"),
+    "Muon",  # the class of torch, whose own errors pass through
     "TooManyRejectionsError",  # raised by the package
 }
 """Public names that are not called with hostile values, and why."""
@@ -51,6 +52,7 @@ LEFT_OUT = {
     ("Duration.parse", "name"),
     # a function of the user, whose own errors pass through
     ("search_micro_batch_size", "try_size"),
+    *(("CombinedOptimizer", "optimizers"), ("combine_optimizers", "optimizers")),
     # for distributed strategies
     *(("measure", name) for name in ("process_group", "is_sharded")),
 }
@@ -223,6 +225,11 @@ VALID: dict[str, dict[str, Callable[[], Any]]] = {
     "RangeTest": _valid(learning_rates=(0.1, 0.2), losses=(1.0, 2.0)),
     # functions
     "parameter_groups": _valid(module=model, weight_decay=0.1),
+    "ParameterGroup": _valid(pattern="*", name="all"),
+    "CombinedOptimizer": _valid(module=model, optimizers={"*": torch.optim.AdamW}),
+    "combine_optimizers": _valid(module=model, optimizers={"*": torch.optim.AdamW}),
+    "MuonAdamW": _valid(module=model, lr=0.1),
+    "muon_adamw": _valid(module=model, lr=0.1),
     "clip_gradients_": _valid(parameters=model, rule=bigopt.NormClip()),
     "measure": _valid(parameters=lambda: list(model().named_parameters())),
     "noise_scale_terms": _valid(small_square=2.0, big_square=1.0, small=8, big=64),

@@ -408,12 +408,35 @@ def test_the_strategy_is_asked_through_its_own_attributes(tmp_path: Path) -> Non
 
         return call
 
-    for name in ("process_dataloader", "lightning_module_state_dict"):
+    for name in ("process_dataloader", "lightning_module_state_dict", "optimizer_state"):
         vars(one.strategy)[name] = replaced(name)
     one.fit(Small(), batches())
     for weights_only in (False, True):
         one.save_checkpoint(tmp_path / "saved.ckpt", weights_only=weights_only)
-    assert calls == ["process_dataloader", *["lightning_module_state_dict"] * 2]
+    weights = "lightning_module_state_dict"
+    assert calls == ["process_dataloader", weights, "optimizer_state", weights]
+
+
+def test_the_strategy_hears_of_every_training_batch_after_callbacks_and_module() -> None:
+    """Also in a loop whose callbacks were replaced, as in a trial of LearningRateFinder."""
+    calls: list[str] = []
+
+    class Hears(L.Callback):
+        def on_train_batch_start(self, *arguments: Any) -> None:
+            calls.append("callback")
+
+    class Module(Small):
+        def on_train_batch_start(self, *arguments: Any) -> None:
+            calls.append("module")
+
+        def training_step(self, *arguments: Any) -> Any:
+            calls.append("step")
+            return super().training_step(*arguments)
+
+    one = trainer(Hears(), max_steps=1)
+    vars(one.strategy)["on_train_batch_start"] = lambda *arguments: calls.append("strategy")
+    one.fit(Module(), batches())
+    assert calls == ["callback", "module", "strategy", "step"]
 
 
 def test_a_callback_that_is_inserted_in_setup_is_a_full_one(tmp_path: Path) -> None:

@@ -51,6 +51,35 @@ def test_a_scalers_scale_is_a_tensor_once_it_has_scaled() -> None:
 # --------------------------------------------------------------------------------- optimizers
 
 
+@asserts("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks")
+def test_an_optimizer_keeps_the_hooks_of_load_state_dict_by_id() -> None:
+    """A combined optimizer loads the states of its parts itself, and runs its own hooks."""
+    optimizer = torch.optim.SGD([weight_with_gradient()], lr=0.1)
+    before = optimizer.register_load_state_dict_pre_hook(lambda *_: None)
+    after = optimizer.register_load_state_dict_post_hook(lambda *_: None)
+    assert list(optimizer._optimizer_load_state_dict_pre_hooks) == [before.id]
+    assert list(optimizer._optimizer_load_state_dict_post_hooks) == [after.id]
+
+
+@asserts("_muon", "_zeropower_via_newtonschulz", "_adjust_lr")
+def test_the_update_of_muon_is_made_of_two_functions() -> None:
+    """Muon of this package gathers the shards of a matrix between the two."""
+    from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
+
+    weight = nn.Parameter(torch.zeros(2, 3))
+    weight.grad = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.Muon([weight], lr=0.1, momentum=0.0)
+    optimizer.step()
+    group = optimizer.param_groups[0]
+    settings = (group["ns_coefficients"], group["ns_steps"], group["eps"])
+    expected = torch.zeros(2, 3).add_(
+        _zeropower_via_newtonschulz(weight.grad, *settings),
+        alpha=-_adjust_lr(0.1, group["adjust_lr_fn"], weight.shape),
+    )
+    assert torch.equal(weight.detach(), expected)
+    assert _adjust_lr(0.1, "match_rms_adamw", weight.shape) == pytest.approx(0.1 * 0.2 * 3**0.5)
+
+
 @asserts("_hooks")
 def test_the_names_of_all_hooks_of_an_optimizer_end_alike() -> None:
     """A snapshot of an optimizer neither saves nor removes hooks; their names have this end."""

@@ -16,6 +16,7 @@ from lightning_bigopt import (
     LearningRateScheduler,
     Linear,
     OptimizationMonitor,
+    ParameterGroup,
     parameter_groups,
 )
 from lightning_bigopt.examples import BytesGPT
@@ -214,3 +215,53 @@ def test_monitor_logs_the_learning_rate_of_every_layer(tmp_path):
 def test_all_arguments_but_the_module_are_keyword_only():
     parameters = list(inspect.signature(parameter_groups).parameters.values())
     assert {p.kind for p in parameters[1:]} == {inspect.Parameter.KEYWORD_ONLY}
+
+
+def test_groups_by_pattern_have_factors_and_weight_decays():
+    net = Net()
+    groups = parameter_groups(
+        net,
+        lr=1.0,
+        weight_decay=0.1,
+        no_decay="embed.*",
+        groups=[
+            ParameterGroup(["head.*", "embed.bias"], name="ends", lr_factor=0.5),
+            ParameterGroup("blocks.1.* if ndim == 1", name="norm", weight_decay=0.2),
+        ],
+    )
+    found = {g["name"]: (g["lr"], g["weight_decay"], names_of(net, g)) for g in groups}
+    assert found == {
+        "decay": (1.0, 0.1, {"blocks.0.weight"}),
+        "no_decay": (1.0, 0.0, {"embed.weight", "blocks.0.bias"}),
+        "ends.decay": (0.5, 0.1, {"head.weight"}),
+        "ends.no_decay": (0.5, 0.0, {"head.bias", "embed.bias"}),
+        "norm": (1.0, 0.2, {"blocks.1.weight", "blocks.1.bias"}),
+    }
+    torch.optim.AdamW(groups)
+
+
+def test_factor_of_a_group_multiplies_that_of_its_layer():
+    groups = parameter_groups(
+        Net(),
+        lr=1.0,
+        weight_decay=0.1,
+        layer_decay=0.5,
+        groups=[ParameterGroup("blocks.*", name="blocks", lr_factor=0.1)],
+    )
+    assert {group["name"]: group["lr"] for group in groups} == {
+        "layer_0.decay": 0.125,
+        "layer_0.no_decay": 0.125,
+        "layer_1.blocks.decay": pytest.approx(0.25 * 0.1),
+        "layer_1.blocks.no_decay": pytest.approx(0.25 * 0.1),
+        "layer_2.blocks.no_decay": pytest.approx(0.5 * 0.1),
+        "layer_3.decay": 1.0,
+        "layer_3.no_decay": 1.0,
+    }
+
+
+def test_factor_without_a_learning_rate_raises():
+    groups = [ParameterGroup("head.*", name="head", lr_factor=0.5)]
+    with pytest.raises(
+        ValueError, match="lr must be given with lr_factor, got None with lr_factor=0"
+    ):
+        parameter_groups(Net(), weight_decay=0.1, groups=groups)

@@ -11,7 +11,7 @@ import torch
 from benchmarks.contracts.catalog import Entry, catalog, of_class
 from benchmarks.contracts.checks import CHECKS, clipping, run_check
 from benchmarks.contracts.training import fit
-from tests.distributed.optimizer_scenarios import EIGHT
+from tests.distributed.contract_scenarios import EIGHT
 
 pytest.importorskip("torchao")
 ENTRIES = {entry.key: entry for entry in catalog() if entry.key in EIGHT}

@@ -21,6 +21,7 @@ from lightning_bigopt.durations.duration import Duration, DurationLike
 from lightning_bigopt.durations.progress import Progress
 from lightning_bigopt.engine.clock import Clock
 from lightning_bigopt.engine.stage import LEARNING_RATE, Fit
+from lightning_bigopt.optimizers.names import part_optimizers
 from lightning_bigopt.trainer_access import schedulers
 
 __all__ = ["BatchCoupling"]
@@ -237,11 +238,15 @@ class BatchCoupling:
         """Returns a sentence of advice if the learning rate is not scaled, else an empty string."""
         if self.lr_scaling is not None:
             return ""
-        kind = type(optimizers[0][1]).__name__
-        rule = recommended_rule(kind)
+        first = optimizers[0][1]
+        parts = list(part_optimizers(first).values()) or [first]
+        kinds = list(dict.fromkeys(type(part).__name__ for part in parts))
+        rules = {recommended_rule(kind) for kind in kinds}
         hint = "'sqrt' suits Adam and its variants, 'linear' SGD"
-        if rule is not None:
-            hint = f"lr_scaling={rule!r} is recommended for {kind}"
+        if len(rules) == 1 and None not in rules:
+            hint = f"lr_scaling={rules.pop()!r} is recommended for {' and '.join(kinds)}"
+        elif len(kinds) > 1:
+            hint += f", and one rule applies to all parts ({', '.join(kinds)})"
         return f" The learning rate does not follow the batch (lr_scaling=None); {hint}."
 
     # --------------------------------------------------------------------------------- state

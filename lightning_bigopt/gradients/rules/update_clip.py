@@ -15,6 +15,7 @@ from lightning_bigopt.checks import check_positive
 from lightning_bigopt.gradients.norm_kernels import local_norms
 from lightning_bigopt.gradients.rules.update_rule import UpdateRule, chunks, whole_norms
 from lightning_bigopt.gradients.sharding import redistribute_like_parameter_, to_local
+from lightning_bigopt.optimizers.names import part_optimizers
 
 __all__ = ["UpdateClip"]
 
@@ -31,7 +32,8 @@ class UpdateClip(UpdateRule):
     for each tensor, with the bias-corrected second moment :math:`\hat v`, which already contains
     :math:`g`. It acts if a gradient is large compared with the second moment, so that the step of
     Adam would be too large. Costs a copy of the weights and one more pass over gradients and
-    moments; needs no host synchronization. Has no state.
+    moments; needs no host synchronization. Has no state. Of a combined optimizer it limits the
+    parts of the Adam family; the updates of other parts, such as Muon, are not limited.
 
     Args:
         max_rms: The limit :math:`d`, positive.
@@ -58,16 +60,24 @@ class UpdateClip(UpdateRule):
         check_positive("max_rms", self.max_rms)
 
     def check(self, optimizer: Optimizer) -> None:
-        """Raises for an optimizer that is not of the Adam family."""
+        """Raises for an optimizer that is not of the Adam family, nor combined with one."""
         super().check(optimizer)
-        state = next(filter(None, optimizer.state.values()), None)
-        if state is not None:  # the optimizer has made a step
-            _second_moment(state, optimizer)
-        if not all({"betas", "eps"} <= group.keys() for group in optimizer.param_groups):
+        family = _adam_parts(optimizer)
+        for part in family or [optimizer]:
+            state = next(filter(None, part.state.values()), None)
+            if state is not None:  # the optimizer has made a step
+                _second_moment(state, part)
+        if not family:
             raise ValueError(
                 "optimizer must be of the Adam family for UpdateClip, got "
                 f"{type(optimizer).__name__}; use MaxUpdateRatio"
             )
+
+    def limited(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        """Returns the parameters of the Adam family; a combined optimizer may have others."""
+        groups = [group for part in _adam_parts(optimizer) for group in part.param_groups]
+        chosen = {id(parameter) for group in groups for parameter in group["params"]}
+        return [parameter for parameter in parameters if id(parameter) in chosen]
 
     def factors(
         self, optimizer: Optimizer, parameters: Sequence[nn.Parameter], before: Sequence[Tensor]
@@ -83,6 +93,12 @@ class UpdateClip(UpdateRule):
         sizes = [p.numel() * (2 if p.is_complex() else 1) for p in parameters]
         roots = [self.max_rms * max(size, 1) ** 0.5 for size in sizes]
         return torch.stack([root / norm for root, norm in zip(roots, whole.unbind(), strict=True)])
+
+
+def _adam_parts(optimizer: Optimizer) -> list[Optimizer]:
+    """Returns the parts of the Adam family; the optimizer itself if it is not combined."""
+    parts = part_optimizers(optimizer).values() or [optimizer]
+    return [part for part in parts if all({"betas", "eps"} <= g.keys() for g in part.param_groups)]
 
 
 def _check_states(
@@ -103,10 +119,11 @@ def _ratios(
 ) -> list[Tensor]:
     """Divides gradients by the roots of their second moments; empty tensors without moments."""
     ratios = [torch.empty(0, device=to_local(parameter).device) for parameter in parameters]
-    kept = [i for i, p in enumerate(parameters) if optimizer.state.get(p)]
+    found = [optimizer.state.get(parameter) for parameter in parameters]
+    kept = [index for index, state in enumerate(found) if state]
     if not kept:
         return ratios
-    states = [optimizer.state[parameters[i]] for i in kept]
+    states = [state for state in found if state]
     groups = [settings[id(parameters[i])] for i in kept]
     moments = [_numbers(_second_moment(state, optimizer)).float() for state in states]
     scales = _divided(moments, [_correction(s, g) for s, g in zip(states, groups, strict=True)])

@@ -65,7 +65,8 @@ class UpdateRule(ClippingRule):
                 "(FSDP1); use FSDP2 (ModelParallelStrategy) or a rule on norms"
             )
         self.check(optimizer)
-        parameters = [parameter for _, parameter in context.with_gradients(sparse=self.sparse)]
+        named = context.with_gradients(sparse=self.sparse)
+        parameters = self.limited(optimizer, [parameter for _, parameter in named])
         before = _copy(optimizer, parameters)
         return ClipDecision(after_step=lambda: self._shorten_(optimizer, parameters, before))
 
@@ -81,6 +82,10 @@ class UpdateRule(ClippingRule):
                 f"optimizer must keep its iterate in the parameters for {type(self).__name__}, got "
                 f"{type(optimizer).__name__}, which averages iterates; use a rule on norms"
             )
+
+    def limited(self, optimizer: Optimizer, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        """Returns the parameters whose updates the rule limits: all of them by default."""
+        return parameters
 
     @abstractmethod
     def factors(
