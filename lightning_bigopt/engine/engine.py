@@ -18,13 +18,8 @@ from lightning_bigopt.engine.step import StepHooks
 from lightning_bigopt.engine.unfinished_update import check_update_is_complete
 from lightning_bigopt.engine.update_check import UpdateCheck
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
-from lightning_bigopt.trainer_access import (
-    checkpoint_loading,
-    loggers,
-    loop,
-    strategies,
-    trial_runs,
-)
+from lightning_bigopt.trainer_access import loggers, loop, strategies, trial_runs
+from lightning_bigopt.trainer_access.checkpoint_loading import accept_subclasses, restore_loading
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -78,7 +73,7 @@ class Engine(EvaluationHooks, StepHooks):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ends a previous fit that was not ended because of an error."""
         self._end()
-        checkpoint_loading.accept_tensor_subclasses(trainer)
+        accept_subclasses(trainer)
         if stage == "fit":
             prepare_trial(trainer)
 
@@ -249,7 +244,7 @@ class Engine(EvaluationHooks, StepHooks):
             if isinstance(callback, Stages):
                 callback.take_loaded_state()  # loaded by validate or test, or by a finder
         trial_runs.call_before_batch(trainer, None)
-        checkpoint_loading.restore_loading(trainer)
+        restore_loading(trainer)
         self._end()
 
     def _end(self) -> None:

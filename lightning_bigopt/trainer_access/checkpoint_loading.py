@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from lightning.pytorch.plugins import CheckpointIO
 
-__all__ = ["accept_tensor_subclasses", "restore_loading"]
+__all__ = ["accept_subclasses", "restore_loading"]
 
 _LOAD = "load_checkpoint"
 
 
-def accept_tensor_subclasses(trainer: Trainer) -> None:
+def accept_subclasses(trainer: Trainer) -> None:
     """Lets the Trainer load checkpoints with tensor subclasses; call it in ``setup``.
 
     Lightning passes ``map_location=lambda storage, location: storage`` to ``torch.load``. torch
@@ -38,7 +38,7 @@ def accept_tensor_subclasses(trainer: Trainer) -> None:
 
 
 def restore_loading(trainer: Trainer) -> None:
-    """Undoes :func:`accept_tensor_subclasses`."""
+    """Undoes :func:`accept_subclasses`."""
     vars(_innermost(trainer)).pop(_LOAD, None)
 
 
