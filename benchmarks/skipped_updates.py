@@ -82,6 +82,11 @@ class Model(L.LightningModule):
             if "train_mode" in optimizer.param_groups[0]:
                 optimizer.train()
 
+    def on_train_end(self) -> None:
+        for optimizer in self.trainer.optimizers:
+            if "train_mode" in optimizer.param_groups[0]:
+                optimizer.eval()
+
     def backward(self, loss: Tensor) -> None:
         loss.backward(create_graph=self.second_order)  # type: ignore[no-untyped-call]
 

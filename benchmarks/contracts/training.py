@@ -105,6 +105,9 @@ class Module(L.LightningModule):
     def on_train_start(self) -> None:
         train_mode(self.trainer.optimizers[0])
 
+    def on_train_end(self) -> None:
+        evaluation_mode(self.trainer.optimizers[0])
+
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         self.rates.append(float(self.trainer.optimizers[0].param_groups[0]["lr"]))
         self.before = [p.detach().clone() for p in self.net.parameters()]
@@ -119,6 +122,12 @@ def train_mode(optimizer: Any) -> None:
     """Switches an optimizer of schedulefree to the weights of training."""
     if "train_mode" in optimizer.param_groups[0]:
         optimizer.train()
+
+
+def evaluation_mode(optimizer: Any) -> None:
+    """Switches an optimizer of schedulefree to the weights of evaluation, as after a fit."""
+    if "train_mode" in optimizer.param_groups[0]:
+        optimizer.eval()
 
 
 def fit(entry: Entry, *callbacks: L.Callback, **options: Any) -> Module:
@@ -175,6 +184,7 @@ def loop(
         if entry.is_manual:
             closure()
         optimizer.step(closure)
+    evaluation_mode(optimizer)
     return module
 
 
