@@ -56,7 +56,7 @@ format: $(STAMP)  ## Formats the code and applies automatic fixes.
 
 bench: $(STAMP)  ## Runs the benchmarks, one after the other.
 	test -d $(VENV)/optimizers || $(BIN)/python -m pip install --no-deps --constraint constraints.txt \
-		--target $(VENV)/optimizers prodigyopt pytorch_optimizer torchao
+		--target $(VENV)/optimizers prodigyopt pytorch_optimizer bitsandbytes
 	@set -e; for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
 notebooks: $(STAMP)  ## Executes the notebooks and stores their outputs; NAMES="02 04" selects some.

@@ -1,4 +1,4 @@
-"""Checks for every optimizer of five libraries that a skipped update changes nothing.
+"""Checks for the optimizers of six libraries that a skipped update changes nothing.
 
     python benchmarks/skipped_updates.py            # prints the table
     python benchmarks/skipped_updates.py --write    # writes docs/benchmarks/skipped_updates.md
@@ -8,15 +8,12 @@ infinity or 10⁶ times the size), and on the good batches alone, without callba
 fields of parameter groups and attributes of the optimizer are compared to the bit, around each
 skipped update and at the end. The optimizers of torch and schedulefree are always tested, the
 others if they are installed. ``make bench`` installs them beside the packages of .venv, for this
-script only: ``pip install --no-deps --target .venv/optimizers prodigyopt pytorch_optimizer
-torchao``.
+script only.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import inspect
 import logging
 import math
 import sys
@@ -29,22 +26,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import lightning as L
 import torch
 from torch import Tensor, nn
 
+from benchmarks.contracts.catalog import LIBRARIES, Build, catalog
 from lightning_bigopt import StepGuard
 from lightning_bigopt.gradients import Detector, Verdict
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "skipped_updates.md"
-LIBRARIES = ("torch", "schedulefree", "prodigyopt", "pytorch_optimizer", "torchao")
 GOOD = 5
 BAD = {0: math.nan, 3: 1e6, 4: math.inf}  # by index of the batch
 # Attributes that belong to the control of its steps.
-SECOND_ORDER = frozenset({"AdaHessian", "SophiaH"})
 CONTROL = frozenset({"_bigopt_step_control", "step"})
-Build = Callable[[nn.Module], torch.optim.Optimizer]
-MANUAL: list[Build] = []
 
 
 # ------------------------------------------------------------------------------- the two runs
@@ -69,11 +65,12 @@ class LargeNorm(Detector):
 class Model(L.LightningModule):
     """Two linear layers; compares the optimizer around the updates of bad batches."""
 
-    def __init__(self, build: Build) -> None:
+    def __init__(self, build: Build, *, second_order: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4))
-        self.build = build
+        # The states of a tensor with 4096 elements are quantized by low-bit optimizers.
+        self.net = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 64), nn.Linear(64, 4))
+        self.build, self.second_order = build, second_order
         self.before: Any = None
         self.changed: list[int] = []
 
@@ -85,9 +82,13 @@ class Model(L.LightningModule):
             if "train_mode" in optimizer.param_groups[0]:
                 optimizer.train()
 
+    def on_train_end(self) -> None:
+        for optimizer in self.trainer.optimizers:
+            if "train_mode" in optimizer.param_groups[0]:
+                optimizer.eval()
+
     def backward(self, loss: Tensor) -> None:
-        kind = type(self.trainer.optimizers[0]).__name__
-        loss.backward(create_graph=kind in SECOND_ORDER)  # type: ignore[no-untyped-call]
+        loss.backward(create_graph=self.second_order)  # type: ignore[no-untyped-call]
 
     def training_step(self, batch: Tensor) -> Tensor:
         number, factor = int(batch[0]), float(batch[1])
@@ -115,7 +116,8 @@ def contents(value: Any, seen: dict[int, Any]) -> Any:
         return repr(value)
     if isinstance(value, types.FunctionType | types.MethodType | type):
         return type(value).__name__
-    if id(value) in seen:
+    # A run without callbacks shares a learning-rate tensor between the group and the defaults.
+    if id(value) in seen and not isinstance(value, Tensor):
         return "seen"
     seen[id(value)] = value  # keeps the object alive, so that no other gets its id
     found: Any
@@ -124,7 +126,7 @@ def contents(value: Any, seen: dict[int, Any]) -> Any:
         found = [contents(getattr(value, name), seen) for name in value.__tensor_flatten__()[0]]
     elif isinstance(value, Tensor):
         flat = value.detach().contiguous().view(-1)
-        found = str(value.dtype), tuple(value.shape), flat.view(torch.uint8).tolist()
+        found = str(value.dtype), tuple(value.shape), flat.view(torch.uint8).numpy().tobytes()
     elif isinstance(value, Mapping):
         found = [
             (k if isinstance(k, str) else type(k).__name__, contents(v, seen))
@@ -141,8 +143,8 @@ def contents(value: Any, seen: dict[int, Any]) -> Any:
 class ManualModel(Model):
     """Computes gradients before the step, too, as SAM of pytorch_optimizer needs it."""
 
-    def __init__(self, build: Build) -> None:
-        super().__init__(build)
+    def __init__(self, build: Build, *, second_order: bool = False) -> None:
+        super().__init__(build, second_order=second_order)
         self.automatic_optimization = False
 
     def training_step(self, batch: Tensor) -> None:  # type: ignore[override]
@@ -204,117 +206,15 @@ def problem(
     return ""
 
 
-# ------------------------------------------------------------------------------ the optimizers
-
-
-def matrices(net: nn.Module) -> list[nn.Parameter]:
-    """Returns the parameters with two dimensions."""
-    return [parameter for parameter in net.parameters() if parameter.ndim == 2]
-
-
-def muon_groups(net: nn.Module) -> list[dict[str, Any]]:
-    """Returns the parameter groups that the Muon of pytorch_optimizer needs."""
-    vectors = [parameter for parameter in net.parameters() if parameter.ndim < 2]
-    return [
-        {"params": matrices(net), "use_muon": True},
-        {"params": vectors, "use_muon": False},
-    ]
-
-
-def of_class(kind: Any, **options: Any) -> Build:
-    """Returns a function that builds an optimizer of a class for a network."""
-    return lambda net: kind(list(net.parameters()), **options)
-
-
-def catalog() -> Iterator[tuple[str, str, Build]]:
-    """Yields library, name and build function of every optimizer that is installed."""
-    yield from torch_optimizers()
-    for library, optimizers in (
-        ("schedulefree", schedulefree_optimizers),
-        ("prodigyopt", prodigy_optimizers),
-        ("pytorch_optimizer", pytorch_optimizer_optimizers),
-        ("torchao", torchao_optimizers),
-    ):
-        if importlib.util.find_spec(library) is not None:
-            for name, build in optimizers():
-                yield library, name, build
-
-
-def torch_optimizers() -> Iterator[tuple[str, str, Build]]:
-    """Yields the optimizers of torch, also with other kernels."""
-    for name, kind in sorted(vars(torch.optim).items()):
-        if not (inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer)):
-            continue
-        if name in {"Optimizer", "SparseAdam"}:  # SparseAdam needs sparse gradients
-            continue
-        if name == "Muon":
-            yield "torch", name, lambda net, kind=kind: kind(matrices(net), lr=0.01)
-            continue
-        options = {"lr": 0.01} if name != "LBFGS" else {"lr": 0.1, "max_iter": 3}
-        yield "torch", name, of_class(kind, **options)
-        parameters = inspect.signature(kind).parameters
-        for kernel in ("foreach", "fused"):
-            if kernel in parameters:
-                yield "torch", f"{name}({kernel}=True)", of_class(kind, lr=0.01, **{kernel: True})
-
-
-def schedulefree_optimizers() -> Iterator[tuple[str, Build]]:
-    """Yields the optimizers of schedulefree, wrapped ones included."""
-    library = importlib.import_module("schedulefree")
-    for name in sorted(n for n in vars(library) if n[0].isupper()):
-        kind = getattr(library, name)
-        if "Wrapper" in name:
-            yield name, lambda net, kind=kind: kind(torch.optim.AdamW(net.parameters(), lr=0.01))
-        else:
-            yield name, of_class(kind, lr=0.01)
-
-
-def prodigy_optimizers() -> Iterator[tuple[str, Build]]:
-    """Yields the optimizer of prodigyopt."""
-    yield "Prodigy", of_class(importlib.import_module("prodigyopt").Prodigy)
-
-
-def pytorch_optimizer_optimizers() -> Iterator[tuple[str, Build]]:
-    """Yields the optimizers of pytorch_optimizer, wrappers included."""
-    library = importlib.import_module("pytorch_optimizer")
-    special: dict[str, Build] = {
-        "adammini": library.AdamMini,
-        "spectralsphere": lambda net: library.load_optimizer("spectralsphere")(matrices(net)),
-        "bsam": of_class(library.BSAM, num_data=GOOD),
-        "ranger21": of_class(library.Ranger21, num_iterations=GOOD),
-        "magma": lambda net: library.Magma(torch.optim.AdamW(net.parameters())),
-    }
-    for name in ("muon", "adamuon", "adago", "distributedmuon", "normuon", "muonclip"):
-        kind = library.load_optimizer(name)
-        special[name] = lambda net, kind=kind: kind(muon_groups(net))
-    for name in library.get_supported_optimizers():
-        if name not in {"lomo", "adalomo"}:  # they update in the backward pass
-            yield name, special.get(name) or of_class(library.load_optimizer(name))
-    wrapped = {"base_optimizer": torch.optim.SGD, "lr": 0.05, "momentum": 0.9}
-    for name in ("SAM", "LookSAM", "FriendlySAM"):
-        MANUAL.append(of_class(getattr(library, name), **wrapped))
-        yield name, MANUAL[-1]
-    yield "WSAM", lambda net: library.WSAM(net, list(net.parameters()), **wrapped)
-    for name in ("Lookahead", "OrthoGrad"):
-        kind = getattr(library, name)
-        yield name, lambda net, kind=kind: kind(torch.optim.AdamW(net.parameters(), lr=0.01))
-
-
-def torchao_optimizers() -> Iterator[tuple[str, Build]]:
-    """Yields the optimizers of torchao, whose states are quantized tensors."""
-    library = importlib.import_module("torchao.optim")
-    for name in library.__all__:
-        if "Offload" not in name:  # it needs a GPU
-            yield name, of_class(getattr(library, name), lr=0.01)
-
-
 # ------------------------------------------------------------------------------------ the page
 
 
 def results() -> Iterator[tuple[str, str, str]]:
     """Yields library, name and result of every optimizer: right, a problem, or an error."""
-    for library, name, build in catalog():
-        new_module = partial(ManualModel if build in MANUAL else Model, build)
+    for entry in catalog():
+        library, name = entry.library, entry.name
+        kind = ManualModel if entry.is_manual else Model
+        new_module = partial(kind, entry.build, second_order=entry.second_order)
         try:
             fit(new_module(), [(number, 1.0) for number in range(2)])
         except Exception as error:  # noqa: BLE001 - some need more arguments, or another device
@@ -366,7 +266,6 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    sys.path.append(str(Path(sys.prefix) / "optimizers"))
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     rows = []
     for library, name, text in results():

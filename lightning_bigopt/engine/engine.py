@@ -19,6 +19,7 @@ from lightning_bigopt.engine.unfinished_update import check_update_is_complete
 from lightning_bigopt.engine.update_check import UpdateCheck
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 from lightning_bigopt.trainer_access import loggers, loop, strategies, trial_runs
+from lightning_bigopt.trainer_access.checkpoint_loading import accept_subclasses, restore_loading
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -36,7 +37,7 @@ class Engine(EvaluationHooks, StepHooks):
         than the learning rate, whose base values are in the checkpoint's ``lr_schedulers``;
         ``written``: the last values of all scheduled fields;
         ``loader``: epoch and position of a GlobalBatchLoader;
-        ``repeat``: whether each optimizer evaluates its closure several times per step;
+        ``repeat``: how each optimizer evaluates its closure in a step;
         ``training_weights``: those that differ from the model's, for optimizers with two modes.
     """
 
@@ -72,6 +73,7 @@ class Engine(EvaluationHooks, StepHooks):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ends a previous fit that was not ended because of an error."""
         self._end()
+        accept_subclasses(trainer)
         if stage == "fit":
             prepare_trial(trainer)
 
@@ -242,6 +244,7 @@ class Engine(EvaluationHooks, StepHooks):
             if isinstance(callback, Stages):
                 callback.take_loaded_state()  # loaded by validate or test, or by a finder
         trial_runs.call_before_batch(trainer, None)
+        restore_loading(trainer)
         self._end()
 
     def _end(self) -> None:
@@ -311,6 +314,5 @@ class Engine(EvaluationHooks, StepHooks):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles must not contain the Trainer and the module.
-        copied = type(self)()
         names = ("clock", "_run", "_loaded", "_idle_state")
-        return {**vars(copied), **{name: getattr(self, name) for name in names}}
+        return {**vars(type(self)()), **{name: getattr(self, name) for name in names}}

@@ -12,6 +12,7 @@ from lightning_bigopt.engine.buffer_snapshot import BufferSnapshot
 from lightning_bigopt.engine.clock import Clock
 from lightning_bigopt.engine.stage import Fit, Stages, overriding
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
+from lightning_bigopt.trainer_access.checkpoint_loading import restore_loading
 from lightning_bigopt.trainer_access.saved_weights import Collect
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class EvaluationHooks(Callback):
 
     def _end_failed_evaluation(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs ``end_evaluation`` after an error, where ``begin_evaluation`` is implemented."""
+        restore_loading(trainer)
         evaluated, self._evaluated = self._evaluated, []
         for capability in overriding(evaluated)["begin_evaluation"]:
             capability.end_evaluation(trainer, pl_module)

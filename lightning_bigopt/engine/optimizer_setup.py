@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
@@ -199,18 +199,19 @@ def begin_evaluation(
     return is_repeated
 
 
-def repeated_evaluations(groups: GroupSchedule) -> list[bool | None]:
-    """Returns for each optimizer whether it evaluates its closure several times; None if unknown.
+def repeated_evaluations(groups: GroupSchedule) -> list[dict[str, bool | None] | None]:
+    """Returns for each optimizer how it evaluates its closure; None without a step control.
 
-    It is saved, so that the first step of a resumed run can be undone, or needs no copies.
+    It is saved, so that the first step of a resumed run makes the same evaluations, and can be
+    undone, or needs no copies.
     """
     controls = [installed_step_control(optimizer) for _, optimizer in groups]
-    return [None if control is None else control.evaluations.repeat for control in controls]
+    return [None if control is None else control.evaluations.state_dict() for control in controls]
 
 
-def restore_repeated_evaluations(groups: GroupSchedule, saved: Sequence[bool | None]) -> None:
+def restore_repeated_evaluations(groups: GroupSchedule, saved: Sequence[Any]) -> None:
     """Restores the result of :func:`repeated_evaluations`."""
-    for (_, optimizer), repeat in zip(groups, saved, strict=False):  # optimizers may be new
+    for (_, optimizer), state in zip(groups, saved, strict=False):  # optimizers may be new
         control = installed_step_control(optimizer)
         if control is not None:
-            control.evaluations.repeat = repeat
+            control.evaluations.load_state_dict(state)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_bigopt.optimizers.object_snapshot import ObjectSnapshot
 
@@ -44,6 +45,8 @@ class Evaluations:
         are_undone: Whether steps can be undone; False saves the copies.
         repeat: Whether the optimizer has evaluated a closure several times in one step; None before
             the first step.
+        start_weights: Copies of the weights at the beginning of the current step, by parameter, if
+            the optimizer changes them before its first evaluation; else empty.
         replay: The closure for the optimizer.
     """
 
@@ -54,12 +57,24 @@ class Evaluations:
         # A compiled step cannot contain the closure, and would be compiled again in every step.
         self.replay: Callable[[], Any] = torch.compiler.disable(self._replay)  # type: ignore[no-untyped-call]
         self._makes_first = True
+        self.start_weights = WeakTensorKeyDictionary()
         self.repeat: bool | None = None
         self._closure: Callable[[], Any] | None = None
         self._first: list[Any] = []  # the result of the first evaluation, until it is replayed
         self._had_gradients = False
         self._versions: list[int] = []
         self._snapshot: ObjectSnapshot | None = None
+
+    def state_dict(self) -> dict[str, bool | None]:
+        """Returns what was detected in the steps so far, so that a resumed run does the same."""
+        return {"repeat": self.repeat, "makes_first": self._makes_first}
+
+    def load_state_dict(self, state: Any) -> None:
+        """Restores :meth:`state_dict`, or the value of ``repeat`` alone of an earlier release."""
+        if isinstance(state, dict):
+            self.repeat, self._makes_first = state["repeat"], state["makes_first"]
+        else:
+            self.repeat = state
 
     def begin(self, closure: Callable[[], Any], *, before_step: bool) -> Any:
         """Begins a step, and returns the result of the first evaluation, or None without one.
@@ -88,6 +103,10 @@ class Evaluations:
         if self.are_undone and self.repeat is not False:
             # An optimizer that evaluates late may use the gradients from before the step.
             self._snapshot = ObjectSnapshot(self._optimizer, gradients=not self._makes_first)
+        if not self._makes_first:
+            for group in self._optimizer.param_groups:
+                for parameter in group["params"]:
+                    self.start_weights[parameter] = parameter.detach().clone()
         stepped = step()
         self.repeat = bool(self.repeat)
         return stepped
@@ -97,6 +116,7 @@ class Evaluations:
         self.number = 0
         self._closure = self._snapshot = None
         self._first, self._versions = [], []
+        self.start_weights.clear()
 
     def _evaluate(self) -> Any:
         assert self._closure is not None  # only called within a step

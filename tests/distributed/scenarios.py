@@ -580,4 +580,5 @@ NAMES = [
     "output_folders",
     "restarted",
     "rejected_batches",
+    "contracts",
 ]

@@ -12,6 +12,7 @@ import torch
 
 from tests.distributed import (
     batch_scenarios,
+    contract_scenarios,
     loader_scenarios,
     package_scenarios,
     scenarios,
@@ -24,7 +25,10 @@ def main() -> None:
     warnings.simplefilter("ignore")
     accept_weights_only()
     out, names = Path(sys.argv[1]), sys.argv[2:]
-    modules = (scenarios, batch_scenarios, package_scenarios, loader_scenarios)
+    modules = (
+        *(scenarios, batch_scenarios, package_scenarios, loader_scenarios),
+        contract_scenarios,
+    )
     known = {name: value for module in modules for name, value in vars(module).items()}
     results = {name: known[name](out) for name in names}
     (out / f"rank{os.environ['RANK']}.json").write_text(json.dumps(results))

@@ -40,7 +40,7 @@ class PowerSGD(FeedbackCompressor):
 
     .. math::
         M_i = G_i + R_i, \quad
-        P = \operatorname{orth}\bigl(\textstyle\sum_i M_i Q\bigr), \quad
+        P = \operatorname{orth}\Bigl(\sum_i M_i Q\Bigr), \quad
         Q \leftarrow \frac1w \sum_i M_i^\top P, \quad
         G \leftarrow P Q^\top, \quad
         R_i \leftarrow M_i - P Q^\top

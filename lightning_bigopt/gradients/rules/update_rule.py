@@ -76,7 +76,8 @@ class UpdateRule(ClippingRule):
         Raises:
             ValueError: If the optimizer averages iterates.
         """
-        if any("train_mode" in group for group in optimizer.param_groups):
+        # The classes of schedulefree that evaluate a closure have no "train_mode".
+        if any({"train_mode", "weight_sum"} & group.keys() for group in optimizer.param_groups):
             raise ValueError(
                 f"optimizer must keep its iterate in the parameters for {type(self).__name__}, got "
                 f"{type(optimizer).__name__}, which averages iterates; use a rule on norms"
@@ -131,6 +132,9 @@ def _copy(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> list[Tens
     """Copies the weights into memory that is reused in the next update."""
     kept = _copies.setdefault(optimizer, WeakTensorKeyDictionary())
     control = installed_step_control(optimizer)
+    if control is not None and control.evaluations.start_weights:
+        start = control.evaluations.start_weights
+        return [to_local(start[parameter]) for parameter in parameters]
     is_repeated = control is not None and control.evaluations.number > 1
     if is_repeated and all(parameter in kept for parameter in parameters):
         # The step began at the weights of its first evaluation.

@@ -1,0 +1,1 @@
+"""What this package promises of an optimizer, checked for a catalog of optimizers."""

@@ -1,0 +1,333 @@
+"""Trains the GPT of the demo with several optimizers, each at its own best learning rate.
+
+    python benchmarks/which_optimizer.py --write  # writes docs/benchmarks/which_optimizer.md
+    python benchmarks/which_optimizer.py --quick  # only tests that the script runs
+    python benchmarks/which_optimizer.py --keep /tmp/runs.json  # an interrupted run can continue
+
+Seed 0 finds the learning rate, from three values a factor of two apart and at most two more where
+the best one is at an edge. Seed 1 is trained at that rate, too. Variants of AdamW are trained at
+the rate of AdamW. The state of an optimizer is measured in bytes per parameter. Optimizers of
+libraries that are not installed are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.append(str(Path(sys.prefix) / "optimizers"))
+
+import schedulefree
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from torch import Tensor
+
+from lightning_bigopt import (
+    GradientClipping,
+    LearningRateScheduler,
+    NormClip,
+    WarmupConstant,
+    WarmupLinear,
+    optimizers,
+)
+from lightning_bigopt.examples.gpt import BytesGPT
+from lightning_bigopt.examples.text import SourceText
+
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "which_optimizer.md"
+SEEDS = (0, 1)
+Groups = list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """An optimizer, made of parameter groups and a learning rate, and the first rates to try."""
+
+    name: str
+    make: Callable[[Any, float], Any]
+    of_module: bool = False  # made of the module instead of groups
+    rates: tuple[float, ...] = (6e-3, 1.2e-2, 2.4e-2)  # empty for the best rate of AdamW
+    schedule: Any = field(default_factory=lambda: WarmupLinear(warmup="5%"))
+
+
+class GPT(BytesGPT):
+    """The GPT of the demo with another optimizer, or with one for blocks and one for the rest."""
+
+    def __init__(self, candidate: Candidate, lr: float) -> None:
+        super().__init__(width=64, layers=2)
+        self.candidate, self.lr = candidate, lr
+        self.train_loss = 0.0
+
+    def configure_optimizers(self) -> Any:
+        groups: Groups = super().configure_optimizers().param_groups
+        kept = [{key: group[key] for key in ("params", "weight_decay")} for group in groups]
+        made = self.candidate.make(self if self.candidate.of_module else kept, self.lr)
+        self.automatic_optimization = not isinstance(made, list)
+        return made
+
+    def training_step(self, batch: Tensor) -> Any:
+        loss = self.loss(batch)
+        if not self.automatic_optimization:
+            self.manual_backward(loss)
+            for optimizer in self.optimizers():  # type: ignore[union-attr]
+                optimizer.step()
+                optimizer.zero_grad()
+        return loss
+
+    # schedulefree keeps other weights for training than for evaluation.
+    def on_train_start(self) -> None:
+        self._switch("train")
+
+    def on_validation_model_eval(self) -> None:
+        super().on_validation_model_eval()
+        self._switch("eval")
+
+    def on_validation_model_train(self) -> None:
+        super().on_validation_model_train()
+        self._switch("train")
+
+    def _switch(self, mode: str) -> None:
+        for optimizer in self.trainer.optimizers:
+            if "train_mode" in optimizer.param_groups[0]:
+                getattr(optimizer, mode)()
+
+
+def muon(groups: Groups, lr: float) -> list[torch.optim.Optimizer]:
+    """Makes Muon for the matrices of the blocks, and AdamW for everything else."""
+    matrices = [p for p in groups[0]["params"] if p.shape[0] != 256 and p.shape[1] != 256]
+    wide = [p for p in groups[0]["params"] if p.shape in {(256, 64), (64, 256)}]
+    # The embedding and the head are the first and the last matrix; the others are of the blocks.
+    matrices += wide[1:-1]
+    rest = [{**groups[0], "params": [wide[0], wide[-1]]}, groups[1]]
+    return [
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95)),
+    ]
+
+
+def candidates() -> Iterator[Candidate]:
+    """Yields the optimizers whose libraries are installed."""
+    adam: dict[str, Any] = {"betas": (0.9, 0.95)}
+    of = torch.optim
+    yield Candidate(name="AdamW", make=lambda g, lr: of.AdamW(g, lr=lr, **adam))
+    yield Candidate(
+        name="AdamW, fused",
+        make=lambda g, lr: of.AdamW(g, lr=lr, fused=True, **adam),
+        rates=(),
+    )
+    yield Candidate(
+        name="NAdam",
+        make=lambda g, lr: of.NAdam(g, lr=lr, decoupled_weight_decay=True, **adam),
+    )
+    yield Candidate(
+        name="Adafactor",
+        make=lambda g, lr: of.Adafactor(g, lr=lr),
+        rates=(2.4e-2, 4.8e-2, 9.6e-2),
+    )
+    yield Candidate(
+        name="SGD, momentum 0.9",
+        make=lambda g, lr: of.SGD([{**x, "weight_decay": 0.0} for x in g], lr=lr, momentum=0.9),
+        rates=(0.1, 0.2, 0.4),
+    )
+    yield Candidate(name="Muon beside AdamW", make=muon)
+    if hasattr(optimizers, "muon_adamw"):
+        made = optimizers.muon_adamw
+        yield Candidate(name="muon_adamw", make=lambda m, lr: made(m, lr=lr), of_module=True)
+    yield Candidate(
+        name="AdamWScheduleFree",
+        make=lambda g, lr: schedulefree.AdamWScheduleFree(g, lr=lr, betas=(0.95, 0.95)),
+        rates=(1.2e-2, 2.4e-2, 4.8e-2),
+        schedule=WarmupConstant(warmup="5%"),
+    )
+    if find_spec("prodigyopt"):
+        import prodigyopt
+
+        yield Candidate(
+            name="Prodigy",
+            make=lambda g, lr: prodigyopt.Prodigy(g, lr=lr, **adam),
+            rates=(0.5, 1.0, 2.0),
+        )
+    if find_spec("pytorch_optimizer"):
+        import pytorch_optimizer
+
+        yield Candidate(
+            name="Lion",
+            make=lambda g, lr: pytorch_optimizer.Lion(g, lr=lr),
+            rates=(5e-4, 1e-3, 2e-3),
+        )
+    if find_spec("torchao"):
+        from torchao.optim import AdamW4bit, AdamW8bit, AdamWFp8
+
+        for kind in (AdamW8bit, AdamW4bit, AdamWFp8):
+            yield Candidate(
+                name=f"{kind.__name__} (torchao)",
+                make=lambda g, lr, kind=kind: kind(g, lr=lr, **adam),
+                rates=(),
+            )
+    if find_spec("bitsandbytes"):
+        import bitsandbytes
+
+        yield Candidate(
+            name="AdamW8bit (bitsandbytes)",
+            make=lambda g, lr: bitsandbytes.optim.AdamW8bit(g, lr=lr, **adam),
+            rates=(),
+        )
+
+
+def state_bytes(optimizer: Any) -> int:
+    """Returns the bytes of all tensors in the state of an optimizer, counting shared ones once."""
+    storages: dict[int, int] = {}
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
+            for name in value.__tensor_flatten__()[0]:
+                add(getattr(value, name))
+        elif isinstance(value, Tensor):
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+
+    for state in optimizer.state.values():
+        for value in state.values():
+            add(value)
+    return sum(storages.values())
+
+
+def train(candidate: Candidate, lr: float, seed: int, steps: int) -> dict[str, float]:
+    """Trains once; returns validation loss, bytes of state per parameter, and seconds."""
+    seed_everything(seed, verbose=False)
+    model, data = GPT(candidate, lr), SourceText(micro_batch_size=16, validation_samples=512)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=steps
+        * (2 if candidate.name == "Muon beside AdamW" else 1),  # counts both optimizers
+        callbacks=[
+            LearningRateScheduler(candidate.schedule),
+            GradientClipping(NormClip(max_norm=1.0)),
+        ],
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    started = time.perf_counter()
+    trainer.fit(model, datamodule=data)
+    seconds = time.perf_counter() - started
+    model._switch("eval")  # noqa: SLF001
+    model.eval()
+    with torch.no_grad():
+        losses = [float(model.loss(batch)) for batch in data.val_dataloader()]
+    used = sum(state_bytes(optimizer) for optimizer in trainer.optimizers)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    return {"loss": mean(losses), "bytes": used / size, "seconds": seconds}
+
+
+class Runs:
+    """Trains each combination once, and stores the results in a file on request."""
+
+    def __init__(self, keep: Path | None, steps: int) -> None:
+        self.keep, self.steps = keep, steps
+        self.known: dict[str, dict[str, float]] = {}
+        if keep is not None and keep.exists():
+            self.known = json.loads(keep.read_text())
+
+    def run(self, candidate: Candidate, lr: float, seed: int) -> dict[str, float]:
+        key = f"{candidate.name} {lr:g} {seed} {self.steps}"
+        if key not in self.known:
+            self.known[key] = train(candidate, lr, seed, self.steps)
+            print(f"{key:48} {self.known[key]}", flush=True)
+            if self.keep is not None:
+                self.keep.write_text(json.dumps(self.known, indent=1))
+        return self.known[key]
+
+    def best_rate(self, candidate: Candidate) -> tuple[float, dict[float, float]]:
+        """Returns the best rate, and the loss at each rate that was tried."""
+        if not candidate.rates:
+            best, _ = self.best_rate(next(candidates()))
+            return best, {best: self._loss(candidate, best)}
+        losses = {lr: self._loss(candidate, lr) for lr in candidate.rates}
+        for _ in range(2):
+            best = min(losses, key=losses.__getitem__)
+            if best not in {min(losses), max(losses)}:
+                break
+            lr = best * 2 if best == max(losses) else best / 2
+            losses[lr] = self._loss(candidate, lr)
+        return min(losses, key=losses.__getitem__), losses
+
+    def _loss(self, candidate: Candidate, lr: float) -> float:
+        loss = self.run(candidate, lr, SEEDS[0])["loss"]
+        return loss if loss == loss else float("inf")  # noqa: PLR0124 - not a number
+
+
+def row(runs: Runs, candidate: Candidate) -> str:
+    """Returns the row of the table for an optimizer."""
+    best, losses = runs.best_rate(candidate)
+    finals = [runs.run(candidate, best, seed) for seed in SEEDS]
+    values = [final["loss"] for final in finals]
+    # Other rates whose loss is within the spread of seeds of this model.
+    near = [lr for lr, loss in losses.items() if loss < losses[best] + 0.02]
+    good = f"{min(near):.2g} to {max(near):.2g}" if candidate.rates else "not searched"
+    return (
+        f"| {candidate.name} | {best:.2g} | {mean(values):.3f} | {min(values):.3f} to "
+        f"{max(values):.3f} | {good} | {finals[0]['bytes']:.2f} |"
+    )
+
+
+def page(rows: list[str], steps: int) -> str:
+    """Returns the page."""
+    return f"""\
+# Which optimizer
+
+Run with `python benchmarks/which_optimizer.py --write`. Measured on {time.strftime("%Y-%m-%d")}
+on a {platform.machine()} CPU, one thread, with torch {torch.__version__}. Each optimizer trains
+the GPT of the demo with 132k parameters for {steps} updates of 16 windows of 64 bytes, with
+`WarmupLinear(warmup="5%")` (`WarmupConstant` for schedule-free) and `NormClip(max_norm=1.0)`. The
+validation loss is in nats per byte, the mean over two seeds at the learning rate that was best for
+the first seed. "Good rates" are those within 0.02 of the best one. Fused and low-bit variants of
+AdamW are trained at the rate that was best for AdamW. State is the memory of the optimizer in bytes
+per parameter; the weights and gradients of this model take another 8.
+
+| optimizer | best learning rate | validation loss | range over seeds | good rates | state |
+|---|---|---|---|---|---|
+{chr(10).join(rows)}
+
+This is one small model, one data set and one very short run, in which the loss still falls fast.
+Differences below about 0.05 are within the noise of seeds and of the search, whose rates are a
+factor of two apart. Only the learning rate was tuned: betas, weight decay and the threshold of
+clipping are the same, or the default of the library. Muon is a manual optimization with Muon for
+the matrices of the blocks and AdamW for everything else, at one rate for both. The low-bit
+optimizers quantize the states of tensors with at least 4096 elements.
+"""
+
+
+def main() -> None:
+    """Trains all runs, prints the table, and writes the page on request."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
+    parser.add_argument("--quick", action="store_true", help="a few updates only")
+    parser.add_argument("--keep", type=Path, help="file with the results of an interrupted run")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    steps = 3 if arguments.quick else 250
+    runs = Runs(arguments.keep, steps)
+    rows = [row(runs, candidate) for candidate in candidates()]
+    text = page(rows, steps)
+    print(text)
+    if arguments.write and not arguments.quick:
+        PAGE.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
