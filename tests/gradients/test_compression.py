@@ -221,6 +221,19 @@ def test_invalid_arguments_raise(build: Any, text: str) -> None:
         build()
 
 
+@pytest.mark.parametrize(
+    ("build", "text"),
+    [
+        (lambda: PowerSGD(matrix_approximation_rank=4), "write rank=4"),
+        (lambda: PowerSGD(start_powerSGD_iter=10), "write start=10: an int is a number"),
+        (lambda: TopK(k=100), "write keep=0.01, a fraction"),
+    ],
+)
+def test_arguments_of_other_libraries_are_answered(build: Any, text: str) -> None:
+    with pytest.raises(TypeError, match=text):
+        build()
+
+
 # ------------------------------------------------------------------------------------ hooks
 
 
