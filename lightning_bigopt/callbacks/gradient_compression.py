@@ -99,8 +99,7 @@ class GradientCompression(Capability):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Adds the engine, and finds a communication hook of the user."""
         super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            ddp_hooks.share_user_hook(trainer)
+        ddp_hooks.share_user_hook(trainer, stage)
 
     def check_fit(self, fit: Fit) -> None:
         """Raises for other strategies and hooks; uses the communication hook of DDP."""

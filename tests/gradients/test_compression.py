@@ -258,8 +258,10 @@ def test_a_hook_that_lightning_registers_runs_inside_ours(wrapper: Any) -> None:
             self.strategy = strategy
 
     trainer: Any = Trainer()
-    ddp_hooks.share_user_hook(trainer)
-    ddp_hooks.share_user_hook(trainer)  # of another callback
+    ddp_hooks.share_user_hook(trainer, "validate")
+    assert strategy._ddp_comm_wrapper is wrapper
+    ddp_hooks.share_user_hook(trainer, "fit")
+    ddp_hooks.share_user_hook(trainer, "fit")  # of another callback
     registered: Any = strategy._ddp_comm_wrapper(strategy._ddp_comm_hook)  # type: ignore[misc]
     assert not registered.__annotations__
     shared: CommunicationHook = strategy._ddp_comm_wrapper.bigopt_communication_hook
