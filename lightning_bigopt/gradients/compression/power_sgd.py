@@ -84,7 +84,7 @@ class PowerSGD(FeedbackCompressor):
         if key != _FACTOR:
             return super().initial_entry(key, name, shape)
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        return torch.randn(shape, generator=generator)
+        return torch.randn(*shape, generator=generator)
 
     @torch.no_grad()
     def average_(
