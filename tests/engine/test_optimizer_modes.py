@@ -13,7 +13,12 @@ import lightning as L
 import pytest
 import schedulefree
 import torch
-from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
@@ -583,6 +588,18 @@ def test_fsdp1_is_refused() -> None:
     )
     with pytest.raises(ValueError, match=r"not be FSDPStrategy .* got AdamWSchedule"):
         OptimizerModes(trainer, Free(AdamW)).prepare()
+
+
+@pytest.mark.parametrize("optimizer", [AdamW, SwappingSGD])
+@pytest.mark.parametrize("average", [EMAWeightAveraging(), StochasticWeightAveraging(0.01, 1)])
+def test_callbacks_that_exchange_the_weights_at_the_end_are_refused(
+    optimizer: Any, average: L.Callback
+) -> None:
+    trainer = trainer_with(Idle(), average)
+    message = f"not contain {type(average).__name__} with .* got {optimizer.__name__}, which"
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(Free(optimizer), loader(16, 2))
+    trainer_with(Idle(), average).fit(Free(torch.optim.AdamW), loader(16, 2))
 
 
 @pytest.mark.parametrize(
