@@ -181,8 +181,9 @@ class CombinedOptimizer(Optimizer):
 
     @state.setter
     def state(self, states: Mapping[Any, Any]) -> None:
-        for parameter, state in states.items():
-            self.state[parameter] = state
+        states = dict(states)  # it may be the view that is cleared
+        self.state.clear()
+        self.state.update(states)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
