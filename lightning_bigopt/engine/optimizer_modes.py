@@ -23,7 +23,7 @@ from lightning_bigopt.trainer_access.saved_weights import Collect
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["OptimizerModes", "prepare_trial"]
+__all__ = ["OptimizerModes", "prepare_trial", "train_optimizers"]
 
 _OWNER = "training_weights"  # of the second weights of a sharded checkpoint
 
@@ -36,10 +36,15 @@ def prepare_trial(trainer: Trainer) -> None:
 
     def train() -> None:
         trial_runs.call_before_batch(trainer, None)
-        for optimizer in _with_modes(trainer):
-            optimizer.train()
+        train_optimizers(trainer)
 
     trial_runs.call_before_batch(trainer, train)
+
+
+def train_optimizers(trainer: Trainer) -> None:
+    """Switches optimizers to training mode, for a trial that restores all state."""
+    for optimizer in _with_modes(trainer):
+        optimizer.train()
 
 
 def _with_modes(trainer: Trainer) -> list[Any]:

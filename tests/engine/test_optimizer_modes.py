@@ -23,9 +23,14 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
 from lightning_bigopt import (
+    BatchSizeScheduler,
     Constant,
+    ConstantBatchSize,
     Cosine,
+    GlobalBatchFinder,
+    GlobalBatchLoader,
     GradientClipping,
+    LearningRateRangeTest,
     LearningRateScheduler,
     NonFinite,
     NormClip,
@@ -33,6 +38,7 @@ from lightning_bigopt import (
     WarmupConstant,
     WarmupLinear,
     combine_optimizers,
+    learning_rate_range_test,
 )
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.optimizer_modes import OptimizerModes
@@ -40,7 +46,7 @@ from lightning_bigopt.engine.stage import Batch
 from lightning_bigopt.engine.update import Rejection, Update
 from tests.engine.fake_averaging import copies
 from tests.engine.modal_optimizers import Free, MeanSGD, SwappingSGD, plain_loop
-from tests.helpers import QUIET, ManualLayers, ResumableLoader, cpu_precision, loader
+from tests.helpers import QUIET, ManualLayers, Regression, ResumableLoader, cpu_precision, loader
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
@@ -561,6 +567,36 @@ def test_a_learning_rate_finder_runs_and_changes_nothing(
     ).fit(found, loader(16, 2), loader(2, 2))
     assert len(found.trained) == 16 + 3  # after the first epoch Lightning's trial makes no step
     assert all_same(found.trained[-8:], straight.trained[-8:])
+    assert same(copies(found), copies(straight))
+
+
+@pytest.mark.parametrize("optimizer", [AdamW, SwappingSGD])
+@pytest.mark.parametrize("as_callback", [True, False])
+@pytest.mark.filterwarnings("ignore:The learning-rate range test found no")
+def test_a_range_test_runs_and_changes_nothing(optimizer: Any, as_callback: bool) -> None:
+    options: dict[str, Any] = {"steps": 13, "start": 1e-6, "end": 1e-4, "on_result": "report"}
+    straight, tested = Free(optimizer), Free(optimizer)
+    trainer_with(Idle()).fit(straight, loader(16, 2))
+    trainer = trainer_with(Idle(), *([LearningRateRangeTest(**options)] if as_callback else []))
+    if not as_callback:
+        learning_rate_range_test(trainer, tested, loader(16, 2), **options)
+    trainer.fit(tested, loader(16, 2))
+    assert all_same(tested.trained, straight.trained)
+    assert same(copies(tested), copies(straight))
+
+
+@pytest.mark.parametrize("optimizer", [AdamW, SwappingSGD])
+def test_a_batch_finder_runs_and_changes_nothing(optimizer: Any) -> None:
+    def fit(*finder: L.Callback) -> Free:
+        module = Free(optimizer)
+        batches = GlobalBatchLoader(Regression(16), micro_batch_size=2, shuffle="sequential")
+        size = BatchSizeScheduler(ConstantBatchSize(2))
+        trainer_with(*finder, size).fit(module, batches)
+        return module
+
+    straight = fit()
+    found = fit(GlobalBatchFinder(global_batch_size=2, headroom=0.0))
+    assert all_same(found.trained, straight.trained)
     assert same(copies(found), copies(straight))
 
 
