@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch.optim import Optimizer
 
 from lightning_bigopt.optimizers.group_field import GroupField
+from lightning_bigopt.optimizers.names import part_optimizers
 
 __all__ = [
     "BaseValues",
@@ -116,7 +117,7 @@ def base_values(optimizer: Optimizer, field: GroupField) -> BaseValues:
     current = [0.0 if value is None else value for value in found]
     bases: list[float] = []
     changes: list[tuple[float, float]] = []  # by other code, since an earlier fit
-    unknown: list[float] = []
+    unknown: list[float | None] = []  # the defaults of groups with other values
     for group, value in zip(optimizer.param_groups, found, strict=True):
         if value is None:  # the group does not have the field, and its base is not used
             bases.append(0.0)
@@ -129,8 +130,8 @@ def base_values(optimizer: Optimizer, field: GroupField) -> BaseValues:
             bases.append(float(group["initial_lr"]))
         else:
             bases.append(value if known is None else known.base)
-            if known is None and value != _default(optimizer, field):
-                unknown.append(value)
+            if known is None and value != (default := _default(optimizer, group, field)):
+                unknown.append(default)
     of = f"{field.name} of {type(optimizer).__name__}"
     notes: list[str] = []
     if changes:
@@ -151,17 +152,21 @@ def base_values(optimizer: Optimizer, field: GroupField) -> BaseValues:
     if unknown and is_used and field.name != "lr":
         notes.append(
             f"The base values of {of} are {bases}, the current values of its parameter groups, and "
-            f"its default is {_default(optimizer, field)}. If an earlier fit has changed them, as "
+            f"its default is {unknown[0]}. If an earlier fit has changed them, as "
             "in a state_dict that was loaded into another optimizer, write the configured values "
             "into the groups before the fit."
         )
     return BaseValues(bases, " ".join(notes))
 
 
-def _default(optimizer: Optimizer, field: GroupField) -> float | None:
-    """Returns the default of a field, for groups without a value of their own; None for none."""
+def _default(optimizer: Optimizer, group: dict[str, Any], field: GroupField) -> float | None:
+    """Returns the default of a field for a group without a value of its own; None for none."""
+    holder = optimizer
+    for part in part_optimizers(optimizer).values():
+        if any(group is one for one in part.param_groups):
+            holder = part
     try:
-        return field.read(getattr(optimizer, "defaults", {}))
+        return field.read(getattr(holder, "defaults", {}))
     except ValueError:
         return None
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_bigopt.checks import shown
+from lightning_bigopt.optimizers.names import part_optimizers
 
 __all__ = ["GroupField", "separate_tensors"]
 
@@ -138,7 +139,8 @@ def separate_tensors(optimizers: Iterable[Optimizer]) -> None:
     The defaults of an optimizer, which a group that is added later gets, are separated, too.
     """
     seen: set[int] = set()
-    for optimizer in optimizers:
+    parts = [part for one in optimizers for part in part_optimizers(one).values() or (one,)]
+    for optimizer in parts:
         for group in optimizer.param_groups:
             for name, value in group.items():
                 if not isinstance(value, Tensor):
