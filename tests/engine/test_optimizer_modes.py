@@ -134,6 +134,14 @@ def test_an_evaluation_of_a_checkpoint_sees_its_weights(tmp_path: Path, stage: s
     assert same(other.evaluated[0], saved)
 
 
+def half_free(parameters: Any, lr: float, *, free: Any) -> torch.optim.Optimizer:
+    """Returns SGD and an optimizer with modes as one optimizer, for the same parameters."""
+    module = nn.ParameterList(parameters)
+    return combine_optimizers(
+        module, {"0": partial(torch.optim.SGD, lr=lr), "*": partial(free, lr=lr)}
+    )
+
+
 class Guided(Free):
     """Has the hooks that Lightning needs without this package."""
 
@@ -149,7 +157,9 @@ class Guided(Free):
         self.optimizers(use_pl_optimizer=False).train()  # type: ignore[union-attr]
 
 
-@every_optimizer
+@pytest.mark.parametrize(
+    "optimizer", [*SCHEDULEFREE, *OWN, *(partial(half_free, free=one) for one in [AdamW, *OWN])]
+)
 def test_hooks_of_the_module_that_switch_too_equal_a_plain_loop(
     optimizer: Any, tmp_path: Path
 ) -> None:
@@ -269,14 +279,6 @@ def test_the_best_checkpoint_holds_what_was_validated(tmp_path: Path, on_epoch_e
     trainer_with(Idle(), saves, enable_checkpointing=True).fit(module, loader(16, 2), loader(2, 2))
     saved = torch.load(saves.best_model_path, weights_only=True)["state_dict"]
     assert same(saved, module.evaluated[-1])
-
-
-def half_free(parameters: Any, lr: float, *, free: Any) -> torch.optim.Optimizer:
-    """Returns SGD and an optimizer with modes as one optimizer, for the same parameters."""
-    module = nn.ParameterList(parameters)
-    return combine_optimizers(
-        module, {"0": partial(torch.optim.SGD, lr=lr), "*": partial(free, lr=lr)}
-    )
 
 
 @pytest.mark.parametrize("free", [AdamW, MeanSGD, SwappingSGD])
