@@ -53,7 +53,7 @@ def state_versions(optimizer: Optimizer) -> list[int]:
 
 
 def _plain_values(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Returns the plain attributes and group values of an optimizer, its parts and what it wraps."""
+    """Returns the plain attributes and group values of an optimizer and those within it."""
     found: list[dict[str, Any]] = []
     seen: dict[int, Any] = {}
     waiting: list[Any] = [optimizer]
