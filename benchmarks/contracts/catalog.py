@@ -110,6 +110,7 @@ def with_tensor_rate(kind: Any, net: nn.Module, **options: Any) -> Any:
 
 def compiled(kind: Any, net: nn.Module) -> Any:
     """Builds an optimizer whose step is compiled; "eager" traces it without generating code."""
+    torch.compiler.reset()  # torch stops compiling a function after a number of versions
     optimizer = kind(list(net.parameters()), lr=torch.tensor(0.01))
     optimizer.step = torch.compile(optimizer.step, backend="eager")
     return optimizer
@@ -151,7 +152,7 @@ def pytorch_optimizer_optimizers() -> Iterator[Entry]:
     library = import_module("pytorch_optimizer")
     new = partial(Entry, library="pytorch_optimizer")
     special: dict[str, Build] = {
-        "adammini": library.AdamMini,
+        "adammini": partial(library.AdamMini, lr=0.01),
         "spectralsphere": lambda net: library.load_optimizer("spectralsphere")(matrices(net)),
         "bsam": of_class(library.BSAM, num_data=UPDATES),
         "ranger21": of_class(library.Ranger21, num_iterations=UPDATES),
