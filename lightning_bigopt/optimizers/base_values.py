@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_bigopt.optimizers.group_field import GroupField
@@ -17,6 +18,7 @@ __all__ = [
     "is_loaded_state",
     "matching_groups",
     "remember_bases",
+    "separate_tensors",
 ]
 
 _ATTRIBUTE = "_bigopt_bases"
@@ -207,3 +209,22 @@ def is_loaded_state(
     if any(group is old for group in now for old in before):
         return False
     return bases is None or [g.get("initial_lr") for g in now] == list(bases[: len(now)])
+
+
+def separate_tensors(optimizers: Iterable[Optimizer]) -> None:
+    """Gives each group its own tensors: a value is written in place, and would reach all groups.
+
+    The defaults of an optimizer, which a group that is added later gets, are separated, too.
+    """
+    seen: set[int] = set()
+    parts = [part for one in optimizers for part in part_optimizers(one).values() or (one,)]
+    for optimizer in parts:
+        for group in optimizer.param_groups:
+            for name, value in group.items():
+                if not isinstance(value, Tensor):
+                    continue
+                if optimizer.defaults.get(name) is value:
+                    optimizer.defaults[name] = group[name].clone()
+                if id(value) in seen:
+                    group[name] = value.clone()
+                seen.add(id(group[name]))
