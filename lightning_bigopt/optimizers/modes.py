@@ -32,7 +32,13 @@ def has_modes(optimizer: Optimizer) -> bool:
 
 
 def switch(optimizer: Any, mode: Literal["train", "eval"]) -> bool:
-    """Switches an optimizer, and returns whether one of its plain values has changed."""
+    """Switches an optimizer, and returns whether one of its plain values has changed.
+
+    Without a state both modes have the same weights, and ``eval()`` of some optimizers raises. It
+    is called only if the mode is not in ``param_groups``, so that it is that of a loaded state.
+    """
+    if mode == "eval" and not optimizer.state and _is_in_groups(optimizer):
+        return False
     before = _plain_values(optimizer)
     getattr(optimizer, mode)()
     if before == _plain_values(optimizer):
@@ -42,8 +48,14 @@ def switch(optimizer: Any, mode: Literal["train", "eval"]) -> bool:
 
 
 def shows_mode(optimizer: Optimizer) -> bool:
-    """Returns whether plain values have changed when the optimizer was switched before."""
-    return optimizer in _SHOWING
+    """Returns whether plain values of the optimizer show its mode, as far as is known."""
+    return optimizer in _SHOWING or _is_in_groups(optimizer)
+
+
+def _is_in_groups(optimizer: Optimizer) -> bool:
+    """Returns whether the mode is in ``param_groups``, as that of schedulefree."""
+    parts = list(filter(has_modes, part_optimizers(optimizer).values())) or [optimizer]
+    return all(any("train_mode" in group for group in part.param_groups) for part in parts)
 
 
 def state_versions(optimizer: Optimizer) -> list[int]:

@@ -63,6 +63,24 @@ class MeanSGD(Optimizer):
         state["mean"].lerp_(parameter, 1 / group["k"])
 
 
+class StrictSGD(MeanSGD):
+    """The same with the mode in ``param_groups``; ``eval()`` needs a state, as that of SPlus."""
+
+    @property
+    def train_mode(self) -> bool:
+        return bool(self.param_groups[0]["train_mode"])
+
+    @train_mode.setter
+    def train_mode(self, value: bool) -> None:
+        for group in self.param_groups:
+            group["train_mode"] = value
+
+    def eval(self) -> None:
+        if self.train_mode and not all(self.state[p] for p in self.param_groups[0]["params"]):
+            raise KeyError("mean")
+        super().eval()
+
+
 class SwappingSGD(MeanSGD):
     """The same, but ``train()`` and ``eval()`` exchange the weights with those in the state."""
 

@@ -45,7 +45,7 @@ from lightning_bigopt.engine.optimizer_modes import OptimizerModes
 from lightning_bigopt.engine.stage import Batch
 from lightning_bigopt.engine.update import Rejection, Update
 from tests.engine.fake_averaging import copies
-from tests.engine.modal_optimizers import Free, MeanSGD, SwappingSGD, plain_loop
+from tests.engine.modal_optimizers import Free, MeanSGD, StrictSGD, SwappingSGD, plain_loop
 from tests.helpers import QUIET, ManualLayers, Regression, ResumableLoader, cpu_precision, loader
 
 pytestmark = [
@@ -60,7 +60,8 @@ SCHEDULEFREE = [
     schedulefree.AdamWScheduleFreeReference,
     schedulefree.SGDScheduleFreeReference,
 ]
-OWN = [MeanSGD, SwappingSGD]
+HOOKED = [MeanSGD, SwappingSGD]  # eval() of StrictSGD raises in the hooks of a module
+OWN = [*HOOKED, StrictSGD]
 every_optimizer = pytest.mark.parametrize("optimizer", [*SCHEDULEFREE, *OWN])
 AdamW = schedulefree.AdamWScheduleFree
 
@@ -158,7 +159,7 @@ class Guided(Free):
 
 
 @pytest.mark.parametrize(
-    "optimizer", [*SCHEDULEFREE, *OWN, *(partial(half_free, free=one) for one in [AdamW, *OWN])]
+    "optimizer", [*SCHEDULEFREE, *HOOKED, *(partial(half_free, free=o) for o in [AdamW, *HOOKED])]
 )
 def test_hooks_of_the_module_that_switch_too_equal_a_plain_loop(
     optimizer: Any, tmp_path: Path
@@ -218,7 +219,7 @@ def fit_two_epochs(module: Free, *callbacks: Any, accumulate: int = 1, **resume:
 
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("hook", HOOKS)
-@pytest.mark.parametrize("optimizer", [AdamW, MeanSGD, SwappingSGD])
+@pytest.mark.parametrize("optimizer", [AdamW, MeanSGD, StrictSGD, SwappingSGD])
 def test_a_checkpoint_holds_the_weights_of_evaluation_and_resumes_to_the_bit(
     tmp_path: Path, optimizer: Any, hook: str, first: bool
 ) -> None:
@@ -255,7 +256,7 @@ def test_every_optimizer_resumes_to_the_bit(
     assert same(copies(resumed), copies(straight))
 
 
-@pytest.mark.parametrize("optimizer", [AdamW, MeanSGD, SwappingSGD])
+@pytest.mark.parametrize("optimizer", [AdamW, MeanSGD, StrictSGD, SwappingSGD])
 def test_a_file_of_weights_holds_those_of_evaluation(tmp_path: Path, optimizer: Any) -> None:
     saves = SavesIn(tmp_path / "a.ckpt", "on_train_batch_end", weights_only=True)
     trainer_with(Idle(), saves).fit(Free(optimizer), loader(16, 2))
@@ -281,7 +282,7 @@ def test_the_best_checkpoint_holds_what_was_validated(tmp_path: Path, on_epoch_e
     assert same(saved, module.evaluated[-1])
 
 
-@pytest.mark.parametrize("free", [AdamW, MeanSGD, SwappingSGD])
+@pytest.mark.parametrize("free", [AdamW, MeanSGD, StrictSGD, SwappingSGD])
 def test_a_part_of_a_combined_optimizer_is_switched(free: Any, tmp_path: Path) -> None:
     optimizer, path = partial(half_free, free=free), tmp_path / "a.ckpt"
     trained, evaluated, end = plain_loop(optimizer, batches(), evaluate_after=[3, 6])
