@@ -235,7 +235,7 @@ def row(runs: Runs, candidate: Candidate) -> tuple[str, float]:
     text = (
         f"| {candidate.name} | {best:g} | {mean(values):.2f} | "
         f"{', '.join(f'{value:.2f}' for value in values)} | "
-        f"{searched if candidate.rates else 'not searched'} | {finals[0]['bytes']:.1f} |"
+        f"{finals[0]['bytes']:.1f} | {searched if candidate.rates else 'not searched'} |"
     )
     return text, max(values) - min(values)
 
@@ -258,7 +258,7 @@ the GPT of the demo with 132k parameters for {steps} updates of 16 windows of 64
 - **State** is the memory of the optimizer's state in bytes per parameter. The weights and gradients
   take another 8.
 
-| optimizer | learning rate | loss | each seed | first seed at each learning rate | state |
+| optimizer | learning rate | loss | each seed | state | first seed at each learning rate |
 |---|---|---|---|---|---|
 {lines}
 
