@@ -214,7 +214,6 @@ def results() -> Iterator[tuple[str, str, str]]:
     """Yields library, name and result of every optimizer: right, a problem, or an error."""
     for entry in catalog():
         library, name = entry.library, entry.name
-        torch.compiler.reset()  # its limit of recompilations is one for the process
         kind = ManualModel if entry.is_manual else Model
         new_module = partial(kind, entry.build, second_order=entry.second_order)
         try:

@@ -229,6 +229,13 @@ HINTS: tuple[Hint, ...] = (
     ),
     _hint("clipping clip_coef", "write clip_factor={value}", parameter="clip_factor"),
     _hint("z_thresh", "write z_threshold={value}", parameter="z_threshold"),
+    _hint("matrix_approximation_rank r", "write rank={value}", classes="PowerSGD"),
+    _hint("k ratio density compress_ratio", "write keep=0.01, a fraction", classes="TopK"),
+    _hint(
+        "start_powerSGD_iter start_iter warmup_steps",
+        "write start={value}: an int is a number of updates, '5%' a fraction of the run",
+        classes="Compressor",
+    ),
     # ------------------------------------------------------------------------------ step guard
     _hint("detector", "write detectors=[...]", parameter="detectors"),
     _hint("action", "write actions=[...]", parameter="actions"),

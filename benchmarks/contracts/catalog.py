@@ -64,7 +64,6 @@ def of_class(kind: Any, **options: Any) -> Build:
 @contextmanager
 def compilation(entry: Entry) -> Iterator[None]:
     """Runs the compiled step of torchao as it is; it takes long to compile. Others are compiled."""
-    torch.compiler.reset()  # the limit of recompilations is one for the process
     with torch.compiler.set_stance("force_eager" if entry.library == "torchao" else "default"):
         yield
 
@@ -119,6 +118,7 @@ def with_tensor_rate(kind: Any, net: nn.Module, **options: Any) -> Any:
 
 def compiled(kind: Any, net: nn.Module) -> Any:
     """Builds an optimizer whose step is compiled; "eager" traces it without generating code."""
+    torch.compiler.reset()  # torch stops compiling a function after a number of versions
     optimizer = kind(list(net.parameters()), lr=torch.tensor(0.01))
     optimizer.step = torch.compile(optimizer.step, backend="eager")
     return optimizer

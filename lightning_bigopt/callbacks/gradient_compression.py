@@ -26,6 +26,7 @@ from lightning_bigopt.gradients.compression.saved_states import (
     states_of_process,
 )
 from lightning_bigopt.gradients.compression.top_k import TopK
+from lightning_bigopt.parameters import plain_name
 from lightning_bigopt.trainer_access import ddp_hooks, precision, strategies
 from lightning_bigopt.type_checks import check_instance
 
@@ -77,7 +78,7 @@ class GradientCompression(Capability):
     """
 
     owns = "gradient compression"
-    rank = 5  # before the gradients are rescaled, as in the communication hook
+    rank = 15  # on one process, after the gradients are rescaled
     needs_samples = None
     logs_without_monitor = True
 
@@ -98,7 +99,7 @@ class GradientCompression(Capability):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Adds the engine, and finds a communication hook of the user."""
         super().setup(trainer, pl_module, stage)
-        ddp_hooks.share_user_hook(trainer)
+        ddp_hooks.share_user_hook(trainer, stage)
 
     def check_fit(self, fit: Fit) -> None:
         """Raises for other strategies and hooks; uses the communication hook of DDP."""
@@ -115,13 +116,13 @@ class GradientCompression(Capability):
                 "unknown which backward passes belong to an update; use FP16() or BF16()"
             )
         strategies.check_no_ddp_hook(trainer, _OWNER)
-        self._parameters = dict(fit.module.named_parameters())
+        self._parameters = {plain_name(n): p for n, p in fit.module.named_parameters()}
         self._hook = ddp_hooks.communication_hook(trainer, _OWNER)
         if self._hook is not None:
             group = strategies.ddp_group(trainer)
             names = {id(parameter): name for name, parameter in self._parameters.items()}
             self._reduction = CompressedReduction(
-                self.compressor, names, self._feedback, group, self._loss_scale
+                self.compressor, names, self._feedback, group, self._scale
             )
             self._hook.reduce_by(self._reduction.reduce, owner=_OWNER)
         elif trainer.world_size > 1 and not strategies.averages_initial_parameters(trainer):
@@ -134,9 +135,13 @@ class GradientCompression(Capability):
     def _has_feedback(self) -> bool:
         return isinstance(self.compressor, FeedbackCompressor)
 
-    def _loss_scale(self) -> Tensor | float:
+    def _scale(self) -> Tensor | float:
+        """Returns the scale of the gradients in DDP's hook, before they are rescaled."""
         assert self.fit is not None  # set by the engine
-        return precision.loss_scale_tensor(self.fit.trainer)
+        scale, factor = precision.loss_scale_tensor(self.fit.trainer), self.fit.rescaling()
+        if not isinstance(factor, Tensor):
+            return scale / factor
+        return scale / torch.where(factor == 0, 1.0, factor)
 
     def start(self, fit: Fit) -> None:
         """Resolves the start of the compression on the horizon."""
@@ -206,7 +211,13 @@ class GradientCompression(Capability):
         """Applies the new residuals: the update was made."""
         # DDP does not write a gradient that no process has computed.
         used = {name for name, p in self._parameters.items() if p.grad is not None}
-        self._feedback.commit(used, update.found_inf)
+        self._gathered = None  # by a checkpoint of the weights only
+        skipped, fit = update.found_inf, self.fit
+        assert fit is not None  # set by the engine
+        factor = 1.0 if self._reduction is None else fit.rescaling()
+        if isinstance(factor, Tensor):  # 0 for a window without weight: nothing was applied
+            skipped = (factor == 0).float() + (0.0 if skipped is None else skipped)
+        self._feedback.commit(used, skipped)
 
     def metrics(self, fit: Fit) -> Mapping[str, float]:
         """Returns the bytes that a process sent for the update, and would send uncompressed."""

@@ -59,8 +59,9 @@ class LearningRateScheduler(Capability):
 
     Args:
         schedule: Factor on the base learning rates over the budget, dimensionless.
-        groups: Other schedules for parameter groups, by their ``name``; a group without one has the
-            name that the charts show, such as ``"group1"``.
+        groups: Other schedules for parameter groups, by their ``name``: ``"head"`` also refers to
+            ``"head.decay"`` and ``"head.no_decay"`` unless they have an entry. A group without a
+            name has the one that the charts show, such as ``"group1"``.
         optimizers: Other schedules for some optimizers, by the name of their class: ``"Adam"``, or
             ``"Adam-0"`` and ``"Adam-1"`` for two of a class. The parts of a CombinedOptimizer count
             as optimizers.

@@ -116,7 +116,7 @@ class GradientNoiseScale(Capability):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Adds the engine, and shares DDP's communication hook with a hook of the user."""
         super().setup(trainer, pl_module, stage)
-        ddp_hooks.share_user_hook(trainer)
+        ddp_hooks.share_user_hook(trainer, stage)
 
     def check_fit(self, fit: Fit) -> None:
         """Raises for manual optimization and DeepSpeed; uses the communication hook of DDP."""

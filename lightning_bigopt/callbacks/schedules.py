@@ -20,8 +20,9 @@ class GroupSchedules:
 
     Args:
         schedule: Schedule of all groups that have no other schedule.
-        groups: Schedules by name of a parameter group; a group without a name has that of the
-            charts, such as ``"group1"``.
+        groups: Schedules by name of a parameter group, or by the beginning of several names up to
+            a dot; the longest decides. A group without a name has that of the charts, such as
+            ``"group1"``.
         optimizers: Schedules by label of an optimizer; by its class if there is only one. The parts
             of a combined optimizer count as optimizers.
         hint: Example of a schedule for the error message.
@@ -41,7 +42,7 @@ class GroupSchedules:
         self._optimizers = _by_name("optimizers", optimizers, hint=hint)
         self._of_all = schedule
         self.is_resolved = False
-        self._of_group: dict[str | None, Schedule] = {}
+        self._of_group: dict[str, Schedule] = {}
         self._of_optimizer: dict[str, Schedule] = {}
         self._of_part: dict[str, Schedule] = {}
 
@@ -95,8 +96,11 @@ class GroupSchedules:
 
     def schedule_of(self, group: str | None, optimizer: str) -> Schedule:
         """Returns the resolved schedule of a group: by its name, its optimizer, or for all."""
-        named = self._of_group.get(group) or self._of_part.get((group or "").partition(".")[0])
-        return self._of_optimizer.get(optimizer, self._of_all) if named is None else named
+        names = _beginnings(group or "")
+        keys = (name for name in names if name in self._of_group)
+        if (key := next(keys, None)) is not None:
+            return self._of_group[key]
+        return self._of_part.get(names[-1]) or self._of_optimizer.get(optimizer, self._of_all)
 
     def _check_groups(self, fit: Fit) -> None:
         named: set[str] = set()
@@ -106,7 +110,8 @@ class GroupSchedules:
             for group, name in zip(groups, group_names(groups), strict=True):
                 named |= {group["name"]} if group.get("name") else set()
                 numbered |= {name} if name and not group.get("name") else set()
-        missing = sorted(set(self._groups) - named - numbered)
+        known = {beginning for name in named for beginning in _beginnings(name)}
+        missing = sorted(set(self._groups) - known - numbered)
         if not missing:
             return
         way_out = f"name a group as {{'params': ..., 'name': {missing[0]!r}}}"
@@ -133,6 +138,17 @@ class GroupSchedules:
         raise ValueError(
             f"optimizers must name optimizers of the Trainer, got {shown(missing)}; {way_out}"
         )
+
+
+def _beginnings(name: str) -> list[str]:
+    """Returns a name and its beginnings up to a dot, the longest first.
+
+    Example:
+        >>> _beginnings("AdamW.head.no_decay")
+        ['AdamW.head.no_decay', 'AdamW.head', 'AdamW']
+    """
+    words = name.split(".")
+    return [".".join(words[:count]) for count in range(len(words), 0, -1)]
 
 
 def _by_name(

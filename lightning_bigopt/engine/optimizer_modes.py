@@ -16,13 +16,14 @@ from lightning_bigopt.optimizers.names import unwrapped
 from lightning_bigopt.optimizers.object_snapshot import copied
 from lightning_bigopt.parameters import named_parameters
 from lightning_bigopt.trainer_access import saved_weights, strategies, trial_runs
+from lightning_bigopt.trainer_access.callbacks import find_lightning_callback
 from lightning_bigopt.trainer_access.packages import classes
 from lightning_bigopt.trainer_access.saved_weights import Collect
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["OptimizerModes", "prepare_trial"]
+__all__ = ["OptimizerModes", "prepare_trial", "train_optimizers"]
 
 _OWNER = "training_weights"  # of the second weights of a sharded checkpoint
 
@@ -35,10 +36,15 @@ def prepare_trial(trainer: Trainer) -> None:
 
     def train() -> None:
         trial_runs.call_before_batch(trainer, None)
-        for optimizer in _with_modes(trainer):
-            optimizer.train()
+        train_optimizers(trainer)
 
     trial_runs.call_before_batch(trainer, train)
+
+
+def train_optimizers(trainer: Trainer) -> None:
+    """Switches optimizers to training mode, for a trial that restores all state."""
+    for optimizer in _with_modes(trainer):
+        optimizer.train()
 
 
 def _with_modes(trainer: Trainer) -> list[Any]:
@@ -78,15 +84,12 @@ class OptimizerModes:
         """Prepares for loading a checkpoint, and for the first batch.
 
         Raises:
-            ValueError: If the strategy is FSDP1, whose parameters are parts of flat tensors.
+            ValueError: If the strategy is FSDP1, whose parameters are parts of flat tensors, or a
+                callback of Lightning averages the weights, too.
         """
-        optimizers, strategy = _with_modes(self._trainer), self._trainer.strategy
-        if optimizers and isinstance(strategy, classes("strategies.FSDPStrategy")):
-            raise ValueError(
-                "strategy must not be FSDPStrategy with an optimizer that has a training and an "
-                f"evaluation mode, got {type(optimizers[0]).__name__}; use ModelParallelStrategy "
-                "(FSDP2) or DDP"
-            )
+        optimizers = _with_modes(self._trainer)
+        if optimizers:
+            _check_fit(self._trainer, type(optimizers[0]).__name__)
         # A checkpoint has the weights of evaluation, and the mode only if it is in param_groups.
         # A sharded strategy loads a state after a step, with a learning rate of 0, has created it.
         is_sharded = strategies.shards_gradients(self._trainer)
@@ -261,6 +264,23 @@ class OptimizerModes:
             if isinstance(value, Tensor) and _address(value) in live:
                 weights[name] = value.detach().clone()
         return weights
+
+
+def _check_fit(trainer: Trainer, optimizer: str) -> None:
+    """Raises for what cannot be right beside an optimizer with two modes."""
+    modes_of = "an optimizer that has a training and an evaluation mode"
+    if isinstance(trainer.strategy, classes("strategies.FSDPStrategy")):
+        raise ValueError(
+            f"strategy must not be FSDPStrategy with {modes_of}, got {optimizer}; use "
+            "ModelParallelStrategy (FSDP2) or DDP"
+        )
+    for kind in ("WeightAveraging", "StochasticWeightAveraging"):
+        if (average := find_lightning_callback(trainer, kind)) is not None:
+            # They load their average at the end of the fit, and eval() would change it.
+            raise ValueError(
+                f"callbacks must not contain {type(average).__name__} with {modes_of}, got "
+                f"{optimizer}, which averages the weights itself; remove one of them"
+            )
 
 
 @torch.no_grad()

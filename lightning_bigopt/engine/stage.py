@@ -65,6 +65,8 @@ class Fit:
         modes: Switches optimizers that have a training and an evaluation mode.
         buffers: The buffers of the module at the start of the current accumulation window.
         requeue: The signal with which SLURM announces the end of a job; None outside SLURM.
+        rescaling: Returns the factor of ``rescale`` on the gradient of the current window, from its
+            last micro-batch on; the first call may be a collective.
     """
 
     trainer: Trainer
@@ -86,6 +88,7 @@ class Fit:
     modes: OptimizerModes = field(init=False)
     buffers: BufferSnapshot = field(init=False, default_factory=BufferSnapshot)
     requeue: RequeueSignal | None = None
+    rescaling: Callable[[], float | Tensor] = lambda: 1.0
     _names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:

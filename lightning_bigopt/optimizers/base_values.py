@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_bigopt.optimizers.group_field import GroupField
+from lightning_bigopt.optimizers.names import part_optimizers
 
 __all__ = [
     "BaseValues",
@@ -16,6 +18,7 @@ __all__ = [
     "is_loaded_state",
     "matching_groups",
     "remember_bases",
+    "separate_tensors",
 ]
 
 _ATTRIBUTE = "_bigopt_bases"
@@ -116,7 +119,7 @@ def base_values(optimizer: Optimizer, field: GroupField) -> BaseValues:
     current = [0.0 if value is None else value for value in found]
     bases: list[float] = []
     changes: list[tuple[float, float]] = []  # by other code, since an earlier fit
-    unknown: list[float] = []
+    unknown: list[float | None] = []  # the defaults of groups with other values
     for group, value in zip(optimizer.param_groups, found, strict=True):
         if value is None:  # the group does not have the field, and its base is not used
             bases.append(0.0)
@@ -129,8 +132,8 @@ def base_values(optimizer: Optimizer, field: GroupField) -> BaseValues:
             bases.append(float(group["initial_lr"]))
         else:
             bases.append(value if known is None else known.base)
-            if known is None and value != _default(optimizer, field):
-                unknown.append(value)
+            if known is None and value != (default := _default(optimizer, group, field)):
+                unknown.append(default)
     of = f"{field.name} of {type(optimizer).__name__}"
     notes: list[str] = []
     if changes:
@@ -151,17 +154,21 @@ def base_values(optimizer: Optimizer, field: GroupField) -> BaseValues:
     if unknown and is_used and field.name != "lr":
         notes.append(
             f"The base values of {of} are {bases}, the current values of its parameter groups, and "
-            f"its default is {_default(optimizer, field)}. If an earlier fit has changed them, as "
+            f"its default is {unknown[0]}. If an earlier fit has changed them, as "
             "in a state_dict that was loaded into another optimizer, write the configured values "
             "into the groups before the fit."
         )
     return BaseValues(bases, " ".join(notes))
 
 
-def _default(optimizer: Optimizer, field: GroupField) -> float | None:
-    """Returns the default of a field, for groups without a value of their own; None for none."""
+def _default(optimizer: Optimizer, group: dict[str, Any], field: GroupField) -> float | None:
+    """Returns the default of a field for a group without a value of its own; None for none."""
+    holder = optimizer
+    for part in part_optimizers(optimizer).values():
+        if any(group is one for one in part.param_groups):
+            holder = part
     try:
-        return field.read(getattr(optimizer, "defaults", {}))
+        return field.read(getattr(holder, "defaults", {}))
     except ValueError:
         return None
 
@@ -202,3 +209,22 @@ def is_loaded_state(
     if any(group is old for group in now for old in before):
         return False
     return bases is None or [g.get("initial_lr") for g in now] == list(bases[: len(now)])
+
+
+def separate_tensors(optimizers: Iterable[Optimizer]) -> None:
+    """Gives each group its own tensors: a value is written in place, and would reach all groups.
+
+    The defaults of an optimizer, which a group that is added later gets, are separated, too.
+    """
+    seen: set[int] = set()
+    parts = [part for one in optimizers for part in part_optimizers(one).values() or (one,)]
+    for optimizer in parts:
+        for group in optimizer.param_groups:
+            for name, value in group.items():
+                if not isinstance(value, Tensor):
+                    continue
+                if optimizer.defaults.get(name) is value:
+                    optimizer.defaults[name] = group[name].clone()
+                if id(value) in seen:
+                    group[name] = value.clone()
+                seen.add(id(group[name]))

@@ -7,9 +7,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_bigopt.optimizers.base_values import remember_bases
+from lightning_bigopt.optimizers.base_values import remember_bases, separate_tensors
 from lightning_bigopt.optimizers.field_claim import Adjustment, FieldClaim, ScheduleOf
-from lightning_bigopt.optimizers.group_field import separate_tensors
 
 __all__ = ["ClaimedFields"]
 

@@ -181,8 +181,9 @@ class CombinedOptimizer(Optimizer):
 
     @state.setter
     def state(self, states: Mapping[Any, Any]) -> None:
-        for parameter, state in states.items():
-            self.state[parameter] = state
+        states = dict(states)  # it may be the view that is cleared
+        self.state.clear()
+        self.state.update(states)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -232,11 +233,17 @@ class CombinedOptimizer(Optimizer):
         """Adds a group to the part that its name begins with, such as ``"AdamW.new"``.
 
         Raises:
-            ValueError: If the name begins with none, or another part has one of the parameters.
+            ValueError: If the name begins with none or is that of another group, or a group has one
+                of the parameters.
         """
         if not self.parts:  # called by Optimizer.__init__
             return
         label = self._label_of(param_group)
+        if any(param_group["name"] == group["name"] for group in self.param_groups):
+            raise ValueError(
+                f"the name of a new group must be new, got {param_group['name']!r}; write "
+                f"name='{label}.new2'"
+            )
         tensors = param_group["params"]
         tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         if tensors and isinstance(tensors[0], tuple):

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_bigopt.checks import shown
 
-__all__ = ["GroupField", "separate_tensors"]
+__all__ = ["GroupField"]
 
 
 class GroupField:
@@ -130,21 +129,3 @@ class GroupField:
             parts[self._index] = value
             group[self.key] = type(current)(parts)
         return value
-
-
-def separate_tensors(optimizers: Iterable[Optimizer]) -> None:
-    """Gives each group its own tensors: a value is written in place, and would reach all groups.
-
-    The defaults of an optimizer, which a group that is added later gets, are separated, too.
-    """
-    seen: set[int] = set()
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for name, value in group.items():
-                if not isinstance(value, Tensor):
-                    continue
-                if optimizer.defaults.get(name) is value:
-                    optimizer.defaults[name] = group[name].clone()
-                if id(value) in seen:
-                    group[name] = value.clone()
-                seen.add(id(group[name]))

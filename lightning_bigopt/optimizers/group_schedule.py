@@ -13,10 +13,14 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_bigopt.durations.progress import Progress
-from lightning_bigopt.optimizers.base_values import ForeignValue, is_loaded_state, matching_groups
+from lightning_bigopt.optimizers.base_values import (
+    ForeignValue,
+    is_loaded_state,
+    matching_groups,
+    separate_tensors,
+)
 from lightning_bigopt.optimizers.claimed_fields import ClaimedFields
 from lightning_bigopt.optimizers.field_claim import BaseOwner, FieldClaim, PlannedValue
-from lightning_bigopt.optimizers.group_field import separate_tensors
 from lightning_bigopt.optimizers.names import group_names
 
 __all__ = ["GroupSchedule", "PlannedValue"]

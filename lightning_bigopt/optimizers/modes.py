@@ -53,7 +53,7 @@ def state_versions(optimizer: Optimizer) -> list[int]:
 
 
 def _plain_values(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Returns the plain attributes and group values of an optimizer and those that it wraps."""
+    """Returns the plain attributes and group values of an optimizer and those within it."""
     found: list[dict[str, Any]] = []
     seen: dict[int, Any] = {}
     waiting: list[Any] = [optimizer]
@@ -61,6 +61,7 @@ def _plain_values(optimizer: Optimizer) -> list[dict[str, Any]]:
         one = waiting.pop()
         if id(one) not in seen:
             seen[id(one)] = one
+            waiting += part_optimizers(one).values()
             waiting += [value for value in vars(one).values() if hasattr(value, "param_groups")]
             found += map(_plain, (vars(one), *one.param_groups))
     return found

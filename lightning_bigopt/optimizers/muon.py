@@ -34,7 +34,8 @@ class Muon(torch.optim.Muon):
         options: Arguments of ``torch.optim.Muon``, such as ``lr`` and ``momentum`` (:math:`\mu`).
 
     Raises:
-        ValueError: If an argument is out of range, or a parameter is no matrix.
+        ValueError: If an argument is out of range, or a parameter is no real matrix; in the step
+            if a gradient is sparse.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.eye(2))
@@ -76,6 +77,13 @@ class Muon(torch.optim.Muon):
         """Adds a group; during a warm-up it joins that of the first group."""
         first = self.param_groups[0] if self.param_groups else {}
         super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            if parameter.ndim != 2 or parameter.is_complex():
+                self.param_groups.pop()
+                raise ValueError(
+                    f"the parameters of Muon must be real matrices, got one of shape "
+                    f"{tuple(parameter.shape)} and dtype {parameter.dtype}; use AdamW for it"
+                )
         if "updates" in first:
             group = self.param_groups[-1]
             self._begin_warmup(group, first["momentum_warmup"], first["momentum_start"])
@@ -108,6 +116,11 @@ class Muon(torch.optim.Muon):
     def _step_(self, parameter: Tensor, group: dict[str, Any]) -> None:
         gradient, state = parameter.grad, self.state[parameter]
         assert gradient is not None  # the caller has selected parameters with gradients
+        if gradient.is_sparse:
+            raise ValueError(
+                f"parameters must have dense gradients for Muon, got a sparse one of shape "
+                f"{tuple(gradient.shape)}; use AdamW for it"
+            )
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(
                 gradient, memory_format=torch.preserve_format

@@ -36,8 +36,8 @@ __all__ = ["MuonAdamW", "hidden_matrices", "muon_adamw"]
 def hidden_matrices(module: nn.Module) -> tuple[str, ...]:
     """Returns the names of the trainable matrices that Muon is for.
 
-    These are the parameters with two dimensions, except biases, the weights of ``nn.Embedding`` and
-    ``nn.EmbeddingBag``, and the weight of the last ``nn.Linear`` of the module, its output head.
+    These are the parameters with two dimensions, except biases, those of ``nn.Embedding`` and
+    ``nn.EmbeddingBag``, and those of the last ``nn.Linear`` of the module, its output head.
 
     Example:
         >>> hidden_matrices(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9)))
@@ -46,7 +46,8 @@ def hidden_matrices(module: nn.Module) -> tuple[str, ...]:
     layers = list(module.modules())
     heads = [layer for layer in layers if isinstance(layer, nn.Linear)][-1:]
     tables = [layer for layer in layers if isinstance(layer, (nn.Embedding, nn.EmbeddingBag))]
-    excluded = {id(layer.weight) for layer in (*tables, *heads)}
+    # All of them, because the weight may be computed from others, as by weight_norm.
+    excluded = {id(p) for layer in (*tables, *heads) for p in layer.parameters()}
     return tuple(
         plain_name(name)
         for name, parameter in module.named_parameters()

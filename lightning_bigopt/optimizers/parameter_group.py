@@ -7,6 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_bigopt.arguments import Specification, explain_arguments
 from lightning_bigopt.checks import check_non_negative, check_positive, shown
@@ -42,7 +43,8 @@ class ParameterGroup(Specification):
         pattern: A pattern of names (as in :mod:`fnmatch`), or several. A pattern may have a rule
             about the number of dimensions: ``"blocks.* if ndim == 2"``, also with ``>=`` and
             ``<=``.
-        name: Name of the group, in charts and for schedules.
+        name: Name of the group, in charts and for schedules; must not end in ``decay`` or
+            ``no_decay``.
         lr_factor: Factor on the learning rate; positive.
         weight_decay: Weight decay of all its parameters, including biases; None for the usual one.
 
@@ -64,10 +66,18 @@ class ParameterGroup(Specification):
     weight_decay: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "pattern", as_patterns(self.pattern, name="pattern"))
+        patterns = as_patterns(self.pattern, name="pattern")
+        if not patterns:
+            raise ValueError(f"pattern must not be empty, got {self.pattern!r}; write 'head.*'")
+        object.__setattr__(self, "pattern", patterns)
         check_instance("name", self.name, str, hint="write name='head'")
         if not self.name:
             raise ValueError("name must not be empty, got ''; write name='head'")
+        if self.name.rpartition(".")[2] in ("decay", "no_decay"):
+            raise ValueError(
+                "name must not end in 'no_decay' or 'decay', which name groups with and without "
+                f"weight decay, got {self.name!r}; write name='head'"
+            )
         check_positive("lr_factor", self.lr_factor, hint="for instance 0.1")
         if self.weight_decay is not None:
             check_non_negative("weight_decay", self.weight_decay, hint="for instance 0.1")
@@ -77,7 +87,7 @@ def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Returns the parameters that require a gradient, by their plain names.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or a lazy one without a shape.
     """
     parameters = {
         plain_name(name): parameter
@@ -88,6 +98,12 @@ def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
         raise ValueError(
             "module must have a parameter to train, got none that requires a gradient; unfreeze one"
         )
+    for name, parameter in parameters.items():
+        if is_lazy(parameter):  # with one dimension, whatever it will have
+            raise ValueError(
+                f"module must have initialized parameters, got {name!r} without a shape; pass a "
+                "batch through its lazy layers before"
+            )
     return parameters
 
 

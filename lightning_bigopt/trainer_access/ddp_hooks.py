@@ -20,14 +20,14 @@ _HOOK = "bigopt_communication_hook"
 _WRAPPED = "bigopt_wrapped"
 
 
-def share_user_hook(trainer: Trainer) -> None:
+def share_user_hook(trainer: Trainer, stage: str) -> None:
     """Puts ``DDPStrategy(ddp_comm_hook=)`` into the shared hook, when Lightning registers it.
 
     For use in ``setup``: Lightning registers the hook before ``on_fit_start``. On a CPU it ignores
     the hook.
     """
     strategy: Any = trainer.strategy
-    if not isinstance(strategy, classes("strategies.DDPStrategy")):
+    if stage != "fit" or not isinstance(strategy, classes("strategies.DDPStrategy")):
         return
     users = strategy._ddp_comm_wrapper
     if strategy._ddp_comm_hook is None or hasattr(users, _WRAPPED):

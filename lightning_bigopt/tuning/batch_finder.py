@@ -19,6 +19,7 @@ from lightning_bigopt.batching.batch_plan import plan_update
 from lightning_bigopt.batching.exact_loader import GlobalBatchLoader
 from lightning_bigopt.batching.micro_batch_search import MicroBatchSearch, search_micro_batch_size
 from lightning_bigopt.checks import check_between, check_choice, check_count, shown
+from lightning_bigopt.engine.optimizer_modes import train_optimizers
 from lightning_bigopt.fabric_hooks import TrainerOnly
 from lightning_bigopt.optimizers.names import unwrapped
 from lightning_bigopt.optimizers.object_snapshot import ObjectSnapshot
@@ -209,8 +210,9 @@ def _run_trial(trainer: Trainer, module: LightningModule, batch: Any) -> None:
 def state_restored(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """Restores modules, optimizers and random generators when the block ends.
 
-    Inside the block the module is in training mode and its ``log`` does nothing. The copies are
-    kept in CPU memory, so that they do not reduce the GPU memory that the trials measure.
+    Inside the block module and optimizers are in training mode, and ``log`` does nothing. The
+    copies are kept in CPU memory, so that they do not reduce the GPU memory that the trials
+    measure.
     """
     optimizers = [unwrapped(optimizer) for optimizer in trainer.optimizers]
     snapshot = ObjectSnapshot(*module.modules(), *optimizers, device="cpu")
@@ -219,6 +221,7 @@ def state_restored(trainer: Trainer, module: LightningModule) -> Iterator[None]:
             # LightningModule.log raises in on_fit_start; these attributes shadow the method.
             module.__dict__.update(log=_ignore, log_dict=_ignore)
             module.train()
+            train_optimizers(trainer)
             yield
     finally:
         snapshot.restore()

@@ -16,6 +16,7 @@ from torch import nn
 from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_between, check_choice, check_count, shown
 from lightning_bigopt.engine.engine import Engine
+from lightning_bigopt.engine.optimizer_modes import train_optimizers
 from lightning_bigopt.fabric_hooks import TrainerOnly
 from lightning_bigopt.optimizers.object_snapshot import ObjectSnapshot
 from lightning_bigopt.optimizers.private import check_not_private
@@ -152,6 +153,7 @@ class LearningRateRangeTest(TrainerOnly, Callback):
         )
         engine = [Engine()] if callbacks else []
         with _state_restored(trainer, module):
+            train_optimizers(trainer)
             trial_runs.run_separate_loop(
                 trainer,
                 module,

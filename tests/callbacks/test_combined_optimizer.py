@@ -99,6 +99,24 @@ def test_update_clip_limits_the_adam_part_only():
     assert not torch.allclose(ours.net[2].weight, free.net[2].weight)
 
 
+def test_values_are_compared_with_the_defaults_of_their_part(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    decays = {"first": partial(MUON, weight_decay=0.1), "rest": partial(ADAMW, weight_decay=0.2)}
+    module = Combined(**decays)
+    with caplog.at_level(logging.INFO):
+        fit(module, HyperparameterScheduler("weight_decay", Linear()))
+    assert [group["weight_decay"] for group in module.seen[4]] == [0.05, 0.1, 0.0]
+    assert "base values" not in caplog.text
+
+
+def test_tensors_of_learning_rates_are_not_shared_with_the_defaults_of_a_part() -> None:
+    module = Combined(rest=partial(torch.optim.AdamW, lr=torch.tensor(0.5)))
+    trainer = fit(module, LearningRateScheduler(Linear()))
+    parts = trainer.optimizers[0].parts
+    assert parts["AdamW"].defaults["lr"] == 0.5
+
+
 def test_update_clip_raises_without_an_adam_part():
     with pytest.raises(
         ValueError, match="must be of the Adam family for UpdateClip, got CombinedO"

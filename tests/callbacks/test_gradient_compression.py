@@ -13,12 +13,14 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_bigopt import (
     BF16,
     FP16,
     BatchSizeScheduler,
     BatchSizeSteps,
+    ConstantBatchSize,
     GlobalBatchLoader,
     GradientClipping,
     GradientCompression,
@@ -31,6 +33,7 @@ from lightning_bigopt import (
     TopK,
 )
 from tests.helpers import Probe, Regression, SaveAt, cpu_precision, fit, loader
+from tests.mean_gradients import MICRO, Means, first_element, mean_data, sum_of_means
 
 
 class Plain(Probe):
@@ -244,3 +247,41 @@ def test_a_start_needs_a_limit() -> None:
             GradientCompression(TopK(start="10%")),
             max_epochs=-1,
         )
+
+
+@pytest.mark.parametrize("weight", [None, first_element])
+def test_a_rescaled_window_adds_what_was_left(weight: Any) -> None:
+    """Updates and residual are the sum of the means of all windows; the last has 1 sample of 8."""
+    data = mean_data(33, seed=0)
+    model, callback = Means(), GradientCompression(TopK(keep=0.02))
+    policy = BatchSizeScheduler(ConstantBatchSize(2 * MICRO), weight=weight)
+    fit(model, DataLoader(data, batch_size=MICRO), callback, policy, max_epochs=2)  # type: ignore[arg-type]
+    found = callback.residuals["weight"] - model.weight.detach()
+    truth = 2 * sum_of_means([data], window=2, weight=weight)
+    assert torch.allclose(found, truth, atol=1e-5)
+
+
+def test_a_policy_can_be_removed_in_mid_run() -> None:
+    policy = BatchSizeScheduler(ConstantBatchSize(2 * MICRO))
+
+    class Removes(L.Callback):
+        def on_train_epoch_end(self, trainer: Any, *args: Any) -> None:
+            if policy in trainer.callbacks:
+                trainer.callbacks.remove(policy)
+
+    model, callback = Means(), GradientCompression(TopK(keep=0.02))
+    data = mean_data(8, seed=0)
+    fit(model, DataLoader(data, batch_size=MICRO), callback, policy, Removes(), max_epochs=2)  # type: ignore[arg-type]
+    found = callback.residuals["weight"] - model.weight.detach()
+    truth = data.mean(0) + sum_of_means([data], window=1, weight=None)
+    assert torch.allclose(found, truth, atol=1e-5)
+    assert policy.fit is None
+
+
+def test_residuals_have_plain_names() -> None:
+    """A compiled module resumes from the checkpoint of one that is not compiled."""
+    model, callback = Plain(), GradientCompression(TopK(keep=0.2))
+    model.net = torch.compile(model.net, backend="eager")  # type: ignore[assignment]
+    fit(model, loader(16, 4), callback, max_epochs=1)
+    assert {name.split(".")[0] for name in callback.residuals} == {"net"}
+    assert not any("_orig_mod" in name for name in callback.residuals)

@@ -134,6 +134,31 @@ def test_group_names_are_the_same_for_a_hyperparameter() -> None:
     assert module.seen == [(0.01, 0.01 * right) for right in RIGHT]
 
 
+@pytest.mark.parametrize(
+    ("groups", "right"),
+    [
+        ({"head": Constant()}, (1.0, 1.0)),
+        ({"head": Constant(), "head.no_decay": DOWN}, (1.0, 0.5)),
+        ({"head.decay": Constant()}, (1.0, 0.5)),
+        ({"head.decay": DOWN, "head": Constant()}, (0.5, 1.0)),
+    ],
+)
+def test_a_name_refers_to_all_groups_that_begin_with_it_and_a_dot(
+    groups: dict[str, Any], right: tuple[float, float]
+) -> None:
+    module = OneOptimizer("head.decay", "head.no_decay")
+    fit_one(module, LearningRateScheduler(DOWN, groups=groups))
+    assert module.seen[2] == right
+
+
+def test_the_beginning_of_a_word_is_no_name_of_a_group() -> None:
+    with pytest.raises(ValueError, match=r"groups must name .* got \['head'\]"):
+        fit_one(
+            OneOptimizer("header", "heads.x"),
+            LearningRateScheduler(DOWN, groups={"head": Constant()}),
+        )
+
+
 def test_an_unknown_group_says_how_to_name_one() -> None:
     with pytest.raises(
         ValueError,

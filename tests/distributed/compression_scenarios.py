@@ -27,6 +27,7 @@ from lightning_bigopt import (
     FP16,
     BatchSizeScheduler,
     BatchSizeSteps,
+    ConstantBatchSize,
     GlobalBatchLoader,
     GradientClipping,
     GradientCompression,
@@ -40,6 +41,7 @@ from lightning_bigopt import (
 from tests.distributed.batch_scenarios import QuadraticNoise, noise_loader
 from tests.distributed.scenarios import fit, in_order, module
 from tests.helpers import Regression, cpu_precision
+from tests.mean_gradients import MICRO, Means, first_element, mean_data
 
 COMPRESSORS = {
     "topk": TopK(keep=0.1),
@@ -61,6 +63,7 @@ class Wide(L.LightningModule):
         self.uses_unused = 0  # bit 1: on the first process, bit 2: on the second one
         self.optimizer = optimizer
         self.bad: int | None = None
+        self.bad_factor = math.nan
         self.bytes: list[tuple[float, float]] = []
         self.norms: list[float] = []
 
@@ -74,7 +77,7 @@ class Wide(L.LightningModule):
         loss = nn.functional.mse_loss(self.net(x), y / (index + 1).unsqueeze(1))
         if self.uses_unused & (1 << self.global_rank):
             loss = loss + self.unused(x).square().mean()
-        return loss * math.nan if self.bad == batch_idx and self.global_rank else loss
+        return loss * self.bad_factor if self.bad == batch_idx and self.global_rank else loss
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         grads = [p.grad for p in self.net.parameters() if p.grad is not None]
@@ -229,11 +232,14 @@ def skipped(out: Path) -> Any:
         ("topk", "fused", "32-true"),
         ("powersgd", "sgd", "16-mixed"),
         ("topk", "sgd", "bf16-mixed"),
+        ("fp16", "sgd", "32-true"),
     ):
         compressor, runs = COMPRESSORS[name], []
         for bad in (3, None):
             model, callback = Wide(optimizer=optimizer), GradientCompression(compressor)
             model.bad = bad
+            if name == "fp16":  # a finite gradient beyond the range of float16
+                model.bad_factor = 1e9
             # The kernel of a fused optimizer skips by itself.
             guards = [] if optimizer == "fused" else [StepGuard([NonFinite()])]
             clipping = GradientClipping(NormClip(max_norm=0.5))
@@ -469,6 +475,23 @@ def refused(out: Path) -> Any:
     return found
 
 
+def rescaled(out: Path) -> Any:
+    """Trains with windows that a batch policy rescales; the gradient does not depend on weights."""
+    rank, found = int(os.environ["RANK"]), {}
+    for name, compressor in (("topk", TopK(keep=0.02)), ("powersgd", PowerSGD(rank=1))):
+        for case, weight in (("samples", None), ("weights", first_element)):
+            model, callback = Means(), GradientCompression(compressor)
+            policy = BatchSizeScheduler(ConstantBatchSize(4 * MICRO), weight=weight)
+            loader = DataLoader(mean_data(33 + 2 * rank, seed=rank), batch_size=MICRO)  # type: ignore[arg-type]
+            options = {"use_distributed_sampler": False, "max_epochs": 2, "max_steps": -1}
+            fit("ddp", model, loader, callback, policy, **options)
+            found[f"{name} {case}"] = {
+                "weight": model.weight.flatten().tolist(),
+                "residual": callback.residuals["weight"].flatten().tolist(),
+            }
+    return found
+
+
 NAMES = [
     "resumed",
     "trained",
@@ -480,4 +503,5 @@ NAMES = [
     "graphs",
     "other_sizes",
     "refused",
+    "rescaled",
 ]

@@ -14,6 +14,7 @@ from torch import nn
 from lightning_bigopt import BatchSizeScheduler, GradientCompression, TopK
 from tests.distributed.compression_scenarios import RAMP, Wide, data, residuals
 from tests.helpers import Regression, fit
+from tests.mean_gradients import first_element, mean_data, sum_of_means
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
@@ -185,6 +186,23 @@ def test_options_of_ddp_do_not_change_the_result(found: Any, name: str, case: st
     assert runs[f"{name} {case}"]["weights"] == pytest.approx(
         runs[f"{name} everybody"]["weights"], rel=1e-5, abs=1e-6
     )
+
+
+@pytest.mark.parametrize("name", ["topk", "powersgd"])
+@pytest.mark.parametrize(("case", "weight"), [("samples", None), ("weights", first_element)])
+def test_a_rescaled_window_adds_what_was_left(
+    two_processes: Any, name: str, case: str, weight: Any
+) -> None:
+    """Updates and mean residual are the sum of the means of all windows; the last is smaller."""
+    runs = [
+        torch.tensor(r["rescaled"][f"{name} {case}"]["residual"])
+        for r in two_processes("compression")
+    ]
+    weights = [r["rescaled"][f"{name} {case}"]["weight"] for r in two_processes("compression")]
+    data = [mean_data(33 + 2 * rank, seed=rank) for rank in range(2)]
+    truth = 2 * sum_of_means(data, window=2, weight=weight).flatten()
+    assert weights[0] == weights[1]
+    assert torch.allclose(torch.stack(runs).mean(0) - torch.tensor(weights[0]), truth, atol=1e-5)
 
 
 def test_one_process_continues_with_the_mean_of_the_residuals(

@@ -13,14 +13,24 @@ import lightning as L
 import pytest
 import schedulefree
 import torch
-from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
 from lightning_bigopt import (
+    BatchSizeScheduler,
     Constant,
+    ConstantBatchSize,
     Cosine,
+    GlobalBatchFinder,
+    GlobalBatchLoader,
     GradientClipping,
+    LearningRateRangeTest,
     LearningRateScheduler,
     NonFinite,
     NormClip,
@@ -28,6 +38,7 @@ from lightning_bigopt import (
     WarmupConstant,
     WarmupLinear,
     combine_optimizers,
+    learning_rate_range_test,
 )
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.optimizer_modes import OptimizerModes
@@ -35,7 +46,7 @@ from lightning_bigopt.engine.stage import Batch
 from lightning_bigopt.engine.update import Rejection, Update
 from tests.engine.fake_averaging import copies
 from tests.engine.modal_optimizers import Free, MeanSGD, SwappingSGD, plain_loop
-from tests.helpers import QUIET, ManualLayers, ResumableLoader, cpu_precision, loader
+from tests.helpers import QUIET, ManualLayers, Regression, ResumableLoader, cpu_precision, loader
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
@@ -123,6 +134,14 @@ def test_an_evaluation_of_a_checkpoint_sees_its_weights(tmp_path: Path, stage: s
     assert same(other.evaluated[0], saved)
 
 
+def half_free(parameters: Any, lr: float, *, free: Any) -> torch.optim.Optimizer:
+    """Returns SGD and an optimizer with modes as one optimizer, for the same parameters."""
+    module = nn.ParameterList(parameters)
+    return combine_optimizers(
+        module, {"0": partial(torch.optim.SGD, lr=lr), "*": partial(free, lr=lr)}
+    )
+
+
 class Guided(Free):
     """Has the hooks that Lightning needs without this package."""
 
@@ -138,7 +157,9 @@ class Guided(Free):
         self.optimizers(use_pl_optimizer=False).train()  # type: ignore[union-attr]
 
 
-@every_optimizer
+@pytest.mark.parametrize(
+    "optimizer", [*SCHEDULEFREE, *OWN, *(partial(half_free, free=one) for one in [AdamW, *OWN])]
+)
 def test_hooks_of_the_module_that_switch_too_equal_a_plain_loop(
     optimizer: Any, tmp_path: Path
 ) -> None:
@@ -258,14 +279,6 @@ def test_the_best_checkpoint_holds_what_was_validated(tmp_path: Path, on_epoch_e
     trainer_with(Idle(), saves, enable_checkpointing=True).fit(module, loader(16, 2), loader(2, 2))
     saved = torch.load(saves.best_model_path, weights_only=True)["state_dict"]
     assert same(saved, module.evaluated[-1])
-
-
-def half_free(parameters: Any, lr: float, *, free: Any) -> torch.optim.Optimizer:
-    """Returns SGD and an optimizer with modes as one optimizer, for the same parameters."""
-    module = nn.ParameterList(parameters)
-    return combine_optimizers(
-        module, {"0": partial(torch.optim.SGD, lr=lr), "*": partial(free, lr=lr)}
-    )
 
 
 @pytest.mark.parametrize("free", [AdamW, MeanSGD, SwappingSGD])
@@ -559,6 +572,36 @@ def test_a_learning_rate_finder_runs_and_changes_nothing(
     assert same(copies(found), copies(straight))
 
 
+@pytest.mark.parametrize("optimizer", [AdamW, SwappingSGD])
+@pytest.mark.parametrize("as_callback", [True, False])
+@pytest.mark.filterwarnings("ignore:The learning-rate range test found no")
+def test_a_range_test_runs_and_changes_nothing(optimizer: Any, as_callback: bool) -> None:
+    options: dict[str, Any] = {"steps": 13, "start": 1e-6, "end": 1e-4, "on_result": "report"}
+    straight, tested = Free(optimizer), Free(optimizer)
+    trainer_with(Idle()).fit(straight, loader(16, 2))
+    trainer = trainer_with(Idle(), *([LearningRateRangeTest(**options)] if as_callback else []))
+    if not as_callback:
+        learning_rate_range_test(trainer, tested, loader(16, 2), **options)
+    trainer.fit(tested, loader(16, 2))
+    assert all_same(tested.trained, straight.trained)
+    assert same(copies(tested), copies(straight))
+
+
+@pytest.mark.parametrize("optimizer", [AdamW, SwappingSGD])
+def test_a_batch_finder_runs_and_changes_nothing(optimizer: Any) -> None:
+    def fit(*finder: L.Callback) -> Free:
+        module = Free(optimizer)
+        batches = GlobalBatchLoader(Regression(16), micro_batch_size=2, shuffle="sequential")
+        size = BatchSizeScheduler(ConstantBatchSize(2))
+        trainer_with(*finder, size).fit(module, batches)
+        return module
+
+    straight = fit()
+    found = fit(GlobalBatchFinder(global_batch_size=2, headroom=0.0))
+    assert all_same(found.trained, straight.trained)
+    assert same(copies(found), copies(straight))
+
+
 def test_a_checkpoint_that_is_restored_within_the_fit_restores_the_training_weights(
     tmp_path: Path,
 ) -> None:
@@ -583,6 +626,18 @@ def test_fsdp1_is_refused() -> None:
     )
     with pytest.raises(ValueError, match=r"not be FSDPStrategy .* got AdamWSchedule"):
         OptimizerModes(trainer, Free(AdamW)).prepare()
+
+
+@pytest.mark.parametrize("optimizer", [AdamW, SwappingSGD])
+@pytest.mark.parametrize("average", [EMAWeightAveraging(), StochasticWeightAveraging(0.01, 1)])
+def test_callbacks_that_exchange_the_weights_at_the_end_are_refused(
+    optimizer: Any, average: L.Callback
+) -> None:
+    trainer = trainer_with(Idle(), average)
+    message = f"not contain {type(average).__name__} with .* got {optimizer.__name__}, which"
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(Free(optimizer), loader(16, 2))
+    trainer_with(Idle(), average).fit(Free(torch.optim.AdamW), loader(16, 2))
 
 
 @pytest.mark.parametrize(

@@ -221,6 +221,19 @@ def test_invalid_arguments_raise(build: Any, text: str) -> None:
         build()
 
 
+@pytest.mark.parametrize(
+    ("build", "text"),
+    [
+        (lambda: PowerSGD(matrix_approximation_rank=4), "write rank=4"),
+        (lambda: PowerSGD(start_powerSGD_iter=10), "write start=10: an int is a number"),
+        (lambda: TopK(k=100), "write keep=0.01, a fraction"),
+    ],
+)
+def test_arguments_of_other_libraries_are_answered(build: Any, text: str) -> None:
+    with pytest.raises(TypeError, match=text):
+        build()
+
+
 # ------------------------------------------------------------------------------------ hooks
 
 
@@ -245,8 +258,10 @@ def test_a_hook_that_lightning_registers_runs_inside_ours(wrapper: Any) -> None:
             self.strategy = strategy
 
     trainer: Any = Trainer()
-    ddp_hooks.share_user_hook(trainer)
-    ddp_hooks.share_user_hook(trainer)  # of another callback
+    ddp_hooks.share_user_hook(trainer, "validate")
+    assert strategy._ddp_comm_wrapper is wrapper
+    ddp_hooks.share_user_hook(trainer, "fit")
+    ddp_hooks.share_user_hook(trainer, "fit")  # of another callback
     registered: Any = strategy._ddp_comm_wrapper(strategy._ddp_comm_hook)  # type: ignore[misc]
     assert not registered.__annotations__
     shared: CommunicationHook = strategy._ddp_comm_wrapper.bigopt_communication_hook

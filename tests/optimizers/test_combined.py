@@ -25,6 +25,7 @@ from lightning_bigopt import (
     StepGuard,
     combine_optimizers,
     learning_rate_range_test,
+    parameter_groups,
 )
 from lightning_bigopt.gradients import skip_update_, step_control
 from lightning_bigopt.optimizers.training_snapshot import TrainingSnapshot
@@ -285,6 +286,8 @@ def test_state_is_that_of_the_parts():
     assert len(optimizer.state) == 6
     with pytest.raises(KeyError):
         optimizer.state[nn.Parameter(torch.zeros(1))]
+    optimizer.state = {net.head.bias: {"step": torch.zeros(())}}
+    assert list(optimizer.state) == [net.head.bias]
 
 
 def test_hooks_of_state_dicts_run():
@@ -312,6 +315,8 @@ def test_new_group_goes_to_the_part_that_its_name_begins_with():
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
     with pytest.raises(ValueError, match="a parameter must be in one group, got one that the opt"):
         optimizer.add_param_group({"params": [net.head.bias], "name": "Muon.more"})
+    with pytest.raises(ValueError, match=r"must be new, got 'AdamW\.new'; write na"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "name": "AdamW.new"})
 
 
 # --------------------------------------------------------------------------------------- skips
@@ -512,11 +517,25 @@ def test_invalid_groups_raise(groups: Any, message: str) -> None:
         ({"name": 3}, "name must be a str, got 3"),
         ({"name": "a", "lr_factor": 0.0}, "lr_factor must be positive and finite, got 0.0"),
         ({"name": "a", "weight_decay": -1.0}, "weight_decay must be non-negative and finite"),
+        ({"name": "no_decay"}, "name must not end in 'no_decay' or 'decay', .* got 'no_decay'"),
+        ({"name": "head.decay"}, "name must not end in 'no_decay' or 'decay', .* got 'head.d"),
     ],
 )
 def test_invalid_specifications_raise(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ParameterGroup("*", **options)
+
+
+def test_a_group_without_patterns_raises():
+    with pytest.raises(ValueError, match=r"pattern must not be empty, got \[\]; write 'head"):
+        ParameterGroup([], name="head")
+
+
+@pytest.mark.parametrize("make", [combined, partial(parameter_groups, weight_decay=0.1)])
+def test_lazy_parameters_raise(make: Any) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(3))
+    with pytest.raises(ValueError, match=r"initialized parameters, got '1.weight' without a shape"):
+        make(net)
 
 
 def test_weight_decay_of_an_optimizer_without_one_raises():

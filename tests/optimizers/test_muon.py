@@ -129,6 +129,13 @@ def test_hidden_matrices_are_neither_tables_nor_heads_nor_kernels():
     }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+@pytest.mark.parametrize("normalize", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+def test_all_parameters_of_tables_and_heads_belong_to_adamw(normalize: Any) -> None:
+    net = nn.Sequential(normalize(nn.Embedding(9, 4)), nn.Linear(4, 4), normalize(nn.Linear(4, 9)))
+    assert hidden_matrices(net) == ("1.weight",)
+
+
 def test_tied_head_and_frozen_weights():
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -214,6 +221,24 @@ def test_new_group_joins_the_warmup():
     optimizer.step()
     momenta = [g["momentum"] for g in optimizer.param_groups if g["name"].startswith("Muon")]
     assert momenta == [momentum_at(1, length=10)] * 2
+
+
+def test_new_group_of_a_vector_raises():
+    optimizer = muon_adamw(Net(), lr=1e-3)
+    with pytest.raises(ValueError, match="Muon must be real matrices, got one of shape"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "name": "Muon.new"})
+    assert len(optimizer.param_groups) == 3
+
+
+def test_complex_matrices_and_sparse_gradients_raise_as_in_torch():
+    with pytest.raises(
+        ValueError, match=r"real matrices, got .* \(2, 2\) and dtype torch.complex64"
+    ):
+        Muon([nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))])
+    table = nn.Embedding(2, 2, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match="must have dense gradients for Muon, got a sparse one"):
+        Muon(table.parameters()).step()
 
 
 class MuonProbe(Probe):

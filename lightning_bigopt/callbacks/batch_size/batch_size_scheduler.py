@@ -22,7 +22,7 @@ from lightning_bigopt.callbacks.batch_size.conflicts import (
 )
 from lightning_bigopt.callbacks.batch_size.coupling import BatchCoupling
 from lightning_bigopt.callbacks.batch_size.exact_loader import prepare_exact_loader
-from lightning_bigopt.callbacks.batch_size.loss_weights import LossWeights, shorten_window
+from lightning_bigopt.callbacks.batch_size.loss_weights import LossWeights, rescale_, shorten_window
 from lightning_bigopt.callbacks.noise_scale import GradientNoiseScale
 from lightning_bigopt.callbacks.resume_report import report_changed_settings
 from lightning_bigopt.checks import as_code, check_count
@@ -190,6 +190,7 @@ class BatchSizeScheduler(Capability):
         )
         planner.plan_at(fit.clock.progress())
         self._weights.start(planner.source)
+        fit.rescaling = self._coefficient
         self.coupling.start(
             fit,
             size_at=lambda progress: planner.plan_at(progress)[0],
@@ -221,6 +222,7 @@ class BatchSizeScheduler(Capability):
 
     def end(self, fit: Fit) -> None:
         """Restores the Trainer's accumulation."""
+        fit.rescaling = lambda: 1.0
         if isinstance(fit.trainer.accumulate_grad_batches, WindowLength):
             fit.trainer.accumulate_grad_batches = 1
         if self._planner is not None:
@@ -261,13 +263,12 @@ class BatchSizeScheduler(Capability):
 
     def rescale(self, update: Update) -> None:
         """Rescales the gradients in place to the mean over samples or weights."""
+        rescale_(update, self._coefficient())
+
+    def _coefficient(self) -> float | Tensor:
         assert self._window is not None  # set in begin_batch
-        assert self._planner is not None
         assert self.fit is not None
-        is_exact = self._planner.source.is_exact
-        self._weights.rescale_(
-            self.fit.trainer, update, length=int(self._window), is_exact=is_exact
-        )
+        return self._weights.coefficient(self.fit.trainer, length=int(self._window))
 
     def metrics(self, fit: Fit) -> Mapping[str, float | Tensor]:
         """Returns the planned batch size, and the factor on the learning rate."""

@@ -19,11 +19,11 @@ from lightning_bigopt.trainer_access import loop, strategies
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-__all__ = ["LossWeights", "shorten_window"]
+__all__ = ["LossWeights", "rescale_", "shorten_window"]
 
 
 class LossWeights:
-    """Computes the factor on each loss, and rescales the gradient once before its update.
+    """Computes the factor on each loss, and the one on the gradient before its update.
 
     Lightning divides every loss by the length of the window, and the strategy averages over the
     processes. The loss of a micro-batch of weight ``w`` is multiplied by ``w / reference``, and the
@@ -38,8 +38,9 @@ class LossWeights:
     def __init__(self, weight: BatchWeight = None) -> None:
         self.weight = named_function(weight, name="weight")
         self._sum: float | Tensor = 0.0
+        self._coefficient: float | Tensor | None = None  # of the current window
         self._full = 1
-        self._varies = False
+        self._varies = self._is_exact = False
         self._reference: float | None = None
 
     def start(self, source: BatchSource) -> None:
@@ -49,10 +50,11 @@ class LossWeights:
             source: The sizes of the batches that the loaders return.
         """
         self._full, self._varies = source.micro_batch_size, source.varies
+        self._is_exact = source.is_exact
 
     def open_window(self) -> None:
         """Resets the sum of the weights at the start of a window."""
-        self._sum = 0.0
+        self._sum, self._coefficient = 0.0, None
 
     def weigh(self, batch: Batch) -> float | Tensor:
         """Adds the weight of the current batch to the sum, and returns the factor on its loss."""
@@ -79,39 +81,40 @@ class LossWeights:
         self._sum = self._sum + value
         return value / self._reference
 
-    def rescale_(self, trainer: Trainer, update: Update, *, length: int, is_exact: bool) -> None:
-        """Rescales the gradients of an update in place to the mean over samples or weights.
+    def coefficient(self, trainer: Trainer, *, length: int) -> float | Tensor:
+        """Returns the factor that makes a gradient the mean over samples or weights.
 
-        A collective if the weights may differ between the processes.
+        The first call of a window is a collective if the weights may differ between the processes.
 
         Args:
-            trainer: The Trainer.
-            update: The update.
+            trainer: The Trainer, in the last micro-batch of the window.
             length: Number of micro-batches of one process in the window.
-            is_exact: Whether the training loader is a GlobalBatchLoader.
         """
+        if self._coefficient is None:
+            self._coefficient = self._compute(trainer, length)
+        return self._coefficient
+
+    def _compute(self, trainer: Trainer, length: int) -> float | Tensor:
         world = strategies.data_parallel_size(trainer)
         device = trainer.strategy.root_device
         if self.weight is None:
-            if is_exact:  # MicroBatch.weight is already relative to the window
-                return
+            if self._is_exact:  # MicroBatch.weight is already relative to the window
+                return 1.0
             # Without partial batches every process has the same sum: no collective is needed.
             expected, samples = float(length * self._full * world), float(self._sum) * world
             if self._varies or loop.is_last_batch(trainer):
                 samples = strategies.sum_over_data(trainer, float(self._sum))
             if samples == expected:
-                return
+                return 1.0
             # torch.tensor would copy from the host, which then waits for the device.
-            coefficient = torch.full((), expected / samples, device=device)
-        else:
-            assert self._reference is not None  # set by weigh
-            # On the device throughout, so that a window without any weight needs no host
-            # synchronization; its gradient becomes zero instead of NaN.
-            total = torch.zeros((), device=device).add_(self._sum)
-            strategies.sum_over_data_(trainer, total)
-            expected = length * world * self._reference
-            coefficient = torch.where(total > 0, expected / total, torch.zeros_like(total))
-        scale_([parameter.grad for _, parameter in update.parameters], coefficient)
+            return torch.full((), expected / samples, device=device)
+        assert self._reference is not None  # set by weigh
+        # On the device throughout, so that a window without any weight needs no host
+        # synchronization; its gradient becomes zero instead of NaN.
+        total = torch.zeros((), device=device).add_(self._sum)
+        strategies.sum_over_data_(trainer, total)
+        expected = length * world * self._reference
+        return torch.where(total > 0, expected / total, torch.zeros_like(total))
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the reference weight."""
@@ -124,6 +127,12 @@ class LossWeights:
     def reset(self) -> None:
         """Clears the reference weight."""
         self._reference = None
+
+
+def rescale_(update: Update, coefficient: float | Tensor) -> None:
+    """Multiplies the gradients of an update in place; a number is 1 and changes nothing."""
+    if isinstance(coefficient, Tensor):
+        scale_([parameter.grad for _, parameter in update.parameters], coefficient)
 
 
 def shorten_window(batch: Batch, window: WindowLength) -> WindowLength:

@@ -19,7 +19,13 @@ from lightning_bigopt.gradients.compression.error_feedback import (
     ParameterState,
 )
 
-__all__ = ["Compressor", "FeedbackCompressor", "HookCompressor"]
+__all__ = [
+    "Compressor",
+    "FeedbackCompressor",
+    "HookCompressor",
+    "with_residual",
+    "without_scale",
+]
 
 
 class Compressor(Specification, ABC):
@@ -85,30 +91,40 @@ class FeedbackCompressor(Compressor):
                 device; in the same order on all processes.
             feedback: The states of the parameters.
             collectives: Communicates with the other processes.
-            scale: Factor of a GradScaler on the gradients; states do not have it.
+            scale: Factor on the gradients that states do not have, such as that of a GradScaler.
         """
 
-    def initial_state(self, name: str, gradient: Tensor) -> ParameterState:
-        """Returns the state of a parameter before its first compressed update."""
-        dtype = torch.promote_types(gradient.dtype, torch.float32)
-        return {RESIDUAL: torch.zeros(gradient.shape, dtype=dtype, device=gradient.device)}
+    def state_shapes(self, gradient: Tensor) -> dict[str, torch.Size]:
+        """Returns the shape of each entry of a parameter's state."""
+        return {RESIDUAL: gradient.shape}
+
+    def initial_entry(self, key: str, name: str, shape: torch.Size) -> Tensor:
+        """Returns an entry of a parameter's state before its first compressed update."""
+        return torch.zeros(shape)
 
     def _state(self, name: str, gradient: Tensor, feedback: ErrorFeedback) -> ParameterState:
         """Returns the state of a parameter with all entries, as stored in ``feedback``."""
-        state = feedback.states.setdefault(name, {})
-        fits = {
-            key: state[key].to(value.device, value.dtype)
-            if key in state and state[key].shape == value.shape
-            else value
-            for key, value in self.initial_state(name, gradient).items()
-        }
-        feedback.states[name] = fits
-        return fits
+        dtype = torch.promote_types(gradient.dtype, torch.float32)
+        stored, state = feedback.states.get(name, {}), {}
+        for key, shape in self.state_shapes(gradient).items():
+            value = stored.get(key)
+            if value is None or value.shape != shape:
+                value = self.initial_entry(key, name, shape)
+            state[key] = value.to(gradient.device, dtype)
+        feedback.states[name] = state
+        return state
 
 
 def with_residual(gradient: Tensor, state: ParameterState, scale: Tensor | float) -> Tensor:
     """Returns the gradient plus the residual, as a new tensor in the dtype of the residual."""
     residual = state[RESIDUAL]
-    if isinstance(scale, Tensor) or scale != 1.0:
-        residual = residual * scale
-    return gradient + residual
+    return gradient + (residual * scale if _is_scaled(scale) else residual)
+
+
+def without_scale(tensor: Tensor, scale: Tensor | float) -> Tensor:
+    """Divides by the factor on the gradients; returns the tensor itself if there is none."""
+    return tensor / scale if _is_scaled(scale) else tensor
+
+
+def _is_scaled(scale: Tensor | float) -> bool:
+    return isinstance(scale, Tensor) or scale != 1.0

@@ -51,19 +51,19 @@ class ErrorFeedback:
         """
         self._pending[name] = (state, finite)
 
-    def commit(self, names: Collection[str], found_inf: Tensor | None = None) -> None:
+    def commit(self, names: Collection[str], skipped: Tensor | None = None) -> None:
         """Applies the pending states of parameters, and drops all others.
 
         Does not synchronize with a GPU.
 
         Args:
             names: The parameters that the optimizer has updated.
-            found_inf: Positive if the kernel of a fused optimizer has skipped the update.
+            skipped: Positive if the update was not made, as by the kernel of a fused optimizer.
         """
         for name, (state, finite) in self._pending.items():
             if name not in names:
                 continue
-            is_made = finite if found_inf is None else finite & (found_inf == 0).to(finite.device)
+            is_made = finite if skipped is None else finite & (skipped == 0).to(finite.device)
             if is_made.is_cpu:
                 if is_made.item():
                     self.states[name] = state

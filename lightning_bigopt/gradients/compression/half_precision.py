@@ -24,8 +24,10 @@ __all__ = ["BF16", "FP16"]
 class FP16(HookCompressor):
     """Sends gradients as float16, half the bytes of float32. Has no error feedback and no state.
 
-    Elements beyond 65504 become infinite, and elements below 6e-8 become zero. Under 16-mixed
-    the gradients carry the factor of the GradScaler, which then settles at a lower value.
+    Elements beyond 65504 become infinite; ``StepGuard([NonFinite()])`` rejects the update. Each
+    process divides its elements by the number of processes before the sum: quotients below 3e-8
+    become zero, and those below 6e-5 lose precision. Under 16-mixed the gradients carry the factor
+    of the GradScaler, which then settles at a lower value.
 
     Args:
         start: Duration of training before the first compressed update.

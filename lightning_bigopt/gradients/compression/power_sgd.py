@@ -13,11 +13,14 @@ from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_count
 from lightning_bigopt.durations.duration import Duration, DurationLike
 from lightning_bigopt.gradients.compression.collectives import Collectives
-from lightning_bigopt.gradients.compression.compressor import FeedbackCompressor, with_residual
+from lightning_bigopt.gradients.compression.compressor import (
+    FeedbackCompressor,
+    with_residual,
+    without_scale,
+)
 from lightning_bigopt.gradients.compression.error_feedback import (
     RESIDUAL,
     ErrorFeedback,
-    ParameterState,
 )
 
 __all__ = ["PowerSGD"]
@@ -70,13 +73,18 @@ class PowerSGD(FeedbackCompressor):
         check_count("rank", self.rank)
         Duration.parse(self.start, name="start")
 
-    def initial_state(self, name: str, gradient: Tensor) -> ParameterState:
-        """Returns a residual of zeros, and a random factor that is equal on all processes."""
+    def state_shapes(self, gradient: Tensor) -> dict[str, torch.Size]:
+        """Returns the shapes of the residual and of the right factor."""
         rows, columns = _matrix(gradient).shape
+        factor = torch.Size((columns, min(self.rank, rows, columns)))
+        return {**super().state_shapes(gradient), _FACTOR: factor}
+
+    def initial_entry(self, key: str, name: str, shape: torch.Size) -> Tensor:
+        """Returns a residual of zeros, or a random factor that is equal on all processes."""
+        if key != _FACTOR:
+            return super().initial_entry(key, name, shape)
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        factor = torch.randn(columns, min(self.rank, rows, columns), generator=generator)
-        state = super().initial_state(name, gradient)
-        return {**state, _FACTOR: factor.to(state[RESIDUAL])}
+        return torch.randn(*shape, generator=generator)
 
     @torch.no_grad()
     def average_(
@@ -110,8 +118,9 @@ class PowerSGD(FeedbackCompressor):
         for (name, gradient), m, p, q in zip(low_rank.items(), totals, left, right, strict=True):
             mean = p @ q.T
             gradient.copy_(mean.view_as(gradient))
-            residual = ((m - mean) / scale).view_as(gradient)
-            feedback.propose(name, {RESIDUAL: residual, _FACTOR: q / scale}, finite)
+            residual = without_scale(m.sub_(mean), scale).view_as(gradient)
+            state = {RESIDUAL: residual, _FACTOR: without_scale(q, scale)}
+            feedback.propose(name, state, finite)
 
     def _is_compressed(self, gradient: Tensor) -> bool:
         if gradient.ndim < 2 or not gradient.numel():

@@ -31,7 +31,7 @@ class CompressedReduction:
         names: Names of DDP's parameters by their ids.
         feedback: The states of the parameters.
         group: The process group of DDP.
-        loss_scale: Returns the factor of a GradScaler on the gradients.
+        scale: Returns the factor on the gradients that states do not have.
 
     Attributes:
         is_active: Whether the current update is compressed.
@@ -44,10 +44,10 @@ class CompressedReduction:
         names: Mapping[int, str],
         feedback: ErrorFeedback,
         group: ProcessGroup,
-        loss_scale: Callable[[], Tensor | float],
+        scale: Callable[[], Tensor | float],
     ) -> None:
         self._compressor, self._names, self._feedback = compressor, names, feedback
-        self._loss_scale = loss_scale
+        self._scale = scale
         self.is_active = True
         self.collectives = Collectives(group)
 
@@ -76,7 +76,7 @@ class CompressedReduction:
         # Views of the buffer. The collectives are waited for here and not in callbacks of futures,
         # which gloo runs in any order: processes would then mix up the collectives of two buckets.
         gradients = dict(zip(names, bucket.gradients(), strict=True))
-        compressor.average_(gradients, self._feedback, collectives, self._loss_scale())
+        compressor.average_(gradients, self._feedback, collectives, self._scale())
         result: Future[Tensor] = Future(devices=[buffer.device] if buffer.is_cuda else None)
         result.set_result(buffer)
         return result

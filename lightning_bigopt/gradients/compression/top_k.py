@@ -13,7 +13,11 @@ from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_between, check_positive
 from lightning_bigopt.durations.duration import Duration, DurationLike
 from lightning_bigopt.gradients.compression.collectives import Collectives
-from lightning_bigopt.gradients.compression.compressor import FeedbackCompressor, with_residual
+from lightning_bigopt.gradients.compression.compressor import (
+    FeedbackCompressor,
+    with_residual,
+    without_scale,
+)
 from lightning_bigopt.gradients.compression.error_feedback import RESIDUAL, ErrorFeedback
 
 __all__ = ["TopK"]
@@ -107,5 +111,5 @@ class TopK(FeedbackCompressor):
         finite = torch.stack(all_values).isfinite().all()
         for (name, (begin, gradient)), total in zip(sums.items(), totals, strict=True):
             gradient.copy_(mean[begin : begin + gradient.numel()].view_as(gradient))
-            residual = (total / scale).view_as(gradient)
+            residual = without_scale(total, scale).view_as(gradient)
             feedback.propose(name, {RESIDUAL: residual}, finite)
