@@ -55,7 +55,7 @@ format: $(STAMP)  ## Formats the code and applies automatic fixes.
 	$(BIN)/ruff format .
 
 bench: $(STAMP)  ## Runs the benchmarks, one after the other.
-	test -d $(VENV)/optimizers || $(BIN)/python -m pip install --no-deps --constraint constraints.txt \
+	test -d $(VENV)/optimizers/bitsandbytes || $(BIN)/python -m pip install --no-deps --constraint constraints.txt \
 		--target $(VENV)/optimizers prodigyopt pytorch_optimizer bitsandbytes
 	@set -e; for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 

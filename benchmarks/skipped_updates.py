@@ -1,4 +1,4 @@
-"""Checks for the optimizers of six libraries that a skipped update changes nothing.
+"""Checks for the optimizers of seven libraries that a skipped update changes nothing.
 
     python benchmarks/skipped_updates.py            # prints the table
     python benchmarks/skipped_updates.py --write    # writes docs/benchmarks/skipped_updates.md
@@ -7,8 +7,8 @@ A small model is trained twice: with StepGuard on batches of which some are bad 
 infinity or 10⁶ times the size), and on the good batches alone, without callbacks. Weights, states,
 fields of parameter groups and attributes of the optimizer are compared to the bit, around each
 skipped update and at the end. The optimizers of torch and schedulefree are always tested, the
-others if they are installed. ``make bench`` installs them beside the packages of .venv, for this
-script only.
+others if they are installed. ``make bench`` installs them beside the packages of .venv, for the
+benchmarks only.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.contracts.catalog import LIBRARIES, Build, catalog
+from benchmarks.contracts.training import seed_
 from lightning_bigopt import StepGuard
 from lightning_bigopt.gradients import Detector, Verdict
 
@@ -94,7 +95,7 @@ class Model(L.LightningModule):
         number, factor = int(batch[0]), float(batch[1])
         generator = torch.Generator().manual_seed(number)
         x = torch.randn(8, 4, generator=generator)
-        torch.manual_seed(number)  # some optimizers draw random numbers
+        seed_(number)
         return (self.net(x) - x.roll(1, 1)).square().mean() * factor
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
@@ -236,10 +237,14 @@ def page(rows: list[tuple[str, str, str]]) -> str:
         if own:
             right = sum(row[2] == "right" for row in own)
             counts += f"| {library} {version(library.replace('_', '-'))} | {len(own)} | {right} |\n"
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for library, name, text in rows:
+        if text != "right":
+            line = text.splitlines()[0][:100].replace("|", " ")
+            grouped.setdefault((library, line), []).append(name)
     others = "".join(
-        f"| {library} | {name} | {text.splitlines()[0][:100].replace('|', ' ')} |\n"
-        for library, name, text in rows
-        if text != "right"
+        f"| {library} | {', '.join(names)} | {text} |\n"
+        for (library, text), names in grouped.items()
     )
     return f"""\
 # Skipped updates of every optimizer
@@ -250,12 +255,13 @@ result is right if no bit of the weights, of the optimizer's state, of its param
 its attributes changes in a skipped update, and if both runs end with the same bits. The first bad
 batch is the first batch of the run.
 
-| library | optimizers | right |
+| library | optimizers and variants | right |
 |---|---|---|
 {counts}
-Optimizers whose result is not right, or that do not train this model without callbacks either:
+Not counted above are optimizers that do not train this model without callbacks either. They and
+those whose result is not right are:
 
-| library | optimizer | result |
+| library | optimizers | result |
 |---|---|---|
 {others}"""
 

@@ -40,7 +40,7 @@ from lightning_bigopt import (
     NormClip,
     WarmupConstant,
     WarmupLinear,
-    optimizers,
+    muon_adamw,
 )
 from lightning_bigopt.examples.gpt import BytesGPT
 from lightning_bigopt.examples.text import SourceText
@@ -62,58 +62,16 @@ class Candidate:
 
 
 class GPT(BytesGPT):
-    """The GPT of the demo with another optimizer, or with one for blocks and one for the rest."""
+    """The GPT of the demo with another optimizer."""
 
     def __init__(self, candidate: Candidate, lr: float) -> None:
         super().__init__(width=64, layers=2)
         self.candidate, self.lr = candidate, lr
-        self.train_loss = 0.0
 
     def configure_optimizers(self) -> Any:
         groups: Groups = super().configure_optimizers().param_groups
         kept = [{key: group[key] for key in ("params", "weight_decay")} for group in groups]
-        made = self.candidate.make(self if self.candidate.of_module else kept, self.lr)
-        self.automatic_optimization = not isinstance(made, list)
-        return made
-
-    def training_step(self, batch: Tensor) -> Any:
-        loss = self.loss(batch)
-        if not self.automatic_optimization:
-            self.manual_backward(loss)
-            for optimizer in self.optimizers():  # type: ignore[union-attr]
-                optimizer.step()
-                optimizer.zero_grad()
-        return loss
-
-    # schedulefree keeps other weights for training than for evaluation.
-    def on_train_start(self) -> None:
-        self._switch("train")
-
-    def on_validation_model_eval(self) -> None:
-        super().on_validation_model_eval()
-        self._switch("eval")
-
-    def on_validation_model_train(self) -> None:
-        super().on_validation_model_train()
-        self._switch("train")
-
-    def _switch(self, mode: str) -> None:
-        for optimizer in self.trainer.optimizers:
-            if "train_mode" in optimizer.param_groups[0]:
-                getattr(optimizer, mode)()
-
-
-def muon(groups: Groups, lr: float) -> list[torch.optim.Optimizer]:
-    """Makes Muon for the matrices of the blocks, and AdamW for everything else."""
-    matrices = [p for p in groups[0]["params"] if p.shape[0] != 256 and p.shape[1] != 256]
-    wide = [p for p in groups[0]["params"] if p.shape in {(256, 64), (64, 256)}]
-    # The embedding and the head are the first and the last matrix; the others are of the blocks.
-    matrices += wide[1:-1]
-    rest = [{**groups[0], "params": [wide[0], wide[-1]]}, groups[1]]
-    return [
-        torch.optim.Muon(matrices, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95)),
-    ]
+        return self.candidate.make(self if self.candidate.of_module else kept, self.lr)
 
 
 def candidates() -> Iterator[Candidate]:
@@ -140,10 +98,11 @@ def candidates() -> Iterator[Candidate]:
         make=lambda g, lr: of.SGD([{**x, "weight_decay": 0.0} for x in g], lr=lr, momentum=0.9),
         rates=(0.1, 0.2, 0.4),
     )
-    yield Candidate(name="Muon beside AdamW", make=muon)
-    if hasattr(optimizers, "muon_adamw"):
-        made = optimizers.muon_adamw
-        yield Candidate(name="muon_adamw", make=lambda m, lr: made(m, lr=lr), of_module=True)
+    yield Candidate(
+        name="Muon beside AdamW (muon_adamw)",
+        make=lambda module, lr: muon_adamw(module, lr=lr),
+        of_module=True,
+    )
     yield Candidate(
         name="AdamWScheduleFree",
         make=lambda g, lr: schedulefree.AdamWScheduleFree(g, lr=lr, betas=(0.95, 0.95)),
@@ -208,8 +167,7 @@ def train(candidate: Candidate, lr: float, seed: int, steps: int) -> dict[str, f
     model, data = GPT(candidate, lr), SourceText(micro_batch_size=16, validation_samples=512)
     trainer = Trainer(
         accelerator="cpu",
-        max_steps=steps
-        * (2 if candidate.name == "Muon beside AdamW" else 1),  # counts both optimizers
+        max_steps=steps,
         callbacks=[
             LearningRateScheduler(candidate.schedule),
             GradientClipping(NormClip(max_norm=1.0)),
@@ -223,7 +181,6 @@ def train(candidate: Candidate, lr: float, seed: int, steps: int) -> dict[str, f
     started = time.perf_counter()
     trainer.fit(model, datamodule=data)
     seconds = time.perf_counter() - started
-    model._switch("eval")  # noqa: SLF001
     model.eval()
     with torch.no_grad():
         losses = [float(model.loss(batch)) for batch in data.val_dataloader()]
@@ -269,44 +226,49 @@ class Runs:
         return loss if loss == loss else float("inf")  # noqa: PLR0124 - not a number
 
 
-def row(runs: Runs, candidate: Candidate) -> str:
-    """Returns the row of the table for an optimizer."""
+def row(runs: Runs, candidate: Candidate) -> tuple[str, float]:
+    """Returns the row of the table for an optimizer, and the difference between its seeds."""
     best, losses = runs.best_rate(candidate)
     finals = [runs.run(candidate, best, seed) for seed in SEEDS]
     values = [final["loss"] for final in finals]
-    # Other rates whose loss is within the spread of seeds of this model.
-    near = [lr for lr, loss in losses.items() if loss < losses[best] + 0.02]
-    good = f"{min(near):.2g} to {max(near):.2g}" if candidate.rates else "not searched"
-    return (
-        f"| {candidate.name} | {best:.2g} | {mean(values):.3f} | {min(values):.3f} to "
-        f"{max(values):.3f} | {good} | {finals[0]['bytes']:.2f} |"
+    searched = ", ".join(f"{lr:g}: {losses[lr]:.2f}" for lr in sorted(losses))
+    text = (
+        f"| {candidate.name} | {best:g} | {mean(values):.2f} | "
+        f"{', '.join(f'{value:.2f}' for value in values)} | "
+        f"{finals[0]['bytes']:.1f} | {searched if candidate.rates else 'not searched'} |"
     )
+    return text, max(values) - min(values)
 
 
-def page(rows: list[str], steps: int) -> str:
+def page(rows: list[tuple[str, float]], steps: int) -> str:
     """Returns the page."""
+    lines = "\n".join(text for text, _ in rows)
+    spread = max(difference for _, difference in rows)
     return f"""\
 # Which optimizer
 
 Run with `python benchmarks/which_optimizer.py --write`. Measured on {time.strftime("%Y-%m-%d")}
-on a {platform.machine()} CPU, one thread, with torch {torch.__version__}. Each optimizer trains
+on an {platform.machine()} CPU, one thread, with torch {torch.__version__}. Each optimizer trains
 the GPT of the demo with 132k parameters for {steps} updates of 16 windows of 64 bytes, with
-`WarmupLinear(warmup="5%")` (`WarmupConstant` for schedule-free) and `NormClip(max_norm=1.0)`. The
-validation loss is in nats per byte, the mean over two seeds at the learning rate that was best for
-the first seed. "Good rates" are those within 0.02 of the best one. Fused and low-bit variants of
-AdamW are trained at the rate that was best for AdamW. State is the memory of the optimizer in bytes
-per parameter; the weights and gradients of this model take another 8.
+`WarmupLinear(warmup="5%")` (`WarmupConstant` for schedule-free) and `NormClip(max_norm=1.0)`.
 
-| optimizer | best learning rate | validation loss | range over seeds | good rates | state |
+- **Loss** is the validation loss in nats per byte, the mean over two seeds at the best learning
+  rate. The first seed selects this learning rate, from values a factor of two apart. Fused and
+  low-bit variants of AdamW are trained at the learning rate that was best for AdamW.
+- **State** is the memory of the optimizer's state in bytes per parameter. The weights and gradients
+  take another 8.
+
+| optimizer | learning rate | loss | each seed | state | first seed at each learning rate |
 |---|---|---|---|---|---|
-{chr(10).join(rows)}
+{lines}
 
 This is one small model, one data set and one very short run, in which the loss still falls fast.
-Differences below about 0.05 are within the noise of seeds and of the search, whose rates are a
-factor of two apart. Only the learning rate was tuned: betas, weight decay and the threshold of
-clipping are the same, or the default of the library. Muon is a manual optimization with Muon for
-the matrices of the blocks and AdamW for everything else, at one rate for both. The low-bit
-optimizers quantize the states of tensors with at least 4096 elements.
+Two seeds of one optimizer differ by up to {spread:.2f}. Treat differences below 0.1 as noise. Only
+the learning rate was tuned. The weight decay is 0.1 for matrices, and 0 with SGD. The betas are
+0.9 and 0.95 in the Adam family, 0.95 and 0.95 for schedule-free, and the defaults of the library
+otherwise. `muon_adamw` uses one learning rate for both parts; its momentum rises over 300 updates,
+which is longer than this run. The low-bit optimizers quantize the states of tensors with at least
+4096 elements.
 """
 
 

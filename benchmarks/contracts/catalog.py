@@ -1,4 +1,4 @@
-"""The optimizers of torch and of five other libraries, as functions that build them for a network.
+"""Optimizers of this package, torch and five other libraries, as functions that build them.
 
 Those of libraries that are not installed are left out. ``make bench`` installs them beside the
 packages of .venv, for the benchmarks only.
@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -21,7 +22,7 @@ from torch import nn
 
 from lightning_bigopt import optimizers
 
-__all__ = ["LIBRARIES", "Build", "Entry", "catalog", "of_class", "table"]
+__all__ = ["LIBRARIES", "Build", "Entry", "catalog", "compilation", "of_class", "table"]
 
 LIBRARIES = (
     *("lightning_bigopt", "torch", "schedulefree", "prodigyopt", "pytorch_optimizer", "torchao"),
@@ -58,6 +59,13 @@ def matrices(net: nn.Module) -> list[nn.Parameter]:
 def of_class(kind: Any, **options: Any) -> Build:
     """Returns a function that builds an optimizer of a class for a network."""
     return lambda net: kind(list(net.parameters()), **options)
+
+
+@contextmanager
+def compilation(entry: Entry) -> Iterator[None]:
+    """Runs the compiled step of torchao as it is; it takes long to compile. Others are compiled."""
+    with torch.compiler.set_stance("force_eager" if entry.library == "torchao" else "default"):
+        yield
 
 
 def catalog() -> Iterator[Entry]:
@@ -152,7 +160,7 @@ def pytorch_optimizer_optimizers() -> Iterator[Entry]:
     library = import_module("pytorch_optimizer")
     new = partial(Entry, library="pytorch_optimizer")
     special: dict[str, Build] = {
-        "adammini": partial(library.AdamMini, lr=0.01),
+        "adammini": partial(library.AdamMini, lr=0.01),  # its default of 1 diverges
         "spectralsphere": lambda net: library.load_optimizer("spectralsphere")(matrices(net)),
         "bsam": of_class(library.BSAM, num_data=UPDATES),
         "ranger21": of_class(library.Ranger21, num_iterations=UPDATES),
@@ -232,7 +240,11 @@ CHOSEN = {
 
 
 def table() -> Iterator[Entry]:
-    """Yields the optimizers of the table of contracts: everything of the small libraries."""
+    """Yields the optimizers of the table of contracts.
+
+    Those of pytorch_optimizer and bitsandbytes are a selection, and variants of other classes than
+    AdamW and SGD are left out unless they are fused.
+    """
     for entry in catalog():
         chosen = CHOSEN.get(entry.library)
         kinds = ("AdamW", "SGD")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.contracts.catalog import Entry, catalog
+from benchmarks.contracts.catalog import Entry, catalog, compilation
 from benchmarks.contracts.checks import (
     ROUNDING,
     amplified_rounding,
@@ -122,9 +122,11 @@ def main() -> None:
     """Trains the named optimizers on this process."""
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.compiler.set_stance("force_eager")
     folder, *names = sys.argv[1:]
-    found = {entry.key: train_both(entry) for entry in catalog() if entry.key in names}
+    found = {}
+    for entry in (entry for entry in catalog() if entry.key in names):
+        with compilation(entry):
+            found[entry.key] = train_both(entry)
     torch.save(found, Path(folder, f"{os.environ['RANK']}.pt"))
 
 

@@ -9,15 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks.contracts.catalog import Entry
 
-__all__ = ["BATCH", "Batches", "Module", "fit", "loop", "network"]
+__all__ = ["BATCH", "Batches", "Module", "fit", "loop", "network", "seed_"]
 
 SAMPLES, BATCH = 48, 8
+
+
+def seed_(number: int) -> None:
+    """Seeds what optimizers draw random numbers from."""
+    torch.manual_seed(number)
+    np.random.seed(number)  # noqa: NPY002 - the generator that optimizers use
 
 
 def network() -> nn.Module:
@@ -35,8 +42,8 @@ def samples() -> Tensor:
 
 
 def loss_of(net: nn.Module, batch: Tensor) -> Tensor:
-    """Returns the loss; seeds the random numbers that some optimizers draw in the step."""
-    torch.manual_seed(int(batch[0, -1]))
+    """Returns the loss; seeds the random numbers of the step, equally on all processes."""
+    seed_(int(batch[0, -1]) // BATCH)
     return nn.functional.mse_loss(net(batch[:, :8]), batch[:, 8:12])
 
 

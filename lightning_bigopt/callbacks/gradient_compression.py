@@ -43,16 +43,16 @@ _ROUNDING = 1e-9  # of the budget, far less than one update
 class GradientCompression(Capability):
     """Compresses the gradients that the processes of DDP send to each other.
 
-    A communication hook of DDP replaces the average of the gradients by a compressed one. It sees
-    the gradient of a whole accumulation window. Clipping, StepGuard and all other callbacks read
-    the result. :class:`TopK` and :class:`PowerSGD` keep what an update does not send, and add it to
-    the next one (error feedback); an update that is skipped changes nothing of that. On one process
-    TopK acts on the gradient of each update, and the other compressors do nothing.
-    GradientNoiseScale does not measure updates with TopK or PowerSGD, whose norm is not that of the
-    mean gradient: it measures those before ``start``.
+    A communication hook of DDP averages compressed gradients. It reads the gradient of a whole
+    accumulation window. Clipping, StepGuard and all other callbacks read the average.
+    :class:`TopK` and :class:`PowerSGD` keep what an update does not send, and add it to the next
+    gradient (error feedback); a skipped update does not change what is kept. On one process TopK
+    acts on the gradient of each update, and the other compressors do nothing. With TopK and
+    PowerSGD, GradientNoiseScale measures only the updates before ``start``, because the norm of a
+    compressed gradient is not that of the mean gradient.
 
-    This saves time only where the network is the bottleneck: the compressed gradients cost
-    computation, and TopK and PowerSGD do not send while the backward pass runs.
+    Compression saves time only if the network is the bottleneck: it costs computation, and TopK and
+    PowerSGD do not send while the backward pass runs.
 
     Args:
         compressor: :class:`FP16`, :class:`BF16`, :class:`TopK` or :class:`PowerSGD`.
@@ -233,7 +233,7 @@ class GradientCompression(Capability):
 
     @property
     def residuals(self) -> dict[str, Tensor]:
-        """What this process has not sent yet, by name of the parameter."""
+        """The parts of the gradients that this process has not sent yet, by parameter name."""
         return {n: state[RESIDUAL] for n, state in self._feedback.states.items()}
 
     def specification(self) -> str:

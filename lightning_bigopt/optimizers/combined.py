@@ -52,9 +52,9 @@ class CombinedOptimizer(Optimizer):
 
     Args:
         module: The module.
-        optimizers: Patterns of names (as in :mod:`fnmatch`), and what makes the optimizer of the
-            parameters: a class or ``functools.partial`` of one. A pattern may have a rule about
-            the number of dimensions: ``"blocks.* if ndim == 2"``, also with ``>=`` and ``<=``.
+        optimizers: Patterns of names (as in :mod:`fnmatch`), each with an optimizer class or a
+            ``functools.partial`` of one. A pattern may have a rule about the number of dimensions:
+            ``"blocks.* if ndim == 2"``, also with ``>=`` and ``<=``.
         groups: Groups with a learning-rate factor or a weight decay of their own.
         no_decay: Patterns of parameters without weight decay, such as ``"* if ndim <= 1"``. A
             weight decay of ``groups`` takes precedence.

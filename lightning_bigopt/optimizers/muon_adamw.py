@@ -67,8 +67,8 @@ class MuonAdamW(CombinedOptimizer):
     for a matrix of shape (A, B), with the orthogonalized momentum :math:`O`, so that the root mean
     square of an update is about that of AdamW, and one learning rate and weight decay serve both.
     Hidden matrices are those of :func:`hidden_matrices`: parameters with two dimensions, except
-    biases, ``nn.Embedding`` and the last ``nn.Linear``. Everything else belongs to AdamW:
-    convolution kernels, too, and its parameters with at most one dimension have no weight decay.
+    biases, ``nn.Embedding`` and the last ``nn.Linear``. AdamW updates all other parameters,
+    including convolution kernels, and has no weight decay for those with at most one dimension.
     The groups are named ``Muon``, ``AdamW`` and ``AdamW.no_decay``.
 
     The momentum of Muon rises from ``momentum_start`` to ``momentum`` over the first
@@ -85,7 +85,8 @@ class MuonAdamW(CombinedOptimizer):
         momentum_start: Momentum of the first update.
         momentum_warmup: Length of the warm-up in updates; 0 for a constant momentum.
         adamw: Patterns of further matrices for AdamW, such as a table of positions.
-        muon: Patterns of further matrices for Muon, such as a last ``nn.Linear`` that is no head.
+        muon: Patterns of further matrices for Muon, such as a last ``nn.Linear`` that is not an
+            output layer.
         groups: Groups with a learning-rate factor or a weight decay of their own.
         no_decay: Patterns of further parameters without weight decay.
         fused: Whether AdamW uses fused kernels; None for the default of torch.

@@ -45,8 +45,8 @@ class PowerSGD(FeedbackCompressor):
         G \leftarrow P Q^\top, \quad
         R_i \leftarrow M_i - P Q^\top
 
-    Tensors for which both factors together are not at least twice as small are averaged without
-    compression, such as biases. The algorithm is that of torch's ``powerSGD_hook``. Here the state
+    A tensor is averaged without compression, as a bias is, unless both factors together have less
+    than half as many elements. The algorithm is that of torch's ``powerSGD_hook``. Here the state
     belongs to parameters instead of DDP's buckets, which change after the first update of each fit:
     a resumed run continues exactly, and the first update can be compressed.
 
