@@ -149,8 +149,9 @@ def base_values(optimizer: Optimizer, field: GroupField) -> BaseValues:
             f"scheduler changed them to {current}."
         )
     # A state that was loaded from another optimizer may have values of an earlier schedule. Without
-    # any state an optimizer has never stepped, except for those that keep none.
-    is_used = bool(getattr(optimizer, "state", None)) or len(unknown) == len(current)
+    # any state an optimizer has never stepped, except for those that keep none. Several groups
+    # usually have values of their own.
+    is_used = bool(getattr(optimizer, "state", None)) or len(current) == 1
     if unknown and is_used and field.name != "lr":
         notes.append(
             f"The base values of {of} are {bases}, the current values of its parameter groups, and "

@@ -31,6 +31,7 @@ from lightning_bigopt import (
     HyperparameterScheduler,
     LearningRateScheduler,
     Linear,
+    parameter_groups,
 )
 from tests.helpers import QUIET
 
@@ -277,6 +278,16 @@ def test_a_loaded_state_or_copy_logs_which_base_value_is_used(
     assert "are [0.25], the current values" in line
     assert "default is 0.5" in line
     assert "write the configured values into the groups" in line
+
+
+def test_groups_with_values_of_their_own_are_not_reported(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    module = Keeps()
+    module.optimizer = torch.optim.AdamW(parameter_groups(module.layer, weight_decay=0.1))
+    with caplog.at_level(logging.INFO):
+        fit(module, HyperparameterScheduler("weight_decay", HALVE))
+    assert base_lines(caplog) == []
 
 
 @pytest.mark.parametrize("how", COPIES)
