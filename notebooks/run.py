@@ -106,7 +106,20 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         for output in cell.get("outputs", ()):
             if "metadata" in output:
                 output.metadata = nbformat.from_dict({})
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if not _is_of_torchao(output)]
     return notebook
+
+
+def _is_of_torchao(output: nbformat.NotebookNode) -> bool:
+    """Returns whether an output is what the import of torchao prints, with paths and times.
+
+    transformers imports torchao where it is installed.
+    """
+    if output.output_type != "stream" or output.name != "stderr":
+        return False
+    lines = output.text.splitlines()
+    return all("torchao" in line or "torch/utils/_pytree.py" in line for line in lines)
 
 
 def find(prefixes: Sequence[str]) -> list[Path]:
