@@ -163,6 +163,20 @@ class FieldRecorder(Probe):
         super().on_before_optimizer_step(optimizer)
 
 
+class ManualUpdates(L.LightningModule):
+    """Makes an update of each batch by manual optimization; list it before the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
 class ManualLayers(L.LightningModule):
     """Manual optimization of one linear layer per optimizer, all of which step at every batch.
 

@@ -40,7 +40,7 @@ from lightning_bigopt import (
 )
 from tests.distributed.batch_scenarios import QuadraticNoise, noise_loader
 from tests.distributed.scenarios import fit, in_order, module
-from tests.helpers import Regression, cpu_precision
+from tests.helpers import ManualUpdates, Regression, cpu_precision
 from tests.mean_gradients import MICRO, Means, first_element, mean_data
 
 COMPRESSORS = {
@@ -399,7 +399,7 @@ def graphs(out: Path) -> Any:
     for name, compressor in (("topk", COMPRESSORS["topk"]), ("powersgd", COMPRESSORS["powersgd"])):
         for case, uses, options in (
             ("one", 1, {"find_unused_parameters": True}),
-            ("nobody", 0, {"find_unused_parameters": True}),
+            ("unused", 0, {"find_unused_parameters": True}),
             ("everybody", 3, {}),
             ("views", 3, {"gradient_as_bucket_view": True}),
             ("static", 3, {"static_graph": True}),
@@ -417,7 +417,7 @@ def graphs(out: Path) -> Any:
         model.uses_unused = 3
         strategy = unused()
         first = plain(model, callback, strategy=strategy, max_epochs=1)
-        model.uses_unused = 0  # nobody uses it any more: DDP does not write its gradient
+        model.uses_unused = 0  # no process uses it from now on: DDP does not write its gradient
         kept = residuals(callback)["unused.weight"]
         first.fit_loop.max_epochs = 2
         first.fit(model, in_order_data())
@@ -446,18 +446,8 @@ def other_sizes(out: Path) -> Any:
     }
 
 
-class Manual(Wide):
+class Manual(ManualUpdates, Wide):
     """Manual optimization, with one backward pass for each update."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(super().training_step(batch, batch_idx))
-        optimizer.step()
 
 
 def refused(out: Path) -> Any:

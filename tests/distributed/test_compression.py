@@ -170,9 +170,9 @@ def test_the_noise_scale_of_compressed_gradients_is_right_or_missing(found: Any)
 def test_parameters_without_gradient_keep_their_residual(found: Any) -> None:
     runs = found("graphs")
     for name in ("topk", "powersgd"):
-        nobody, one = runs[f"{name} nobody"], runs[f"{name} one"]
-        assert nobody["grad"] is None
-        assert set(nobody["residual"] or [0.0]) == {0.0}
+        unused, one = runs[f"{name} unused"], runs[f"{name} one"]
+        assert unused["grad"] is None
+        assert set(unused["residual"] or [0.0]) == {0.0}
         assert one["grad"] == "some"
         is_equal, largest = runs[f"{name} left"]
         assert is_equal

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.stage import Fit
 from lightning_bigopt.engine.update import Update
-from tests.helpers import Probe
+from tests.helpers import Probe, loader
+
+STAGES = ["validate", "test", "predict"]
 
 
 class FakeAveraging(Capability):
@@ -131,3 +133,9 @@ class Looked(Probe):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.evaluated.append(copies(self))
         return torch.zeros(1)
+
+
+def evaluate(trainer: Any, stage: str, module: Any, **options: Any) -> None:
+    """Runs one of ``STAGES`` without a table of its results."""
+    silent = {} if stage == "predict" else {"verbose": False}
+    getattr(trainer, stage)(module, loader(2, 2), **silent, **options)

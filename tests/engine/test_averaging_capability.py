@@ -21,7 +21,7 @@ from lightning_bigopt import (
     StepGuard,
 )
 from lightning_bigopt.engine.engine import Engine
-from tests.engine.fake_averaging import FakeAveraging, Looked, copies
+from tests.engine.fake_averaging import STAGES, FakeAveraging, Looked, copies, evaluate
 from tests.helpers import QUIET, ResumableLoader, cpu_precision, loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
@@ -114,14 +114,6 @@ def test_validation_inside_a_fit_sees_the_average_and_training_does_not() -> Non
     for index, seen in enumerate(module.evaluated[1:], 1):
         assert same(seen, average_of(before, module.trained[: 2 * index]))
     assert len(module.evaluated) == 4
-
-
-STAGES = ["validate", "test", "predict"]
-
-
-def evaluate(trainer: Any, stage: str, module: Any, **options: Any) -> None:
-    silent = {} if stage == "predict" else {"verbose": False}
-    getattr(trainer, stage)(module, loader(2, 2), **silent, **options)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -44,7 +44,7 @@ from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.optimizer_modes import OptimizerModes
 from lightning_bigopt.engine.stage import Batch
 from lightning_bigopt.engine.update import Rejection, Update
-from tests.engine.fake_averaging import copies
+from tests.engine.fake_averaging import STAGES, copies, evaluate
 from tests.engine.modal_optimizers import Free, MeanSGD, StrictSGD, SwappingSGD, plain_loop
 from tests.helpers import QUIET, ManualLayers, Regression, ResumableLoader, cpu_precision, loader
 
@@ -100,14 +100,6 @@ def test_training_and_validations_equal_a_plain_loop(optimizer: Any) -> None:
     assert all_same(module.evaluated[1:], evaluated)  # after the sanity check
     assert same(copies(module), copies(end))  # a fit ends in evaluation mode
     assert not same(trained[-1], copies(end))
-
-
-STAGES = ["validate", "test", "predict"]
-
-
-def evaluate(trainer: Any, stage: str, module: Any, **options: Any) -> None:
-    silent = {} if stage == "predict" else {"verbose": False}
-    getattr(trainer, stage)(module, loader(2, 2), **silent, **options)
 
 
 @pytest.mark.parametrize("stage", STAGES)

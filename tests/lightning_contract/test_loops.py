@@ -417,11 +417,11 @@ def test_the_strategy_is_asked_through_its_own_attributes(tmp_path: Path) -> Non
     assert calls == ["process_dataloader", weights, "optimizer_state", weights]
 
 
-def test_the_strategy_hears_of_every_training_batch_after_callbacks_and_module() -> None:
+def test_the_hook_of_the_strategy_runs_after_those_of_callbacks_and_module() -> None:
     """Also in a loop whose callbacks were replaced, as in a trial of LearningRateFinder."""
     calls: list[str] = []
 
-    class Hears(L.Callback):
+    class RecordsHooks(L.Callback):
         def on_train_batch_start(self, *arguments: Any) -> None:
             calls.append("callback")
 
@@ -433,7 +433,7 @@ def test_the_strategy_hears_of_every_training_batch_after_callbacks_and_module()
             calls.append("step")
             return super().training_step(*arguments)
 
-    one = trainer(Hears(), max_steps=1)
+    one = trainer(RecordsHooks(), max_steps=1)
     vars(one.strategy)["on_train_batch_start"] = lambda *arguments: calls.append("strategy")
     one.fit(Module(), batches())
     assert calls == ["callback", "module", "strategy", "step"]

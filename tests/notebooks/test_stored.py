@@ -87,3 +87,18 @@ def test_unknown_name_exits_with_2(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["99"])
     assert "got '99'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "is_kept"),
+    [
+        ("Failed to load /a/torchao/_C.so\nW1129 torch/utils/_pytree.py:630] an Enum\n", False),
+        ("Failed to load /a/torchao/_C.so\nValueError: wrong\n", True),
+        ("UserWarning: wrong\n", True),
+    ],
+)
+def test_what_the_import_of_torchao_prints_is_not_stored(text, is_kept):
+    cell = nbformat.v4.new_code_cell("import transformers")
+    cell.outputs = [nbformat.v4.new_output("stream", name="stderr", text=text)]
+    (cleaned,) = clean(nbformat.v4.new_notebook(cells=[cell])).cells
+    assert bool(cleaned.outputs) is is_kept

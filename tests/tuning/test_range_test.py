@@ -30,7 +30,7 @@ from lightning_bigopt import (
 )
 from lightning_bigopt.examples.gpt import BytesGPT
 from lightning_bigopt.examples.text import SourceText
-from tests.helpers import QUIET, cpu_precision
+from tests.helpers import QUIET, ManualUpdates, cpu_precision
 
 WEIGHTS = torch.randn(6, 1, generator=torch.Generator().manual_seed(3))
 
@@ -324,16 +324,8 @@ def test_function_sets_the_lr_of_the_module_with_on_result_use() -> None:
 
 
 def test_training_step_without_a_loss_raises() -> None:
-    class Manual(Model):
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
-
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            optimizer = self.optimizers()
-            optimizer.zero_grad()
-            self.manual_backward(super().training_step(batch, batch_idx))
-            optimizer.step()
+    class Manual(ManualUpdates, Model):
+        """Makes the updates itself."""
 
     with pytest.raises(ValueError, match=r"training_step must return the loss"):
         fit(Manual(), LearningRateRangeTest())
