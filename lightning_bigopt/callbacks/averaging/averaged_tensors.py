@@ -34,6 +34,7 @@ class AveragedTensors:
         self._owners: dict[str, tuple[nn.Module, str]] = {}  # where the tensor is registered
         self._waiting: dict[str, nn.Parameter] = {}  # frozen or lazy parameters
         self._aliases: dict[str, list[str]] = {}  # further names of tied parameters
+        self._sharding = [part for part in module.modules() if isinstance(part, FSDPModule)]
         self.find()
 
     def find(self) -> None:
@@ -64,6 +65,9 @@ class AveragedTensors:
         return True
 
     def _live(self) -> dict[str, Tensor]:
+        # A forward pass without gradients leaves whole parameters registered in a root module.
+        for part in self._sharding:
+            part.reshard()
         return {key: getattr(owner, name) for key, (owner, name) in self._owners.items()}
 
     @property
@@ -85,11 +89,6 @@ class AveragedTensors:
         for key, tensor in self.local().items():
             if key in values:
                 tensor.copy_(values[key])
-        # A forward pass without gradients leaves the whole parameters of the root in memory, and
-        # the next one would use them.
-        for part in self._module.modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()
 
     def differ(self, values: Mapping[str, Tensor]) -> bool:
         """Returns whether the tensors of this process differ from values, in their own dtype."""
