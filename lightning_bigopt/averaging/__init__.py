@@ -3,6 +3,7 @@
 from lightning_bigopt.averaging.average import Average, AverageState
 from lightning_bigopt.averaging.ema import EMA
 from lightning_bigopt.averaging.merge import Merge, merge_coefficients
+from lightning_bigopt.averaging.merge_checkpoints import merge_checkpoints
 from lightning_bigopt.averaging.tail_mean import TailMean
 from lightning_bigopt.averaging.weights import merge_weights
 
@@ -12,6 +13,7 @@ __all__ = [
     "AverageState",
     "Merge",
     "TailMean",
+    "merge_checkpoints",
     "merge_coefficients",
     "merge_weights",
 ]

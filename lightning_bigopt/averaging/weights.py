@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -45,17 +45,18 @@ def lerp_(average: Weights, weights: Mapping[str, Tensor], weight: float) -> Non
 
 @torch.no_grad()
 def merge_weights(
-    copies: Sequence[Mapping[str, Tensor]], coefficients: Sequence[float]
+    copies: Iterable[Mapping[str, Tensor]], coefficients: Sequence[float]
 ) -> dict[str, Tensor]:
     """Computes the weighted mean of several copies of the weights.
 
     Args:
-        copies: Copies of the weights with the same names and shapes, at least one.
+        copies: Copies of the weights with the same names and shapes, at least one; an iterator
+            needs not hold all of them in memory.
         coefficients: The weight of each copy; their sum is 1.
 
     Returns:
         New tensors with the dtypes of the last copy. Sums of floating-point tensors narrower than
-        float32 are computed in float32. Other tensors are those of the last copy.
+        float32 are computed in float32. Integer tensors are those of the last copy.
 
     Raises:
         ValueError: If names differ, or there are not as many coefficients as copies.
@@ -65,32 +66,38 @@ def merge_weights(
         >>> merge_weights([one, two], [0.25, 0.75])["scale"].tolist()
         [2.5]
     """
-    if not copies or len(copies) != len(coefficients):
-        raise ValueError(
-            f"coefficients must be one for each copy, got {len(coefficients)} for {len(copies)} "
-            "copies; pass a list of the same length"
-        )
     if not math.isclose(math.fsum(coefficients), 1.0, abs_tol=1e-6):
         raise ValueError(
             f"coefficients must have the sum 1, got {shown(math.fsum(coefficients))}; divide them "
             "by their sum"
         )
-    last = copies[-1]
+    sums: dict[str, Tensor] = {}
+    last: Mapping[str, Tensor] = {}
+    count = 0
     for copy in copies:
-        if other := sorted(copy.keys() ^ last.keys()):
+        if count and (other := sorted(copy.keys() ^ last.keys())):
             raise ValueError(
                 f"all copies must have the same names, got {other[0]!r} only in some; merge "
                 "checkpoints of one model"
             )
-    merged = {name: value.clone() for name, value in last.items()}
-    sums = {
-        name: value.to(torch.promote_types(value.dtype, torch.float32)) * coefficients[-1]
+        if count < len(coefficients):
+            _add(sums, copy, coefficients[count])
+        last, count = copy, count + 1
+    if count != len(coefficients):
+        raise ValueError(
+            f"coefficients must be one for each copy, got {len(coefficients)} for {count} copies; "
+            "pass a list of the same length"
+        )
+    return {
+        name: sums[name].to(value.dtype) if name in sums else value.clone()
         for name, value in last.items()
-        if value.is_floating_point()
     }
-    for copy, coefficient in zip(copies[:-1], coefficients[:-1], strict=True):
-        for name, total in sums.items():
-            total.add_(copy[name].to(total), alpha=coefficient)
-    for name, total in sums.items():
-        merged[name].copy_(total)
-    return merged
+
+
+def _add(sums: Weights, copy: Mapping[str, Tensor], coefficient: float) -> None:
+    for name, value in copy.items():
+        if name in sums:
+            sums[name].add_(value.to(sums[name]), alpha=coefficient)
+        elif value.is_floating_point() or value.is_complex():
+            wide = torch.promote_types(value.dtype, torch.float32)
+            sums[name] = value.to(wide) * coefficient

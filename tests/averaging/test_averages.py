@@ -282,7 +282,7 @@ def test_merged_weights_keep_their_types() -> None:
         (lambda: Merge("20%", checkpoints=1), "checkpoints must be"),
         (lambda: merge_coefficients([]), "positions must contain a checkpoint"),
         (lambda: merge_coefficients([2, 1]), "positions must ascend"),
-        (lambda: merge_weights([], []), "coefficients must be one for each copy"),
+        (lambda: merge_weights([], [1.0]), "coefficients must be one for each copy"),
         (lambda: merge_weights([{"a": torch.ones(1)}], [0.5]), "must have the sum 1"),
         (
             lambda: merge_weights([{"a": torch.ones(1)}, {"b": torch.ones(1)}], [0.5, 0.5]),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_bigopt import EMA, Merge, ModelAveraging, NonFinite, StepGuard, TailMean
+from lightning_bigopt.averaging import merge_checkpoints
 from lightning_bigopt.callbacks.averaging.averaged_tensors import AveragedTensors
 from tests.distributed.capability_scenarios import (
     Saves,
@@ -141,11 +142,16 @@ def mixed_shards(out: Path) -> Any:
     path, result = out / "mixed.ckpt", []
     for resume in ({}, {"ckpt_path": path, "weights_only": False}):
         module, averaging = HalfSharded(), ModelAveraging(averages(), use="merge")
-        saves = [] if resume else [Saves(path, at=4)]
+        later = out / "mixed later.ckpt"
+        saves = [] if resume else [Saves(path, at=4), Saves(later, at=6)]
         run = trainer("fsdp2", *saves, averaging)
         run.fit(module, ResumableLoader(8, 2), **resume)
         result.append({n: whole_average(module, averaging, n) for n in averages()})
-    return result
+        if not resume:
+            torch.distributed.barrier()
+            merged = numbers(merge_checkpoints([later, path])["state_dict"])
+            whole = [numbers(module.trained[i]) for i in (3, 5)]
+    return {"averages": result, "merged": merged, "trained": whole}
 
 
 NAMES = ["averaged", "precisions", "mixed_shards"]

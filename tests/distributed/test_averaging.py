@@ -136,5 +136,10 @@ def test_precisions_a_skipped_update_and_accumulation(two: Any) -> None:
 
 
 def test_sharded_and_whole_parameters_resume_together(two: Any) -> None:
-    for straight, resumed in (result["mixed_shards"] for result in two):
+    for straight, resumed in (result["mixed_shards"]["averages"] for result in two):
         assert straight == resumed
+
+
+def test_training_weights_of_sharded_checkpoints_are_merged(two: Any) -> None:
+    for found in (result["mixed_shards"] for result in two):
+        assert near(found["merged"], mean(found["trained"], [1, 1]))
