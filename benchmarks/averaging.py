@@ -313,10 +313,10 @@ A GPT of 0.13M parameters trains on {BATCH} windows of 64 bytes per update, for 
 constant learning rate after a warm-up. At a quarter, a half, three quarters and the end its
 averages are validated. They are compared with runs of exactly that length whose learning rate
 decays to zero: the best of the rates {rates} and of decays over {decay_lengths} of the
-length, chosen for each length by the mean over all seeds. The first line has the validation loss of these tuned
-runs in nats per byte. The others have the difference from it, with the standard error over {seeds}
-seeds (paired by seed and order of the data); negative is better. Every average uses one rate for
-all lengths, the best at the end.
+length, chosen for each length by the mean over all seeds. The first line has the validation loss of
+these tuned runs in nats per byte. The others have the difference from it, with the standard error
+over {seeds} seeds (paired by seed and order of the data); negative is better. Every average uses
+one rate for all lengths, the best at the end.
 
 {horizons_table(results, seeds)}
 
