@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 
 from lightning_bigopt.engine.buffer_snapshot import BufferSnapshot
 from lightning_bigopt.engine.clock import Clock
-from lightning_bigopt.engine.stage import Fit, Stages, overriding
+from lightning_bigopt.engine.overridden_stages import overriding
+from lightning_bigopt.engine.stage import Fit, Stages
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 from lightning_bigopt.trainer_access.checkpoint_loading import restore_loading
 from lightning_bigopt.trainer_access.saved_weights import Collect

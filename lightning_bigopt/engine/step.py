@@ -6,19 +6,20 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_bigopt.engine import optimizer_setup
 from lightning_bigopt.engine.batch_counter import BatchCounter
 from lightning_bigopt.engine.clock import Clock
-from lightning_bigopt.engine.stage import Batch, Fit, Stages, overriding
-from lightning_bigopt.engine.update import Restorable, Update
+from lightning_bigopt.engine.overridden_stages import overriding
+from lightning_bigopt.engine.removed_capabilities import follow_list
+from lightning_bigopt.engine.stage import Batch, Fit, Stages
+from lightning_bigopt.engine.update import Rejection, Update
 from lightning_bigopt.engine.update_check import UpdateCheck
 from lightning_bigopt.gradients.apply import clear_
 from lightning_bigopt.gradients.optimizer_step import step_control
-from lightning_bigopt.trainer_access import loggers, loop, precision
+from lightning_bigopt.trainer_access import loggers, loop, loop_counters, precision
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -55,7 +56,7 @@ class StepHooks(Callback):
         self._processed = 0
         self._update_check: UpdateCheck | None = None
         self._listed: list[object] = []  # the callbacks at the start of the last window
-        self._roll_back: Restorable | None = None
+        self._rollback: Rejection | None = None  # of the current window
 
     def _set_capabilities(self, fit: Fit, capabilities: list[Stages]) -> None:
         fit.capabilities[:] = capabilities
@@ -212,7 +213,8 @@ class StepHooks(Callback):
         if update.rejection is not None:
             update.drop_gradients_()
             step_control(update.optimizer).skip_next()
-            self._roll_back = update.rejection.roll_back
+            if update.rejection.roll_back is not None:
+                self._rollback = update.rejection
             return
         for capability in self._stages["after_step"]:
             step_control(update.optimizer).after_step(partial(capability.after_step, update))
@@ -273,31 +275,29 @@ class StepHooks(Callback):
                 fit.trainer, lambda: {t: v for c in logged for t, v in c.metrics(fit).items()}
             )
         self._follow_changes(fit)  # before a rollback, which writes values, too
-        if self._roll_back is not None:
-            self._roll_back.restore(rewind=False)  # the data stays consumed
-            self._roll_back = None
+        self._roll_back(fit)
+        for capability in self._stages["end_window"]:
+            capability.end_window(batch)
         if fit.groups:  # last, because all of the above may change adjustments and groups
             fit.groups.write(clock.progress())
         self._evaluations = 0
 
-    def _read_list(self, fit: Fit) -> None:
-        """Ends capabilities that were removed from the Trainer's list; warns about new ones."""
-        listed: list[object] = [*fit.trainer.callbacks, *self._unlisted]  # type: ignore[attr-defined]
-        if listed == self._listed:
+    def _roll_back(self, fit: Fit) -> None:
+        """Restores the snapshot to which an update of the window is rolled back."""
+        rollback, self._rollback = self._rollback, None
+        if rollback is None or rollback.roll_back is None:
             return
-        before, self._listed = self._listed, listed
-        kept = [capability for capability in fit.capabilities if capability in listed]
-        for capability in [c for c in fit.capabilities if c not in kept]:
-            capability.end(fit)
-            fit.groups.release(capability)
-            capability.fit = None
-        for added in listed:
-            if isinstance(added, Stages) and added not in kept and added not in before:
-                rank_zero_warn(
-                    f"{added!r} was added to the Trainer's callbacks during the fit. It has no "
-                    "effect in this fit; add callbacks of lightning_bigopt before it."
-                )
-        self._set_capabilities(fit, kept)
+        step = loop.batches_that_stepped(fit.trainer)
+        rollback.roll_back.restore(rewind=rollback.rewind, replay=rollback.replay)
+        # What was logged stays logged: the axis of the loggers goes on.
+        loop_counters.set_logger_step(fit.trainer, step)
+
+    def _read_list(self, fit: Fit) -> None:
+        """Ends capabilities that were removed from the Trainer's list."""
+        listed: list[object] = [*fit.trainer.callbacks, *self._unlisted]  # type: ignore[attr-defined]
+        if listed != self._listed:
+            before, self._listed = self._listed, listed
+            self._set_capabilities(fit, follow_list(fit, listed, before))
 
     def _follow_changes(self, fit: Fit) -> None:
         """Follows replaced optimizers, new groups, and values that other code has written."""

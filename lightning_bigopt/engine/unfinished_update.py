@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_bigopt.engine.stage import Fit, overriding
+from lightning_bigopt.engine.overridden_stages import overriding
+from lightning_bigopt.engine.stage import Fit
 from lightning_bigopt.trainer_access import loop
 
 __all__ = ["check_update_is_complete"]

@@ -14,7 +14,8 @@ from torch import Tensor
 from lightning_bigopt import BatchSizeScheduler, ConstantBatchSize, GlobalBatchLoader
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.engine.capability import Capability
-from lightning_bigopt.engine.stage import Batch, Fit, overriding
+from lightning_bigopt.engine.overridden_stages import overriding
+from lightning_bigopt.engine.stage import Batch, Fit
 from lightning_bigopt.engine.update import Rejection, Update
 from tests.helpers import QUIET, Probe, Regression, ResumableLoader, loader
 
