@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_bigopt.optimizers.object_snapshot import ObjectSnapshot, copy_to
+from lightning_bigopt.optimizers.object_snapshot import ObjectSnapshot, copied, copy_to
 
 __all__ = ["StoredTraining", "localized", "sharded_like", "training_state"]
 
@@ -89,7 +89,8 @@ class StoredTraining:
         for name, content in saved.items():
             _local(weights[name]).copy_(content)
         for optimizer, state in zip(self._optimizers, self._state["optimizers"], strict=True):
-            optimizer.load_state_dict(sharded_like(state, optimizer.state_dict()))
+            # Copied, because torch uses the tensors themselves, and training would change them.
+            optimizer.load_state_dict(sharded_like(copied(state), optimizer.state_dict()))
 
 
 def localized(value: Any) -> Any:
