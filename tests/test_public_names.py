@@ -16,9 +16,9 @@ NAMES = """
     LearningRateScheduleMixin LearningRateScheduler Linear LossSpike MaxUpdateRatio MultiStep
     MuonAdamW Noam NoiseScaleBatchSize NonFinite NormClip NormSpike OneCycle OptimizationMonitor
     OptimizationMonitorMixin ParameterGroup PerParameterNormClip PiecewiseLinear Polynomial
-    Power PowerSGD Product Progress REX RangeTest ReduceOnPlateau ReduceOnPlateauMixin RollBack Schedule
-    SchedulePolicy Seesaw SeesawBatchSize SingleSample Skip StepDecay StepGuard StepGuardMixin
-    TooManyRejectionsError TopK TriStage UpdateClip ValueClip Warmup WarmupConstant WarmupCosine
+    Power PowerSGD Product Progress REX RangeTest ReduceOnPlateau ReduceOnPlateauMixin RollBack
+    Schedule SchedulePolicy Seesaw SeesawBatchSize SingleSample Skip StepDecay StepGuard
+    StepGuardMixin TooManyRejectionsError TopK TriStage UpdateClip ValueClip Warmup WarmupConstant WarmupCosine
     WarmupInverseSquareRoot WarmupLinear WarmupStableDecay ZClip __version__ combine_optimizers
     learning_rate_range_test muon_adamw parameter_groups plan replay
 """

@@ -59,7 +59,7 @@ class EvaluationHooks(Callback):
             self._fit.modes.evaluate()
         # Kept, because a callback may be removed before the evaluation ends.
         self._evaluated = self._collect(trainer)
-        for capability in overriding(self._evaluated)["begin_evaluation"]:
+        for capability in overriding(self._evaluated, Stages)["begin_evaluation"]:
             capability.begin_evaluation(trainer, pl_module)
 
     def on_validation_batch_end(self, *arguments: Any) -> None:
@@ -72,7 +72,7 @@ class EvaluationHooks(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs the stage ``end_evaluation`` of the capabilities of the evaluation."""
         evaluated, self._evaluated = self._evaluated, []
-        for capability in overriding(evaluated)["end_evaluation"]:
+        for capability in overriding(evaluated, Stages)["end_evaluation"]:
             capability.end_evaluation(trainer, pl_module)
         if (buffers := self._window_buffers()) is not None:
             buffers.end_evaluation()
@@ -86,7 +86,7 @@ class EvaluationHooks(Callback):
         """Runs ``end_evaluation`` after an error, where ``begin_evaluation`` is implemented."""
         restore_loading(trainer)
         evaluated, self._evaluated = self._evaluated, []
-        for capability in overriding(evaluated)["begin_evaluation"]:
+        for capability in overriding(evaluated, Stages)["begin_evaluation"]:
             capability.end_evaluation(trainer, pl_module)
 
     # ---------------------------------------------------------------- the weights of a checkpoint

@@ -67,7 +67,7 @@ def check(fit: Fit, run: object) -> None:
     for capability in fit.capabilities:
         capability.check_fit(fit)
         capability.check_optimizers(fit)
-        if any(overriding([capability])[stage] for stage in _ON_GRADIENTS):
+        if any(overriding([capability], Stages)[stage] for stage in _ON_GRADIENTS):
             check_not_private(
                 fit.trainer.optimizers,
                 type(capability).__name__,

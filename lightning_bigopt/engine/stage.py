@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -114,12 +114,15 @@ class Fit:
         """Returns the capability of a class that another capability lists in ``requires``."""
         return next(c for c in self.capabilities if isinstance(c, kind))
 
-    def metrics(self) -> dict[str, float | Tensor]:
-        """Returns the metrics of all capabilities after an update, by tag."""
-        metrics: dict[str, float | Tensor] = {}
-        for capability in self.capabilities:
-            metrics.update(capability.metrics(self))
-        return metrics
+    def metrics(self, of: Sequence[Stages] | None = None) -> dict[str, float | Tensor]:
+        """Returns the metrics of some capabilities, or all, after an update, by tag."""
+        of = self.capabilities if of is None else of
+        return {tag: value for c in of for tag, value in c.metrics(self).items()}
+
+    def without_monitor(self) -> list[Stages]:
+        """Returns the capabilities whose metrics are logged, though none logs those of all."""
+        has_monitor = any(capability.logs_all_metrics for capability in self.capabilities)
+        return [] if has_monitor else [c for c in self.capabilities if c.logs_without_monitor]
 
     def specifications(self) -> dict[str, str]:
         """Returns the specification of each capability, by its ``owns``."""

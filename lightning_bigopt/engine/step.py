@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -13,13 +14,12 @@ from lightning_bigopt.engine import optimizer_setup
 from lightning_bigopt.engine.batch_counter import BatchCounter
 from lightning_bigopt.engine.clock import Clock
 from lightning_bigopt.engine.overridden_stages import overriding
-from lightning_bigopt.engine.removed_capabilities import follow_list
 from lightning_bigopt.engine.stage import Batch, Fit, Stages
 from lightning_bigopt.engine.update import Rejection, Update
 from lightning_bigopt.engine.update_check import UpdateCheck
 from lightning_bigopt.gradients.apply import clear_
 from lightning_bigopt.gradients.optimizer_step import step_control
-from lightning_bigopt.trainer_access import loggers, loop, loop_counters, precision
+from lightning_bigopt.trainer_access import loggers, loop, precision
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -61,7 +61,7 @@ class StepHooks(Callback):
     def _set_capabilities(self, fit: Fit, capabilities: list[Stages]) -> None:
         fit.capabilities[:] = capabilities
         self._evaluations = 0  # not in _clear_fit: a checkpoint may be saved after an error
-        self._stages = overriding(capabilities)
+        self._stages = overriding(capabilities, Stages)
         self._updating = list(dict.fromkeys(c for n in _UPDATE_STAGES for c in self._stages[n]))
         self._may_reject = any(capability.may_reject for capability in self._stages["decide"])
 
@@ -268,36 +268,36 @@ class StepHooks(Callback):
         if not closes:
             self._evaluations = 0
             return
-        # Metrics that are logged also without a monitor.
-        logged = [c for c in fit.capabilities if c.logs_without_monitor]
-        if logged and not any(c.logs_all_metrics for c in fit.capabilities):
-            loggers.log_if_due(
-                fit.trainer, lambda: {t: v for c in logged for t, v in c.metrics(fit).items()}
-            )
+        if logged := fit.without_monitor():
+            loggers.log_if_due(fit.trainer, partial(fit.metrics, logged))
         self._follow_changes(fit)  # before a rollback, which writes values, too
-        self._roll_back(fit)
+        if self._rollback is not None:
+            self._rollback.restore_snapshot(fit.trainer)
+            self._rollback = None
         for capability in self._stages["end_window"]:
             capability.end_window(batch)
         if fit.groups:  # last, because all of the above may change adjustments and groups
             fit.groups.write(clock.progress())
         self._evaluations = 0
 
-    def _roll_back(self, fit: Fit) -> None:
-        """Restores the snapshot to which an update of the window is rolled back."""
-        rollback, self._rollback = self._rollback, None
-        if rollback is None or rollback.roll_back is None:
-            return
-        step = loop.batches_that_stepped(fit.trainer)
-        rollback.roll_back.restore(rewind=rollback.rewind, replay=rollback.replay)
-        # What was logged stays logged: the axis of the loggers goes on.
-        loop_counters.set_logger_step(fit.trainer, step)
-
     def _read_list(self, fit: Fit) -> None:
-        """Ends capabilities that were removed from the Trainer's list."""
+        """Ends capabilities that were removed from the Trainer's list; warns about new ones."""
         listed: list[object] = [*fit.trainer.callbacks, *self._unlisted]  # type: ignore[attr-defined]
-        if listed != self._listed:
-            before, self._listed = self._listed, listed
-            self._set_capabilities(fit, follow_list(fit, listed, before))
+        if listed == self._listed:
+            return
+        before, self._listed = self._listed, listed
+        kept = [capability for capability in fit.capabilities if capability in listed]
+        for capability in [c for c in fit.capabilities if c not in kept]:
+            capability.end(fit)
+            fit.groups.release(capability)
+            capability.fit = None
+        for added in listed:
+            if isinstance(added, Stages) and added not in kept and added not in before:
+                rank_zero_warn(
+                    f"{added!r} was added to the Trainer's callbacks during the fit. It has no "
+                    "effect in this fit; add callbacks of lightning_bigopt before it."
+                )
+        self._set_capabilities(fit, kept)
 
     def _follow_changes(self, fit: Fit) -> None:
         """Follows replaced optimizers, new groups, and values that other code has written."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -16,6 +16,10 @@ from lightning_bigopt.gradients.clip_decision import ClipDecision
 from lightning_bigopt.gradients.gradient_norms import GradientNorms
 from lightning_bigopt.gradients.measure import measure
 from lightning_bigopt.optimizers.names import unwrapped
+from lightning_bigopt.trainer_access import loop, loop_counters
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 __all__ = ["Rejection", "Restorable", "Update"]
 
@@ -46,6 +50,15 @@ class Rejection:
     roll_back: Restorable | None = None
     rewind: bool = False
     replay: bool = False
+
+    def restore_snapshot(self, trainer: Trainer) -> None:
+        """Restores the snapshot, if there is one, at the end of the batch."""
+        if self.roll_back is None:
+            return
+        step = loop.batches_that_stepped(trainer) if self.rewind else None
+        self.roll_back.restore(rewind=self.rewind, replay=self.replay)
+        if step is not None:  # what was logged stays logged: the axis of the loggers goes on
+            loop_counters.set_logger_step(trainer, step)
 
 
 @dataclass(kw_only=True, eq=False)

@@ -121,8 +121,8 @@ def sharded_like(value: Any, live: Any) -> Any:
         return {key: sharded_like(item, others.get(key)) for key, item in value.items()}
     if isinstance(value, list):
         same = isinstance(live, list) and len(live) == len(value)
-        others = live if same else [None] * len(value)
-        return [sharded_like(item, other) for item, other in zip(value, others, strict=True)]
+        peers = live if same else [None] * len(value)
+        return [sharded_like(item, peer) for item, peer in zip(value, peers, strict=True)]
     return value
 
 

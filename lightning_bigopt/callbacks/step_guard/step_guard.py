@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -26,10 +26,13 @@ from lightning_bigopt.engine.stage import Batch, Fit
 from lightning_bigopt.engine.update import Rejection, Update
 from lightning_bigopt.gradients.actions import Action, Skip
 from lightning_bigopt.gradients.detectors import NonFinite, NormSpike
-from lightning_bigopt.gradients.guard import Detector
+from lightning_bigopt.gradients.guard import Detector, Quantity
 from lightning_bigopt.gradients.roll_back import RollBack
 from lightning_bigopt.monitoring.tags import tag_name
 from lightning_bigopt.type_checks import check_instance, checked_tuple
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 __all__ = ["StepGuard"]
 
@@ -210,7 +213,7 @@ class StepGuard(Capability):
     def decide(self, update: Update) -> Rejection | None:
         """Reads the norm, and the loss if a detector uses it, and decides. Synchronizes."""
         assert self.fit is not None  # set by the engine
-        readings = read(self.fit.trainer, update, self._window, reads_loss=self._reads_loss)
+        readings = self._read(self.fit.trainer, update)
         rejection, self._inspection.accepts = None, False
         if readings is None:
             # The GradScaler skips this update. Finite numbers in buffers are kept, as they would be
@@ -222,6 +225,10 @@ class StepGuard(Capability):
             )
         self._window.close()
         return rejection
+
+    def _read(self, trainer: Trainer, update: Update) -> dict[Quantity, float] | None:
+        """Returns norm and loss; the only transfer from the device."""
+        return read(trainer, update, self._window, reads_loss=self._reads_loss)
 
     def after_step(self, update: Update) -> None:
         """Ends a series of rejections. Not earlier: a repeated evaluation may be rejected."""

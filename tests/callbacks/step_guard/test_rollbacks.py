@@ -89,24 +89,26 @@ class Stops(L.Callback):
         if self.batches == self.save:
             trainer.save_checkpoint(self.path)
         if self.batches == self.stop:
-            raise Killed
+            raise KilledError
 
 
-class Killed(RuntimeError):
+class KilledError(RuntimeError):
     pass
 
 
 def resumed_run(
     path: Path, *, save: int, stop: int, order: list[tuple[int, int]], bad: Any, **options: Any
 ) -> tuple[Poisoned, Any, StepGuard]:
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         train(Poisoned(bad), Plain(SAMPLES), guard(**options), Stops(path, save, stop))
     module, own = Poisoned(bad), guard(**options)
     return module, train(module, Plain(SAMPLES), own, ckpt_path=path), own
 
 
 @pytest.mark.parametrize("to", ["memory", "folder"])
-@pytest.mark.parametrize(("save", "stop"), [(7, 8), (9, 12), (10, 11), (10, 16), (12, 14), (25, 26)])
+@pytest.mark.parametrize(
+    ("save", "stop"), [(7, 8), (9, 12), (10, 11), (10, 16), (12, 14), (25, 26)]
+)
 def test_a_killed_run_ends_as_one_without_the_samples(
     tmp_path: Path, save: int, stop: int, to: str
 ) -> None:
@@ -114,9 +116,7 @@ def test_a_killed_run_ends_as_one_without_the_samples(
     order, options = order_of(SAMPLES, 4), {"to": str(tmp_path / "s") if to == "folder" else to}
     bad = [*order[8 * BATCH : 10 * BATCH], *order[27 * BATCH : 29 * BATCH]]
     path = tmp_path / "saved.ckpt"
-    module, trainer, own = resumed_run(
-        path, save=save, stop=stop, order=order, bad=bad, **options
-    )
+    module, trainer, own = resumed_run(path, save=save, stop=stop, order=order, bad=bad, **options)
     # After the first rollback, update u has the data of update u + 4: the snapshots 6, 11, 16, 21.
     first, second = own.rollbacks
     assert (first.update, first.to) == (9, 6)
@@ -157,8 +157,8 @@ def test_the_run_ends_after_at_most_rollbacks(tmp_path: Path) -> None:
     order = order_of(SAMPLES, 4)
     own = guard(at_most=2)
     saves = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1)
+    module = Poisoned(order[17 * BATCH : 23 * BATCH])
     with pytest.raises(TooManyRejectionsError) as caught:
-        module = Poisoned(order[17 * BATCH : 23 * BATCH])
         train(module, Plain(SAMPLES), own, saves, enable_checkpointing=True)
     message = str(caught.value)
     assert message.startswith("StepGuard must not roll back more than 2 times, got: Update 17 ")
@@ -183,9 +183,7 @@ def test_the_learning_rate_is_lowered_and_recovers(tmp_path: Path, stop: int | N
         lrs = module.lrs[:6] + module.lrs[10:]
     else:
         path = tmp_path / "a.ckpt"
-        module, _, own = resumed_run(
-            path, save=12, stop=stop, order=order, bad=bad, **options
-        )
+        module, _, own = resumed_run(path, save=12, stop=stop, order=order, bad=bad, **options)
         lrs = [math.nan] * 8 + module.lrs
     clean = Poisoned()
     train(clean, Ordered(without(order, 6, 10), SAMPLES), guard())
@@ -226,7 +224,7 @@ def test_an_overflow_of_the_scaler_is_no_reason() -> None:
 
     module, first = Poisoned(bad, factor=30.0, lr=1e-3), own()
     trainer = train(module, Plain(SAMPLES), first, steps=110, precision="16-mixed")
-    (report,) = first.rollbacks
+    assert [(r.update, r.to) for r in first.rollbacks] == [(93, 86)]
     clean = Poisoned(lr=1e-3)
     data = Ordered(without(order, 86, 94), SAMPLES)
     other = train(clean, data, own(), steps=110, precision="16-mixed")
@@ -240,8 +238,9 @@ def test_a_ramp_of_the_batch_follows_the_clock_that_went_back() -> None:
     order = order_of(SAMPLES, 4)
     policy = BatchSizeSteps({"0%": 4, "25%": 8})
     bad = order[10 * 4 : 10 * 4 + 8]
-    module, own = Poisoned(bad), StepGuard(
-        [NonFinite()], max_consecutive=1, roll_back=RollBack(snapshot_every=5)
+    module, own = (
+        Poisoned(bad),
+        StepGuard([NonFinite()], max_consecutive=1, roll_back=RollBack(snapshot_every=5)),
     )
     trainer = train(module, Plain(SAMPLES), own, policy=policy)
     (report,) = own.rollbacks
@@ -270,8 +269,7 @@ def test_under_max_epochs_the_schedule_follows_the_position_in_the_data() -> Non
 def test_a_loader_of_the_user_goes_on_behind_the_bad_data(kind: Any) -> None:
     def data() -> Any:
         if kind is ResumableLoader:
-            loader = ResumableLoader(SAMPLES, BATCH)
-            return loader
+            return ResumableLoader(SAMPLES, BATCH)
         return DataLoader(Plain(SAMPLES), batch_size=BATCH)
 
     bad = [(0, i) for i in range(8 * BATCH, 10 * BATCH)]
