@@ -18,9 +18,10 @@ NAMES = """
     OptimizationMonitorMixin ParameterGroup PerParameterNormClip PiecewiseLinear Polynomial
     Power PowerSGD Product Progress REX RangeTest ReduceOnPlateau ReduceOnPlateauMixin RollBack
     Schedule SchedulePolicy Seesaw SeesawBatchSize SingleSample Skip StepDecay StepGuard
-    StepGuardMixin TooManyRejectionsError TopK TriStage UpdateClip ValueClip Warmup WarmupConstant WarmupCosine
-    WarmupInverseSquareRoot WarmupLinear WarmupStableDecay ZClip __version__ combine_optimizers
-    learning_rate_range_test muon_adamw parameter_groups plan replay
+    StepGuardMixin TooManyRejectionsError TopK TriStage UpdateClip ValueClip Warmup
+    WarmupConstant WarmupCosine WarmupInverseSquareRoot WarmupLinear WarmupStableDecay ZClip
+    __version__ combine_optimizers learning_rate_range_test muon_adamw parameter_groups plan
+    replay
 """
 
 

@@ -218,7 +218,7 @@ def test_saving_and_resuming(tmp_path: Path) -> None:
     # The batch is ended first, then the weights are collected, then the callbacks' states.
     ended = ["end_batch", "end_window"]
     assert [stage for stage, _ in saving] == [*ended, "saved_weights", "saved_state"]
-    (weights,) = saving[1][1]
+    (weights,) = saving[2][1]
     assert weights.keys() == Probe().state_dict().keys()
     resumed = Records()
     trainer_with(resumed).fit(
