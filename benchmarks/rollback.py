@@ -110,7 +110,7 @@ class Result:
 
 def bursts(updates: int, seed: int) -> list[range]:
     """Draws the places of the bad samples: 5 % of the updates, in bursts of 50."""
-    rng = random.Random(seed)
+    rng = random.Random(seed)  # noqa: S311
     count = max(1, round(0.05 * updates / BURST))
     firsts = [rng.randrange(updates // 5, updates - 2 * BURST) for _ in range(count)]
     return [range(first * BATCH, (first + BURST) * BATCH) for first in firsts]
@@ -274,7 +274,7 @@ def start(folder: Path, mode: str, port: int) -> list[subprocess.Popen[bytes]]:
         }
         command = [sys.executable, __file__, "--work", str(folder), mode]
         workers.append(
-            subprocess.Popen(
+            subprocess.Popen(  # noqa: S603
                 command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )
         )
@@ -283,7 +283,7 @@ def start(folder: Path, mode: str, port: int) -> list[subprocess.Popen[bytes]]:
 
 def kill_at_random(kills: int, *, seed: int = 0) -> tuple[int, int, bool]:
     """Returns the kills, the rollbacks, and whether the weights equal those without the samples."""
-    rng, done = random.Random(seed), 0
+    rng, done = random.Random(seed), 0  # noqa: S311
     with TemporaryDirectory() as name:
         folder = Path(name)
         port = 20_000 + rng.randrange(20_000)

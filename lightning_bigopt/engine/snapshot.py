@@ -57,7 +57,8 @@ class Snapshot:
         capabilities: The capabilities of the fit.
         rewound: Called after clock, counters and loaders were restored.
         portable: Whether the snapshot is portable.
-        state: The :meth:`state_dict` of a portable snapshot, to restore instead of a new one.
+        state: The :meth:`state_dict` of a portable snapshot, to restore instead of a new one. Its
+            ``random`` may be None, to keep the random states.
     """
 
     def __init__(
@@ -158,7 +159,8 @@ class Snapshot:
         if rewind:
             self._rewind(replay=replay)
         # Last, because a loader that begins anew draws random numbers.
-        set_random_state(rest["random"], self._device)
+        if rest["random"] is not None:
+            set_random_state(rest["random"], self._device)
 
     def _rewind(self, *, replay: bool) -> None:
         trainer, rest = self._trainer, self._rest

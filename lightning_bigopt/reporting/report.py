@@ -236,7 +236,7 @@ def _summary(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         ("skipped updates", [_number(run.last("guard/skipped"), "{:.0f}") for run in runs]),
         ("rollbacks", [_number(run.last("rollback/count"), "{:.0f}") for run in runs]),
         (
-            "samples left out by them",
+            "left out by them",
             [_number(run.last("rollback/left_out"), "{:,.0f}") for run in runs],
         ),
         ("samples per second", [_median(run, "throughput/samples_per_second") for run in runs]),

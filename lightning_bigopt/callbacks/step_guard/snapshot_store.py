@@ -167,7 +167,12 @@ class SnapshotStore:
         self.wait()
         if kept.snapshot is None:
             state = self._load(kept.number) if kept.state is None else kept.state
-            snapshot = fit.take_snapshot(state=state["snapshot"])
+            contents = dict(state["snapshot"])
+            if state["rank"] != self._rank:
+                # A checkpoint in one file holds the state of process 0: equal random numbers on
+                # all processes would be wrong, so that theirs stay as they are.
+                contents["random"] = None
+            snapshot = fit.take_snapshot(state=contents)
             if self.folder is not None:
                 return snapshot
             kept.snapshot, kept.state = snapshot, None
@@ -186,6 +191,7 @@ class SnapshotStore:
         return {
             "version": _VERSION,
             "world_size": self._world_size,
+            "rank": self._rank,
             "place": kept.place(),
             "snapshot": kept.snapshot.state_dict(),
         }
