@@ -87,7 +87,7 @@ class Snapshot:
         self._training = TrainingSnapshot(module, self._optimizers, portable=portable)
         self._rest = self._take("cpu" if portable else None)
         if portable and self._device.type == "cuda":
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
     def _take(self, device: str | None) -> dict[str, Any]:
