@@ -235,7 +235,8 @@ def kept_places(reports: Sequence[Any] = ()) -> list[int]:
 def work(folder: Path, places: Sequence[int], precision: str) -> None:
     """Trains on one of two processes, from the last checkpoint if there is one."""
     torch.set_num_threads(1)
-    guard = StepGuard([NonFinite()], max_consecutive=1, roll_back=RollBack(snapshot_every=5))
+    roll_back = RollBack(snapshot_every=5, at_most=20)
+    guard = StepGuard([NonFinite()], max_consecutive=1, roll_back=roll_back)
     saved = folder / "last.ckpt"
     trainer = Trainer(
         **QUIET,
@@ -305,8 +306,8 @@ def kill_at_random(kills: int, *, seed: int = 0) -> tuple[int, int, bool]:
                 for worker in alive:
                     worker.send_signal(signal.SIGKILL)
                 done += bool(alive)
-            for worker in workers:
-                worker.wait()
+            if any(worker.wait() > 0 for worker in workers):  # a signal is negative
+                raise RuntimeError("the processes must not end with an error; run one by hand")
         weights, reports = torch.load(folder / "final.pt", weights_only=True)
         clean = folder / "clean"
         clean.mkdir()

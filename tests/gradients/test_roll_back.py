@@ -44,7 +44,8 @@ def test_yaml() -> None:
         "guard:\n  roll_back:\n    class_path: lightning_bigopt.RollBack\n"
         "    init_args: {snapshot_every: 2%, lr_factor: 0.5, to: snapshots}\n"
     )
-    found = parser.instantiate(config).guard
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    found = instantiate(config).guard
     assert found.roll_back == RollBack(snapshot_every="2%", lr_factor=0.5, to="snapshots")
     assert "RollBack(snapshot_every='2%'" in found.specification()
 

@@ -322,6 +322,8 @@ def test_the_axis_of_the_loggers_goes_on(tmp_path: Path) -> None:
     module = Poisoned(order[8 * BATCH : 10 * BATCH])
     trainer = train(module, Plain(SAMPLES), own, monitor, steps=20, logger=logger)
     assert trainer.fit_loop.epoch_loop._batches_that_stepped == 24
+    batches = trainer.fit_loop.epoch_loop.batch_progress
+    assert (batches.total.ready, batches.current.ready) == (20, 24)  # the position goes on
     found = read_run(logger.log_dir)
     assert [step for step, _ in found.curves["rollback/count"]] == list(range(24))
     assert found.curves["rollback/count"][-1] == (23, 1.0)
@@ -329,3 +331,31 @@ def test_the_axis_of_the_loggers_goes_on(tmp_path: Path) -> None:
     # The accepted updates of the discarded stretch: 6 and 7.
     assert [step for step, _ in found.curves["rollback/discarded_loss"]] == [6, 7]
     assert any("rolled back to update 6" in line for line in found.refusals)
+
+
+def test_repeated_rollbacks_lower_what_is_left_of_the_learning_rate() -> None:
+    """Closed form: 0.125 at update 6 after three rollbacks, back to 1 at update 26."""
+    module, _, own, order = poisoned_run(17, 6, lr_factor=0.5, recover="50%")
+    assert [r.to for r in own.rollbacks] == [16, 11, 6]
+    clean = Poisoned()
+    train(clean, Ordered(without(order, 6, 23), SAMPLES), guard())
+    factors = [min(1.0, 0.125 + 0.875 * (t - 6) / 20) for t in range(6, 40)]
+    expected = [f * rate for f, rate in zip(factors, clean.lrs[6:], strict=True)]
+    assert module.lrs[-34:] == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_snapshot_of_a_checkpoint_serves_several_times(tmp_path: Path) -> None:
+    """Training must not change the tensors that were loaded."""
+    order = order_of(SAMPLES, 4)
+    module, trainer, own = resumed_run(
+        tmp_path / "a.ckpt",
+        save=18,
+        stop=19,
+        order=order,
+        bad=order[17 * BATCH : 23 * BATCH],
+        recover=0,
+    )
+    assert [(r.update, r.to) for r in own.rollbacks] == [(18, 16), (17, 16), (17, 16)]
+    clean = Poisoned()
+    other = train(clean, Ordered(without(order, 16, 23), SAMPLES), guard())
+    assert not differing(final(module, trainer), final(clean, other))
