@@ -55,9 +55,8 @@ def test_the_trigger_is_that_of_the_formula() -> None:
     rng = np.random.default_rng(0)
     losses = [*(3.0 - 0.002 * np.arange(200) + 0.1 * rng.standard_normal(200)), *[4.0] * 20]
     spec = RollBack(updates=5, threshold=4.0)
-    state, found = spec.initial_state(), []
-    for loss in [*losses[:100], math.nan, *losses[100:]]:
-        found.append(spec.observe(float(loss), state) is not None)
+    state, given = spec.initial_state(), [*losses[:100], math.nan, *losses[100:]]
+    found = [spec.observe(float(loss), state) is not None for loss in given]
     del found[100]
     smoothed, usual, expected, above = losses[0], [], [], 0
     for number, loss in enumerate(losses):

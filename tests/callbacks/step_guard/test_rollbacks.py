@@ -345,17 +345,17 @@ def test_repeated_rollbacks_lower_what_is_left_of_the_learning_rate() -> None:
 
 
 def test_a_snapshot_of_a_checkpoint_serves_several_times(tmp_path: Path) -> None:
-    """Training must not change the tensors that were loaded."""
+    """Training must not change the tensors that were loaded: a good update lies between."""
     order = order_of(SAMPLES, 4)
     module, trainer, own = resumed_run(
         tmp_path / "a.ckpt",
         save=18,
         stop=19,
         order=order,
-        bad=order[17 * BATCH : 23 * BATCH],
+        bad=[*order[17 * BATCH : 19 * BATCH], *order[20 * BATCH : 22 * BATCH]],
         recover=0,
     )
-    assert [(r.update, r.to) for r in own.rollbacks] == [(18, 16), (17, 16), (17, 16)]
+    assert [(r.update, r.to) for r in own.rollbacks] == [(18, 16), (18, 16)]
     clean = Poisoned()
-    other = train(clean, Ordered(without(order, 16, 23), SAMPLES), guard())
+    other = train(clean, Ordered(without(order, 16, 22), SAMPLES), guard())
     assert not differing(final(module, trainer), final(clean, other))
