@@ -1,10 +1,12 @@
 """Trains a GPT with persistently bad data, with and without rollbacks; and kills such a run.
 
-    python benchmarks/rollback.py                       # three seeds of five runs, and 20 kills
+    python benchmarks/rollback.py                       # three seeds of seven runs, and 20 kills
     python benchmarks/rollback.py --write               # writes docs/benchmarks/rollback.md
     python benchmarks/rollback.py --seeds 1 --kills 3
+    python benchmarks/rollback.py --results runs.json   # keeps finished runs, and continues there
 
-5 % of the samples are random bytes, in bursts of 50 updates. The variants take turns. Then two
+5 % of the samples are random bytes, in bursts of 50 updates. The variants take turns. Runs without
+bad samples, also at twice the learning rate, show whether a rollback is triggered by good data. Two
 processes train on data in which one process gets NaN, are killed with SIGKILL at random moments and
 resumed, and end with the weights of a run whose order never held the bad samples.
 """
@@ -12,6 +14,7 @@ resumed, and end with the weights of a run whose order never held the bad sample
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import random
@@ -20,8 +23,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -49,6 +52,7 @@ from lightning_bigopt.examples.text import ByteWindows, read_sources
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks" / "rollback.md"
 LENGTH, BATCH, BURST = 32, 32, 50
 VARIANTS = ("clean", "rollback", "guard", "clip", "nothing")
+FALSE_TRIGGERS = {"clean, with RollBack": 1.0, "clean, with RollBack, twice the rate": 2.0}
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
     "logger": False,
@@ -118,8 +122,8 @@ def bursts(updates: int, seed: int) -> list[range]:
 
 def train(variant: str, *, updates: int, seed: int) -> Result:
     """Trains one variant, from the same weights on the same order of data."""
-    bad = [] if variant == "clean" else bursts(updates, seed)
-    roll_back = RollBack(at_most=20) if variant == "rollback" else None
+    bad = [] if variant.startswith("clean") else bursts(updates, seed)
+    roll_back = RollBack(at_most=20) if "rollback" in variant.lower() else None
     guard = StepGuard(roll_back=roll_back)
     callbacks: list[Callback] = [
         LearningRateScheduler(WarmupCosine(warmup="10%", end=0.1)),
@@ -127,13 +131,14 @@ def train(variant: str, *, updates: int, seed: int) -> Result:
     ]
     if variant != "nothing":
         callbacks.append(GradientClipping(NormClip(max_norm=1.0)))
-    if variant in ("clean", "guard", "rollback"):
+    if variant not in ("clip", "nothing"):
         callbacks.append(guard)
     loader = GlobalBatchLoader(
         Text(2 * updates * BATCH, bad, seed=seed), micro_batch_size=BATCH, shuffle="sequential"
     )
     trainer = Trainer(**QUIET, max_steps=updates, max_epochs=-1, callbacks=callbacks)
     model, start = Model(seed=seed), time.perf_counter()
+    model.lr *= FALSE_TRIGGERS.get(variant, 1.0)
     trainer.fit(model, loader)
     seconds = time.perf_counter() - start
     found = trainer.validate(model, validation_loader(), verbose=False)
@@ -159,17 +164,33 @@ HEADER = """\
 """
 
 
-def rows(updates: int, seeds: int) -> Iterator[str]:
-    """Yields the rows of the table, one for each run."""
+def run_all(updates: int, seeds: int, path: Path | None) -> dict[str, Result]:
+    """Returns the results by seed and variant; finished ones come from the file."""
+    found: dict[str, Result] = {}
+    if path is not None and path.exists():
+        found = {key: Result(**run) for key, run in json.loads(path.read_text()).items()}
     for seed in range(seeds):
-        clean = 0.0
-        for variant in VARIANTS:
-            run = train(variant, updates=updates, seed=seed)
-            clean = run.loss if variant == "clean" else clean
-            yield (
+        for variant in (*VARIANTS, *FALSE_TRIGGERS):
+            if (key := f"{seed} {variant}") not in found:
+                found[key] = train(variant, updates=updates, seed=seed)
+                print(key, found[key], flush=True)
+            if path is not None:
+                path.write_text(json.dumps({key: asdict(run) for key, run in found.items()}))
+    return found
+
+
+def table(found: dict[str, Result], seeds: int, variants: Sequence[str]) -> str:
+    """Returns a table with a row for each run."""
+    rows = []
+    for seed in range(seeds):
+        clean = found[f"{seed} clean"].loss
+        for variant in variants:
+            run = found[f"{seed} {variant}"]
+            rows.append(
                 f"| {seed} | {variant} | {run.loss:.4f} | {run.loss - clean:+.4f} | {run.rejected} "
-                f"| {run.rollbacks} | {run.left_out} | {run.seconds:.0f} |\n"
+                f"| {run.rollbacks} | {run.left_out:,} | {run.seconds:.0f} |\n"
             )
+    return HEADER + "".join(rows)
 
 
 # ------------------------------------------------------------------------------------- the kills
@@ -319,8 +340,8 @@ def kill_at_random(kills: int, *, seed: int = 0) -> tuple[int, int, bool]:
         return done, len(reports), same and not none
 
 
-def page(table: str, killed: str, updates: int, seeds: int) -> str:
-    """Returns the page with the table."""
+def page(found: dict[str, Result], killed: str, updates: int, seeds: int) -> str:
+    """Returns the page with the results."""
     return f"""\
 # Training with persistently bad data, with and without rollbacks
 
@@ -331,11 +352,16 @@ weights, data and bursts. The loss is the validation loss in nats per byte. `cle
 data without the bad samples. `guard` is `StepGuard()` with clipping, `rollback` is
 `StepGuard(roll_back=RollBack(at_most=20))` with clipping, and `clip` and `nothing` have no guard.
 
-{table}
+{table(found, seeds, VARIANTS)}
 A rollback trains other data in place of what it leaves out, so that the run has as many updates as
 the clean run, on partly other samples; the difference includes that. The benchmark has one small
 model, {seeds} seeds and one kind of bad data.
 
+## False triggers
+
+The same runs without bad samples, with `RollBack()` added, and the same at twice the learning rate.
+
+{table(found, seeds, [*FALSE_TRIGGERS])}
 ## Killed at random moments
 
 Two processes train {KILLED_UPDATES} updates; one of them gets NaN for {len(NAN)} stretches of
@@ -352,6 +378,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--results", type=Path, help="JSON file of finished runs; continues there")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
     parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -362,19 +389,15 @@ def main() -> None:
         reports = torch.load(folder / "reports.pt") if mode == "clean" else []
         work(folder, kept_places(reports), "32-true")
         return
+    found = run_all(arguments.updates, arguments.seeds, arguments.results)
     killed = ""
     if arguments.kills:
         kills, rollbacks, same = kill_at_random(arguments.kills)
         equal = "equal to the bit" if same else "NOT equal"
         killed = f"{kills} kills, {rollbacks} rollbacks: the final weights are {equal}."
         print(killed, flush=True)
-    print(HEADER, end="", flush=True)
-    table = HEADER
-    for row in rows(arguments.updates, arguments.seeds) if arguments.seeds else ():
-        print(row, end="", flush=True)
-        table += row
     if arguments.write:
-        text = page(table, killed, arguments.updates, arguments.seeds)
+        text = page(found, killed, arguments.updates, arguments.seeds)
         PAGE.write_text(text, encoding="utf-8")
 
 
