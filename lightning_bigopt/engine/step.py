@@ -49,6 +49,7 @@ class StepHooks(Callback):
     def _clear_fit(self) -> None:
         self._stages: dict[str, list[Stages]] = {}
         self._updating: list[Stages] = []  # the capabilities that act on updates
+        self._logged: list[Stages] = []  # the capabilities whose metrics are logged here
         self._may_reject = self._epoch_is_new = self._clock_runs = False
         self._counter: BatchCounter | None = None
         self._batch: Batch | None = None
@@ -61,7 +62,7 @@ class StepHooks(Callback):
     def _set_capabilities(self, fit: Fit, capabilities: list[Stages]) -> None:
         fit.capabilities[:] = capabilities
         self._evaluations = 0  # not in _clear_fit: a checkpoint may be saved after an error
-        self._stages = overriding(capabilities, Stages)
+        self._stages, self._logged = overriding(capabilities, Stages), fit.without_monitor()
         self._updating = list(dict.fromkeys(c for n in _UPDATE_STAGES for c in self._stages[n]))
         self._may_reject = any(capability.may_reject for capability in self._stages["decide"])
 
@@ -268,8 +269,8 @@ class StepHooks(Callback):
         if not closes:
             self._evaluations = 0
             return
-        if logged := fit.without_monitor():
-            loggers.log_if_due(fit.trainer, partial(fit.metrics, logged))
+        if self._logged:
+            loggers.log_if_due(fit.trainer, partial(fit.metrics, self._logged))
         self._follow_changes(fit)  # before a rollback, which writes values, too
         if self._rollback is not None:
             self._rollback.restore_snapshot(fit.trainer)
