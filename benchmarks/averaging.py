@@ -299,45 +299,50 @@ def page(results: Mapping[str, Any], costs: Mapping[str, list[float]], seeds: in
         for name in ("ema", "tail")
     }
     rates = ", ".join(f"{lr:g}" for lr in LEARNING_RATES)
+    decay_lengths = ", ".join(f"{d:.0%}" for d in DECAYS)
     lines = "\n".join(
         f"| {name} | {a:.0f} | {b:.0f} | {r:.2f} ({low:.2f} to {high:.2f}) |"
         for name, (a, b, r, low, high) in costs.items()
     )
-    return f"""# Averages of the weights
+    return f"""\
+# Averages of the weights
 
 ## One run for every length
 
 A GPT of 0.13M parameters trains on {BATCH} windows of 64 bytes per update, for {STEPS} updates at a
-constant learning rate after a warm-up. At a quarter, a half, three quarters and the end its averages
-are validated. They are compared with runs of exactly that length whose learning rate decays to
-zero: the best of the rates {rates} and of decays over
-{", ".join(f"{d:.0%}" for d in DECAYS)} of the length, chosen for each length by the mean over all
-seeds. The first line has the validation loss of these tuned runs in nats per byte; the others have the
-difference from it, with the standard error over {seeds} seeds (paired by seed and order of the
-data). Negative is better. Every average uses one rate for all lengths, the best at the end.
+constant learning rate after a warm-up. At a quarter, a half, three quarters and the end its
+averages are validated. They are compared with runs of exactly that length whose learning rate
+decays to zero: the best of the rates {rates} and of decays over {decay_lengths} of the length, chosen
+for each length by the mean over all seeds. The first line has the validation loss of these tuned
+runs in nats per byte. The others have the difference from it, with the standard error over {seeds}
+seeds (paired by seed and order of the data); negative is better. Every average uses one rate for
+all lengths, the best at the end.
 
 {horizons_table(results, seeds)}
 
 Percent of `Merge` refer to the run up to the validation, those of `EMA` and `TailMean` to the whole
 budget of {STEPS} updates; `TailMean` begins at 90 % of it.
 
+These runs are short: the gradients still point down the valley, which favors short decays and short
+windows. One model and one data set.
+
 ## After a decay
 
-With a decay to zero over the last 40 %, at the rate {LEARNING_RATES[2]:g}, the loss is {plain:.3f}.
-An EMA of 1 % changes it by {gain["ema"]:+.4f}, the mean over the last 5 % by {gain["tail"]:+.4f}:
-**after a full decay, averages are of no use.**
+With a decay to zero over the last 40 %, at the rate {LEARNING_RATES[2]:g}, the loss is {plain:.3f}. An
+EMA of 1 % changes it by {gain["ema"]:+.4f}, the mean over the last 5 % by {gain["tail"]:+.4f}: **after a
+full decay, averages add nothing.**
 
 ## The cost of an update
 
-One update of an EMA on one core of a CPU, beside `update_parameters` of torch's `AveragedModel` with
-its multi-tensor EMA. Both take turns; medians, and 90 % of the ratios.
+One update of an EMA on one core of a CPU, beside `update_parameters` of torch's `AveragedModel`
+with its multi-tensor EMA. Both take turns; medians of processor time, and 90 % of the ratios.
 
 | weights | ModelAveraging, µs | torch, µs | ratio |
 |---|---|---|---|
 {lines}
 
-`Merge` copies the weights at some updates only: with 10 checkpoints over the last fifth it copies 10
-times in the last fifth of a run.
+`Merge` copies the weights at some updates only: with 10 checkpoints over the last fifth of a run it
+copies them ten times there.
 
 Run with `python benchmarks/averaging.py all --write`, torch {torch.__version__}.
 """

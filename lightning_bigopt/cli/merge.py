@@ -33,7 +33,7 @@ def make_parser(**texts: Any) -> ArgumentParser:
         "--over",
         type=str,
         default=None,
-        help="Length of the decay before the last checkpoint, such as 20%%; all checkpoints by "
+        help="Length of the decay before the last checkpoint, such as 20%; all checkpoints by "
         "default.",
     )
     parser.add_argument("--output", type=str, default="merged.ckpt", help="File to write.")

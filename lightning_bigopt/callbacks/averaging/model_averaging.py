@@ -144,7 +144,8 @@ class ModelAveraging(Capability):
             )
             self.reset()
             self._tensors = tensors
-        self._restore(fit, tensors)
+        found = self._saved.restore(fit.trainer, tensors, self._running)
+        self._training = self._training if found is None else found
         if self._training is not None:
             tensors.write(self._training)
             self._training = None
@@ -154,12 +155,6 @@ class ModelAveraging(Capability):
         another = self._budget not in (None, budget)
         self._running.count_from(self._progress, another_budget=another)
         self._budget = budget
-
-    def _restore(self, fit: Fit, tensors: AveragedTensors) -> None:
-        """Applies the state of a checkpoint."""
-        found = self._saved.restore(fit.trainer, tensors, self._running)
-        if found is not None:
-            self._training = found
 
     def announce(self, fit: Fit) -> None:
         """Logs changes of the averages since the checkpoint."""
