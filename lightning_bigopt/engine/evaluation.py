@@ -96,6 +96,12 @@ class EvaluationHooks(Callback):
         fit = self._fit
         return fit if fit and self in trainer_callbacks.callbacks_of(fit.trainer) else None
 
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Corrects the counts that Lightning reads before the weights: a rollback changes them."""
+        checkpoint["global_step"], checkpoint["epoch"] = trainer.global_step, trainer.current_epoch
+
     def _collect_weights(self, collect: Collect) -> dict[str, Any]:
         fit = self._listed_fit()
         if fit is None:

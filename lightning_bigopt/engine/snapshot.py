@@ -149,6 +149,9 @@ class Snapshot:
         scaler = precision.gradient_scaler(trainer)
         if scaler is not None and rest["scaler"] is not None:
             scaler.load_state_dict(rest["scaler"])
+        if rewind:  # first, because capabilities may read the clock
+            self._clock.rewind(rest["clock"])
+            loop_counters.restore_counters(trainer, rest["counters"], position=replay)
         # Copies of the copies, because a snapshot may be restored again: training after the restore
         # would otherwise change its containers and tensors.
         for capability in self._capabilities:
@@ -157,18 +160,16 @@ class Snapshot:
                 live = capability.snapshot() if self._is_stored else None
                 capability.restore(sharded_like(copied(state), live))
         if rewind:
-            self._rewind(replay=replay)
+            self._rewind_loaders(replay=replay)
         # Last, because a loader that begins anew draws random numbers.
         if rest["random"] is not None:
             set_random_state(rest["random"], self._device)
 
-    def _rewind(self, *, replay: bool) -> None:
-        trainer, rest = self._trainer, self._rest
-        self._clock.rewind(rest["clock"])
-        loop_counters.restore_counters(trainer, rest["counters"], position=replay)
+    def _rewind_loaders(self, *, replay: bool) -> None:
+        trainer = self._trainer
         if replay:
             found = _stateful(trainer)
-            for loader, position in zip(found, rest["loaders"], strict=False):
+            for loader, position in zip(found, self._rest["loaders"], strict=False):
                 loader.load_state_dict(copied(position))
             if len(found) == len(loaders.train_loaders(trainer)):
                 loaders.restart_epoch(trainer)

@@ -307,8 +307,9 @@ class ModelAveraging(Capability):
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Restores the averages at the time of :meth:`snapshot`."""
+        assert self.fit is not None  # set by the engine
         self._running.restore(snapshot["averages"])
-        self._steps = snapshot["steps"]
+        self._steps, self._progress = snapshot["steps"], self.fit.clock.progress()
 
     def __repr__(self) -> str:
         names = {name: type(average).__name__ for name, average in self.averages.items()}
