@@ -107,7 +107,14 @@ class ReadsAverages(L.Callback):
         self.found[trainer.global_step] = {name: self.owner.average(name) for name in names}
 
 
-@pytest.mark.parametrize("way", ["memory", "folder", "resumed"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "memory",
+        pytest.param("folder", marks=pytest.mark.slow),
+        pytest.param("resumed", marks=pytest.mark.slow),
+    ],
+)
 def test_averages_go_back(tmp_path: Path, way: str) -> None:
     to = str(tmp_path / "s") if way == "folder" else "memory"
     path = None
@@ -413,6 +420,7 @@ class Logging(Poisoned):
         return loss
 
 
+@pytest.mark.slow
 def test_report_and_dashboard_draw_the_discarded_stretch(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
     bad = ORDER[90 * BATCH : 94 * BATCH]

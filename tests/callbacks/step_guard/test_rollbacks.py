@@ -55,8 +55,14 @@ def without(order: list[tuple[int, int]], start: int, stop: int) -> list[int]:
 
 
 # The snapshots are taken after the updates 1, 6, 11, …, and the second bad update is the trigger.
-@pytest.mark.parametrize("micro", [BATCH, 2])
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize(
+    ("precision", "micro"),
+    [
+        ("32-true", BATCH),
+        pytest.param("32-true", 2, marks=pytest.mark.slow),
+        pytest.param("bf16-mixed", 2, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(
     ("first", "snapshot"),
     [(8, 6), (6, 6), (24, 21), (28, 26), (29, 26), (30, 26)],
@@ -105,9 +111,18 @@ def resumed_run(
     return module, train(module, Plain(SAMPLES), own, ckpt_path=path), own
 
 
-@pytest.mark.parametrize("to", ["memory", "folder"])
 @pytest.mark.parametrize(
-    ("save", "stop"), [(7, 8), (9, 12), (10, 11), (10, 16), (12, 14), (25, 26)]
+    ("to", "save", "stop"),
+    [
+        ("memory", 9, 12),
+        ("folder", 10, 11),
+        *(
+            pytest.param(to, *batches, marks=pytest.mark.slow)
+            for to in ("memory", "folder")
+            for batches in [(7, 8), (9, 12), (10, 11), (10, 16), (12, 14), (25, 26)]
+            if (to, *batches) not in [("memory", 9, 12), ("folder", 10, 11)]
+        ),
+    ],
 )
 def test_a_killed_run_ends_as_one_without_the_samples(
     tmp_path: Path, save: int, stop: int, to: str
@@ -213,6 +228,7 @@ def test_a_loss_that_stays_high_rolls_back() -> None:
     assert report.loss_before > 3 * report.loss_after
 
 
+@pytest.mark.slow
 def test_an_overflow_of_the_scaler_is_no_reason() -> None:
     """Under 16-mixed the scaler skips infinities; a NaN of the loss rolls back, with its scale."""
     order = order_of(SAMPLES, 4)
