@@ -17,11 +17,11 @@ NAMES = """
     ModelAveraging ModelAveragingMixin MultiStep MuonAdamW Noam NoiseScaleBatchSize NonFinite
     NormClip NormSpike OneCycle OptimizationMonitor OptimizationMonitorMixin ParameterGroup
     PerParameterNormClip PiecewiseLinear Polynomial Power PowerSGD Product Progress REX RangeTest
-    ReduceOnPlateau ReduceOnPlateauMixin Schedule SchedulePolicy Seesaw SeesawBatchSize SingleSample
-    Skip StepDecay StepGuard StepGuardMixin TailMean TooManyRejectionsError TopK TriStage UpdateClip
-    ValueClip Warmup WarmupConstant WarmupCosine WarmupInverseSquareRoot WarmupLinear
-    WarmupStableDecay ZClip __version__ combine_optimizers learning_rate_range_test muon_adamw
-    parameter_groups plan replay
+    ReduceOnPlateau ReduceOnPlateauMixin RollBack Schedule SchedulePolicy Seesaw SeesawBatchSize
+    SingleSample Skip StepDecay StepGuard StepGuardMixin TailMean TooManyRejectionsError TopK
+    TriStage UpdateClip ValueClip Warmup WarmupConstant WarmupCosine WarmupInverseSquareRoot
+    WarmupLinear WarmupStableDecay ZClip __version__ combine_optimizers learning_rate_range_test
+    muon_adamw parameter_groups plan replay
 """
 
 

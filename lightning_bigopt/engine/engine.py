@@ -258,14 +258,13 @@ class Engine(EvaluationHooks, StepHooks):
         finally:
             self._idle_state["training_weights"] = fit.modes.end()
 
-    def _take_snapshot(self) -> Snapshot:
+    def _take_snapshot(self, **options: Any) -> Snapshot:
         fit = self._fit
         assert fit is not None  # called through the Fit
         # After a rewind the loaders start again with the rest of the epoch.
         rewound = partial(self.on_train_epoch_start, fit.trainer, fit.module)
-        return Snapshot(
-            fit.trainer, fit.module, self.clock, fit.groups, fit.capabilities, rewound=rewound
-        )
+        parts = (fit.trainer, fit.module, self.clock, fit.groups, fit.capabilities)
+        return Snapshot(*parts, rewound=rewound, **options)
 
     # ---------------------------------------------------------------------------------- state
 

@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 
 from lightning_bigopt.engine.buffer_snapshot import BufferSnapshot
 from lightning_bigopt.engine.clock import Clock
-from lightning_bigopt.engine.stage import Fit, Stages, overriding
+from lightning_bigopt.engine.overridden_stages import overriding
+from lightning_bigopt.engine.stage import Fit, Stages
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 from lightning_bigopt.trainer_access.checkpoint_loading import restore_loading
 from lightning_bigopt.trainer_access.saved_weights import Collect
@@ -58,7 +59,7 @@ class EvaluationHooks(Callback):
             self._fit.modes.evaluate()
         # Kept, because a callback may be removed before the evaluation ends.
         self._evaluated = self._collect(trainer)
-        for capability in overriding(self._evaluated)["begin_evaluation"]:
+        for capability in overriding(self._evaluated, Stages)["begin_evaluation"]:
             capability.begin_evaluation(trainer, pl_module)
 
     def on_validation_batch_end(self, *arguments: Any) -> None:
@@ -71,7 +72,7 @@ class EvaluationHooks(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs the stage ``end_evaluation`` of the capabilities of the evaluation."""
         evaluated, self._evaluated = self._evaluated, []
-        for capability in overriding(evaluated)["end_evaluation"]:
+        for capability in overriding(evaluated, Stages)["end_evaluation"]:
             capability.end_evaluation(trainer, pl_module)
         if (buffers := self._window_buffers()) is not None:
             buffers.end_evaluation()
@@ -85,7 +86,7 @@ class EvaluationHooks(Callback):
         """Runs ``end_evaluation`` after an error, where ``begin_evaluation`` is implemented."""
         restore_loading(trainer)
         evaluated, self._evaluated = self._evaluated, []
-        for capability in overriding(evaluated)["begin_evaluation"]:
+        for capability in overriding(evaluated, Stages)["begin_evaluation"]:
             capability.end_evaluation(trainer, pl_module)
 
     # ---------------------------------------------------------------- the weights of a checkpoint
@@ -94,6 +95,12 @@ class EvaluationHooks(Callback):
         """Returns the fit; None in a trial of Lightning's finders, which replace all callbacks."""
         fit = self._fit
         return fit if fit and self in trainer_callbacks.callbacks_of(fit.trainer) else None
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Corrects the counts that Lightning reads before the weights: a rollback changes them."""
+        checkpoint["global_step"], checkpoint["epoch"] = trainer.global_step, trainer.current_epoch
 
     def _collect_weights(self, collect: Collect) -> dict[str, Any]:
         fit = self._listed_fit()

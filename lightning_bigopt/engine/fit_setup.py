@@ -12,7 +12,8 @@ from lightning_bigopt.checks import shown
 from lightning_bigopt.engine import optimizer_setup
 from lightning_bigopt.engine.amounts import NeedsSamples
 from lightning_bigopt.engine.batch_source import simulate_constant
-from lightning_bigopt.engine.stage import Fit, Stages, overriding
+from lightning_bigopt.engine.overridden_stages import overriding
+from lightning_bigopt.engine.stage import Fit, Stages
 from lightning_bigopt.engine.update_check import UpdateCheck
 from lightning_bigopt.optimizers.private import check_not_private
 from lightning_bigopt.trainer_access import loaders, saved_weights
@@ -66,7 +67,7 @@ def check(fit: Fit, run: object) -> None:
     for capability in fit.capabilities:
         capability.check_fit(fit)
         capability.check_optimizers(fit)
-        if any(overriding([capability])[stage] for stage in _ON_GRADIENTS):
+        if any(overriding([capability], Stages)[stage] for stage in _ON_GRADIENTS):
             check_not_private(
                 fit.trainer.optimizers,
                 type(capability).__name__,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from lightning_bigopt.trainer_access.requeue_signal import RequeueSignal
 
-__all__ = ["LEARNING_RATE", "Batch", "Fit", "Stages", "overriding"]
+__all__ = ["LEARNING_RATE", "Batch", "Fit", "Stages"]
 
 LEARNING_RATE = "learning rate"
 """The value of ``owns`` of LearningRateScheduler."""
@@ -58,7 +58,8 @@ class Fit:
         start_clock: Starts the clock if it has not started, and returns it.
         rewrite_groups: Writes the parameter groups again, after an adjustment has changed.
         finish_batch: Ends a batch that Lightning has counted, before state is saved.
-        take_snapshot: Takes a snapshot of everything that training changes.
+        take_snapshot: Takes a snapshot of everything that training changes; with ``portable=True``
+            on the CPU, with a ``state_dict``. With ``state=`` makes one from such a state.
 
     Attributes:
         optimizers: The parameters of each optimizer.
@@ -83,7 +84,7 @@ class Fit:
     start_clock: Callable[[], Clock]
     rewrite_groups: Callable[[], None]
     finish_batch: Callable[[], None]
-    take_snapshot: Callable[[], Restorable]
+    take_snapshot: Callable[..., Restorable]
     optimizers: OptimizerInfos = field(init=False)
     modes: OptimizerModes = field(init=False)
     buffers: BufferSnapshot = field(init=False, default_factory=BufferSnapshot)
@@ -113,12 +114,15 @@ class Fit:
         """Returns the capability of a class that another capability lists in ``requires``."""
         return next(c for c in self.capabilities if isinstance(c, kind))
 
-    def metrics(self) -> dict[str, float | Tensor]:
-        """Returns the metrics of all capabilities after an update, by tag."""
-        metrics: dict[str, float | Tensor] = {}
-        for capability in self.capabilities:
-            metrics.update(capability.metrics(self))
-        return metrics
+    def metrics(self, of: Sequence[Stages] | None = None) -> dict[str, float | Tensor]:
+        """Returns the metrics of some capabilities, or all, after an update, by tag."""
+        of = self.capabilities if of is None else of
+        return {tag: value for c in of for tag, value in c.metrics(self).items()}
+
+    def without_monitor(self) -> list[Stages]:
+        """Returns the capabilities whose metrics are logged, though none logs those of all."""
+        has_monitor = any(capability.logs_all_metrics for capability in self.capabilities)
+        return [] if has_monitor else [c for c in self.capabilities if c.logs_without_monitor]
 
     def specifications(self) -> dict[str, str]:
         """Returns the specification of each capability, by its ``owns``."""
@@ -166,7 +170,7 @@ class Stages(SavedState):
     step repeats ``observe_loss`` to ``clip``. A step runs::
 
         begin_batch → weigh_loss → observe_loss → rescale → needs_norms → decide → clip → observe
-        → [the optimizer's step] → after_step → end_batch
+        → [the optimizer's step] → after_step → end_batch → end_window
 
     Attributes:
         owns: Name of the thing that the capability controls; only one capability of a fit may
@@ -279,6 +283,12 @@ class Stages(SavedState):
     def end_batch(self, batch: Batch) -> None:
         """Ends a batch. Must not use collectives: saving on one process may call it."""
 
+    def end_window(self, batch: Batch) -> None:
+        """Ends a window, after :meth:`end_batch` of all capabilities and after a rollback.
+
+        A snapshot that is taken here holds the whole update. Must not use collectives.
+        """
+
     def metrics(self, fit: Fit) -> Mapping[str, float | Tensor]:
         """Returns values of a logged update by tag (:data:`monitoring.tags.TAGS`).
 
@@ -306,13 +316,3 @@ class Stages(SavedState):
         :func:`~lightning_bigopt.trainer_access.saved_weights.with_second_weights` adds them.
         """
         return state_dict
-
-
-def overriding(capabilities: Sequence[Stages]) -> dict[str, list[Stages]]:
-    """Returns the capabilities that override each stage, in their order."""
-    methods = {**vars(Stages), **vars(SavedState)}
-    stages = [name for name, value in methods.items() if callable(value) and name[0] != "_"]
-    return {
-        stage: [c for c in capabilities if getattr(type(c), stage) is not getattr(Stages, stage)]
-        for stage in stages
-    }

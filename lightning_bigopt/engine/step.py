@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 from lightning_bigopt.engine import optimizer_setup
 from lightning_bigopt.engine.batch_counter import BatchCounter
 from lightning_bigopt.engine.clock import Clock
-from lightning_bigopt.engine.stage import Batch, Fit, Stages, overriding
-from lightning_bigopt.engine.update import Restorable, Update
+from lightning_bigopt.engine.overridden_stages import overriding
+from lightning_bigopt.engine.stage import Batch, Fit, Stages
+from lightning_bigopt.engine.update import Rejection, Update
 from lightning_bigopt.engine.update_check import UpdateCheck
 from lightning_bigopt.gradients.apply import clear_
 from lightning_bigopt.gradients.optimizer_step import step_control
@@ -48,6 +49,7 @@ class StepHooks(Callback):
     def _clear_fit(self) -> None:
         self._stages: dict[str, list[Stages]] = {}
         self._updating: list[Stages] = []  # the capabilities that act on updates
+        self._logged: list[Stages] = []  # the capabilities whose metrics are logged here
         self._may_reject = self._epoch_is_new = self._clock_runs = False
         self._counter: BatchCounter | None = None
         self._batch: Batch | None = None
@@ -55,12 +57,12 @@ class StepHooks(Callback):
         self._processed = 0
         self._update_check: UpdateCheck | None = None
         self._listed: list[object] = []  # the callbacks at the start of the last window
-        self._roll_back: Restorable | None = None
+        self._rollback: Rejection | None = None  # of the current window
 
     def _set_capabilities(self, fit: Fit, capabilities: list[Stages]) -> None:
         fit.capabilities[:] = capabilities
         self._evaluations = 0  # not in _clear_fit: a checkpoint may be saved after an error
-        self._stages = overriding(capabilities)
+        self._stages, self._logged = overriding(capabilities, Stages), fit.without_monitor()
         self._updating = list(dict.fromkeys(c for n in _UPDATE_STAGES for c in self._stages[n]))
         self._may_reject = any(capability.may_reject for capability in self._stages["decide"])
 
@@ -212,7 +214,8 @@ class StepHooks(Callback):
         if update.rejection is not None:
             update.drop_gradients_()
             step_control(update.optimizer).skip_next()
-            self._roll_back = update.rejection.roll_back
+            if update.rejection.roll_back is not None:
+                self._rollback = update.rejection
             return
         for capability in self._stages["after_step"]:
             step_control(update.optimizer).after_step(partial(capability.after_step, update))
@@ -266,16 +269,14 @@ class StepHooks(Callback):
         if not closes:
             self._evaluations = 0
             return
-        # Metrics that are logged also without a monitor.
-        logged = [c for c in fit.capabilities if c.logs_without_monitor]
-        if logged and not any(c.logs_all_metrics for c in fit.capabilities):
-            loggers.log_if_due(
-                fit.trainer, lambda: {t: v for c in logged for t, v in c.metrics(fit).items()}
-            )
+        if self._logged:
+            loggers.log_if_due(fit.trainer, partial(fit.metrics, self._logged))
         self._follow_changes(fit)  # before a rollback, which writes values, too
-        if self._roll_back is not None:
-            self._roll_back.restore(rewind=False)  # the data stays consumed
-            self._roll_back = None
+        if self._rollback is not None:
+            self._rollback.restore_snapshot(fit.trainer)
+            self._rollback = None
+        for capability in self._stages["end_window"]:
+            capability.end_window(batch)
         if fit.groups:  # last, because all of the above may change adjustments and groups
             fit.groups.write(clock.progress())
         self._evaluations = 0

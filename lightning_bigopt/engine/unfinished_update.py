@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_bigopt.engine.stage import Fit, overriding
+from lightning_bigopt.engine.overridden_stages import overriding
+from lightning_bigopt.engine.stage import Fit, Stages
 from lightning_bigopt.trainer_access import loop
 
 __all__ = ["check_update_is_complete"]
@@ -29,7 +30,7 @@ def check_update_is_complete(fit: Fit | None, *, evaluations: int) -> None:
 
 def _is_unchanged(fit: Fit) -> bool:
     """Returns whether the first evaluation has changed no state, and the step has not begun."""
-    stages = overriding(fit.capabilities)
+    stages = overriding(fit.capabilities, Stages)
     deciding = [*stages["decide"], *stages["clip"], *stages["observe"]]
     has_decided = any(capability in stages["saved_state"] for capability in deciding)
     return not has_decided and loop.current_hook(fit.trainer) == "on_before_optimizer_step"

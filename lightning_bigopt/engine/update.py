@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -16,6 +16,10 @@ from lightning_bigopt.gradients.clip_decision import ClipDecision
 from lightning_bigopt.gradients.gradient_norms import GradientNorms
 from lightning_bigopt.gradients.measure import measure
 from lightning_bigopt.optimizers.names import unwrapped
+from lightning_bigopt.trainer_access import loop, loop_counters
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 __all__ = ["Rejection", "Restorable", "Update"]
 
@@ -23,8 +27,11 @@ __all__ = ["Rejection", "Restorable", "Update"]
 class Restorable(Protocol):
     """A snapshot of a fit, such as :class:`~lightning_bigopt.engine.snapshot.Snapshot`."""
 
-    def restore(self, *, rewind: bool = True) -> None:
-        """Restores the state; with ``rewind`` also clock, counters and loaders."""
+    def restore(self, *, rewind: bool = True, replay: bool = True) -> None:
+        """Restores the state; with ``rewind`` also clock and counters, with both the loaders."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state of a portable snapshot as tensors in plain containers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +41,24 @@ class Rejection:
     Args:
         reason: Reason for the rejection, in one sentence.
         roll_back: Snapshot to restore at the end of the batch; None to skip the update only.
+        rewind: Whether clock and counts of the run go back to the snapshot, too.
+        replay: Whether the loaders go back with them. Otherwise the data since the snapshot is left
+            out: training continues with the next data.
     """
 
     reason: str
     roll_back: Restorable | None = None
+    rewind: bool = False
+    replay: bool = False
+
+    def restore_snapshot(self, trainer: Trainer) -> None:
+        """Restores the snapshot, if there is one, at the end of the batch."""
+        if self.roll_back is None:
+            return
+        step = loop.batches_that_stepped(trainer) if self.rewind else None
+        self.roll_back.restore(rewind=self.rewind, replay=self.replay)
+        if step is not None:  # what was logged stays logged: the axis of the loggers goes on
+            loop_counters.set_logger_step(trainer, step)
 
 
 @dataclass(kw_only=True, eq=False)

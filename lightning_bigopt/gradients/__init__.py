@@ -30,6 +30,7 @@ from lightning_bigopt.gradients.noise_scale import (
     noise_scale_terms,
 )
 from lightning_bigopt.gradients.optimizer_step import StepControl, step_control
+from lightning_bigopt.gradients.roll_back import RollBack
 from lightning_bigopt.gradients.rules import (
     AGC,
     AdaGC,
@@ -71,6 +72,7 @@ __all__ = [
     "NormClip",
     "NormSpike",
     "PerParameterNormClip",
+    "RollBack",
     "RuleState",
     "Skip",
     "StepControl",

@@ -183,6 +183,21 @@ TAGS: tuple[Tag, ...] = (
         "Updates that a detector of the guard has rejected since the beginning of the run; the "
         "guard has skipped or clipped them.",
     ),
+    _tag("rollback/count", "rollbacks", "Rollbacks to a snapshot since the beginning of the run."),
+    _tag(
+        "rollback/left_out",
+        "samples",
+        "Samples between snapshots and the updates that were rolled back, since the beginning of "
+        "the run; batches of one process where samples are not counted.",
+    ),
+    _tag("rollback/loss_before", "1", "Smoothed loss before the last rollback."),
+    _tag("rollback/loss_after", "1", "Mean loss of the first accepted updates after it."),
+    _tag(
+        "rollback/discarded_loss",
+        "1",
+        "Loss of an update that a rollback has undone, at the step of that update; in other "
+        "loggers than TensorBoard the mean over them, at the step of the rollback.",
+    ),
     _tag(
         "progress/samples",
         "samples",

@@ -24,12 +24,12 @@ __all__ = [
 # Tags of OptimizationMonitor and of Lightning, and losses.
 _NOT_OF_MODULE = (
     ".*[Ll]oss|optim/|plan/|grad_norm/|clip/|batch/|noise_scale/|layers/|update_ratio/|guard/"
-    "|communication/|progress/|throughput/|time/|memory/|histograms/|lr-|epoch$|hp_metric$"
+    "|rollback/|communication/|progress/|throughput/|time/|memory/|histograms/|lr-|epoch$|hp_metric$"
 )
 
 DASHBOARD: Mapping[str, Mapping[str, Sequence[str]]] = {
     "training": {
-        "loss, training and validation": (".*[Ll]oss.*",),
+        "loss, training and validation": ("(?!rollback/loss_).*[Ll]oss.*",),
         "other metrics of the module": (f"(?!{_NOT_OF_MODULE}).*",),
     },
     "optimization": {

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim import Optimizer
 
-__all__ = ["ObjectSnapshot", "copied"]
+__all__ = ["ObjectSnapshot", "copied", "copy_to"]
 
 
 class ObjectSnapshot:
@@ -29,6 +29,8 @@ class ObjectSnapshot:
     Args:
         objects: The objects, such as modules and optimizers, or lists of tensors.
         device: Device of the copies of tensors; None for the device of each tensor.
+        asynchronous: Whether copies from a GPU to ``"cpu"`` go to pinned memory while training
+            continues; they are complete when the current CUDA stream is.
         gradients: Whether gradients are saved and restored.
         nested: Whether the attributes of other objects within the objects are saved, too, if such
             an object has an attribute that is a tensor, or ``param_groups``. Modules are not.
@@ -52,11 +54,13 @@ class ObjectSnapshot:
         self,
         *objects: object,
         device: str | None = None,
+        asynchronous: bool = False,
         gradients: bool = True,
         nested: bool = False,
         ignore: Callable[[str], bool] = lambda name: not name,
     ) -> None:
-        self._device, self._saves_gradients = device, gradients
+        self._device, self._asynchronous = device, asynchronous
+        self._saves_gradients = gradients
         self._saves_nested, self._ignores = nested, ignore
         # By id, because dicts and lists are not hashable. The references keep the objects alive:
         # Python may give the id of a deleted object to a new one.
@@ -69,6 +73,10 @@ class ObjectSnapshot:
                 self._save(item)
             else:
                 self._save_attributes(vars(item))
+
+    def contents(self) -> dict[int, Tensor]:
+        """Returns the copies by the id of the tensor that they are copies of."""
+        return {id(tensor): content for tensor, content in self._tensors}
 
     def check(self) -> None:
         """Checks that every tensor can be restored.
@@ -139,7 +147,7 @@ class ObjectSnapshot:
             for name in local.__tensor_flatten__()[0]:
                 self._save(getattr(local, name))
         else:
-            content = local.to(self._device or tensor.device, copy=True)
+            content = copy_to(local, self._device, asynchronous=self._asynchronous)
             self._tensors.append((tensor, content))
             self._undo.append(partial(_copy, tensor, content))
         if not self._saves_gradients or not tensor.is_leaf:
@@ -215,14 +223,38 @@ def _refill(value: deque[Any] | set[Any], items: list[Any]) -> None:
     (value.extend if isinstance(value, deque) else value.update)(items)
 
 
-def copied(value: Any) -> Any:
-    """Copies tensors and containers recursively; other objects are shared."""
-    if isinstance(value, Tensor):
+def copied(value: Any, device: str | None = None, *, asynchronous: bool = False) -> Any:
+    """Copies tensors and containers recursively; other objects are shared.
+
+    Args:
+        value: The value.
+        device: Device of the copies of tensors other than DTensors; None for that of each tensor.
+        asynchronous: As for :class:`ObjectSnapshot`.
+    """
+    copy = partial(copied, device=device, asynchronous=asynchronous)
+    if isinstance(value, DTensor):
         return value.detach().clone()
+    if isinstance(value, Tensor):
+        return copy_to(value.detach(), device, asynchronous=asynchronous)
     if isinstance(value, Mapping):
-        return {key: copied(item) for key, item in value.items()}
+        return {key: copy(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [copied(item) for item in value]
+        return [copy(item) for item in value]
     if type(value) is tuple:
-        return tuple(copied(item) for item in value)
+        return tuple(copy(item) for item in value)
     return value
+
+
+def copy_to(tensor: Tensor, device: str | None, *, asynchronous: bool = False) -> Tensor:
+    """Copies a tensor to a device; None for its own.
+
+    Args:
+        tensor: The tensor.
+        device: The device.
+        asynchronous: Whether a copy from a GPU to ``"cpu"`` goes to pinned memory, without waiting.
+    """
+    is_strided = tensor.layout == torch.strided
+    if not (asynchronous and device == "cpu" and tensor.is_cuda and is_strided):
+        return tensor.to(device or tensor.device, copy=True)
+    content = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    return content.copy_(tensor, non_blocking=True)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_bigopt.optimizers.object_snapshot import ObjectSnapshot
+from lightning_bigopt.optimizers.stored_training import training_state
 
 __all__ = ["TrainingSnapshot"]
 
@@ -30,6 +31,7 @@ class TrainingSnapshot:
     Args:
         module: The module.
         optimizers: Its optimizers.
+        portable: Whether the copies are on the CPU, and :meth:`state_dict` returns them.
 
     Example:
         >>> import torch
@@ -45,14 +47,23 @@ class TrainingSnapshot:
         True
     """
 
-    def __init__(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    def __init__(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], *, portable: bool = False
+    ) -> None:
         self._registered = [
             (path, part, _registered(part)) for path, part in module.named_modules()
         ]
         tensors = [*module.parameters(), *module.buffers()]
         self._objects = ObjectSnapshot(
-            tensors, *optimizers, gradients=False, nested=True, ignore=_is_ignored
+            tensors,
+            *optimizers,
+            device="cpu" if portable else None,
+            asynchronous=portable,
+            gradients=False,
+            nested=True,
+            ignore=_is_ignored,
         )
+        self._state = training_state(module, optimizers, self._objects) if portable else {}
         # With the parameters of each group at this time: code that moves a parameter to another
         # group changes the list in the group itself.
         self._groups: list[tuple[dict[str, Any], list[_Group], set[int]]] = [
@@ -60,6 +71,10 @@ class TrainingSnapshot:
             for attributes in self._objects.attributes
             if isinstance(attributes.get("param_groups"), list)
         ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state for a :class:`StoredTraining`; it shares the tensors."""
+        return self._state
 
     def check(self) -> None:
         """Checks that everything can be restored.

@@ -59,7 +59,7 @@ class Chart:
     def curves(self, run: Run) -> dict[str, Curve]:
         """Returns the curves of a run that are drawn as solid lines, by tag."""
         if self.tags == _LOSSES:
-            return {tag: curve for tag, curve in run.curves.items() if "loss" in tag.lower()}
+            return {tag: curve for tag, curve in run.curves.items() if is_loss(tag)}
         return run.select(*self.prefixes_for(run))
 
     def planned_curves(self, run: Run) -> dict[str, Curve]:
@@ -75,10 +75,21 @@ class Chart:
         return spikes and min(finite) > 0 and max(finite) > _SPIKE_RATIO * median(finite)
 
 
+def is_loss(tag: str) -> bool:
+    """Returns whether a tag is drawn as a loss: its name contains the word.
+
+    Example:
+        >>> is_loss("val_loss"), is_loss("rollback/loss_after")
+        (True, False)
+    """
+    return "loss" in tag.lower() and not tag.startswith("rollback/loss_")
+
+
 CHARTS: tuple[Chart, ...] = (
     Chart(
         title="Loss",
-        text="All logged values whose name contains the word loss.",
+        text="All logged values whose name contains the word loss. Updates that a rollback has "
+        "undone are drawn as rollback/discarded_loss.",
         unit="loss",
         tags=_LOSSES,
         scale="log where it spikes",

@@ -17,7 +17,6 @@ __all__ = [
     "begin_next_epoch",
     "closes_window",
     "continues_ended_epoch",
-    "counters",
     "current_hook",
     "epoch_batches",
     "epoch_is_exhausted",
@@ -34,7 +33,6 @@ __all__ = [
     "reached_limit",
     "ready_batches",
     "restarts_within_epoch",
-    "restore_counters",
     "resumed_batches",
     "should_log",
     "timer_seconds",
@@ -287,30 +285,3 @@ def should_log(trainer: Trainer) -> bool:
     return every > 0 and (
         (batches_that_stepped(trainer) + 1) % every == 0 or bool(trainer.should_stop)
     )
-
-
-def counters(trainer: Trainer) -> dict[str, Any]:
-    """Returns the fit loop's counters of epochs, batches and updates, and the accumulation."""
-    return {
-        "accumulate": trainer.accumulate_grad_batches,
-        "stepped": batches_that_stepped(trainer),
-        **{name: tracker.state_dict() for name, tracker in _trackers(trainer).items()},
-    }
-
-
-def restore_counters(trainer: Trainer, state: dict[str, Any]) -> None:
-    """Restores the counters from the result of :func:`counters`."""
-    trainer.accumulate_grad_batches = state["accumulate"]
-    trainer.fit_loop.epoch_loop._batches_that_stepped = state["stepped"]
-    for name, tracker in _trackers(trainer).items():
-        tracker.load_state_dict(state[name])
-
-
-def _trackers(trainer: Trainer) -> dict[str, Any]:
-    epoch_loop = trainer.fit_loop.epoch_loop
-    return {
-        "epochs": trainer.fit_loop.epoch_progress,
-        "batches": epoch_loop.batch_progress,
-        "updates": epoch_loop.automatic_optimization.optim_progress,
-        "manual updates": epoch_loop.manual_optimization.optim_step_progress,
-    }

@@ -14,13 +14,14 @@ from torch import Tensor
 from lightning_bigopt import BatchSizeScheduler, ConstantBatchSize, GlobalBatchLoader
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.engine.capability import Capability
-from lightning_bigopt.engine.stage import Batch, Fit, overriding
+from lightning_bigopt.engine.overridden_stages import overriding
+from lightning_bigopt.engine.stage import Batch, Fit, Stages
 from lightning_bigopt.engine.update import Rejection, Update
 from tests.helpers import QUIET, Probe, Regression, ResumableLoader, loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 
-EVERY = list(overriding([]))
+EVERY = list(overriding([], Stages))
 # Called where something else asks for them: a monitor, several processes, a snapshot, a second run.
 ON_DEMAND = {"metrics", "specification", "settings_as_code", "snapshot", "restore", "reset"}
 
@@ -131,7 +132,7 @@ def test_a_whole_fit() -> None:
     trainer = trainer_with(records, accumulate_grad_batches=2)
     trainer.fit(module, ResumableLoader(8, 2), loader(2, 2))
     sanity = validation = ["begin_evaluation", "end_evaluation"]
-    window = [*BATCH, "end_batch", *BATCH, *UPDATE, "end_batch"]
+    window = [*BATCH, "end_batch", *BATCH, *UPDATE, "end_batch", "end_window"]
     # The sanity check comes before training starts.
     start = [*START[:2], *sanity, *START[2:]]
     assert records.stages == [*start, *window, *window, *validation, *END]
@@ -215,8 +216,9 @@ def test_saving_and_resuming(tmp_path: Path) -> None:
     records = Records()
     trainer_with(Saves(), records).fit(Probe(), ResumableLoader(8, 2))
     # The batch is ended first, then the weights are collected, then the callbacks' states.
-    assert [stage for stage, _ in saving] == ["end_batch", "saved_weights", "saved_state"]
-    (weights,) = saving[1][1]
+    ended = ["end_batch", "end_window"]
+    assert [stage for stage, _ in saving] == [*ended, "saved_weights", "saved_state"]
+    (weights,) = saving[2][1]
     assert weights.keys() == Probe().state_dict().keys()
     resumed = Records()
     trainer_with(resumed).fit(
@@ -331,8 +333,14 @@ def test_an_error_ends_the_fit() -> None:
 
 def test_no_stage_is_left_out() -> None:
     """The tests above see every stage that the protocol has."""
-    seen = {*START, *END, *BATCH, *UPDATE, *ON_DEMAND, "end_batch", "observe_rejection"}
-    seen |= {"begin_evaluation", "end_evaluation", "saved_weights", "saved_state"}
+    seen = {*START, *END, *BATCH, *UPDATE, *ON_DEMAND, "end_batch", "end_window"}
+    seen |= {
+        "observe_rejection",
+        "begin_evaluation",
+        "end_evaluation",
+        "saved_weights",
+        "saved_state",
+    }
     assert seen | {"load_saved_state"} == set(EVERY)
 
 

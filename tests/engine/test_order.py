@@ -272,7 +272,7 @@ def test_snapshot_of_a_rejection_is_restored_after_the_batch() -> None:
             return Rejection(reason="bad", roll_back=snapshot)
 
     Run(RollsBack()).batch(0)
-    assert restored == [{"rewind": False}]
+    assert restored == [{"rewind": False, "replay": False}]
 
 
 @pytest.mark.parametrize("exception", [ZeroDivisionError, KeyboardInterrupt])

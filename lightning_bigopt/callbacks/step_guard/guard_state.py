@@ -124,6 +124,17 @@ class GuardState:
             "settings": self._settings(),
         }
 
+    def rewind(self, state: dict[str, Any]) -> None:
+        """Restores the state of this fit before a rollback; the counts of rejections go on."""
+        counts = {
+            label: {name: record[name] for name in ("rejected", "skipped", "detected")}
+            for label, record in self._guarded.items()
+        }
+        self.load_state_dict(state)
+        self._saved_settings = None
+        for label, kept in counts.items():
+            self.of_optimizer(label).update(kept)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the state from a checkpoint.
 

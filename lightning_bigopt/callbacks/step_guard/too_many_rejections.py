@@ -39,14 +39,14 @@ class TooManyRejectionsError(RuntimeError):
 
 
 def too_many_rejections(
-    trainer: Trainer, rejected: RejectedUpdate, limit: int, checkpoint: str | None
+    trainer: Trainer, rule: str, rejected: RejectedUpdate, checkpoint: str | None
 ) -> TooManyRejectionsError:
     """Creates the error that ends a run after too many rejections in a row.
 
     Args:
         trainer: The Trainer.
+        rule: The rule that the run breaks.
         rejected: The last rejected update.
-        limit: Number of rejections in a row.
         checkpoint: Newest checkpoint before the first of them; None if there was none.
 
     Returns:
@@ -71,9 +71,7 @@ def too_many_rejections(
         )
         if checkpoint is not None:
             hint += f", and resume from {checkpoint}, the last checkpoint before"
-    return TooManyRejectionsError(
-        f"updates must not be rejected {limit} times in a row, got: {rejected} {hint}"
-    )
+    return TooManyRejectionsError(f"{rule}, got: {rejected} {hint}")
 
 
 def _tensors_with_nan(module: nn.Module) -> list[str]:

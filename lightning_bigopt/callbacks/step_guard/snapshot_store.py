@@ -1,0 +1,268 @@
+"""Keeps the last snapshots of a run, in CPU memory or in files that survive the process."""
+
+from __future__ import annotations
+
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_bigopt.engine.stage import Fit
+from lightning_bigopt.engine.update import Restorable
+from lightning_bigopt.trainer_access import output_paths, strategies
+
+__all__ = ["KeptSnapshot", "SnapshotStore"]
+
+_VERSION = 1
+
+
+@dataclass(kw_only=True)
+class KeptSnapshot:
+    """A snapshot with its place in the run; the same on all processes but for its contents.
+
+    Args:
+        number: Number of the snapshot in the run.
+        steps: The Trainer's ``global_step``.
+        samples: Samples consumed, over all processes.
+        batches: Batches of one process consumed.
+        snapshot: The snapshot; None if a file holds it.
+        state: Its state from a checkpoint, until it is needed.
+    """
+
+    number: int
+    steps: int
+    samples: int
+    batches: int
+    snapshot: Restorable | None = None
+    state: dict[str, Any] | None = None
+
+    def place(self) -> dict[str, int]:
+        """Returns the place in the run as plain numbers."""
+        names = ("number", "steps", "samples", "batches")
+        return {name: getattr(self, name) for name in names}
+
+
+class SnapshotStore:
+    """The last snapshots of a run.
+
+    With a folder each process writes a file for each snapshot, as a whole or not at all, in the
+    background. A file is deleted when neither the run nor the two checkpoints saved last need it.
+
+    Args:
+        folder: The folder; None for CPU memory.
+        keep: Number of snapshots.
+    """
+
+    def __init__(self, folder: str | None, keep: int) -> None:
+        self.folder, self._keep = folder, keep
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all snapshots."""
+        self.kept: list[KeptSnapshot] = []
+        self._next = 0
+        self._needed: list[set[int]] = []  # by checkpoints
+        self._writing: Future[None] | None = None
+        self._has_warned = False
+        self._rank = self._world_size = 0
+        self._is_sharded = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies must not contain the fit.
+        return {**vars(type(self)(self.folder, self._keep)), "_next": self._next}
+
+    # ------------------------------------------------------------------------ start and end
+
+    def start(self, fit: Fit) -> None:
+        """Checks the folder, and drops snapshots that cannot be restored here; a collective.
+
+        Raises:
+            ValueError: If a process cannot write to the folder.
+        """
+        trainer = fit.trainer
+        self._rank, self._world_size = trainer.global_rank, trainer.world_size
+        self._is_sharded = strategies.shards_gradients(trainer) and trainer.world_size > 1
+        problem = "" if self.folder is None else output_paths.folder_problem(self.folder)
+        error = None
+        if problem:
+            error = ValueError(
+                f"to must be a folder that can be written to, got {self.folder!r}, {problem}; "
+                "choose another folder, or 'memory'"
+            )
+        output_paths.raise_on_every_process(trainer, error, name="to")
+        if self.folder is None and self._is_sharded:
+            rank_zero_info(
+                "RollBack(to='memory'): checkpoints do not hold the snapshots of a sharded model; "
+                "after a resume new ones are taken. Pass to='a folder' to keep them."
+            )
+        if not self.kept:
+            return
+        mine = [float(self._is_available(kept)) for kept in self.kept]
+        found = strategies.sum_over_data_(
+            trainer, torch.tensor(mine, device=trainer.strategy.root_device)
+        )
+        available = [n >= strategies.data_parallel_size(trainer) for n in found.tolist()]
+        lost = len(available) - sum(available)
+        self.kept = [kept for kept, is_here in zip(self.kept, available, strict=True) if is_here]
+        if lost:
+            rank_zero_info(
+                f"RollBack: {lost} of {len(available)} snapshots of the checkpoint cannot be used "
+                "here (their files are missing, or the number of processes has changed)."
+            )
+
+    def _is_available(self, kept: KeptSnapshot) -> bool:
+        if self.folder is None:
+            state = kept.state
+            return kept.snapshot is not None or (state is not None and self._fits(state, kept))
+        try:
+            return self._fits(self._load(kept.number), kept)
+        except Exception:  # noqa: BLE001  # a damaged file is as good as none
+            return False
+
+    def _fits(self, state: dict[str, Any], kept: KeptSnapshot) -> bool:
+        # One process, or equal replicas, restore the state of process 0.
+        is_same = state["world_size"] == self._world_size or not self._is_sharded
+        return state["version"] == _VERSION and is_same and state["place"] == kept.place()
+
+    def end(self) -> None:
+        """Waits for the file that is being written, and releases the snapshots of the fit."""
+        self.wait()
+        for kept in self.kept:
+            if kept.snapshot is not None:
+                kept.state = self._contents(kept)
+            kept.snapshot = None
+
+    # ---------------------------------------------------------------------------- snapshots
+
+    def take(self, fit: Fit) -> None:
+        """Takes a snapshot, and forgets the oldest of too many."""
+        clock = fit.clock
+        kept = KeptSnapshot(
+            number=self._next,
+            steps=fit.trainer.global_step,
+            samples=clock.samples,
+            batches=clock.batches,
+            snapshot=fit.take_snapshot(portable=True),
+        )
+        self._next += 1
+        self.kept.append(kept)
+        del self.kept[: -self._keep]
+        if self.folder is not None:
+            self.wait()
+            pool = ThreadPoolExecutor(1)
+            self._writing = pool.submit(self._write, kept)
+            pool.shutdown(wait=False)
+        self._remove_unneeded()
+
+    def drop_newest(self) -> None:
+        """Forgets the newest snapshot."""
+        self.kept.pop()
+
+    def restorable(self, fit: Fit, kept: KeptSnapshot) -> Restorable:
+        """Returns a snapshot that can be restored; reads its file if it has one."""
+        self.wait()
+        if kept.snapshot is None:
+            state = self._load(kept.number) if kept.state is None else kept.state
+            contents = dict(state["snapshot"])
+            if state["rank"] != self._rank:
+                # A checkpoint in one file holds the state of process 0: equal random numbers on
+                # all processes would be wrong, so that theirs stay as they are.
+                contents["random"] = None
+            snapshot = fit.take_snapshot(state=contents)
+            if self.folder is not None:
+                return snapshot
+            kept.snapshot, kept.state = snapshot, None
+        return kept.snapshot
+
+    def wait(self) -> None:
+        """Waits for the file that is being written."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    # -------------------------------------------------------------------------------- files
+
+    def _contents(self, kept: KeptSnapshot) -> dict[str, Any]:
+        assert kept.snapshot is not None  # checked by the callers
+        return {
+            "version": _VERSION,
+            "world_size": self._world_size,
+            "rank": self._rank,
+            "place": kept.place(),
+            "snapshot": kept.snapshot.state_dict(),
+        }
+
+    def _path(self, number: int) -> Path:
+        assert self.folder is not None  # checked by the callers
+        return Path(self.folder, f"snapshot-{number:06d}-rank{self._rank}.pt")
+
+    def _load(self, number: int) -> dict[str, Any]:
+        state: dict[str, Any] = torch.load(
+            self._path(number), map_location="cpu", weights_only=True
+        )
+        return state
+
+    def _write(self, kept: KeptSnapshot) -> None:
+        path = self._path(kept.number)
+        part = path.with_suffix(".part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                torch.save(self._contents(kept), part)
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)
+        except Exception as error:  # noqa: BLE001  # a full disk must not end the training
+            # The snapshot stays in memory, so that all processes still have the same ones.
+            if not self._has_warned:
+                self._has_warned = True
+                warnings.warn(
+                    f"A snapshot could not be written to {str(path)!r} ({type(error).__name__}: "
+                    f"{error}). It stays in memory, without another warning; repair the folder, so "
+                    "that snapshots survive the process.",
+                    stacklevel=2,
+                )
+            return
+        kept.snapshot = None
+
+    def _remove_unneeded(self) -> None:
+        if self.folder is None or not self.kept:
+            return
+        needed = set[int]().union({kept.number for kept in self.kept}, *self._needed)
+        for number in range(max(0, self._next - 4 * self._keep - 4), self._next):
+            if number not in needed:
+                self._path(number).unlink(missing_ok=True)
+
+    # -------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the places of the snapshots, and with CPU memory their contents."""
+        self.wait()
+        numbers = {kept.number for kept in self.kept}
+        if numbers not in self._needed:
+            self._needed = [*self._needed[-1:], numbers]
+        snapshots = []
+        for kept in self.kept:
+            entry: dict[str, Any] = {"place": kept.place()}
+            if self.folder is None:
+                if self._is_sharded:
+                    continue  # a checkpoint holds the state of process 0 only
+                is_here = kept.snapshot is not None
+                entry["state"] = self._contents(kept) if is_here else kept.state
+            snapshots.append(entry)
+        return {"next": self._next, "snapshots": snapshots}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores the state from a checkpoint; :meth:`start` drops what cannot be restored."""
+        self.clear()
+        self._next = state["next"]
+        for entry in state["snapshots"]:
+            in_memory = "state" in entry
+            if in_memory == (self.folder is None):
+                self.kept.append(KeptSnapshot(**entry["place"], state=entry.get("state")))
+        del self.kept[: -self._keep]
+        self._needed = [{kept.number for kept in self.kept}]
