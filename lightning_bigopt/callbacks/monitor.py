@@ -15,15 +15,17 @@ from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.clock_settings import ClockSettings
 from lightning_bigopt.engine.stage import Batch, Fit
 from lightning_bigopt.engine.update import Rejection, Update
-from lightning_bigopt.gradients.clip_decision import ClipDecision
 from lightning_bigopt.monitoring import logging
-from lightning_bigopt.monitoring.group_values import hyperparameters_of
 from lightning_bigopt.monitoring.layers import LayerMonitor, LayerValue, check_layers
 from lightning_bigopt.monitoring.logging import XAxis
 from lightning_bigopt.monitoring.metric_buffer import MetricBuffer
 from lightning_bigopt.monitoring.step_timer import StepTimer
 from lightning_bigopt.monitoring.tags import tag_name
-from lightning_bigopt.optimizers.names import group_names
+from lightning_bigopt.monitoring.update_values import (
+    add_clipping,
+    add_hyperparameters,
+    for_progress_bar,
+)
 from lightning_bigopt.parameters import tied_names
 from lightning_bigopt.trainer_access import loggers, loop
 from lightning_bigopt.trainer_access.event_folder import EventFolder
@@ -207,14 +209,11 @@ class OptimizationMonitor(Capability):
         values, label, norms = self._values, update.label, update.norms
         total = norms.value if norms.is_on_host else norms.total
         values.add(tag_name("grad_norm/total", label), total)
-        groups = update.optimizer.param_groups
-        for name, group in zip(group_names(groups), groups, strict=True):
-            for tag, value in hyperparameters_of(group).items():
-                values.add(tag_name(tag, label, name), value)
+        add_hyperparameters(values, update.optimizer, label)
         if not self._due:
             return
         if update.decision is not None:
-            self._add_clipping(update.decision, label)
+            add_clipping(values, update.decision, label)
         if self.layers is not None:
             layers = self._layers.get(label)
             if layers is None:
@@ -226,17 +225,6 @@ class OptimizationMonitor(Capability):
                 into=values,
                 is_rejected=update.rejection is not None,
             )
-
-    def _add_clipping(self, decision: ClipDecision, label: str) -> None:
-        """Adds coefficient and threshold; ``clip/fraction`` is a metric of GradientClipping."""
-        for pattern, part in decision.each_group():
-            factor, threshold = part.coefficient, part.threshold
-            if factor is None and part.coefficients is not None:
-                factor = part.coefficients.mean()
-            if factor is not None:
-                self._values.add(tag_name("clip/coefficient", label, pattern), factor)
-            if threshold is not None and (not isinstance(threshold, Tensor) or threshold.ndim == 0):
-                self._values.add(tag_name("clip/threshold", label, pattern), threshold)
 
     def after_step(self, update: Update) -> None:
         """Measures the norm of the change in the weights."""
@@ -266,7 +254,7 @@ class OptimizationMonitor(Capability):
         if batch.samples is not None:
             values.add("batch/global_size", float(clock.window.trained_samples))
         fetched = values.fetch()
-        loggers.show_on_progress_bar(trainer, _for_progress_bar(fetched))
+        loggers.show_on_progress_bar(trainer, for_progress_bar(fetched))
         if due:
             # After the transfer, which waits for the GPU: the events of its updates are complete.
             times = MetricBuffer()
@@ -301,17 +289,3 @@ class OptimizationMonitor(Capability):
         """Returns the arguments that determine which updates are measured, and how."""
         names = ("every", "layers", "per_layer", "histograms_every", "x_axis")
         return {name: as_code(getattr(self, name)) for name in names}
-
-
-def _for_progress_bar(values: Mapping[str, float]) -> dict[str, float]:
-    shown = {
-        "grad_norm": next(v for k, v in values.items() if k.startswith("grad_norm/total")),
-    }
-    if "batch/global_size" in values:
-        shown["global_batch"] = values["batch/global_size"]
-    rate = next((v for k, v in values.items() if k.startswith("optim/lr")), None)
-    if rate is not None:
-        shown = {"lr": rate, **shown}
-    if values.get("guard/skipped"):
-        shown["skipped"] = values["guard/skipped"]
-    return shown
