@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -16,15 +16,18 @@ from lightning_bigopt.engine.clock_settings import ClockSettings
 from lightning_bigopt.engine.stage import Batch, Fit
 from lightning_bigopt.engine.update import Rejection, Update
 from lightning_bigopt.monitoring import logging
+from lightning_bigopt.monitoring.layer_monitors import LayerMonitors
 from lightning_bigopt.monitoring.layers import LayerMonitor, LayerValue, check_layers
 from lightning_bigopt.monitoring.logging import XAxis
 from lightning_bigopt.monitoring.metric_buffer import MetricBuffer
+from lightning_bigopt.monitoring.stability import Stability
 from lightning_bigopt.monitoring.step_timer import StepTimer
 from lightning_bigopt.monitoring.tags import tag_name
 from lightning_bigopt.monitoring.update_values import (
     add_clipping,
     add_hyperparameters,
     for_progress_bar,
+    without_unknown,
 )
 from lightning_bigopt.parameters import tied_names
 from lightning_bigopt.trainer_access import loggers, loop
@@ -129,9 +132,13 @@ class OptimizationMonitor(Capability):
         self.reset()
 
     def reset(self) -> None:
-        """Clears the buffers and the timer."""
+        """Clears the histories of losses and norms, the buffers and the timer."""
+        self._stability = Stability()
+        self._clear()
+
+    def _clear(self) -> None:
         self._values = MetricBuffer()
-        self._layers: dict[str, LayerMonitor] = {}
+        self._layers = LayerMonitors(self.layers, self.per_layer)
         self._timer = StepTimer()
         self._bar_is_empty = True
         self._due = self._stepped = False
@@ -152,9 +159,10 @@ class OptimizationMonitor(Capability):
                 "pass tokens=a function of the batch, or the name of its ids or mask"
             )
         check_layers(fit.parameter_names(), self.layers, tied_names(fit.module))
-        self.reset()
+        self._clear()
         device, counts = fit.trainer.strategy.root_device, fit.clock.counts()
         self._timer.start(device, samples=counts.trained_samples, tokens=counts.tokens)
+        self._stability.start(device=device, processes=fit.trainer.world_size)
 
     def announce(self, fit: Fit) -> None:
         """Writes the plan of the run to TensorBoard."""
@@ -165,7 +173,8 @@ class OptimizationMonitor(Capability):
 
     def end(self, fit: Fit) -> None:
         """Writes hyperparameters with final metrics, and the report."""
-        self._values, self._layers = MetricBuffer(), {}
+        self._values = MetricBuffer()
+        self._layers = LayerMonitors(self.layers, self.per_layer)
         try:
             logging.write_end(fit)
             write_run_report(fit.trainer, self.report, self.event_folder)
@@ -173,6 +182,10 @@ class OptimizationMonitor(Capability):
             self._events.close(fit.trainer)
 
     # ----------------------------------------------------------------------------- an update
+
+    def observe_loss(self, batch: Batch, loss: Tensor) -> None:
+        """Records the loss, on the device."""
+        self._stability.add_loss(loss, samples=batch.samples)
 
     def rescale(self, update: Update) -> None:
         """Determines whether the update is logged; the first stage of an update."""
@@ -204,6 +217,8 @@ class OptimizationMonitor(Capability):
 
     def observe(self, update: Update) -> None:
         """Collects the values of the update, on the device."""
+        if update.rejection is None:
+            self._stability.observe(update.label, update.measured_norms)
         if not self.needs_norms(update):
             return
         values, label, norms = self._values, update.label, update.norms
@@ -214,26 +229,17 @@ class OptimizationMonitor(Capability):
             return
         if update.decision is not None:
             add_clipping(values, update.decision, label)
-        if self.layers is not None:
-            layers = self._layers.get(label)
-            if layers is None:
-                layers = LayerMonitor(self.layers, self.per_layer, label=label)
-                self._layers[label] = layers
-            layers.before_step(
-                norms,
-                group=update.shard_group,
-                into=values,
-                is_rejected=update.rejection is not None,
-            )
+        self._layers.before_step(update, into=values)
 
     def after_step(self, update: Update) -> None:
-        """Measures the norm of the change in the weights."""
-        layers = self._layers.get(update.label)
-        if layers is not None:
-            layers.after_step(group=update.shard_group, into=self._values)
+        """Measures the norm of the change in the weights, and counts the update."""
+        self._stability.accept(update.label, found_inf=update.found_inf, is_logged=self._due)
+        self._layers.after_step(update, into=self._values)
 
     def end_batch(self, batch: Batch) -> None:
         """Transfers all values in one copy, and logs them if the update is logged."""
+        if batch.closes_window and batch.fit.module.automatic_optimization:
+            self._stability.clear_window()
         if not self._stepped:
             return
         self._stepped = False
@@ -243,17 +249,17 @@ class OptimizationMonitor(Capability):
         values, self._values = self._values, MetricBuffer()
         fit, trainer, due = batch.fit, batch.fit.trainer, self._due
         self._bar_is_empty, self._micro_size = False, batch.samples
-        for layers in self._layers.values():
-            layers.end_batch(into=values)
+        self._layers.end_batch(into=values)
         if due:
             for tag, value in fit.metrics().items():
                 values.add(tag, value)
+            self._stability.add_scores(into=values)
         if not trainer.is_global_zero:
             return
         clock = fit.clock
         if batch.samples is not None:
             values.add("batch/global_size", float(clock.window.trained_samples))
-        fetched = values.fetch()
+        fetched = without_unknown(values.fetch())
         loggers.show_on_progress_bar(trainer, for_progress_bar(fetched))
         if due:
             # After the transfer, which waits for the GPU: the events of its updates are complete.
@@ -261,8 +267,7 @@ class OptimizationMonitor(Capability):
             counted = None if batch.samples is None else clock.counts().trained_samples
             self._timer.report(samples=counted, tokens=clock.tokens, into=times)
             fetched.update(times.fetch())
-            for layers in self._layers.values():
-                fetched.update(layers.update_ratio_quantiles(fetched))
+            fetched.update(self._layers.update_ratio_quantiles(fetched))
             logging.log_values(fit, fetched, self.x_axis)
 
     def metrics(self, fit: Fit) -> Mapping[str, float | Tensor]:
@@ -284,6 +289,25 @@ class OptimizationMonitor(Capability):
     def end_evaluation(self, trainer: Trainer, module: LightningModule) -> None:
         """Resumes the timer."""
         self._timer.resume()
+
+    def end_epoch(self, fit: Fit) -> None:
+        """Sums the losses over the processes, for a checkpoint that is saved after the fit."""
+        self._stability.reduce()
+
+    def saved_weights(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Sums the losses over the processes: all of them collect the weights of a checkpoint."""
+        self._stability.reduce()
+        return state_dict
+
+    def saved_state(self) -> dict[str, Any]:
+        """Returns the histories and counts of the spike scores."""
+        return {"stability": self._stability.state_dict()}
+
+    def load_saved_state(self, state: dict[str, Any]) -> None:
+        """Restores the histories and counts of the spike scores."""
+        self._stability = Stability()
+        if "stability" in state:  # not in checkpoints of earlier versions
+            self._stability.load_state_dict(state["stability"])
 
     def settings_as_code(self) -> dict[str, str]:
         """Returns the arguments that determine which updates are measured, and how."""

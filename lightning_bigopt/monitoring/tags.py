@@ -111,6 +111,18 @@ TAGS: tuple[Tag, ...] = (
         "of tensors if each has its own coefficient.",
     ),
     _tag(
+        "stability/spike_score/norm[/optimizer]",
+        "1",
+        "Fraction of the updates whose gradient norm was more than 6 standard deviations above the "
+        "mean of the last 128 before it, since the beginning of the run.",
+    ),
+    _tag(
+        "stability/spike_score/loss[/optimizer]",
+        "1",
+        "Fraction of the updates whose loss was more than 6 standard deviations above the mean of "
+        "the last 128 before it, since the beginning of the run.",
+    ),
+    _tag(
         "layers/grad_norm/<layer>[/optimizer]",
         "1",
         "Norm of a layer's gradient before clipping.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from lightning_bigopt.monitoring.metric_buffer import MetricBuffer
 from lightning_bigopt.monitoring.tags import tag_name
 from lightning_bigopt.optimizers.names import group_names
 
-__all__ = ["add_clipping", "add_hyperparameters", "for_progress_bar"]
+__all__ = ["add_clipping", "add_hyperparameters", "for_progress_bar", "without_unknown"]
 
 
 def add_hyperparameters(values: MetricBuffer, optimizer: Optimizer, label: str) -> None:
@@ -49,3 +50,17 @@ def for_progress_bar(values: Mapping[str, float]) -> dict[str, float]:
     if values.get("guard/skipped"):
         shown["skipped"] = values["guard/skipped"]
     return shown
+
+
+def without_unknown(values: Mapping[str, float]) -> dict[str, float]:
+    """Returns the values without the spike scores that are NaN: nothing was compared yet.
+
+    Example:
+        >>> without_unknown({"loss": math.nan, "stability/spike_score/loss": math.nan})
+        {'loss': nan}
+    """
+    return {
+        tag: value
+        for tag, value in values.items()
+        if not (math.isnan(value) and tag.startswith("stability/"))
+    }

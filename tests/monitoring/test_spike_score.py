@@ -1,4 +1,4 @@
-"""SpikeScore: compared with a loop over numpy, saved in the middle, and without a synchronization."""
+"""SpikeScore: compared with a loop over numpy, saved in the middle, and never synchronized."""
 
 from __future__ import annotations
 
