@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
 from lightning_bigopt.arguments import explain_arguments
-from lightning_bigopt.callbacks.run_report import check_report, write_run_report
+from lightning_bigopt.callbacks.run_output import RunOutput
 from lightning_bigopt.checks import as_code, check_choice, check_count
 from lightning_bigopt.engine.batch_contents import BatchCount
 from lightning_bigopt.engine.capability import Capability
@@ -16,6 +17,7 @@ from lightning_bigopt.engine.clock_settings import ClockSettings
 from lightning_bigopt.engine.stage import Batch, Fit
 from lightning_bigopt.engine.update import Rejection, Update
 from lightning_bigopt.monitoring import logging
+from lightning_bigopt.monitoring.activations import ActivationMonitor, check_activations
 from lightning_bigopt.monitoring.layer_monitors import LayerMonitors
 from lightning_bigopt.monitoring.layers import LayerMonitor, LayerValue, check_layers
 from lightning_bigopt.monitoring.logging import XAxis
@@ -26,12 +28,12 @@ from lightning_bigopt.monitoring.tags import tag_name
 from lightning_bigopt.monitoring.update_values import (
     add_clipping,
     add_hyperparameters,
+    batch_values,
     for_progress_bar,
     without_unknown,
 )
 from lightning_bigopt.parameters import tied_names
-from lightning_bigopt.trainer_access import loggers, loop
-from lightning_bigopt.trainer_access.event_folder import EventFolder
+from lightning_bigopt.trainer_access import loggers, loop, precision
 from lightning_bigopt.type_checks import path_or_none
 
 if TYPE_CHECKING:
@@ -57,6 +59,8 @@ class OptimizationMonitor(Capability):
         per_layer: Values to log for each layer: ``"grad_norm"``, ``"weight_norm"``,
             ``"update_ratio"`` (copies the weights during a logged update) and ``"zeros"``; None for
             all.
+        activations: Modules whose outputs, and the gradients of these, are measured in logged
+            updates: ``"blocks"``, patterns by label such as ``{"attention": "*.attn"}``, or None.
         histograms_every: Write histograms of all gradients to TensorBoard every n-th update, which
             copies them to the host; None for no histograms.
         x_axis: Unit of the steps in all loggers: ``"updates"``, the batches that have made an
@@ -105,6 +109,7 @@ class OptimizationMonitor(Capability):
         every: int | None = None,
         layers: Literal["blocks", "parameters"] | dict[str, str] | None = "blocks",
         per_layer: Sequence[LayerValue] | None = None,
+        activations: Literal["blocks"] | dict[str, str] | None = None,
         histograms_every: int | None = None,
         x_axis: XAxis = "updates",
         samples: BatchCount = None,
@@ -118,15 +123,16 @@ class OptimizationMonitor(Capability):
         ):
             if number is not None:
                 check_count(name, number, of="updates", hint=hint)
+        check_activations(activations)
         check_choice("x_axis", x_axis, XAxis, hint="'updates' is what Lightning counts")
         # Only for its checks of the arguments.
         LayerMonitor(layers, _ALL_LAYER_VALUES if per_layer is None else per_layer)
         self.per_layer = _ALL_LAYER_VALUES if per_layer is None else tuple(per_layer)
         self.every, self.histograms_every, self.x_axis = every, histograms_every, x_axis
-        self.layers = layers
+        self.layers, self.activations = layers, activations
         self.report = path_or_none("report", report, hint="write 'report.html'")
-        path = path_or_none("event_folder", event_folder, hint="write 'runs/events'")
-        self.event_folder, self._events = path, EventFolder(path)
+        self.event_folder = path_or_none("event_folder", event_folder, hint="write 'runs/events'")
+        self._output = RunOutput(report=self.report, event_folder=self.event_folder, x_axis=x_axis)
         self.settings = ClockSettings(samples=samples, tokens=tokens)
         self.needs_samples = "required" if x_axis == "samples" else "optional"
         self.reset()
@@ -139,6 +145,7 @@ class OptimizationMonitor(Capability):
     def _clear(self) -> None:
         self._values = MetricBuffer()
         self._layers = LayerMonitors(self.layers, self.per_layer)
+        self._activations = ActivationMonitor(self.activations)
         self._timer = StepTimer()
         self._bar_is_empty = True
         self._due = self._stepped = False
@@ -151,37 +158,36 @@ class OptimizationMonitor(Capability):
 
     def start(self, fit: Fit) -> None:
         """Checks the report, the patterns of layers and the x axis, and starts the timer."""
-        self._events.check(fit.trainer)
-        check_report(fit.trainer, self.report, self.event_folder)
-        if self.x_axis == "tokens" and fit.clock.settings.tokens is None:
-            raise ValueError(
-                "tokens must be counted for x_axis='tokens', got no callback that counts them; "
-                "pass tokens=a function of the batch, or the name of its ids or mask"
-            )
+        self._output.check(fit)
         check_layers(fit.parameter_names(), self.layers, tied_names(fit.module))
         self._clear()
+        scale = partial(precision.loss_scale_tensor, fit.trainer)
+        self._activations = ActivationMonitor(self.activations, scale)
+        self._activations.start(fit.module)
         device, counts = fit.trainer.strategy.root_device, fit.clock.counts()
         self._timer.start(device, samples=counts.trained_samples, tokens=counts.tokens)
         self._stability.start(device=device, processes=fit.trainer.world_size)
 
     def announce(self, fit: Fit) -> None:
         """Writes the plan of the run to TensorBoard."""
-        self._events.open(fit.trainer)
+        self._output.announce(fit)
         if self.histograms_every is not None:
             logging.warn_without_histograms(fit.trainer)
-        logging.write_start(fit, self.x_axis)
 
     def end(self, fit: Fit) -> None:
         """Writes hyperparameters with final metrics, and the report."""
         self._values = MetricBuffer()
         self._layers = LayerMonitors(self.layers, self.per_layer)
-        try:
-            logging.write_end(fit)
-            write_run_report(fit.trainer, self.report, self.event_folder)
-        finally:
-            self._events.close(fit.trainer)
+        self._activations.detach()
+        self._output.end(fit)
 
     # ----------------------------------------------------------------------------- an update
+
+    def begin_batch(self, batch: Batch) -> None:
+        """Measures activations in a window whose update is logged."""
+        is_needed = self.activations is not None and batch.opens_window
+        if is_needed and self._is_due(batch.fit.trainer, self.every):
+            self._activations.attach()
 
     def observe_loss(self, batch: Batch, loss: Tensor) -> None:
         """Records the loss, on the device."""
@@ -219,6 +225,8 @@ class OptimizationMonitor(Capability):
         """Collects the values of the update, on the device."""
         if update.rejection is None:
             self._stability.observe(update.label, update.measured_norms)
+        if self.activations is not None and self.fit and self.fit.module.automatic_optimization:
+            self._activations.pause()  # further evaluations of the closure are not measured
         if not self.needs_norms(update):
             return
         values, label, norms = self._values, update.label, update.norms
@@ -238,8 +246,10 @@ class OptimizationMonitor(Capability):
 
     def end_batch(self, batch: Batch) -> None:
         """Transfers all values in one copy, and logs them if the update is logged."""
-        if batch.closes_window and batch.fit.module.automatic_optimization:
-            self._stability.clear_window()
+        if batch.closes_window:
+            self._activations.detach()
+            if batch.fit.module.automatic_optimization:
+                self._stability.clear_window()
         if not self._stepped:
             return
         self._stepped = False
@@ -254,6 +264,7 @@ class OptimizationMonitor(Capability):
             for tag, value in fit.metrics().items():
                 values.add(tag, value)
             self._stability.add_scores(into=values)
+            self._activations.add_values(into=values)
         if not trainer.is_global_zero:
             return
         clock = fit.clock
@@ -272,23 +283,17 @@ class OptimizationMonitor(Capability):
 
     def metrics(self, fit: Fit) -> Mapping[str, float | Tensor]:
         """Returns sizes of the batch, and samples and tokens consumed by the run."""
-        clock = fit.clock
-        values = {"batch/accumulate": float(clock.window.batches)}
-        if self._micro_size is not None:
-            values["batch/micro_size"] = float(self._micro_size)
-        if clock.samples_are_known:
-            values["progress/samples"] = float(clock.samples)
-        if clock.settings.tokens is not None:
-            values["progress/tokens"] = float(clock.tokens)
-        return values
+        return batch_values(fit.clock, self._micro_size)
 
     def begin_evaluation(self, trainer: Trainer, module: LightningModule) -> None:
-        """Pauses the timer, so that validation does not count as part of a step."""
+        """Pauses timer and activations: a validation within a window does not count."""
         self._timer.pause()
+        self._activations.pause()
 
     def end_evaluation(self, trainer: Trainer, module: LightningModule) -> None:
-        """Resumes the timer."""
+        """Resumes timer and activations."""
         self._timer.resume()
+        self._activations.resume()
 
     def end_epoch(self, fit: Fit) -> None:
         """Sums the losses over the processes, for a checkpoint that is saved after the fit."""
@@ -311,5 +316,5 @@ class OptimizationMonitor(Capability):
 
     def settings_as_code(self) -> dict[str, str]:
         """Returns the arguments that determine which updates are measured, and how."""
-        names = ("every", "layers", "per_layer", "histograms_every", "x_axis")
+        names = ("every", "layers", "per_layer", "activations", "histograms_every", "x_axis")
         return {name: as_code(getattr(self, name)) for name in names}

@@ -149,6 +149,36 @@ TAGS: tuple[Tag, ...] = (
         "Fraction of the entries of a layer's gradient that are zero.",
     ),
     _tag(
+        "activations/rms/<module>",
+        "1",
+        "Root mean square of the outputs of a module in this update, on process 0.",
+    ),
+    _tag(
+        "activations/max/<module>",
+        "1",
+        "Largest absolute value of the outputs of a module, on process 0.",
+    ),
+    _tag(
+        "activations/zeros/<module>",
+        "1",
+        "Fraction of the elements of the outputs of a module that are zero, on process 0.",
+    ),
+    _tag(
+        "activations/grad_rms/<module>",
+        "1",
+        "Root mean square of the gradient of the outputs of a module, on process 0.",
+    ),
+    _tag(
+        "activations/grad_max/<module>",
+        "1",
+        "Largest absolute value of the gradient of the outputs of a module, on process 0.",
+    ),
+    _tag(
+        "activations/grad_zeros/<module>",
+        "1",
+        "Fraction of zeros in the gradient of the outputs of a module, on process 0.",
+    ),
+    _tag(
         "histograms/grad/<parameter>",
         "1",
         "Histogram of a parameter's gradient before clipping, if histograms_every is set.",

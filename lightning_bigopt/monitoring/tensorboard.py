@@ -24,7 +24,7 @@ __all__ = [
 # Tags of OptimizationMonitor and of Lightning, and losses.
 _NOT_OF_MODULE = (
     ".*[Ll]oss|optim/|plan/|grad_norm/|clip/|batch/|noise_scale/|layers/|update_ratio/|guard/"
-    "|communication/|progress/|throughput/|time/|memory/|histograms/|lr-|epoch$|hp_metric$"
+    "|stability/|activations/|communication/|progress/|throughput/|time/|memory/|histograms/|lr-|epoch$|hp_metric$"
 )
 
 DASHBOARD: Mapping[str, Mapping[str, Sequence[str]]] = {

@@ -8,13 +8,20 @@ from collections.abc import Mapping
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_bigopt.engine.clock import Clock
 from lightning_bigopt.gradients.clip_decision import ClipDecision
 from lightning_bigopt.monitoring.group_values import hyperparameters_of
 from lightning_bigopt.monitoring.metric_buffer import MetricBuffer
 from lightning_bigopt.monitoring.tags import tag_name
 from lightning_bigopt.optimizers.names import group_names
 
-__all__ = ["add_clipping", "add_hyperparameters", "for_progress_bar", "without_unknown"]
+__all__ = [
+    "add_clipping",
+    "add_hyperparameters",
+    "batch_values",
+    "for_progress_bar",
+    "without_unknown",
+]
 
 
 def add_hyperparameters(values: MetricBuffer, optimizer: Optimizer, label: str) -> None:
@@ -35,6 +42,23 @@ def add_clipping(values: MetricBuffer, decision: ClipDecision, label: str) -> No
             values.add(tag_name("clip/coefficient", label, pattern), factor)
         if threshold is not None and (not isinstance(threshold, Tensor) or threshold.ndim == 0):
             values.add(tag_name("clip/threshold", label, pattern), threshold)
+
+
+def batch_values(clock: Clock, micro_size: int | None) -> dict[str, float]:
+    """Returns sizes of the batch, and samples and tokens consumed by the run.
+
+    Args:
+        clock: The counts of consumed data.
+        micro_size: Samples of one process in the last micro-batch; None if they are unknown.
+    """
+    values = {"batch/accumulate": float(clock.window.batches)}
+    if micro_size is not None:
+        values["batch/micro_size"] = float(micro_size)
+    if clock.samples_are_known:
+        values["progress/samples"] = float(clock.samples)
+    if clock.settings.tokens is not None:
+        values["progress/tokens"] = float(clock.tokens)
+    return values
 
 
 def for_progress_bar(values: Mapping[str, float]) -> dict[str, float]:

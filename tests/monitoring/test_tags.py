@@ -91,7 +91,7 @@ def test_table_of_tags_is_complete(tmp_path: Path) -> None:
         GradientClipping(PerParameterNormClip(max_norm=0.5)),
         BatchSizeScheduler(BatchSizeSteps({"0%": 2, "50%": 4}), lr_scaling="sqrt"),
         StepGuard(),
-        OptimizationMonitor(every=1, histograms_every=2, tokens=batch_tokens),
+        OptimizationMonitor(every=1, activations="blocks", histograms_every=2, tokens=batch_tokens),
         max_epochs=1,
         logger=TensorBoardLogger(tmp_path),
     )
