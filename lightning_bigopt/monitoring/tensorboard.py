@@ -29,7 +29,7 @@ _NOT_OF_MODULE = (
 
 DASHBOARD: Mapping[str, Mapping[str, Sequence[str]]] = {
     "training": {
-        "loss, training and validation": (".*[Ll]oss.*",),
+        "losses, training and validation": ("(?!stability/).*[Ll]oss.*",),
         "other metrics of the module": (f"(?!{_NOT_OF_MODULE}).*",),
     },
     "optimization": {
@@ -40,6 +40,7 @@ DASHBOARD: Mapping[str, Mapping[str, Sequence[str]]] = {
         "noise scale, samples": ("noise_scale/simple",),
         "update-to-weight ratio, quantiles over the layers": ("update_ratio/.*",),
         "rejected updates, by detector": ("guard/rejected/.*",),
+        "spike scores of loss and norm": ("stability/spike_score/.*",),
     },
     "speed": {
         "samples per second": ("throughput/samples_per_second",),

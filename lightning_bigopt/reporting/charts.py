@@ -10,12 +10,22 @@ from typing import Literal
 
 from lightning_bigopt.reporting.runs import Curve, Run
 
-__all__ = ["CHARTS", "Chart"]
+__all__ = ["CHARTS", "Chart", "is_loss"]
 
 # A maximum above this multiple of the median is a spike.
 _SPIKE_RATIO = 20
 # Stands for all tags that contain the word loss; no other chart matches inside a tag.
 _LOSSES = ("*loss*",)
+
+
+def is_loss(tag: str) -> bool:
+    """Returns whether a tag is that of a loss: it contains the word, and is no spike score.
+
+    Example:
+        >>> is_loss("val/Loss"), is_loss("stability/spike_score/loss")
+        (True, False)
+    """
+    return "loss" in tag.lower() and not tag.startswith("stability/")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +69,7 @@ class Chart:
     def curves(self, run: Run) -> dict[str, Curve]:
         """Returns the curves of a run that are drawn as solid lines, by tag."""
         if self.tags == _LOSSES:
-            return {tag: curve for tag, curve in run.curves.items() if "loss" in tag.lower()}
+            return {tag: curve for tag, curve in run.curves.items() if is_loss(tag)}
         return run.select(*self.prefixes_for(run))
 
     def planned_curves(self, run: Run) -> dict[str, Curve]:

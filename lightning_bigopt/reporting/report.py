@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from lightning_bigopt.monitoring.tags import TAGS, find_tag
-from lightning_bigopt.reporting.charts import CHARTS
+from lightning_bigopt.reporting.charts import CHARTS, is_loss
 from lightning_bigopt.reporting.drawing import describe, draw
 from lightning_bigopt.reporting.runs import Curve, Run, read_run
 from lightning_bigopt.trainer_access.output_paths import file_error
@@ -236,7 +236,7 @@ def _summary(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         ("skipped updates", [_number(run.last("guard/skipped"), "{:.0f}") for run in runs]),
         ("samples per second", [_median(run, "throughput/samples_per_second") for run in runs]),
     ]
-    losses = sorted({tag for run in runs for tag in run.curves if "loss" in tag.lower()})
+    losses = sorted({tag for run in runs for tag in run.curves if is_loss(tag)})
     rows += [(f"last {t}", [_number(run.last(t), "{:.4g}") for run in runs]) for t in losses]
     return [(label, cells) for label, cells in rows if any(cells)]
 
