@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_bigopt.arguments import explain_arguments
@@ -24,6 +24,7 @@ from lightning_bigopt.gradients.clip_statistics import (
     saved_counts,
     summaries,
 )
+from lightning_bigopt.gradients.clip_warnings import clip_warnings
 from lightning_bigopt.gradients.gradient_norms import GradientNorms
 from lightning_bigopt.gradients.measure import measure
 from lightning_bigopt.gradients.rules.clipping_rule import ClipContext, ClippingRule, RuleState
@@ -271,8 +272,13 @@ class GradientClipping(Capability):
         self._parameters, self._joint_norm = {}, None
         self._end_decision()
         is_short = loop.is_fast_dev_run(fit.trainer)  # one update has no statistics
-        for line in () if is_short else summaries(self.rule, self.reports()):
+        if is_short:
+            return
+        reports = self.reports()
+        for line in summaries(self.rule, reports):
             rank_zero_info(line)
+        for line in clip_warnings(self.rule, reports):
+            rank_zero_warn(line)
 
     def specification(self) -> str:
         """Returns the rule as code, with a scope other than the default."""

@@ -46,6 +46,10 @@ class GradientNorms(Protocol):
         """Norm of all gradients as one vector, float32 of shape ``()``."""
 
     @property
+    def last(self) -> Tensor | float:
+        """Norm of the gradient of the last parameter: a number on the host; 0 without one."""
+
+    @property
     def finite(self) -> Tensor:
         """Whether all gradients are finite, bool of shape ``()``."""
 
@@ -162,6 +166,11 @@ class HostNorms:
         """The total as a number, rounded to float32."""
         return self._value
 
+    @property
+    def last(self) -> float:
+        """Norm of the gradient of the last parameter."""
+        return self._numbers[-1] if self._numbers else 0.0
+
     def take_value(self, value: float) -> None:
         """Replaces :attr:`value`."""
         self._value = value
@@ -211,6 +220,11 @@ class DeviceNorms:
     def is_on_host(self) -> bool:
         """False: reading :attr:`value` synchronizes."""
         return False
+
+    @property
+    def last(self) -> Tensor | float:
+        """Norm of the gradient of the last parameter, a tensor of shape ``()``."""
+        return self.per_tensor.select(0, -1) if len(self.per_tensor) else 0.0
 
     @property
     def value(self) -> float:

@@ -115,6 +115,8 @@ def test_state_of_version_0_1_continues(where: Any, has_logged: bool) -> None:
         "updates": 4,
         "clipped": 2.0,
         "logged": [4, 2.0],
+        "largest": 5.0,
+        "last_tensors": [0.0, 0.0, 0.0, 5.0],
         "norms": [1.0, -1.0, 3.0, 5.0],
         "stride": 1,
         "seen": 4,
@@ -142,10 +144,12 @@ def test_no_report_without_a_coefficient() -> None:
     ],
 )
 def test_advice(clipped: float, rule: ClippingRule, expected: str | None) -> None:
-    report = ClipReport(updates=100, clipped=clipped, threshold=1.0, median=3.0, p95=7.0)
+    report = ClipReport(updates=99, clipped=clipped, threshold=1.0, median=3.0, p95=7.0)
     found = advice(report, rule)
     assert found is None if expected is None else re.match(expected, found)
     assert advice(replace(report, updates=31), rule) is None
+    if not clipped:
+        assert advice(replace(report, updates=100), rule) is None  # a warning says it
 
 
 @pytest.mark.parametrize(
