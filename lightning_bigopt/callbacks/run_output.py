@@ -50,4 +50,5 @@ class RunOutput:
             logging.write_end(fit)
             write_run_report(fit.trainer, self._report, self._event_folder)
         finally:
+            logging.release_writers(fit)
             self._events.close(fit.trainer)

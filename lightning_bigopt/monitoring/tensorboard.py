@@ -9,12 +9,15 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from lightning_bigopt.monitoring.event_records import fast_checksums, usual_checksums
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 __all__ = [
     "DASHBOARD",
     "file_writer",
+    "release",
     "write_curves",
     "write_dashboard",
     "write_hyperparameters",
@@ -79,7 +82,9 @@ def write_scalars(writer: SummaryWriter, values: Mapping[str, float], *, step: i
     add = summary.value.add  # faster than Summary(value=[...]), which copies each message
     for tag, value in values.items():
         add(tag=tag, simple_value=value)
-    file_writer(writer).add_summary(summary, step)
+    files = file_writer(writer)
+    fast_checksums(files.event_writer)
+    files.add_summary(summary, step)
 
 
 @cache
@@ -160,6 +165,11 @@ def write_hyperparameters(
     describe: Any = hparams  # untyped
     for summary in describe(plain, dict(metrics)):
         file_writer(writer).add_summary(summary)
+
+
+def release(writer: SummaryWriter) -> None:
+    """Undoes what :func:`write_scalars` has changed in a writer."""
+    usual_checksums(file_writer(writer).event_writer)
 
 
 def file_writer(writer: Any) -> Any:
