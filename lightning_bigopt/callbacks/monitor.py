@@ -102,6 +102,7 @@ class OptimizationMonitor(Capability):
     logs_all_metrics = True
     needs_step_hook = False
     may_reject = False
+    changes_before_step = False
 
     def __init__(
         self,
@@ -185,8 +186,7 @@ class OptimizationMonitor(Capability):
 
     def begin_batch(self, batch: Batch) -> None:
         """Measures activations in a window whose update is logged."""
-        is_needed = self.activations is not None and batch.opens_window
-        if is_needed and self._is_due(batch.fit.trainer, self.every):
+        if self.activations and batch.opens_window and self._is_due(batch.fit.trainer, self.every):
             self._activations.attach()
 
     def observe_loss(self, batch: Batch, loss: Tensor) -> None:
