@@ -1,14 +1,13 @@
-"""Writes large events to TensorBoard's files with a checksum that NumPy computes."""
+"""Writes large events to TensorBoard's files with a checksum of vectorized operations."""
 
 from __future__ import annotations
 
 import struct
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+import torch
+from torch import Tensor
 
 __all__ = ["crc32c", "fast_checksums", "usual_checksums"]
 
@@ -21,8 +20,8 @@ def crc32c(data: bytes) -> int:
     """Computes the CRC-32C checksum of at least 4 bytes.
 
     TensorBoard computes it in a loop over the bytes in Python: 17 ms for an event of 1,200 values,
-    here 1 ms. The data is split into rows, whose checksums are computed side by side and combined
-    in pairs; a checksum that starts with 0 is linear, and zeros in front do not change it.
+    which is several times slower than this function. The data is split into rows, whose checksums
+    are computed side by side and combined in pairs; a checksum that starts with 0 is linear, and zeros in front do not change it.
 
     Args:
         data: The bytes.
@@ -31,52 +30,47 @@ def crc32c(data: bytes) -> int:
         >>> hex(crc32c(b"123456789"))
         '0xe3069283'
     """
-    import numpy as np
-
     rows = 1 << max(0, (len(data) - 1) // _ROW).bit_length()
-    padded = np.zeros(rows * _ROW, np.uint8)
-    padded[-len(data) :] = np.frombuffer(data, np.uint8)
+    padded = bytearray(rows * _ROW)
+    padded[-len(data) :] = data
     # A start value of all ones is the same as inverted first 32 bits.
-    padded[len(padded) - len(data) :][:4] ^= 0xFF
-    columns = np.ascontiguousarray(padded.view("<u2").reshape(rows, _ROW // 2).T)
-    states, table = np.zeros(rows, np.uint32), _two_byte_table()
-    for column in columns:
+    first = len(padded) - len(data)
+    padded[first : first + 4] = bytes(byte ^ 0xFF for byte in data[:4])
+    values = torch.frombuffer(padded, dtype=torch.uint8).long().view(rows, _ROW // 2, 2)
+    columns = (values.select(2, 0) + values.select(2, 1) * 256).T.contiguous()
+    states, table = torch.zeros(rows, dtype=torch.long), _two_byte_table()
+    for column in columns.unbind():
         states = table[(states ^ column) & 0xFFFF] ^ (states >> 16)
     level = 0
     while len(states) > 1:
         states = _shifted(states[0::2], _shift_tables(level)) ^ states[1::2]
         level += 1
-    return int(states[0]) ^ 0xFFFFFFFF
+    return int(states) ^ 0xFFFFFFFF
 
 
 @cache
-def _two_byte_table() -> NDArray[np.uint32]:
+def _two_byte_table() -> Tensor:
     """Returns the state after 16 bits, for each value of these bits."""
-    import numpy as np
-
-    states = np.arange(1 << 16, dtype=np.uint32)
+    states = torch.arange(1 << 16)
     for _ in range(16):
-        states = (states >> 1) ^ np.where(states & 1, np.uint32(_POLYNOMIAL), np.uint32(0))
+        states = (states >> 1) ^ (states & 1) * _POLYNOMIAL
     return states
 
 
 @cache
-def _shift_tables(level: int) -> NDArray[np.uint32]:
+def _shift_tables(level: int) -> Tensor:
     """Returns the state after 2^level rows of zeros, for each value of each of its 4 bytes."""
-    import numpy as np
-
     if level:
         before = _shift_tables(level - 1)
         return _shifted(before, before)
-    shifts = np.arange(0, 32, 8, dtype=np.uint32)[:, None]
-    states = np.arange(256, dtype=np.uint32) << shifts
+    states = torch.arange(256) << torch.arange(0, 32, 8).unsqueeze(1)
     table = _two_byte_table()
     for _ in range(_ROW // 2):
         states = table[states & 0xFFFF] ^ (states >> 16)
     return states
 
 
-def _shifted(states: NDArray[np.uint32], tables: NDArray[np.uint32]) -> NDArray[np.uint32]:
+def _shifted(states: Tensor, tables: Tensor) -> Tensor:
     low = tables[0][states & 0xFF] ^ tables[1][(states >> 8) & 0xFF]
     return low ^ tables[2][(states >> 16) & 0xFF] ^ tables[3][states >> 24]
 
