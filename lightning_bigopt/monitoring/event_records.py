@@ -21,7 +21,8 @@ def crc32c(data: bytes) -> int:
 
     TensorBoard computes it in a loop over the bytes in Python: 17 ms for an event of 1,200 values,
     which is several times slower than this function. The data is split into rows, whose checksums
-    are computed side by side and combined in pairs; a checksum that starts with 0 is linear, and zeros in front do not change it.
+    are computed side by side and combined in pairs; a checksum that starts with 0 is linear, and
+    zeros in front do not change it.
 
     Args:
         data: The bytes.
