@@ -25,7 +25,7 @@ from lightning_bigopt.gradients.clip_statistics import (
     summaries,
 )
 from lightning_bigopt.gradients.clip_warnings import clip_warnings
-from lightning_bigopt.gradients.gradient_norms import GradientNorms
+from lightning_bigopt.gradients.gradient_norms import GradientNorms, unread_total
 from lightning_bigopt.gradients.measure import measure
 from lightning_bigopt.gradients.rules.clipping_rule import ClipContext, ClippingRule, RuleState
 from lightning_bigopt.gradients.shared_decision import SharedDecision, check_rule, joint_norms
@@ -200,7 +200,7 @@ class GradientClipping(Capability):
             parameters += others
             known.update(id(parameter) for _, parameter in others)
         joint = joint_norms(parts)
-        self._joint_norm = joint.value if joint.is_on_host else joint.total
+        self._joint_norm = unread_total(joint)
         return SharedDecision(self._decide(update, "", parameters, joint), parameters)
 
     def _decide(

@@ -16,10 +16,11 @@ from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.clock_settings import ClockSettings
 from lightning_bigopt.engine.stage import Batch, Fit
 from lightning_bigopt.engine.update import Rejection, Update
+from lightning_bigopt.gradients.gradient_norms import unread_total
 from lightning_bigopt.monitoring import logging
 from lightning_bigopt.monitoring.activations import ActivationMonitor, check_activations
 from lightning_bigopt.monitoring.layer_monitors import LayerMonitors
-from lightning_bigopt.monitoring.layers import LayerMonitor, LayerValue, check_layers
+from lightning_bigopt.monitoring.layers import LayerValue, check_layers, layer_values
 from lightning_bigopt.monitoring.logging import XAxis
 from lightning_bigopt.monitoring.metric_buffer import MetricBuffer
 from lightning_bigopt.monitoring.stability import Stability
@@ -30,18 +31,17 @@ from lightning_bigopt.monitoring.update_values import (
     add_hyperparameters,
     batch_values,
     for_progress_bar,
+    is_due,
     without_unknown,
 )
 from lightning_bigopt.parameters import tied_names
-from lightning_bigopt.trainer_access import loggers, loop, precision
+from lightning_bigopt.trainer_access import loggers, precision
 from lightning_bigopt.type_checks import path_or_none
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 __all__ = ["OptimizationMonitor"]
-
-_ALL_LAYER_VALUES: tuple[LayerValue, ...] = ("grad_norm", "weight_norm", "update_ratio", "zeros")
 
 
 @explain_arguments
@@ -80,6 +80,10 @@ class OptimizationMonitor(Capability):
         ``global_batch`` and ``skipped`` on the progress bar. With several optimizers the tags
         contain the names of their classes.
 
+    State:
+        ``stability``: for loss and norm of each optimizer, the last 128 values and the numbers of
+        spikes and comparisons.
+
     Values that need a number of samples are not logged if it is unknown, as for batches of strings.
 
     Raises:
@@ -93,8 +97,6 @@ class OptimizationMonitor(Capability):
         >>> from lightning_bigopt import OptimizationMonitor
         >>> OptimizationMonitor(every=10, layers="blocks").every
         10
-        >>> OptimizationMonitor(event_folder="runs/mine", report="report.html").event_folder
-        'runs/mine'
     """
 
     owns = "monitor"
@@ -126,9 +128,7 @@ class OptimizationMonitor(Capability):
                 check_count(name, number, of="updates", hint=hint)
         check_activations(activations)
         check_choice("x_axis", x_axis, XAxis, hint="'updates' is what Lightning counts")
-        # Only for its checks of the arguments.
-        LayerMonitor(layers, _ALL_LAYER_VALUES if per_layer is None else per_layer)
-        self.per_layer = _ALL_LAYER_VALUES if per_layer is None else tuple(per_layer)
+        self.per_layer = layer_values(layers, per_layer)
         self.every, self.histograms_every, self.x_axis = every, histograms_every, x_axis
         self.layers, self.activations = layers, activations
         self.report = path_or_none("report", report, hint="write 'report.html'")
@@ -177,16 +177,15 @@ class OptimizationMonitor(Capability):
 
     def end(self, fit: Fit) -> None:
         """Writes hyperparameters with final metrics, and the report."""
-        self._values = MetricBuffer()
-        self._layers = LayerMonitors(self.layers, self.per_layer)
         self._activations.detach()
+        self._clear()
         self._output.end(fit)
 
     # ----------------------------------------------------------------------------- an update
 
     def begin_batch(self, batch: Batch) -> None:
         """Measures activations in a window whose update is logged."""
-        if self.activations and batch.opens_window and self._is_due(batch.fit.trainer, self.every):
+        if self.activations and batch.opens_window and is_due(batch.fit.trainer, self.every):
             self._activations.attach()
 
     def observe_loss(self, batch: Batch, loss: Tensor) -> None:
@@ -196,13 +195,8 @@ class OptimizationMonitor(Capability):
     def rescale(self, update: Update) -> None:
         """Determines whether the update is logged; the first stage of an update."""
         assert self.fit is not None  # set by the engine
-        self._due = self._is_due(self.fit.trainer, self.every)
+        self._due = is_due(self.fit.trainer, self.every)
         self._stepped = True
-
-    def _is_due(self, trainer: Trainer, every: int | None) -> bool:
-        if every is None:
-            return loop.should_log(trainer)
-        return (loop.batches_that_stepped(trainer) + 1) % every == 0
 
     def needs_norms(self, update: Update) -> bool:
         """Returns whether the update is logged, or the progress bar shows no values yet."""
@@ -212,7 +206,7 @@ class OptimizationMonitor(Capability):
         """Writes histograms of the gradients of an accepted update, before they are clipped."""
         assert self.fit is not None  # set by the engine
         every = None if update.is_repeated else self.histograms_every
-        if every and self._is_due(self.fit.trainer, every):
+        if every and is_due(self.fit.trainer, every):
             logging.write_histograms(self.fit, update, self.x_axis)
         return None
 
@@ -223,15 +217,14 @@ class OptimizationMonitor(Capability):
 
     def observe(self, update: Update) -> None:
         """Collects the values of the update, on the device."""
-        if update.rejection is None:
-            self._stability.observe(update.label, update.measured_norms)
+        is_rejected = update.rejection is not None
+        self._stability.observe(update.label, update.measured_norms, is_rejected=is_rejected)
         if self.activations is not None and self.fit and self.fit.module.automatic_optimization:
             self._activations.pause()  # further evaluations of the closure are not measured
         if not self.needs_norms(update):
             return
-        values, label, norms = self._values, update.label, update.norms
-        total = norms.value if norms.is_on_host else norms.total
-        values.add(tag_name("grad_norm/total", label), total)
+        values, label = self._values, update.label
+        values.add(tag_name("grad_norm/total", label), unread_total(update.norms))
         add_hyperparameters(values, update.optimizer, label)
         if not self._due:
             return
@@ -257,7 +250,7 @@ class OptimizationMonitor(Capability):
         if not self._values:
             return
         values, self._values = self._values, MetricBuffer()
-        fit, trainer, due = batch.fit, batch.fit.trainer, self._due
+        fit, trainer, clock, due = batch.fit, batch.fit.trainer, batch.fit.clock, self._due
         self._bar_is_empty, self._micro_size = False, batch.samples
         self._layers.end_batch(into=values)
         if due:
@@ -267,7 +260,6 @@ class OptimizationMonitor(Capability):
             self._activations.add_values(into=values)
         if not trainer.is_global_zero:
             return
-        clock = fit.clock
         if batch.samples is not None:
             values.add("batch/global_size", float(clock.window.trained_samples))
         fetched = without_unknown(values.fetch())
@@ -313,6 +305,14 @@ class OptimizationMonitor(Capability):
         self._stability = Stability()
         if "stability" in state:  # not in checkpoints of earlier versions
             self._stability.load_state_dict(state["stability"])
+
+    def snapshot(self) -> dict[str, Any]:
+        """Returns the spike scores, with losses that are not yet summed over the processes."""
+        return self._stability.snapshot()
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Restores the spike scores."""
+        self._stability.restore(snapshot)
 
     def settings_as_code(self) -> dict[str, str]:
         """Returns the arguments that determine which updates are measured, and how."""

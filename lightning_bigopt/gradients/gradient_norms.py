@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_bigopt.gradients.norm_kernels import accumulation_dtype
 
-__all__ = ["DeviceNorms", "GradientNorms", "HostNorms", "norms_from_tensor"]
+__all__ = ["DeviceNorms", "GradientNorms", "HostNorms", "norms_from_tensor", "unread_total"]
 
 _LARGEST = torch.finfo(torch.float32).max
 _FLOAT32 = Struct("f")
@@ -297,3 +297,8 @@ def _round_to_float32(number: float) -> float:
     """Rounds to the nearest float32; a norm beyond the largest one becomes infinity."""
     held: tuple[float] = _FLOAT32.unpack(_FLOAT32.pack(math.inf if number > _LARGEST else number))
     return held[0]
+
+
+def unread_total(norms: GradientNorms) -> float | Tensor:
+    """Returns the total norm without a synchronization: a number if the host knows it."""
+    return norms.value if norms.is_on_host else norms.total

@@ -28,7 +28,7 @@ from lightning_bigopt.parameters import block_of, check_all_match, first_match
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["LayerMonitor", "LayerValue", "Layers", "check_layers", "layer_names"]
+__all__ = ["LayerMonitor", "LayerValue", "Layers", "check_layers", "layer_names", "layer_values"]
 
 Layers: TypeAlias = Literal["blocks", "parameters"] | Mapping[str, str] | None
 LayerValue: TypeAlias = Literal["grad_norm", "weight_norm", "update_ratio", "zeros"]
@@ -276,6 +276,13 @@ class LayerMonitor:
             labels = self._grouping.labels
             self._tags[value] = [tag_name(f"layers/{value}", name, self.label) for name in labels]
         return self._tags[value]
+
+
+def layer_values(layers: Layers, values: Sequence[LayerValue] | None) -> tuple[LayerValue, ...]:
+    """Checks the arguments of :class:`LayerMonitor`, and returns its values; all for None."""
+    chosen = get_args(LayerValue) if values is None else values
+    LayerMonitor(layers, chosen)
+    return tuple(chosen)
 
 
 def _are_plain(tensors: Sequence[Tensor]) -> bool:

@@ -120,6 +120,20 @@ class SpikeScore:
             "compared": int(self._compared),
         }
 
+    def snapshot(self) -> dict[str, Any]:
+        """Returns what :meth:`restore` needs. Does not synchronize."""
+        return {
+            "pending": list(self._pending),
+            "history": self._history,
+            "spikes": self._spikes,
+            "compared": self._compared,
+        }
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Restores the values at the time of :meth:`snapshot`."""
+        self._pending, self._history = list(snapshot["pending"]), snapshot["history"]
+        self._spikes, self._compared = snapshot["spikes"], snapshot["compared"]
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores history and counts."""
         self.reset()

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_bigopt.gradients.gradient_norms import GradientNorms
+from lightning_bigopt.gradients.gradient_norms import GradientNorms, unread_total
 from lightning_bigopt.gradients.norm_kernels import accumulation_dtype
 from lightning_bigopt.monitoring.metric_buffer import MetricBuffer
 from lightning_bigopt.monitoring.spike_score import SpikeScore
@@ -90,22 +90,25 @@ class Stability:
             self.clear_window()
         self._losses.append((loss, 1 if samples is None else samples))
 
-    def observe(self, label: str, norms: GradientNorms | None) -> None:
-        """Records an update that was not rejected. Its window ends, but other optimizers use it.
+    def observe(
+        self, label: str, norms: GradientNorms | None, *, is_rejected: bool = False
+    ) -> None:
+        """Records an update. Its window ends, but other optimizers use it.
 
         Args:
             label: Name of the optimizer; empty if there is only one.
             norms: Norms of the gradients before clipping; None if they were not measured.
+            is_rejected: Whether the update is not made.
         """
-        norm: _Number | None = None
-        if norms is not None:
-            norm = norms.value if norms.is_on_host else norms.total
+        self._window_is_over = True
+        if is_rejected:
+            return
+        norm = None if norms is None else unread_total(norms)
         loss, samples = _weighted_sum(self._losses)
         entries = self._pending.setdefault(label, [])
         if entries and not entries[-1].is_made:  # a GradScaler has skipped it
             entries.pop()
         entries.append(_Entry(norm=norm, loss=loss, samples=samples))
-        self._window_is_over = True
 
     def accept(self, label: str, *, found_inf: Tensor | None, is_logged: bool) -> None:
         """Records that the optimizer has stepped. A collective if the update is logged.
@@ -175,6 +178,32 @@ class Stability:
             quantity: {label: score.state_dict() for label, score in series.items()}
             for quantity, series in self._series.items()
         }
+
+    def snapshot(self) -> dict[str, Any]:
+        """Returns what :meth:`restore` needs. No collective, and no synchronization."""
+        return {
+            "series": {
+                quantity: {label: score.snapshot() for label, score in series.items()}
+                for quantity, series in self._series.items()
+            },
+            "pending": {
+                label: [dict(vars(entry)) for entry in entries]
+                for label, entries in self._pending.items()
+            },
+        }
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Restores the state at the time of :meth:`snapshot`, in the same fit."""
+        self.clear_window()
+        self._pending = {
+            label: [_Entry(**entry) for entry in entries]
+            for label, entries in snapshot["pending"].items()
+        }
+        for quantity, series in self._series.items():
+            series.clear()
+            for label, kept in snapshot["series"][quantity].items():
+                series[label] = SpikeScore()
+                series[label].restore(kept)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores histories and counts."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -14,14 +15,26 @@ from lightning_bigopt.monitoring.group_values import hyperparameters_of
 from lightning_bigopt.monitoring.metric_buffer import MetricBuffer
 from lightning_bigopt.monitoring.tags import tag_name
 from lightning_bigopt.optimizers.names import group_names
+from lightning_bigopt.trainer_access import loop
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 __all__ = [
     "add_clipping",
     "add_hyperparameters",
     "batch_values",
     "for_progress_bar",
+    "is_due",
     "without_unknown",
 ]
+
+
+def is_due(trainer: Trainer, every: int | None) -> bool:
+    """Returns whether the current update is an ``every``-th; None: whether Lightning logs it."""
+    if every is None:
+        return loop.should_log(trainer)
+    return (loop.batches_that_stepped(trainer) + 1) % every == 0
 
 
 def add_hyperparameters(values: MetricBuffer, optimizer: Optimizer, label: str) -> None:

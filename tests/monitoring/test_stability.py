@@ -24,7 +24,16 @@ from lightning_bigopt import (
     StepGuard,
 )
 from lightning_bigopt.monitoring.stability import Stability
-from tests.helpers import ManualLayers, ResumableLoader, SaveAt, cpu_precision, fit, loader
+from lightning_bigopt.optimizers.object_snapshot import copied
+from tests.helpers import (
+    ManualLayers,
+    ManualUpdates,
+    ResumableLoader,
+    SaveAt,
+    cpu_precision,
+    fit,
+    loader,
+)
 from tests.monitoring.helpers import curves
 from tests.monitoring.test_spike_score import oracle
 
@@ -164,6 +173,45 @@ def test_resumed_scores_equal_those_of_an_uninterrupted_run(saved: int, tmp_path
         states.append(monitor.saved_state())
     assert states[0] == states[1]
     assert states[0]["stability"]["norm"][""]["spikes"] >= 2
+
+
+def test_rejected_update_of_manual_optimization_leaves_no_loss() -> None:
+    class Manual(ManualUpdates, Spiky):
+        def __init__(self) -> None:
+            super().__init__()
+            Spiky.__init__(self, SPIKES)
+            self.automatic_optimization = False
+
+    module, monitor = Manual(), OptimizationMonitor(every=50, layers=None)
+    guard = StepGuard([NonFinite()])
+    fit(module, loader(460, 2), guard, monitor, max_epochs=1)
+    assert guard.rejected == 1
+    check(counts(monitor, "loss"), [x for x in module.losses if math.isfinite(x)])
+
+
+def test_snapshot_restores_scores_and_pending_values() -> None:
+    """Restored twice, as after two rollbacks; values in between do not matter."""
+    values = np.random.default_rng(5).lognormal(size=200).tolist()
+    stability, straight = Stability(), Stability()
+
+    def add(to: Stability, value: float) -> None:
+        to.add_loss(torch.tensor(value), samples=2)
+        to.observe("", None)
+        to.accept("", found_inf=None, is_logged=False)
+
+    for value in values[:100]:
+        add(stability, value)
+    snapshot = copied(stability.snapshot())
+    for other in (1e3, 1e-3):
+        for _ in range(80):
+            add(stability, other)
+        stability.add_loss(torch.tensor(5.0), samples=1)  # of a window that was not finished
+        stability.restore(copied(snapshot))
+    for value in values[100:]:
+        add(stability, value)
+    for value in values:
+        add(straight, value)
+    assert stability.state_dict() == straight.state_dict()
 
 
 def test_optimizers_have_scores_of_their_own() -> None:
