@@ -268,7 +268,7 @@ class GradientClipping(Capability):
         return {key: report for key, report in reports.items() if report is not None}
 
     def end(self, fit: Fit) -> None:
-        """Logs how often clipping acted, with advice on the threshold."""
+        """Logs how often clipping acted, with advice; warns if other code has clipped before."""
         self._parameters, self._joint_norm = {}, None
         self._end_decision()
         is_short = loop.is_fast_dev_run(fit.trainer)  # one update has no statistics
@@ -277,7 +277,7 @@ class GradientClipping(Capability):
         reports = self.reports()
         for line in summaries(self.rule, reports):
             rank_zero_info(line)
-        for line in clip_warnings(self.rule, reports):
+        for line in clip_warnings(reports):
             rank_zero_warn(line)
 
     def specification(self) -> str:

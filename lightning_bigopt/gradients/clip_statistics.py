@@ -21,7 +21,6 @@ from lightning_bigopt.gradients.rules.norm_clip import NormClip
 from lightning_bigopt.gradients.rules.rule_groups import Groups
 
 __all__ = [
-    "ENOUGH_TO_WARN",
     "ClipReport",
     "ClipStatistics",
     "advice",
@@ -32,8 +31,6 @@ __all__ = [
 
 _FOLD_EVERY = 64
 _ENOUGH_UPDATES = 32
-ENOUGH_TO_WARN = 100
-"""Number of updates after which a threshold that has never acted is a warning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +84,8 @@ def advice(report: ClipReport, rule: ClippingRule) -> str | None:
         rule: The rule.
 
     Returns:
-        One or two sentences; None if the threshold is reasonable, if there are fewer than 32
-        updates, if :func:`~lightning_bigopt.gradients.clip_warnings.clip_warnings` says it (100
-        updates without clipping), or for rules other than :class:`NormClip` and :class:`ZClip`.
+        Two or three sentences; None if the threshold is reasonable, if there are fewer than 32
+        updates, or for rules other than :class:`NormClip` and :class:`ZClip`.
 
     Example:
         >>> from lightning_bigopt.gradients import NormClip
@@ -105,10 +101,11 @@ def advice(report: ClipReport, rule: ClippingRule) -> str | None:
             f"gradients. To clip outliers only, raise it above {report.p95:.2g}. With Adam this "
             "makes little difference; with SGD the limit acts as a lower learning rate."
         )
-    if report.clipped == 0 and isinstance(rule, NormClip) and report.updates < ENOUGH_TO_WARN:
+    if report.clipped == 0 and isinstance(rule, NormClip):
         return (
-            "No update was clipped: max_norm is above every norm of this run. To clip the largest "
-            f"gradients, lower it below {report.p95:.2g}."
+            f"No update was clipped: the largest norm was {report.largest:.3g}. A threshold that "
+            "is only a safety limit may stay. To clip one update in twenty, lower it to "
+            f"{report.p95:.2g}."
         )
     return None
 

@@ -1,7 +1,8 @@
-"""Warnings about clipping that never acted, or came after clipping by the module itself."""
+"""Reports of clipping that never acted, and warnings about clipping by the module itself."""
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from pathlib import Path
@@ -61,17 +62,13 @@ def warned(module: L.LightningModule, rule: Any, size: int = 240, **options: Any
     return [str(w.message) for w in caught if w.category is UserWarning]
 
 
-@pytest.mark.parametrize(
-    "rule", [NormClip(1e3), PerParameterNormClip(1e3), Groups({"*": NormClip(1e3)})]
-)
-def test_threshold_that_never_acted_is_a_warning(rule: Any) -> None:
+def test_threshold_that_never_acted_is_information(caplog: pytest.LogCaptureFixture) -> None:
     module = Plain()
-    (text,) = warned(module, rule)
-    group = " of *" if isinstance(rule, Groups) else ""
-    largest = f"{max(module.norms):.4g}"
-    start = f"max_norm must be below some norms of a run to have an effect, got 1000{group}, and "
-    assert text.startswith(f"{start}norms up to {largest} in 120 updates; lower it to ")
-    assert text.endswith(" to clip one update in twenty, or remove the rule")
+    with caplog.at_level(logging.INFO):
+        assert warned(module, NormClip(1e3)) == []
+    (line,) = [text for text in caplog.messages if text.startswith("NormClip")]
+    text = f" No update was clipped: the largest norm was {max(module.norms):.3g}. A threshold that"
+    assert text in line
 
 
 def test_largest_norm_is_that_of_all_updates_and_survives_a_resume(tmp_path: Path) -> None:
@@ -85,16 +82,17 @@ def test_largest_norm_is_that_of_all_updates_and_survives_a_resume(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("rule", "size"),
+    "rule",
     [
-        (NormClip(1e3), 198),  # 99 updates
-        (NormClip(1.0), 240),  # it acts
-        (AutoClip(percentile=90), 240),
-        (ZClip(max_norm=None, z_threshold=99.0), 240),
+        NormClip(1.0),
+        PerParameterNormClip(1.0),
+        Groups({"*": NormClip(1e3)}),
+        AutoClip(percentile=90),
+        ZClip(max_norm=None, z_threshold=99.0),
     ],
 )
-def test_other_clipping_gives_no_warning(rule: Any, size: int) -> None:
-    assert warned(Plain(), rule, size) == []
+def test_clipping_of_whole_gradients_gives_no_warning(rule: Any) -> None:
+    assert warned(Plain(), rule) == []
 
 
 class Manual(ManualUpdates, Plain):
@@ -149,8 +147,7 @@ class FullBatch(Plain):
     [Linear, Signs, lambda: FullBatch(rate=1e-6), lambda: FullBatch(rate=1e-2), Plain],
 )
 def test_constant_and_slow_norms_are_not_clipping_by_the_module(make: Any) -> None:
-    (text,) = warned(make(), NormClip(1e3), size=400)
-    assert text.startswith("max_norm must be below")
+    assert warned(make(), NormClip(1e3), size=400) == []
 
 
 def test_repetition_needs_an_accumulation_at_one_norm() -> None:
@@ -194,5 +191,5 @@ def test_state_of_an_earlier_version_gives_no_warning() -> None:
     statistics.load_state_dict(state)
     report = statistics.report()
     assert report is not None
-    assert list(clip_warnings(NormClip(0.1), {("", ""): report})) == []
+    assert list(clip_warnings({("", ""): report})) == []
     assert report.largest == 0.7
