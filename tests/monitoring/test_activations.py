@@ -17,7 +17,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_bigopt import GradientClipping, NormClip, OptimizationMonitor, StepGuard
+from lightning_bigopt import (
+    GradientClipping,
+    NormClip,
+    OptimizationMonitor,
+    OptimizationMonitorMixin,
+    StepGuard,
+)
 from lightning_bigopt.monitoring.activations import ActivationMonitor, chosen_modules
 from lightning_bigopt.monitoring.metric_buffer import MetricBuffer
 from tests.helpers import ManualUpdates, cpu_precision, fit, loader
@@ -303,6 +309,23 @@ def test_inside_of_a_compiled_function_is_not_measured() -> None:
     compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
     compiled(torch.ones(1, 2)).sum().backward()
     assert not monitor.add_values(into=MetricBuffer())
+
+
+def test_mixin_logs_what_the_callback_logs(tmp_path: Path) -> None:
+    class Mixed(OptimizationMonitorMixin, Blocks):
+        def configure_optimization_monitor(self) -> OptimizationMonitor:
+            return OptimizationMonitor(every=2, activations={"last": "head"})
+
+    logged = []
+    for kind in (Mixed, Blocks):
+        module = kind(lr=0.01)
+        own = [] if kind is Mixed else [OptimizationMonitor(every=2, activations={"last": "head"})]
+        logger = TensorBoardLogger(tmp_path, name=kind.__name__)
+        trainer = fit(module, loader(16, 4), *own, max_epochs=1, logger=logger)
+        found = curves(trainer).items()
+        logged.append({tag: points for tag, points in found if tag.startswith("activations")})
+    assert logged[0] == logged[1]
+    assert len(logged[0]) == 6
 
 
 def test_arguments_are_checked() -> None:
