@@ -1,5 +1,11 @@
 """Learning-rate schedules, gradient clipping, batch-size policies and monitoring for Lightning."""
 
+from lightning_bigopt.averaging import (
+    EMA,
+    Average,
+    Merge,
+    TailMean,
+)
 from lightning_bigopt.batching import (
     BatchSizePolicy,
     BatchSizeRamp,
@@ -19,6 +25,7 @@ from lightning_bigopt.callbacks import (
     GradientNoiseScale,
     HyperparameterScheduler,
     LearningRateScheduler,
+    ModelAveraging,
     OptimizationMonitor,
     ReduceOnPlateau,
     StepGuard,
@@ -60,6 +67,7 @@ from lightning_bigopt.mixins import (
     GradientNoiseScaleMixin,
     HyperparameterScheduleMixin,
     LearningRateScheduleMixin,
+    ModelAveragingMixin,
     OptimizationMonitorMixin,
     ReduceOnPlateauMixin,
     StepGuardMixin,
@@ -112,12 +120,14 @@ from lightning_bigopt.version import __version__
 __all__ = [
     "AGC",
     "BF16",
+    "EMA",
     "FP16",
     "REX",
     "Abort",
     "Action",
     "AdaGC",
     "AutoClip",
+    "Average",
     "Backoff",
     "BatchSizePolicy",
     "BatchSizePolicyMixin",
@@ -160,6 +170,9 @@ __all__ = [
     "Linear",
     "LossSpike",
     "MaxUpdateRatio",
+    "Merge",
+    "ModelAveraging",
+    "ModelAveragingMixin",
     "MultiStep",
     "MuonAdamW",
     "Noam",
@@ -190,6 +203,7 @@ __all__ = [
     "StepDecay",
     "StepGuard",
     "StepGuardMixin",
+    "TailMean",
     "TooManyRejectionsError",
     "TopK",
     "TriStage",

@@ -236,6 +236,7 @@ HINTS: tuple[Hint, ...] = (
         "write start={value}: an int is a number of updates, '5%' a fraction of the run",
         classes="Compressor",
     ),
+    _hint("decay beta", "write half_life=ln(2) / (1 - decay) in updates", classes="EMA"),
     # ------------------------------------------------------------------------------ step guard
     _hint("detector", "write detectors=[...]", parameter="detectors"),
     _hint("action", "write actions=[...]", parameter="actions"),
@@ -309,6 +310,7 @@ EXAMPLES = {
     "GradientCompression": "GradientCompression(PowerSGD(rank=1))",
     "GradientClipping": "GradientClipping(NormClip(max_norm=1.0))",
     "HyperparameterScheduler": "HyperparameterScheduler('weight_decay', Linear())",
+    "ModelAveraging": "ModelAveraging(EMA(half_life='1%'))",
     "LearningRateScheduler": "LearningRateScheduler(WarmupCosine())",
     "Product": "Product([Linear(), Cosine()])",
     "StepGuard": "StepGuard([NonFinite(), NormSpike()])",

@@ -59,6 +59,20 @@ trainer:
             sizes:
               0%: 2
               2 steps: 4
+    - class_path: lightning_bigopt.ModelAveraging
+      init_args:
+        averages:
+          ema:
+            class_path: lightning_bigopt.EMA
+            init_args:
+              half_life: 20%
+          merge:
+            class_path: lightning_bigopt.Merge
+            init_args:
+              over: 3
+              emulate: 1-sqrt
+        use: merge
+        dtype: float64
     - class_path: lightning_bigopt.OptimizationMonitor
       init_args:
         every: 2

@@ -210,7 +210,7 @@ def test_long_values_are_shown_by_their_class() -> None:
 
 # Base classes, and those that the package itself makes.
 NOT_MADE_BY_USERS = {
-    *("Action", "BatchSizePolicy", "ClippingRule", "Compressor", "Detector", "Schedule"),
+    *("Action", "Average", "BatchSizePolicy", "ClippingRule", "Compressor", "Detector", "Schedule"),
     *("Duration", "Horizon", "Progress", "RangeTest", "TooManyRejectionsError"),
 }
 MADE_BY_USERS = [

@@ -6,21 +6,22 @@ import lightning_bigopt
 from lightning_bigopt import schedules
 
 NAMES = """
-    AGC Abort Action AdaGC AutoClip BF16 Backoff BatchSizePolicy BatchSizePolicyMixin
+    AGC Abort Action AdaGC AutoClip Average BF16 Backoff BatchSizePolicy BatchSizePolicyMixin
     BatchSizeRamp BatchSizeScheduler BatchSizeSteps Chain Clamp ClipToMedian ClippingRule
     CombinedOptimizer Compressor Constant ConstantBatchSize Cooldown Cosine CosineWithRestarts
-    Cyclic Detector Duration Exponential FP16 FullBatch GlobalBatchFinder GlobalBatchLoader
+    Cyclic Detector Duration EMA Exponential FP16 FullBatch GlobalBatchFinder GlobalBatchLoader
     GradientClipping GradientClippingMixin GradientCompression GradientCompressionMixin
     GradientNoiseScale GradientNoiseScaleMixin Groups Horizon HyperparameterScheduleMixin
     HyperparameterScheduler InfiniteSchedule InverseSquareRoot LearningRateRangeTest
-    LearningRateScheduleMixin LearningRateScheduler Linear LossSpike MaxUpdateRatio MultiStep
-    MuonAdamW Noam NoiseScaleBatchSize NonFinite NormClip NormSpike OneCycle OptimizationMonitor
-    OptimizationMonitorMixin ParameterGroup PerParameterNormClip PiecewiseLinear Polynomial
-    Power PowerSGD Product Progress REX RangeTest ReduceOnPlateau ReduceOnPlateauMixin Schedule
-    SchedulePolicy Seesaw SeesawBatchSize SingleSample Skip StepDecay StepGuard StepGuardMixin
-    TooManyRejectionsError TopK TriStage UpdateClip ValueClip Warmup WarmupConstant WarmupCosine
-    WarmupInverseSquareRoot WarmupLinear WarmupStableDecay ZClip __version__ combine_optimizers
-    learning_rate_range_test muon_adamw parameter_groups plan replay
+    LearningRateScheduleMixin LearningRateScheduler Linear LossSpike MaxUpdateRatio Merge
+    ModelAveraging ModelAveragingMixin MultiStep MuonAdamW Noam NoiseScaleBatchSize NonFinite
+    NormClip NormSpike OneCycle OptimizationMonitor OptimizationMonitorMixin ParameterGroup
+    PerParameterNormClip PiecewiseLinear Polynomial Power PowerSGD Product Progress REX RangeTest
+    ReduceOnPlateau ReduceOnPlateauMixin Schedule SchedulePolicy Seesaw SeesawBatchSize SingleSample
+    Skip StepDecay StepGuard StepGuardMixin TailMean TooManyRejectionsError TopK TriStage UpdateClip
+    ValueClip Warmup WarmupConstant WarmupCosine WarmupInverseSquareRoot WarmupLinear
+    WarmupStableDecay ZClip __version__ combine_optimizers learning_rate_range_test muon_adamw
+    parameter_groups plan replay
 """
 
 

@@ -1,5 +1,6 @@
 """Callbacks to add to a Trainer, one per module."""
 
+from lightning_bigopt.callbacks.averaging.model_averaging import ModelAveraging
 from lightning_bigopt.callbacks.batch_size.batch_size_scheduler import BatchSizeScheduler
 from lightning_bigopt.callbacks.gradient_clipping import GradientClipping
 from lightning_bigopt.callbacks.gradient_compression import GradientCompression
@@ -19,6 +20,7 @@ __all__ = [
     "GradientNoiseScale",
     "HyperparameterScheduler",
     "LearningRateScheduler",
+    "ModelAveraging",
     "OptimizationMonitor",
     "ReduceOnPlateau",
     "StepGuard",

@@ -158,7 +158,8 @@ class LearningRateScheduler(Capability):
         ):
             raise ValueError(
                 "callbacks must not contain StochasticWeightAveraging with LearningRateScheduler, "
-                "got both: each writes the learning rate; remove one of them"
+                "got both: each writes the learning rate; write "
+                "ModelAveraging(TailMean(over='10%')) instead of it"
             )
         if strategies.is_deepspeed(trainer) and "scheduler" in getattr(
             trainer.strategy, "config", {}

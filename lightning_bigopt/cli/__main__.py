@@ -14,6 +14,7 @@ from lightning_bigopt.cli.command import Command, MissingExtraError, require
 from lightning_bigopt.cli.completion import completion_command
 from lightning_bigopt.cli.demo import DEMO
 from lightning_bigopt.cli.fit import FIT
+from lightning_bigopt.cli.merge import MERGE
 from lightning_bigopt.cli.plan import PLAN
 from lightning_bigopt.cli.report import REPORT
 from lightning_bigopt.cli.schedules import SCHEDULES
@@ -28,6 +29,7 @@ __all__ = ["COMMANDS", "main", "make_parser"]
 COMMANDS: Mapping[str, Command] = {
     "demo": DEMO,
     "fit": FIT,
+    "merge": MERGE,
     "plan": PLAN,
     "report": REPORT,
     "schedules": SCHEDULES,

@@ -5,6 +5,7 @@ from lightning_bigopt.mixins.gradient_clipping import GradientClippingMixin
 from lightning_bigopt.mixins.gradient_compression import GradientCompressionMixin
 from lightning_bigopt.mixins.hyperparameter import HyperparameterScheduleMixin
 from lightning_bigopt.mixins.learning_rate import LearningRateScheduleMixin
+from lightning_bigopt.mixins.model_averaging import ModelAveragingMixin
 from lightning_bigopt.mixins.monitor import OptimizationMonitorMixin
 from lightning_bigopt.mixins.noise_scale import GradientNoiseScaleMixin
 from lightning_bigopt.mixins.plateau import ReduceOnPlateauMixin
@@ -17,6 +18,7 @@ __all__ = [
     "GradientNoiseScaleMixin",
     "HyperparameterScheduleMixin",
     "LearningRateScheduleMixin",
+    "ModelAveragingMixin",
     "OptimizationMonitorMixin",
     "ReduceOnPlateauMixin",
     "StepGuardMixin",

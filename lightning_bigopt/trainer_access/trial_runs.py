@@ -25,6 +25,7 @@ __all__ = [
     "limits_kept",
     "objects_changed_by_fit",
     "run_separate_loop",
+    "silent_loggers",
 ]
 
 _HOOK = "on_train_batch_start"
@@ -77,7 +78,7 @@ def run_separate_loop(
     data = trainer.fit_loop._data_source.dataloader()
     trainer.fit_loop, loop._data_source = loop, source(data, "")
     trainer.callbacks = list(callbacks)  # type: ignore[attr-defined]  # set by a connector
-    trainer.loggers = _silent_loggers(trainer)
+    trainer.loggers = silent_loggers(trainer)
     trainer.limit_val_batches = 0
     trainer.should_stop = False
     trainer.strategy.lr_scheduler_configs = []
@@ -122,7 +123,7 @@ def fit_quietly(
     saved = trainer.callbacks, trainer.loggers  # type: ignore[attr-defined]
     trainer.callbacks = list(callbacks)  # type: ignore[attr-defined]
     # Not an empty list: a module may call self.logger.log_metrics.
-    trainer.loggers = _silent_loggers(trainer)
+    trainer.loggers = silent_loggers(trainer)
     try:
         with warnings.catch_warnings():
             advice = own(trainer, "fabric.utilities.warnings.PossibleUserWarning")
@@ -149,7 +150,8 @@ def limits_kept(trainer: Trainer) -> Iterator[None]:
         loop.min_epochs, loop.max_epochs, trainer.num_sanity_val_steps = kept
 
 
-def _silent_loggers(trainer: Trainer) -> list[Logger]:
+def silent_loggers(trainer: Trainer) -> list[Logger]:
+    """Returns as many loggers as the Trainer has, which write nothing."""
     silent = own(trainer, "loggers.logger.DummyLogger")
     return [silent() for _ in trainer.loggers]
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning_bigopt as bigopt
 from lightning_bigopt import (
+    EMA,
     BatchSizePolicyMixin,
     BatchSizeScheduler,
     BatchSizeSteps,
@@ -33,6 +34,9 @@ from lightning_bigopt import (
     LearningRateScheduleMixin,
     LearningRateScheduler,
     Linear,
+    Merge,
+    ModelAveraging,
+    ModelAveragingMixin,
     NonFinite,
     NormClip,
     NormSpike,
@@ -100,6 +104,12 @@ CALLBACKS: dict[str, Case] = {
     "GradientCompression": Case(
         callbacks=lambda _: [GradientCompression(TopK(keep=0.2)), OptimizationMonitor()]
     ),
+    "ModelAveraging": Case(
+        callbacks=lambda _: [
+            ModelAveraging({"ema": EMA(3), "merge": Merge(over=4)}, use="merge"),
+            OptimizationMonitor(),
+        ]
+    ),
     "HyperparameterScheduler": Case(
         callbacks=lambda _: [HyperparameterScheduler("weight_decay", Linear(end=0.0))]
     ),
@@ -147,6 +157,7 @@ MIXINS: dict[str, Case] = {
         mixins=[GradientCompressionMixin],
         members={"configure_gradient_compression": lambda self: TopK(keep=0.2)},
     ),
+    "ModelAveragingMixin": Case(mixins=[ModelAveragingMixin]),
     "HyperparameterScheduleMixin": Case(
         mixins=[HyperparameterScheduleMixin],
         members={

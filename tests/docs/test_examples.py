@@ -20,7 +20,7 @@ PAGES = [
     *(f"{name}.md" for name in ("index", "start", "errors", "faq", "algorithms")),
     *(
         f"guides/{name}.md"
-        for name in ("workflows", "loggers", "launchers", "optimizers", "single_parts")
+        for name in ("averaging", "workflows", "loggers", "launchers", "optimizers", "single_parts")
     ),
     *(
         f"recipes/{name}.md"

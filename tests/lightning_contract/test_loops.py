@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
@@ -155,6 +156,46 @@ def test_a_loop_of_its_own_trains_beside_the_trainers() -> None:
     assert seen == [*range(6), 6, 0, *range(4)]
     assert one.global_step == 4
     assert module.layer.weight.item() != before
+
+
+@asserts(
+    "_EvaluationLoop",
+    "_trainer_fn",
+    "_stage",
+    "_combined_loader",
+    "_max_batches",
+    "_last_val_dl_reload_epoch",
+    "_callback_metrics",
+)
+def test_a_validation_loop_of_its_own_runs_after_an_ordinary_one() -> None:
+    """ModelAveraging validates other weights without new loaders, callbacks and loggers."""
+    seen: list[Any] = []
+
+    class Validates(Small):
+        def validation_step(self, batch: Any) -> None:
+            self.log("score", batch.sum())
+
+    class Again(L.Callback):
+        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+            usual = trainer.fit_loop.epoch_loop.val_loop
+            beside = _EvaluationLoop(trainer, usual._trainer_fn, usual._stage, verbose=False)
+            beside._data_source = usual._data_source
+            beside._combined_loader = copy.copy(usual._combined_loader)
+            beside._max_batches = usual._max_batches
+            beside._last_val_dl_reload_epoch = usual._last_val_dl_reload_epoch
+            connector = trainer._logger_connector
+            connector.reset_results()
+            first = dict(connector._callback_metrics)
+            trainer.callbacks, trainer.fit_loop.epoch_loop.val_loop = [], beside
+            seen.append((first, beside.run(), usual.batch_progress.current.completed))
+            trainer.callbacks, trainer.fit_loop.epoch_loop.val_loop = [self], usual
+
+    one = trainer(Again(), num_sanity_val_steps=0, max_steps=-1, max_epochs=2)
+    one.fit(Validates(), batches(), batches())
+    assert len(seen) == 2
+    for first, again, completed in seen:
+        assert first["score"] == again[0]["score"]
+        assert completed == 4
 
 
 @asserts("_TunerExitException")

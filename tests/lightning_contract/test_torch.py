@@ -203,6 +203,7 @@ def tensors(*values: float) -> list[torch.Tensor]:
     "_foreach_sub_",
     "_foreach_mul_",
     "_foreach_copy_",
+    "_foreach_lerp_",
     "_foreach_sqrt_",
     "_foreach_reciprocal_",
     "_foreach_clamp_min_",
@@ -224,6 +225,10 @@ def test_one_call_for_many_tensors() -> None:
     torch._foreach_mul_(changed, torch.tensor(2.0))  # one factor for all, on the device
     assert equal(changed, tensors(4.0, 18.0))
     torch._foreach_mul_(changed, [torch.tensor(0.25), torch.tensor(0.5)])  # or one for each
+    assert equal(changed, tensors(1.0, 9.0))
+    torch._foreach_lerp_(changed, tensors(3.0, 13.0), 0.5)
+    assert equal(changed, tensors(2.0, 11.0))
+    torch._foreach_lerp_(changed, tensors(1.0, 9.0), 1.0)  # exact at the end
     assert equal(changed, tensors(1.0, 9.0))
     torch._foreach_sqrt_(changed)
     torch._foreach_copy_(kept := tensors(0.0, 0.0), changed)

@@ -118,7 +118,7 @@ def test_every_capability_has_a_mixin() -> None:
     capabilities = {c for c in vars(bigopt).values() if is_capability(c)}
     owned = {mixin.owns[0] for name, mixin in vars(bigopt).items() if name.endswith("Mixin")}
     assert owned == capabilities
-    assert len(capabilities) == 9
+    assert len(capabilities) == 10
 
 
 def is_capability(value: object) -> bool:

@@ -56,7 +56,7 @@ LAYERS: tuple[tuple[frozenset[str], frozenset[str]], ...] = (
     (frozenset({"tuning"}), LIGHTNING),
     (frozenset({"cli", "examples", "__init__"}), LIGHTNING),
 )
-NOT_BUILT_YET = frozenset({"averaging"})
+NOT_BUILT_YET: frozenset[str] = frozenset()
 # Lightning's classes that a module may import otherwise than for types: the base of callbacks,
 # and names in annotations. Objects are checked against, and made from, the classes of the Trainer's
 # own package.

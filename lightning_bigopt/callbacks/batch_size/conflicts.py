@@ -55,11 +55,13 @@ def check_conflicts(fit: Fit, policy: BatchSizePolicy) -> None:
             "accumulate_grad_batches must be 1 with BatchSizeScheduler, got "
             f"{trainer.accumulate_grad_batches}; set the global batch size in the policy instead"
         )
-    for name in ("GradientAccumulationScheduler", "StochasticWeightAveraging"):
+    for name, way_out in (
+        ("GradientAccumulationScheduler", "remove GradientAccumulationScheduler"),
+        ("StochasticWeightAveraging", "write ModelAveraging(TailMean(over='10%')) instead of it"),
+    ):
         if trainer_callbacks.find_lightning_callback(trainer, name) is not None:
             raise ValueError(
-                f"callbacks must not contain {name} with BatchSizeScheduler, got both; remove "
-                f"{name}"
+                f"callbacks must not contain {name} with BatchSizeScheduler, got both; {way_out}"
             )
     if not module.automatic_optimization:
         raise ValueError(

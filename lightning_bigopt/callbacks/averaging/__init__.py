@@ -1,0 +1,1 @@
+"""The capability that averages the weights, and its parts."""
