@@ -217,8 +217,7 @@ class OptimizationMonitor(Capability):
 
     def observe(self, update: Update) -> None:
         """Collects the values of the update, on the device."""
-        is_rejected = update.rejection is not None
-        self._stability.observe(update.label, update.measured_norms, is_rejected=is_rejected)
+        self._stability.observe(update.label, update.measured_norms)
         if self.activations is not None and self.fit and self.fit.module.automatic_optimization:
             self._activations.pause()  # further evaluations of the closure are not measured
         if not self.needs_norms(update):

@@ -90,23 +90,18 @@ class Stability:
             self.clear_window()
         self._losses.append((loss, 1 if samples is None else samples))
 
-    def observe(
-        self, label: str, norms: GradientNorms | None, *, is_rejected: bool = False
-    ) -> None:
-        """Records an update. Its window ends, but other optimizers use it.
+    def observe(self, label: str, norms: GradientNorms | None) -> None:
+        """Records an update, which counts after :meth:`accept`; other optimizers use its window.
 
         Args:
             label: Name of the optimizer; empty if there is only one.
             norms: Norms of the gradients before clipping; None if they were not measured.
-            is_rejected: Whether the update is not made.
         """
         self._window_is_over = True
-        if is_rejected:
-            return
         norm = None if norms is None else unread_total(norms)
         loss, samples = _weighted_sum(self._losses)
         entries = self._pending.setdefault(label, [])
-        if entries and not entries[-1].is_made:  # a GradScaler has skipped it
+        if entries and not entries[-1].is_made:  # rejected, or skipped by a GradScaler
             entries.pop()
         entries.append(_Entry(norm=norm, loss=loss, samples=samples))
 
