@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from lightning_bigopt import GradientClipping, NonFinite, NormClip, OptimizationMonitor, StepGuard
+from lightning_bigopt.reporting.runs import read_run
 from tests.distributed.capability_scenarios import Saves, numbers, trainer
 from tests.engine.test_rollback import FakeRollback
 from tests.helpers import Probe, ResumableLoader, cpu_precision, full
-from tests.monitoring.helpers import curves
 
 UPDATES, SAVED = 100, 70
 # By update and process: factors on the loss.
@@ -197,12 +197,11 @@ def measured(out: Path) -> Any:
             if name == "ddp static":
                 options["strategy"] = DDPStrategy(static_graph=True)
             logger = TensorBoardLogger(out / name, version=str(len(callbacks)))
-            one = trainer(name, *callbacks, logger=logger, **options)
-            one.fit(model, Split(36, 3))
+            trainer(name, *callbacks, logger=logger, **options).fit(model, Split(36, 3))
             weights.append(numbers(dict(model.named_parameters())))
             if callbacks and rank() == 0:
-                read = {tag: dict(points) for tag, points in curves(one).items()}
-                logged = {tag: points for tag, points in read.items() if "activations" in tag}
+                read = read_run(logger.log_dir).curves  # Trainer.log_dir is a collective
+                logged = {tag: dict(read[tag]) for tag in read if "activations" in tag}
             sizes = model.sizes
         found[name] = {"weights": weights, "logged": logged, "sizes": sizes}
     return found

@@ -252,6 +252,22 @@ def test_first_floating_tensor_of_an_output_is_measured(wrap: Any) -> None:
     assert values.fetch()["activations/max/a"] == 3.0
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_repeated_forward_of_checkpointing_counts_once(use_reentrant: bool) -> None:
+    """In a label with a module that is not checkpointed a second count would change the mean."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    monitor, values = ActivationMonitor({"both": "?"}), MetricBuffer()
+    monitor.start(model)
+    monitor.attach()
+    x = torch.randn(4, 3, requires_grad=True)
+    first = checkpoint(model[0], x, use_reentrant=use_reentrant)
+    second = model[1](first)
+    second.sum().backward()
+    monitor.add_values(into=values)
+    expected = sizes([first, second])["rms"]
+    assert values.fetch()["activations/rms/both"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_activations_are_not_kept_alive() -> None:
     monitor, model = ActivationMonitor("blocks"), nn.Sequential(nn.Linear(2, 2))
     monitor.start(model)

@@ -145,7 +145,15 @@ def test_norms_come_from_what_measures_them_at_every_update() -> None:
 
 
 def test_update_that_a_fused_kernel_skips_is_not_counted() -> None:
-    module, monitor = Spiky(SPIKES, fused=True), OptimizationMonitor(every=50, layers=None)
+    class FiniteLoss(Spiky):
+        """Only the gradient is not finite in the update 90."""
+
+        def on_after_backward(self) -> None:
+            if self.batches == 91:
+                self.net.weight.grad.fill_(math.inf)  # type: ignore[union-attr]
+
+    module = FiniteLoss({**SPIKES, 90: 70.0}, fused=True)
+    monitor = OptimizationMonitor(every=50, layers=None)
     fit(module, loader(460, 2), GradientClipping(NormClip(1e-2)), monitor, max_epochs=1)
     made = [loss for at, loss in enumerate(module.losses) if at != 90]
     check(counts(monitor, "loss"), made)
@@ -189,10 +197,17 @@ def test_rejected_update_of_manual_optimization_leaves_no_loss() -> None:
     check(counts(monitor, "loss"), [x for x in module.losses if math.isfinite(x)])
 
 
-def test_snapshot_restores_scores_and_pending_values() -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_snapshot_restores_scores_and_pending_values(
+    processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Restored twice, as after two rollbacks; values in between do not matter."""
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda sums: sums.mul_(2))
     values = np.random.default_rng(5).lognormal(size=200).tolist()
     stability, straight = Stability(), Stability()
+    for each in (stability, straight):
+        each.start(device=torch.device("cpu"), processes=processes)
 
     def add(to: Stability, value: float) -> None:
         to.add_loss(torch.tensor(value), samples=2)
@@ -211,7 +226,10 @@ def test_snapshot_restores_scores_and_pending_values() -> None:
         add(stability, value)
     for value in values:
         add(straight, value)
+    for each in (stability, straight):
+        each.reduce()
     assert stability.state_dict() == straight.state_dict()
+    assert len(straight.state_dict()["loss"][""]["history"]) == 128
 
 
 def test_optimizers_have_scores_of_their_own() -> None:
