@@ -81,6 +81,15 @@ WORKLOADS = (
         title="GPT of 300 tensors", blocks=30, steps=50, slow_steps=15, rounds=24, slow_every=3
     ),
     Workload(
+        title="GPT of 300 tensors, all values and activations",
+        blocks=30,
+        steps=50,
+        slow_steps=15,
+        rounds=9,
+        slow_every=3,
+        variants=("bare", "a", "a-all", "b-full", "b-activations", "c"),
+    ),
+    Workload(
         title="GPT of 3,000 tensors",
         blocks=300,
         steps=10,
@@ -90,15 +99,17 @@ WORKLOADS = (
         variants=("bare", "a", "a-csv", "c"),
     ),
 )
-SLOW = {"a", "a-csv", "c"}
+SLOW = {"a", "a-all", "a-csv", "c"}
 VARIANTS = {
     "bare": "bare Trainer, `gradient_clip_val`",
     "empty": "with four empty callbacks",
     "readme": "the README's four callbacks",
     "a": "a. lightning_bigopt: schedule, ZClip, norms of every parameter, every step",
+    "a-all": "a. with all four values of every parameter, every step",
     "a-csv": "a. with CSVLogger instead of TensorBoard",
     "b": "b. lightning_bigopt, every 50 steps",
     "b-full": "b. lightning_bigopt with all values of the monitor, by block, every 50 steps",
+    "b-activations": "b. the same with activations of every block, every 50 steps",
     "c": "c. Lightning: LearningRateMonitor and `log_dict(grad_norm(self, 2))`",
 }
 
@@ -180,16 +191,18 @@ def readme() -> list[L.Callback]:
 def seconds_per_step(variant: str, work: Workload, folder: str) -> float:
     """Measures the mean time of a step, logging included, after some steps of warm-up."""
     steps = work.slow_steps if variant == "c" else work.steps
-    every = 1 if variant in {"a", "a-csv", "c"} else 50
+    every = 1 if variant in {"a", "a-all", "a-csv", "c"} else 50
     norms: dict[str, Any] = {"layers": "parameters", "per_layer": ["grad_norm"]}
     callbacks: Mapping[str, list[L.Callback]] = {
         "bare": [],
         "empty": [L.Callback() for _ in range(4)],
         "readme": readme(),
         "a": package_callbacks(**norms),
+        "a-all": package_callbacks(layers="parameters"),
         "a-csv": package_callbacks(**norms),
         "b": package_callbacks(**norms),
         "b-full": package_callbacks(),
+        "b-activations": package_callbacks(activations="blocks"),
         "c": [LearningRateMonitor()],
     }
     logger = CSVLogger(folder) if variant == "a-csv" else TensorBoardLogger(folder)
@@ -216,8 +229,8 @@ Found = Mapping[str, tuple[float, float, float]]
 def measure(work: Workload, rounds: int) -> Found:
     """Measures the time over the bare Trainer's, in ms: its median and interval by variant.
 
-    The bare Trainer has its own time, and ``"beyond"`` is the README's list over the empty
-    callbacks.
+    The bare Trainer has its own time, ``"beyond"`` is the README's list over the empty callbacks,
+    and ``"activations"`` the monitor with them over the same monitor without them.
     """
     differences: dict[str, list[float]] = {name: [] for name in work.variants}
     for trial in range(rounds):
@@ -230,6 +243,9 @@ def measure(work: Workload, rounds: int) -> Found:
             differences[name].append(found - (0.0 if name == "bare" else times["bare"]))
         if "readme" in times:
             differences.setdefault("beyond", []).append(times["readme"] - times["empty"])
+        if "b-activations" in times:
+            more = times["b-activations"] - times["b-full"]
+            differences.setdefault("activations", []).append(more)
     return {name: with_interval(values) for name, values in differences.items()}
 
 
@@ -272,6 +288,12 @@ def table(work: Workload, found: Found) -> str:
             f"{high:+.3f} ({100 * middle / bare:+.1f} % of this step, {100 * middle / 30:+.2f} % "
             "of 30 ms)."
         )
+    if "activations" in found:
+        middle, low, high = found["activations"]
+        lines.append(
+            f"\nThe activations beyond the same monitor without them: {middle:+.3f} ms, "
+            f"{low:+.3f} to {high:+.3f} ({100 * middle / bare:+.2f} % of this step)."
+        )
     return "\n".join(lines)
 
 
@@ -281,7 +303,9 @@ def merged(tables: Mapping[str, str]) -> str:
     known = {
         match[1]: match[0].strip()
         for match in re.finditer(
-            r"^## (.+)\n(?:\n?\|.*\n)+(?:\nThe README's list .+\n)?", former, flags=re.MULTILINE
+            r"^## (.+)\n(?:\n?\|.*\n)+(?:\nThe (?:README's list|activations) .+\n)?",
+            former,
+            flags=re.MULTILINE,
         )
     }
     known.update(tables)
@@ -318,6 +342,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one round, no 3,000 tensors")
     parser.add_argument("--only", type=int, help="the index of one workload")
+    parser.add_argument("--rounds", type=int, help="number of rounds instead of the default")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -327,12 +352,13 @@ def main() -> None:
 
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    works = WORKLOADS[:3] if arguments.quick else WORKLOADS
+    works = WORKLOADS[:4] if arguments.quick else WORKLOADS
     if arguments.only is not None:
         works = WORKLOADS[arguments.only : arguments.only + 1]
     tables = {}
     for work in works:
-        tables[work.title] = table(work, measure(work, 1 if arguments.quick else work.rounds))
+        rounds = 1 if arguments.quick else arguments.rounds or work.rounds
+        tables[work.title] = table(work, measure(work, rounds))
         print(tables[work.title], flush=True)
     if arguments.write:
         PAGE.write_text(page(merged(tables)), encoding="utf-8")

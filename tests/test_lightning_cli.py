@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -223,3 +224,46 @@ def test_parts_and_groups_by_pattern_train_from_the_saved_config(
     config.write_text(COMBINED.format(root=tmp_path))
     with pytest.raises(ValueError, match=r"every pattern of groups must match a .*'net.none'"):
         train(config, ModelOfParts)
+
+
+MONITORED = """
+seed_everything: 3
+trainer:
+  accelerator: cpu
+  max_steps: 4
+  enable_progress_bar: false
+  enable_model_summary: false
+  enable_checkpointing: false
+  logger:
+    class_path: lightning.pytorch.loggers.CSVLogger
+    init_args:
+      save_dir: {root}
+  callbacks:
+    - class_path: lightning_bigopt.OptimizationMonitor
+      init_args:
+        every: 2
+        activations: {activations}
+"""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from LightningCLI
+@pytest.mark.parametrize(
+    ("activations", "label"), [("blocks", "net"), ('{output: "ne*"}', "output")]
+)
+def test_activations_are_logged_from_the_saved_config(
+    activations: str, label: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    config = tmp_path / "written.yaml"
+    config.write_text(MONITORED.format(root=tmp_path, activations=activations))
+    folders = []
+    for _ in range(2):
+        folders.append(Path(train(config).trainer.log_dir))
+        config = folders[0] / "config.yaml"
+    files = [(each / "metrics.csv").read_text().splitlines() for each in folders]
+    rows = [list(csv.DictReader(lines)) for lines in files]
+    tags = [f"activations/{name}/{label}" for name in ("rms", "max", "zeros", "grad_rms")]
+    first, second = ([[row[tag] for tag in tags] for row in each] for each in rows)
+    assert first == second
+    assert len(first) == 2
+    assert all(float(value) > 0 for row in first for value in (row[0], row[1], row[3]))

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_bigopt.arguments import explain_arguments
@@ -24,7 +24,8 @@ from lightning_bigopt.gradients.clip_statistics import (
     saved_counts,
     summaries,
 )
-from lightning_bigopt.gradients.gradient_norms import GradientNorms
+from lightning_bigopt.gradients.clip_warnings import clip_warnings
+from lightning_bigopt.gradients.gradient_norms import GradientNorms, unread_total
 from lightning_bigopt.gradients.measure import measure
 from lightning_bigopt.gradients.rules.clipping_rule import ClipContext, ClippingRule, RuleState
 from lightning_bigopt.gradients.shared_decision import SharedDecision, check_rule, joint_norms
@@ -199,7 +200,7 @@ class GradientClipping(Capability):
             parameters += others
             known.update(id(parameter) for _, parameter in others)
         joint = joint_norms(parts)
-        self._joint_norm = joint.value if joint.is_on_host else joint.total
+        self._joint_norm = unread_total(joint)
         return SharedDecision(self._decide(update, "", parameters, joint), parameters)
 
     def _decide(
@@ -267,12 +268,17 @@ class GradientClipping(Capability):
         return {key: report for key, report in reports.items() if report is not None}
 
     def end(self, fit: Fit) -> None:
-        """Logs how often clipping acted, with advice on the threshold."""
+        """Logs how often clipping acted, with advice; warns if other code has clipped before."""
         self._parameters, self._joint_norm = {}, None
         self._end_decision()
         is_short = loop.is_fast_dev_run(fit.trainer)  # one update has no statistics
-        for line in () if is_short else summaries(self.rule, self.reports()):
+        if is_short:
+            return
+        reports = self.reports()
+        for line in summaries(self.rule, reports):
             rank_zero_info(line)
+        for line in clip_warnings(reports):
+            rank_zero_warn(line)
 
     def specification(self) -> str:
         """Returns the rule as code, with a scope other than the default."""

@@ -3,38 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
 from lightning_bigopt.arguments import explain_arguments
-from lightning_bigopt.callbacks.run_report import check_report, write_run_report
+from lightning_bigopt.callbacks.run_output import RunOutput
 from lightning_bigopt.checks import as_code, check_choice, check_count
 from lightning_bigopt.engine.batch_contents import BatchCount
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.clock_settings import ClockSettings
 from lightning_bigopt.engine.stage import Batch, Fit
 from lightning_bigopt.engine.update import Rejection, Update
-from lightning_bigopt.gradients.clip_decision import ClipDecision
+from lightning_bigopt.gradients.gradient_norms import unread_total
 from lightning_bigopt.monitoring import logging
-from lightning_bigopt.monitoring.group_values import hyperparameters_of
-from lightning_bigopt.monitoring.layers import LayerMonitor, LayerValue, check_layers
+from lightning_bigopt.monitoring.activations import ActivationMonitor, check_activations
+from lightning_bigopt.monitoring.layer_monitors import LayerMonitors
+from lightning_bigopt.monitoring.layers import LayerValue, check_layers, layer_values
 from lightning_bigopt.monitoring.logging import XAxis
 from lightning_bigopt.monitoring.metric_buffer import MetricBuffer
+from lightning_bigopt.monitoring.stability import Stability
 from lightning_bigopt.monitoring.step_timer import StepTimer
 from lightning_bigopt.monitoring.tags import tag_name
-from lightning_bigopt.optimizers.names import group_names
+from lightning_bigopt.monitoring.update_values import (
+    add_clipping,
+    add_hyperparameters,
+    batch_values,
+    for_progress_bar,
+    is_due,
+    without_unknown,
+)
 from lightning_bigopt.parameters import tied_names
-from lightning_bigopt.trainer_access import loggers, loop
-from lightning_bigopt.trainer_access.event_folder import EventFolder
+from lightning_bigopt.trainer_access import loggers, precision
 from lightning_bigopt.type_checks import path_or_none
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 __all__ = ["OptimizationMonitor"]
-
-_ALL_LAYER_VALUES: tuple[LayerValue, ...] = ("grad_norm", "weight_norm", "update_ratio", "zeros")
 
 
 @explain_arguments
@@ -52,6 +59,8 @@ class OptimizationMonitor(Capability):
         per_layer: Values to log for each layer: ``"grad_norm"``, ``"weight_norm"``,
             ``"update_ratio"`` (copies the weights during a logged update) and ``"zeros"``; None for
             all.
+        activations: Modules whose outputs, and the gradients of these, are measured in logged
+            updates: ``"blocks"``, patterns by label such as ``{"attention": "*.attn"}``, or None.
         histograms_every: Write histograms of all gradients to TensorBoard every n-th update, which
             copies them to the host; None for no histograms.
         x_axis: Unit of the steps in all loggers: ``"updates"``, the batches that have made an
@@ -71,6 +80,10 @@ class OptimizationMonitor(Capability):
         ``global_batch`` and ``skipped`` on the progress bar. With several optimizers the tags
         contain the names of their classes.
 
+    State:
+        ``stability``: for loss and norm of each optimizer, the last 128 values and the numbers of
+        spikes and comparisons.
+
     Values that need a number of samples are not logged if it is unknown, as for batches of strings.
 
     Raises:
@@ -84,8 +97,6 @@ class OptimizationMonitor(Capability):
         >>> from lightning_bigopt import OptimizationMonitor
         >>> OptimizationMonitor(every=10, layers="blocks").every
         10
-        >>> OptimizationMonitor(event_folder="runs/mine", report="report.html").event_folder
-        'runs/mine'
     """
 
     owns = "monitor"
@@ -93,6 +104,7 @@ class OptimizationMonitor(Capability):
     logs_all_metrics = True
     needs_step_hook = False
     may_reject = False
+    changes_before_step = False
 
     def __init__(
         self,
@@ -100,6 +112,7 @@ class OptimizationMonitor(Capability):
         every: int | None = None,
         layers: Literal["blocks", "parameters"] | dict[str, str] | None = "blocks",
         per_layer: Sequence[LayerValue] | None = None,
+        activations: Literal["blocks"] | dict[str, str] | None = None,
         histograms_every: int | None = None,
         x_axis: XAxis = "updates",
         samples: BatchCount = None,
@@ -113,23 +126,27 @@ class OptimizationMonitor(Capability):
         ):
             if number is not None:
                 check_count(name, number, of="updates", hint=hint)
+        check_activations(activations)
         check_choice("x_axis", x_axis, XAxis, hint="'updates' is what Lightning counts")
-        # Only for its checks of the arguments.
-        LayerMonitor(layers, _ALL_LAYER_VALUES if per_layer is None else per_layer)
-        self.per_layer = _ALL_LAYER_VALUES if per_layer is None else tuple(per_layer)
+        self.per_layer = layer_values(layers, per_layer)
         self.every, self.histograms_every, self.x_axis = every, histograms_every, x_axis
-        self.layers = layers
+        self.layers, self.activations = layers, activations
         self.report = path_or_none("report", report, hint="write 'report.html'")
-        path = path_or_none("event_folder", event_folder, hint="write 'runs/events'")
-        self.event_folder, self._events = path, EventFolder(path)
+        self.event_folder = path_or_none("event_folder", event_folder, hint="write 'runs/events'")
+        self._output = RunOutput(report=self.report, event_folder=self.event_folder, x_axis=x_axis)
         self.settings = ClockSettings(samples=samples, tokens=tokens)
         self.needs_samples = "required" if x_axis == "samples" else "optional"
         self.reset()
 
     def reset(self) -> None:
-        """Clears the buffers and the timer."""
+        """Clears the histories of losses and norms, the buffers and the timer."""
+        self._stability = Stability()
+        self._clear()
+
+    def _clear(self) -> None:
         self._values = MetricBuffer()
-        self._layers: dict[str, LayerMonitor] = {}
+        self._layers = LayerMonitors(self.layers, self.per_layer)
+        self._activations = ActivationMonitor(self.activations)
         self._timer = StepTimer()
         self._bar_is_empty = True
         self._due = self._stepped = False
@@ -142,46 +159,44 @@ class OptimizationMonitor(Capability):
 
     def start(self, fit: Fit) -> None:
         """Checks the report, the patterns of layers and the x axis, and starts the timer."""
-        self._events.check(fit.trainer)
-        check_report(fit.trainer, self.report, self.event_folder)
-        if self.x_axis == "tokens" and fit.clock.settings.tokens is None:
-            raise ValueError(
-                "tokens must be counted for x_axis='tokens', got no callback that counts them; "
-                "pass tokens=a function of the batch, or the name of its ids or mask"
-            )
+        self._output.check(fit)
         check_layers(fit.parameter_names(), self.layers, tied_names(fit.module))
-        self.reset()
+        self._clear()
+        scale = partial(precision.loss_scale_tensor, fit.trainer)
+        self._activations = ActivationMonitor(self.activations, scale)
+        self._activations.start(fit.module)
         device, counts = fit.trainer.strategy.root_device, fit.clock.counts()
         self._timer.start(device, samples=counts.trained_samples, tokens=counts.tokens)
+        self._stability.start(device=device, processes=fit.trainer.world_size)
 
     def announce(self, fit: Fit) -> None:
         """Writes the plan of the run to TensorBoard."""
-        self._events.open(fit.trainer)
+        self._output.announce(fit)
         if self.histograms_every is not None:
             logging.warn_without_histograms(fit.trainer)
-        logging.write_start(fit, self.x_axis)
 
     def end(self, fit: Fit) -> None:
         """Writes hyperparameters with final metrics, and the report."""
-        self._values, self._layers = MetricBuffer(), {}
-        try:
-            logging.write_end(fit)
-            write_run_report(fit.trainer, self.report, self.event_folder)
-        finally:
-            self._events.close(fit.trainer)
+        self._activations.detach()
+        self._clear()
+        self._output.end(fit)
 
     # ----------------------------------------------------------------------------- an update
+
+    def begin_batch(self, batch: Batch) -> None:
+        """Measures activations in a window whose update is logged."""
+        if self.activations and batch.opens_window and is_due(batch.fit.trainer, self.every):
+            self._activations.attach()
+
+    def observe_loss(self, batch: Batch, loss: Tensor) -> None:
+        """Records the loss, on the device."""
+        self._stability.add_loss(loss, samples=batch.samples)
 
     def rescale(self, update: Update) -> None:
         """Determines whether the update is logged; the first stage of an update."""
         assert self.fit is not None  # set by the engine
-        self._due = self._is_due(self.fit.trainer, self.every)
+        self._due = is_due(self.fit.trainer, self.every)
         self._stepped = True
-
-    def _is_due(self, trainer: Trainer, every: int | None) -> bool:
-        if every is None:
-            return loop.should_log(trainer)
-        return (loop.batches_that_stepped(trainer) + 1) % every == 0
 
     def needs_norms(self, update: Update) -> bool:
         """Returns whether the update is logged, or the progress bar shows no values yet."""
@@ -191,7 +206,7 @@ class OptimizationMonitor(Capability):
         """Writes histograms of the gradients of an accepted update, before they are clipped."""
         assert self.fit is not None  # set by the engine
         every = None if update.is_repeated else self.histograms_every
-        if every and self._is_due(self.fit.trainer, every):
+        if every and is_due(self.fit.trainer, every):
             logging.write_histograms(self.fit, update, self.x_axis)
         return None
 
@@ -202,50 +217,31 @@ class OptimizationMonitor(Capability):
 
     def observe(self, update: Update) -> None:
         """Collects the values of the update, on the device."""
+        self._stability.observe(update.label, update.measured_norms)
+        if self.activations is not None and self.fit and self.fit.module.automatic_optimization:
+            self._activations.pause()  # further evaluations of the closure are not measured
         if not self.needs_norms(update):
             return
-        values, label, norms = self._values, update.label, update.norms
-        total = norms.value if norms.is_on_host else norms.total
-        values.add(tag_name("grad_norm/total", label), total)
-        groups = update.optimizer.param_groups
-        for name, group in zip(group_names(groups), groups, strict=True):
-            for tag, value in hyperparameters_of(group).items():
-                values.add(tag_name(tag, label, name), value)
+        values, label = self._values, update.label
+        values.add(tag_name("grad_norm/total", label), unread_total(update.norms))
+        add_hyperparameters(values, update.optimizer, label)
         if not self._due:
             return
         if update.decision is not None:
-            self._add_clipping(update.decision, label)
-        if self.layers is not None:
-            layers = self._layers.get(label)
-            if layers is None:
-                layers = LayerMonitor(self.layers, self.per_layer, label=label)
-                self._layers[label] = layers
-            layers.before_step(
-                norms,
-                group=update.shard_group,
-                into=values,
-                is_rejected=update.rejection is not None,
-            )
-
-    def _add_clipping(self, decision: ClipDecision, label: str) -> None:
-        """Adds coefficient and threshold; ``clip/fraction`` is a metric of GradientClipping."""
-        for pattern, part in decision.each_group():
-            factor, threshold = part.coefficient, part.threshold
-            if factor is None and part.coefficients is not None:
-                factor = part.coefficients.mean()
-            if factor is not None:
-                self._values.add(tag_name("clip/coefficient", label, pattern), factor)
-            if threshold is not None and (not isinstance(threshold, Tensor) or threshold.ndim == 0):
-                self._values.add(tag_name("clip/threshold", label, pattern), threshold)
+            add_clipping(values, update.decision, label)
+        self._layers.before_step(update, into=values)
 
     def after_step(self, update: Update) -> None:
-        """Measures the norm of the change in the weights."""
-        layers = self._layers.get(update.label)
-        if layers is not None:
-            layers.after_step(group=update.shard_group, into=self._values)
+        """Measures the norm of the change in the weights, and counts the update."""
+        self._stability.accept(update.label, found_inf=update.found_inf, is_logged=self._due)
+        self._layers.after_step(update, into=self._values)
 
     def end_batch(self, batch: Batch) -> None:
         """Transfers all values in one copy, and logs them if the update is logged."""
+        if batch.closes_window:
+            self._activations.detach()
+            if batch.fit.module.automatic_optimization:
+                self._stability.clear_window()
         if not self._stepped:
             return
         self._stepped = False
@@ -253,65 +249,71 @@ class OptimizationMonitor(Capability):
         if not self._values:
             return
         values, self._values = self._values, MetricBuffer()
-        fit, trainer, due = batch.fit, batch.fit.trainer, self._due
+        fit, trainer, clock, due = batch.fit, batch.fit.trainer, batch.fit.clock, self._due
         self._bar_is_empty, self._micro_size = False, batch.samples
-        for layers in self._layers.values():
-            layers.end_batch(into=values)
+        self._layers.end_batch(into=values)
         if due:
             for tag, value in fit.metrics().items():
                 values.add(tag, value)
+            self._stability.add_scores(into=values)
+            self._activations.add_values(into=values)
         if not trainer.is_global_zero:
             return
-        clock = fit.clock
         if batch.samples is not None:
             values.add("batch/global_size", float(clock.window.trained_samples))
-        fetched = values.fetch()
-        loggers.show_on_progress_bar(trainer, _for_progress_bar(fetched))
+        fetched = without_unknown(values.fetch())
+        loggers.show_on_progress_bar(trainer, for_progress_bar(fetched))
         if due:
             # After the transfer, which waits for the GPU: the events of its updates are complete.
             times = MetricBuffer()
             counted = None if batch.samples is None else clock.counts().trained_samples
             self._timer.report(samples=counted, tokens=clock.tokens, into=times)
             fetched.update(times.fetch())
-            for layers in self._layers.values():
-                fetched.update(layers.update_ratio_quantiles(fetched))
+            fetched.update(self._layers.update_ratio_quantiles(fetched))
             logging.log_values(fit, fetched, self.x_axis)
 
     def metrics(self, fit: Fit) -> Mapping[str, float | Tensor]:
         """Returns sizes of the batch, and samples and tokens consumed by the run."""
-        clock = fit.clock
-        values = {"batch/accumulate": float(clock.window.batches)}
-        if self._micro_size is not None:
-            values["batch/micro_size"] = float(self._micro_size)
-        if clock.samples_are_known:
-            values["progress/samples"] = float(clock.samples)
-        if clock.settings.tokens is not None:
-            values["progress/tokens"] = float(clock.tokens)
-        return values
+        return batch_values(fit.clock, self._micro_size)
 
     def begin_evaluation(self, trainer: Trainer, module: LightningModule) -> None:
-        """Pauses the timer, so that validation does not count as part of a step."""
+        """Pauses timer and activations: a validation within a window does not count."""
         self._timer.pause()
+        self._activations.pause()
 
     def end_evaluation(self, trainer: Trainer, module: LightningModule) -> None:
-        """Resumes the timer."""
+        """Resumes timer and activations."""
         self._timer.resume()
+        self._activations.resume()
+
+    def end_epoch(self, fit: Fit) -> None:
+        """Sums the losses over the processes, for a checkpoint that is saved after the fit."""
+        self._stability.reduce()
+
+    def saved_weights(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Sums the losses over the processes: all of them collect the weights of a checkpoint."""
+        self._stability.reduce()
+        return state_dict
+
+    def saved_state(self) -> dict[str, Any]:
+        """Returns the histories and counts of the spike scores."""
+        return {"stability": self._stability.state_dict()}
+
+    def load_saved_state(self, state: dict[str, Any]) -> None:
+        """Restores the histories and counts of the spike scores."""
+        self._stability = Stability()
+        if "stability" in state:  # not in checkpoints of earlier versions
+            self._stability.load_state_dict(state["stability"])
+
+    def snapshot(self) -> dict[str, Any]:
+        """Returns the spike scores, with losses that are not yet summed over the processes."""
+        return self._stability.snapshot()
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Restores the spike scores."""
+        self._stability.restore(snapshot)
 
     def settings_as_code(self) -> dict[str, str]:
         """Returns the arguments that determine which updates are measured, and how."""
-        names = ("every", "layers", "per_layer", "histograms_every", "x_axis")
+        names = ("every", "layers", "per_layer", "activations", "histograms_every", "x_axis")
         return {name: as_code(getattr(self, name)) for name in names}
-
-
-def _for_progress_bar(values: Mapping[str, float]) -> dict[str, float]:
-    shown = {
-        "grad_norm": next(v for k, v in values.items() if k.startswith("grad_norm/total")),
-    }
-    if "batch/global_size" in values:
-        shown["global_batch"] = values["batch/global_size"]
-    rate = next((v for k, v in values.items() if k.startswith("optim/lr")), None)
-    if rate is not None:
-        shown = {"lr": rate, **shown}
-    if values.get("guard/skipped"):
-        shown["skipped"] = values["guard/skipped"]
-    return shown

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 __all__ = ["SavedState"]
 
 
 class SavedState:
-    """The methods through which the state of a capability is saved and restored."""
+    """The methods through which the state of a capability is saved and restored.
+
+    Attributes:
+        changes_before_step: Whether the stages before the optimizer's step may change the state, so
+            that a checkpoint within an update contains a part of it.
+    """
+
+    changes_before_step: ClassVar[bool] = True
 
     def take_loaded_state(self) -> dict[str, Any] | None:
         """Returns the loaded state that has not been applied yet, and clears it."""

@@ -32,5 +32,5 @@ def _is_unchanged(fit: Fit) -> bool:
     """Returns whether the first evaluation has changed no state, and the step has not begun."""
     stages = overriding(fit.capabilities, Stages)
     deciding = [*stages["decide"], *stages["clip"], *stages["observe"]]
-    has_decided = any(capability in stages["saved_state"] for capability in deciding)
+    has_decided = any(c.changes_before_step and c in stages["saved_state"] for c in deciding)
     return not has_decided and loop.current_hook(fit.trainer) == "on_before_optimizer_step"

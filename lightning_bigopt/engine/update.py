@@ -107,6 +107,11 @@ class Update:
         """
         return self._norms or self.measure()
 
+    @property
+    def measured_norms(self) -> GradientNorms | None:
+        """:attr:`norms` if they have been measured; None otherwise."""
+        return self._norms
+
     def measure(self) -> GradientNorms:
         """Measures the norms of the gradients, and stores them as :attr:`norms`."""
         self._norms = measure(

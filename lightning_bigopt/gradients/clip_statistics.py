@@ -13,6 +13,8 @@ from torch import Tensor
 
 from lightning_bigopt.durations.duration import amount_of
 from lightning_bigopt.gradients.clip_decision import ClipDecision
+from lightning_bigopt.gradients.gradient_norms import GradientNorms
+from lightning_bigopt.gradients.norm_sample import NormSample, Repetition, repetition
 from lightning_bigopt.gradients.rules.adaptive_norm_clip import ZClip
 from lightning_bigopt.gradients.rules.clipping_rule import ClippingRule
 from lightning_bigopt.gradients.rules.norm_clip import NormClip
@@ -28,10 +30,7 @@ __all__ = [
 ]
 
 _FOLD_EVERY = 64
-_KEPT_NORMS = 512
 _ENOUGH_UPDATES = 32
-# Stands for a non-finite norm: norms are never negative, and a NaN must not enter a checkpoint.
-_NOT_FINITE = -1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +44,8 @@ class ClipReport:
         threshold: The last threshold; None if it is not one number.
         median: Median norm before clipping, of at most 512 norms spread evenly over the run.
         p95: 95th percentile of the same norms.
+        largest: The largest finite norm.
+        repeated: A norm that clipping by other code has given to many of the updates, or None.
 
     Example:
         >>> print(ClipReport(updates=1000, clipped=50, threshold=1.0, median=0.25, p95=0.5))
@@ -57,6 +58,8 @@ class ClipReport:
     threshold: float | None
     median: float
     p95: float
+    largest: float = 0.0
+    repeated: Repetition | None = None
 
     @property
     def fraction(self) -> float:
@@ -81,7 +84,7 @@ def advice(report: ClipReport, rule: ClippingRule) -> str | None:
         rule: The rule.
 
     Returns:
-        One or two sentences; None if the threshold is reasonable, if there are fewer than 32
+        Two or three sentences; None if the threshold is reasonable, if there are fewer than 32
         updates, or for rules other than :class:`NormClip` and :class:`ZClip`.
 
     Example:
@@ -100,16 +103,15 @@ def advice(report: ClipReport, rule: ClippingRule) -> str | None:
         )
     if report.clipped == 0 and isinstance(rule, NormClip):
         return (
-            "No update was clipped: max_norm is above every norm of this run. To clip the largest "
-            f"gradients, lower it below {report.p95:.2g}."
+            f"No update was clipped: the largest norm was {report.largest:.3g}. A threshold that "
+            "is only a safety limit may stay. To clip one update in twenty, lower it to "
+            f"{report.p95:.2g}."
         )
     return None
 
 
 class ClipStatistics:
     """Running counts of the decisions of one rule for one optimizer, in bounded memory.
-
-    Every ``stride``-th norm is kept; when 512 norms are kept, the stride doubles.
 
     Example:
         >>> from lightning_bigopt.gradients import NormClip, clip_gradients_
@@ -123,14 +125,13 @@ class ClipStatistics:
     """
 
     def __init__(self) -> None:
-        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
         self._threshold: Tensor | float | None = None
         self._updates: Tensor | int = 0
         self._clipped: Tensor | float = 0.0
         self._logged: tuple[Tensor | int, Tensor | float] = (0, 0.0)
-        self._norms: list[float] | Tensor = []
-        self._stride = 1
-        self._seen = 0
+        self._largest: Tensor | float = 0.0
+        self._sample = NormSample()
 
     def add(self, decision: ClipDecision) -> None:
         """Adds one decision. Does not synchronize.
@@ -143,23 +144,21 @@ class ClipStatistics:
         if norms is None or coefficient is None or not coefficient.numel():
             return
         self._threshold = decision.threshold
-        if norms.is_on_host and not coefficient.ndim and isinstance(self._norms, list):
-            self._add_number(norms.value, is_clipped=coefficient.item() < 1.0)
+        if norms.is_on_host and not coefficient.ndim and self._sample.is_on_host:
+            self._add_numbers(norms, is_clipped=coefficient.item() < 1.0)
             return
-        self._pending.append((norms.total, coefficient))
+        self._pending.append((norms.total, torch.as_tensor(norms.last), coefficient))
         if len(self._pending) >= _FOLD_EVERY:
             self._fold()
 
-    def _add_number(self, norm: float, *, is_clipped: bool) -> None:
-        assert isinstance(self._norms, list)  # checked in add
+    def _add_numbers(self, norms: GradientNorms, *, is_clipped: bool) -> None:
+        norm = norms.value
         is_finite = math.isfinite(norm)
         self._updates += is_finite
         self._clipped += is_clipped and is_finite
-        if self._seen % self._stride == 0:
-            self._norms.append(norm if is_finite else _NOT_FINITE)
-            if len(self._norms) > _KEPT_NORMS:
-                self._norms, self._stride = self._norms[::2], self._stride * 2
-        self._seen += 1
+        if is_finite and norm > self._largest:
+            self._largest = norm
+        self._sample.add(norm, float(norms.last))
 
     def _fold(self) -> None:
         """Adds the pending decisions to the counts, on the device."""
@@ -168,25 +167,21 @@ class ClipStatistics:
         # On the device and every 64 updates: adding single numbers would launch several small
         # kernels per update, and reading them would synchronize.
         pending, self._pending = self._pending, []
-        norms = torch.stack([norm for norm, _ in pending])
+        norms = torch.stack([norm for norm, _, _ in pending])
+        lasts = torch.stack([last.to(norms) for _, last, _ in pending])
         finite = norms.isfinite()
         # A norm up to a millionth above the threshold has a coefficient of 1 in float32, and does
         # not count as clipped.
-        factors = [coefficient for _, coefficient in pending]
+        factors = [coefficient for _, _, coefficient in pending]
         if all(factor.ndim == 0 for factor in factors):
             fractions = (torch.stack(factors) < 1).float()
         else:
             fractions = torch.stack([(factor < 1).float().mean() for factor in factors])
         self._updates = self._updates + finite.sum()
         self._clipped = self._clipped + (fractions * finite).sum()
-        marked = torch.where(finite, norms, _NOT_FINITE)
-        first = -self._seen % self._stride
-        self._seen += len(marked)
-        chosen = marked[first :: self._stride]
-        kept = torch.cat([torch.as_tensor(self._norms).to(chosen), chosen])
-        while len(kept) > _KEPT_NORMS:
-            kept, self._stride = kept[::2], self._stride * 2
-        self._norms = kept
+        largest = torch.where(finite, norms, 0.0).max()
+        self._largest = torch.maximum(largest, torch.as_tensor(self._largest).to(largest))
+        self._sample.extend(torch.stack([norms, lasts], dim=1))
 
     def report(self) -> ClipReport | None:
         """Returns the summary; None before the first finite update. Synchronizes."""
@@ -194,7 +189,8 @@ class ClipStatistics:
         updates = int(self._updates)
         if not updates:
             return None
-        norms = sorted(norm for norm in self._norms_as_numbers() if norm >= 0)
+        rows = self._sample.finite()
+        norms = sorted(norm for norm, _ in rows)
         threshold = self._threshold
         if isinstance(threshold, Tensor):
             threshold = threshold.item() if threshold.numel() == 1 else None
@@ -204,6 +200,8 @@ class ClipStatistics:
             threshold=threshold,
             median=median(norms) if norms else 0.0,
             p95=norms[min(len(norms) - 1, int(0.95 * len(norms)))] if norms else 0.0,
+            largest=float(self._largest),
+            repeated=repetition(rows),
         )
 
     def fraction_since_last_log(self) -> Tensor | float | None:
@@ -220,9 +218,6 @@ class ClipStatistics:
             return clipped / updates.clamp(min=1)
         return clipped / updates if updates else None
 
-    def _norms_as_numbers(self) -> list[float]:
-        return self._norms if isinstance(self._norms, list) else self._norms.tolist()
-
     def state_dict(self) -> dict[str, Any]:
         """Returns counts and kept norms as plain numbers. Synchronizes."""
         self._fold()
@@ -230,9 +225,8 @@ class ClipStatistics:
             "updates": int(self._updates),
             "clipped": float(self._clipped),
             "logged": [int(self._logged[0]), float(self._logged[1])],
-            "norms": list(self._norms_as_numbers()),
-            "stride": self._stride,
-            "seen": self._seen,
+            "largest": float(self._largest),
+            **self._sample.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -241,8 +235,8 @@ class ClipStatistics:
         self._updates, self._clipped = state["updates"], state["clipped"]
         updates, clipped = state.get("logged", (self._updates, self._clipped))
         self._logged = updates, clipped
-        self._norms = list(state["norms"])
-        self._stride, self._seen = state["stride"], state["seen"]
+        self._largest = state.get("largest", max(state["norms"], default=0.0))
+        self._sample.load_state_dict(state)
 
 
 def saved_counts(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_bigopt.gradients.norm_kernels import accumulation_dtype
 
-__all__ = ["DeviceNorms", "GradientNorms", "HostNorms", "norms_from_tensor"]
+__all__ = ["DeviceNorms", "GradientNorms", "HostNorms", "norms_from_tensor", "unread_total"]
 
 _LARGEST = torch.finfo(torch.float32).max
 _FLOAT32 = Struct("f")
@@ -44,6 +44,10 @@ class GradientNorms(Protocol):
     @property
     def total(self) -> Tensor:
         """Norm of all gradients as one vector, float32 of shape ``()``."""
+
+    @property
+    def last(self) -> Tensor | float:
+        """Norm of the gradient of the last parameter: a number on the host; 0 without one."""
 
     @property
     def finite(self) -> Tensor:
@@ -162,6 +166,11 @@ class HostNorms:
         """The total as a number, rounded to float32."""
         return self._value
 
+    @property
+    def last(self) -> float:
+        """Norm of the gradient of the last parameter."""
+        return self._numbers[-1] if self._numbers else 0.0
+
     def take_value(self, value: float) -> None:
         """Replaces :attr:`value`."""
         self._value = value
@@ -211,6 +220,11 @@ class DeviceNorms:
     def is_on_host(self) -> bool:
         """False: reading :attr:`value` synchronizes."""
         return False
+
+    @property
+    def last(self) -> Tensor | float:
+        """Norm of the gradient of the last parameter, a tensor of shape ``()``."""
+        return self.per_tensor.select(0, -1) if len(self.per_tensor) else 0.0
 
     @property
     def value(self) -> float:
@@ -283,3 +297,8 @@ def _round_to_float32(number: float) -> float:
     """Rounds to the nearest float32; a norm beyond the largest one becomes infinity."""
     held: tuple[float] = _FLOAT32.unpack(_FLOAT32.pack(math.inf if number > _LARGEST else number))
     return held[0]
+
+
+def unread_total(norms: GradientNorms) -> float | Tensor:
+    """Returns the total norm without a synchronization: a number if the host knows it."""
+    return norms.value if norms.is_on_host else norms.total

@@ -9,12 +9,12 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_bigopt.checks import shown
 from lightning_bigopt.gradients.gradient_norms import GradientNorms
 from lightning_bigopt.gradients.measure import norms_of
-from lightning_bigopt.gradients.norm_kernels import accumulation_dtype, stored_values
+from lightning_bigopt.gradients.norm_kernels import accumulation_dtype, all_on_cpu, stored_values
 from lightning_bigopt.gradients.sharding import (
     ShardGroups,
     reduce_norms,
@@ -28,7 +28,7 @@ from lightning_bigopt.parameters import block_of, check_all_match, first_match
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["LayerMonitor", "LayerValue", "Layers", "check_layers", "layer_names"]
+__all__ = ["LayerMonitor", "LayerValue", "Layers", "check_layers", "layer_names", "layer_values"]
 
 Layers: TypeAlias = Literal["blocks", "parameters"] | Mapping[str, str] | None
 LayerValue: TypeAlias = Literal["grad_norm", "weight_norm", "update_ratio", "zeros"]
@@ -199,7 +199,7 @@ class LayerMonitor:
         if shapes != self._shapes:  # a parameter was replaced, such as a resized embedding
             self._shapes, self._sizes = shapes, None
         grouping, self._norms = self._grouping, norms
-        shards = [shard_groups(p) or ((group,) if group else ()) for p in norms.parameters]
+        shards = _shards(norms, group)
         if "grad_norm" in self.values:
             found = grouping.norm(norms.per_tensor, norms.norm_type)
             into.add_vector(self._names("grad_norm"), found)
@@ -207,7 +207,7 @@ class LayerMonitor:
             into.add_vector(self._names("zeros"), self._zeros(norms, grouping, shards))
         if not self.values & {"weight_norm", "update_ratio"}:
             return
-        locals_ = [to_local(p.detach()) for p in norms.parameters]
+        locals_ = _local_weights(norms)
         self._weights = grouping.norm(norms_of(locals_, groups=shards), 2.0)
         if "weight_norm" in self.values:
             into.add_vector(self._names("weight_norm"), self._weights)
@@ -230,14 +230,12 @@ class LayerMonitor:
             sizes = [to_local(p.detach()).numel() for p in norms.parameters]
             each = torch.tensor(sizes, dtype=wide, device=device)
             self._sizes = grouping.sum(_over_shards(each, shards))
-        none = torch.zeros((), dtype=torch.long, device=device)
-        counts = [
-            none
-            if p.grad is None
-            else torch.count_nonzero(to_local(stored_values(p.grad))).to(device)
-            for p in norms.parameters
-        ]
-        filled = grouping.sum(_over_shards(torch.stack(counts).to(wide), shards))
+        none = torch.zeros(0, device=device)
+        gradients = [none if p.grad is None else p.grad for p in norms.parameters]
+        if not _are_plain(gradients):
+            gradients = [to_local(stored_values(gradient)) for gradient in gradients]
+        counts = _counts_of_nonzero(gradients, device).to(wide)
+        filled = grouping.sum(_over_shards(counts, shards))
         return 1.0 - filled / self._sizes
 
     @torch.no_grad()
@@ -247,8 +245,8 @@ class LayerMonitor:
         norms = self._norms
         if not before or norms is None or self._grouping is None:
             return
-        shards = [shard_groups(p) or ((group,) if group else ()) for p in norms.parameters]
-        torch._foreach_sub_(before, [to_local(p.detach()) for p in norms.parameters])
+        shards = _shards(norms, group)
+        torch._foreach_sub_(before, _local_weights(norms))
         changes = self._grouping.norm(norms_of(before, groups=shards), 2.0)
         tiny = torch.finfo(torch.float32).tiny
         into.add_vector(self._names("update_ratio"), changes / self._weights.clamp(min=tiny))
@@ -278,6 +276,40 @@ class LayerMonitor:
             labels = self._grouping.labels
             self._tags[value] = [tag_name(f"layers/{value}", name, self.label) for name in labels]
         return self._tags[value]
+
+
+def layer_values(layers: Layers, values: Sequence[LayerValue] | None) -> tuple[LayerValue, ...]:
+    """Checks the arguments of :class:`LayerMonitor`, and returns its values; all for None."""
+    chosen = get_args(LayerValue) if values is None else values
+    LayerMonitor(layers, chosen)
+    return tuple(chosen)
+
+
+def _are_plain(tensors: Sequence[Tensor]) -> bool:
+    """Returns whether all tensors are dense, and no shards."""
+    return set(map(type, tensors)) <= {Tensor, nn.Parameter} and not any(
+        tensor.is_sparse for tensor in tensors
+    )
+
+
+def _local_weights(norms: GradientNorms) -> list[Tensor]:
+    """Returns the local parts of the parameters; use it without gradients."""
+    if _are_plain(norms.parameters):
+        return list(norms.parameters)
+    return [to_local(p.detach()) for p in norms.parameters]
+
+
+def _shards(norms: GradientNorms, group: ProcessGroup | None) -> list[ShardGroups]:
+    if group is None and _are_plain(norms.parameters):
+        return [()] * len(norms.parameters)
+    return [shard_groups(p) or ((group,) if group else ()) for p in norms.parameters]
+
+
+def _counts_of_nonzero(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Returns the number of entries of each tensor that are not zero, of shape ``(n,)``."""
+    if all_on_cpu(tensors):  # reading a number on a CPU is cheaper than stacking tensors
+        return torch.tensor([int(torch.count_nonzero(tensor)) for tensor in tensors])
+    return torch.stack([torch.count_nonzero(tensor).to(device) for tensor in tensors])
 
 
 def _is_among(value: object, choices: tuple[object, ...]) -> bool:

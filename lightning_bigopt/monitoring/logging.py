@@ -27,6 +27,7 @@ __all__ = [
     "XAxis",
     "log_values",
     "planned_curves",
+    "release_writers",
     "warn_without_histograms",
     "write_end",
     "write_histograms",
@@ -224,6 +225,12 @@ def plan_text(fit: Fit) -> str:
 def _table_cell(text: str) -> str:
     """Returns a text in one line, without the character that separates cells in Markdown."""
     return " ".join(text.splitlines()).replace("|", r"\|")
+
+
+def release_writers(fit: Fit) -> None:
+    """Undoes what the monitor has changed in the writers of TensorBoard."""
+    for writer, _ in loggers.tensorboard_writers(fit.trainer).values():
+        tensorboard.release(writer)
 
 
 def write_end(fit: Fit) -> None:

@@ -111,6 +111,18 @@ TAGS: tuple[Tag, ...] = (
         "of tensors if each has its own coefficient.",
     ),
     _tag(
+        "stability/spike_score/norm[/optimizer]",
+        "1",
+        "Fraction of the updates whose gradient norm was more than 6 standard deviations above the "
+        "mean of the last 128 before it, since the beginning of the run.",
+    ),
+    _tag(
+        "stability/spike_score/loss[/optimizer]",
+        "1",
+        "Fraction of the updates whose loss was more than 6 standard deviations above the mean of "
+        "the last 128 before it, since the beginning of the run.",
+    ),
+    _tag(
         "layers/grad_norm/<layer>[/optimizer]",
         "1",
         "Norm of a layer's gradient before clipping.",
@@ -135,6 +147,36 @@ TAGS: tuple[Tag, ...] = (
         "layers/zeros/<layer>[/optimizer]",
         "1",
         "Fraction of the entries of a layer's gradient that are zero.",
+    ),
+    _tag(
+        "activations/rms/<module>",
+        "1",
+        "Root mean square of the outputs of a module in this update, on process 0.",
+    ),
+    _tag(
+        "activations/max/<module>",
+        "1",
+        "Largest absolute value of the outputs of a module, on process 0.",
+    ),
+    _tag(
+        "activations/zeros/<module>",
+        "1",
+        "Fraction of the elements of the outputs of a module that are zero, on process 0.",
+    ),
+    _tag(
+        "activations/grad_rms/<module>",
+        "1",
+        "Root mean square of the gradient of the outputs of a module, on process 0.",
+    ),
+    _tag(
+        "activations/grad_max/<module>",
+        "1",
+        "Largest absolute value of the gradient of the outputs of a module, on process 0.",
+    ),
+    _tag(
+        "activations/grad_zeros/<module>",
+        "1",
+        "Fraction of zeros in the gradient of the outputs of a module, on process 0.",
     ),
     _tag(
         "histograms/grad/<parameter>",

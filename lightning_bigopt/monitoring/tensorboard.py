@@ -9,12 +9,15 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from lightning_bigopt.monitoring.event_records import fast_checksums, usual_checksums
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 __all__ = [
     "DASHBOARD",
     "file_writer",
+    "release",
     "write_curves",
     "write_dashboard",
     "write_hyperparameters",
@@ -24,12 +27,13 @@ __all__ = [
 # Tags of OptimizationMonitor and of Lightning, and losses.
 _NOT_OF_MODULE = (
     ".*[Ll]oss|optim/|plan/|grad_norm/|clip/|batch/|noise_scale/|layers/|update_ratio/|guard/"
-    "|rollback/|communication/|progress/|throughput/|time/|memory/|histograms/|lr-|epoch$|hp_metric$"
+    "|rollback/|stability/|activations/|communication/|progress/|throughput/|time/|memory/"
+    "|histograms/|lr-|epoch$|hp_metric$"
 )
 
 DASHBOARD: Mapping[str, Mapping[str, Sequence[str]]] = {
     "training": {
-        "loss, training and validation": ("(?!rollback/loss_).*[Ll]oss.*",),
+        "losses, training and validation": ("(?!rollback/loss_|stability/).*[Ll]oss.*",),
         "other metrics of the module": (f"(?!{_NOT_OF_MODULE}).*",),
     },
     "optimization": {
@@ -40,6 +44,7 @@ DASHBOARD: Mapping[str, Mapping[str, Sequence[str]]] = {
         "noise scale, samples": ("noise_scale/simple",),
         "update-to-weight ratio, quantiles over the layers": ("update_ratio/.*",),
         "rejected updates, by detector": ("guard/rejected/.*",),
+        "spike scores of loss and norm": ("stability/spike_score/.*",),
     },
     "speed": {
         "samples per second": ("throughput/samples_per_second",),
@@ -78,7 +83,9 @@ def write_scalars(writer: SummaryWriter, values: Mapping[str, float], *, step: i
     add = summary.value.add  # faster than Summary(value=[...]), which copies each message
     for tag, value in values.items():
         add(tag=tag, simple_value=value)
-    file_writer(writer).add_summary(summary, step)
+    files = file_writer(writer)
+    fast_checksums(files.event_writer)
+    files.add_summary(summary, step)
 
 
 @cache
@@ -159,6 +166,11 @@ def write_hyperparameters(
     describe: Any = hparams  # untyped
     for summary in describe(plain, dict(metrics)):
         file_writer(writer).add_summary(summary)
+
+
+def release(writer: SummaryWriter) -> None:
+    """Undoes what :func:`write_scalars` has changed in a writer."""
+    usual_checksums(file_writer(writer).event_writer)
 
 
 def file_writer(writer: Any) -> Any:

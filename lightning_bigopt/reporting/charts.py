@@ -10,12 +10,26 @@ from typing import Literal
 
 from lightning_bigopt.reporting.runs import Curve, Run
 
-__all__ = ["CHARTS", "Chart"]
+__all__ = ["CHARTS", "Chart", "is_loss"]
 
 # A maximum above this multiple of the median is a spike.
 _SPIKE_RATIO = 20
 # Stands for all tags that contain the word loss; no other chart matches inside a tag.
 _LOSSES = ("*loss*",)
+
+
+def is_loss(tag: str) -> bool:
+    """Returns whether a tag is drawn as a loss: its name contains the word, and is no other figure.
+
+    Example:
+        >>> (
+        ...     is_loss("val/Loss"),
+        ...     is_loss("stability/spike_score/loss"),
+        ...     is_loss("rollback/loss_after"),
+        ... )
+        (True, False, False)
+    """
+    return "loss" in tag.lower() and not tag.startswith(("rollback/loss_", "stability/"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,16 +87,6 @@ class Chart:
             return any(value > 0 for value in finite)
         spikes = self.scale == "log where it spikes" and bool(finite)
         return spikes and min(finite) > 0 and max(finite) > _SPIKE_RATIO * median(finite)
-
-
-def is_loss(tag: str) -> bool:
-    """Returns whether a tag is drawn as a loss: its name contains the word.
-
-    Example:
-        >>> is_loss("val_loss"), is_loss("rollback/loss_after")
-        (True, False)
-    """
-    return "loss" in tag.lower() and not tag.startswith("rollback/loss_")
 
 
 CHARTS: tuple[Chart, ...] = (

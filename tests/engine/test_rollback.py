@@ -18,6 +18,7 @@ from lightning_bigopt import (
     LearningRateScheduler,
     Linear,
     NonFinite,
+    OptimizationMonitor,
     StepGuard,
     ZClip,
 )
@@ -128,7 +129,7 @@ def test_everything_but_the_clock_is_as_it_was(options: dict[str, Any], precisio
             group["weight_decay"] = 0.01 * self.trainer.global_step
 
     rollback = FakeRollback(keep=3, at=(6,))
-    own = (GradientClipping(ZClip(warmup=2)), StepGuard(), FakeAveraging())
+    own = (GradientClipping(ZClip(warmup=2)), StepGuard(), FakeAveraging(), OptimizationMonitor())
     _, after = run(rollback, *own, precision=precision, module=Writes(**options))
     assert rollback.rejected == ["bad"]
     before, now = after[5], after[6]

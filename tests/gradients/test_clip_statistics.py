@@ -115,6 +115,8 @@ def test_state_of_version_0_1_continues(where: Any, has_logged: bool) -> None:
         "updates": 4,
         "clipped": 2.0,
         "logged": [4, 2.0],
+        "largest": 5.0,
+        "last_tensors": [0.0, 0.0, 0.0, 5.0],
         "norms": [1.0, -1.0, 3.0, 5.0],
         "stride": 1,
         "seen": 4,
@@ -137,12 +139,14 @@ def test_no_report_without_a_coefficient() -> None:
         (80, ZClip(max_norm=None), None),
         (80, AutoClip(), None),
         (30, NormClip(1.0), None),
-        (0, NormClip(1.0), "No update was clipped: .* lower it below 7"),
+        (0, NormClip(1.0), "No update was clipped: the largest norm was 9.25. .* lower it to 7"),
         (0, ZClip(), None),
     ],
 )
 def test_advice(clipped: float, rule: ClippingRule, expected: str | None) -> None:
-    report = ClipReport(updates=100, clipped=clipped, threshold=1.0, median=3.0, p95=7.0)
+    report = ClipReport(
+        updates=100, clipped=clipped, threshold=1.0, median=3.0, p95=7.0, largest=9.25
+    )
     found = advice(report, rule)
     assert found is None if expected is None else re.match(expected, found)
     assert advice(replace(report, updates=31), rule) is None

@@ -132,7 +132,7 @@ def test_clip_statistics_read_no_value_between_reports(rule):
         decision = clip_gradients_(named, rule, state=state, optimizer=optimizer)
         for group, part in decision.each_group():
             audits.setdefault(group, ClipStatistics()).add(part)
-    counting = [audit for audit in audits.values() if audit._seen]
+    counting = [audit for audit in audits.values() if audit._sample._seen]
     assert bool(counting) == (rule.norm_order is not None)
     for audit in counting:
         with pytest.raises(RuntimeError, match="item"):

@@ -108,6 +108,32 @@ def test_whole_events_can_be_appended(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in found.Scalars("b")] == [(7, 2.0)]
 
 
+@asserts("_async_writer", "_writer")
+def test_the_method_that_writes_records_can_be_replaced(tmp_path: Path) -> None:
+    """Without it the checksum of an event of 1,200 values takes 17 ms instead of 1 ms."""
+    writer = SummaryWriter(str(tmp_path))
+    written = writer._get_file_writer().event_writer._async_writer._writer
+    assert type(written).__name__ == "RecordWriter"
+    records: list[bytes] = []
+
+    def write(data: bytes) -> None:
+        records.append(data)
+        type(written).write(written, data)
+
+    written.write = write
+    writer.add_scalar("a", 1.0, 7)
+    writer.flush()
+    assert [Event.FromString(record).step for record in records] == [7]
+    del written.write
+    with (tmp_path / "raw").open("wb") as file:
+        written._writer, usual = file, written._writer
+        written.write(records[0])
+        written._writer = usual
+    assert records[0] in (tmp_path / "raw").read_bytes()
+    writer.close()
+    assert [(e.step, e.value) for e in read(tmp_path).Scalars("a")] == [(7, 1.0)]
+
+
 class WithHyperparameters(Small):
     def __init__(self, width: int = 3, *, logger: bool = True) -> None:
         super().__init__()

@@ -276,3 +276,16 @@ def test_a_process_group_has_a_store_that_can_be_read_without_waiting() -> None:
         assert not store.check(["key"])
     finally:
         distributed.destroy_process_group()
+
+
+@asserts("_C", "_current_graph_task_id")
+def test_a_backward_pass_has_a_number() -> None:
+    """A forward pass within a backward pass is one that activation checkpointing repeats."""
+    seen = []
+    x = torch.ones(1, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda _: seen.append(torch._C._current_graph_task_id()))
+    assert torch._C._current_graph_task_id() == -1
+    y.sum().backward()
+    assert seen[0] >= 0
+    assert torch._C._current_graph_task_id() == -1

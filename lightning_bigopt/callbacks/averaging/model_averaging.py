@@ -303,7 +303,6 @@ class ModelAveraging(Capability):
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Restores the averages at the time of :meth:`snapshot`."""
-        assert self.fit is not None  # set by the engine
         self._running.restore(snapshot["averages"])
         self._steps, progress = snapshot["steps"], snapshot["progress"]
         self._progress = None if progress is None else Progress(**progress)
