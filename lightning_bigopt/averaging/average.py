@@ -56,9 +56,17 @@ class Average(Specification, ABC):
         """The length that the average remembers, whose unit must be counted."""
 
     @property
+    def durations(self) -> tuple[Duration, ...]:
+        """All durations of the average."""
+        return (self.duration,)
+
+    @property
     def needs_horizon(self) -> bool:
         """Whether the length of the run must be known."""
-        return self.duration.unit == "fraction"
+        return any(duration.unit == "fraction" for duration in self.durations)
+
+    def check(self, horizon: Horizon | None) -> None:
+        """Raises a ValueError if the average does not fit the budget; called at train start."""
 
     def initial_state(self) -> AverageState:
         """Returns the state before the first update."""

@@ -75,9 +75,10 @@ class EMA(Average):
         return Duration.parse(self.half_life)
 
     @property
-    def needs_horizon(self) -> bool:
-        """Whether the half-life or the start is a part of the budget."""
-        return "fraction" in (self.duration.unit, Duration.parse(self.start).unit)
+    def durations(self) -> tuple[Duration, ...]:
+        """The half-life, and the start if there is one."""
+        start = Duration.parse(self.start)
+        return (self.duration, start) if start.value else (self.duration,)
 
     def update(
         self,

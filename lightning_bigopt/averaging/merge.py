@@ -20,6 +20,7 @@ from lightning_bigopt.schedules.shapes import COOLDOWNS, CooldownShape
 __all__ = ["Merge", "merge_coefficients"]
 
 _ROUNDING = 1e-9  # relative to a position
+_LONGEST = 0.5  # of the updates up to now
 
 
 def merge_coefficients(
@@ -85,11 +86,11 @@ class Merge(Average):
     rate decays to zero needs no merge.
 
     Args:
-        over: Length of the emulated decay, positive. Percent refer to the part of the run up to
-            now: the merge is that of a run that ends now, and at the end of the budget they are
-            percent of the budget.
+        over: Length of the emulated decay, positive. A percentage, at most 50 %, refers to the
+            updates up to now: the merge is that of a run that ends now, of whatever length.
         emulate: Curve of the decay: ``"linear"``, ``"cosine"``, ``"1-sqrt"`` or ``"exponential"``.
-        checkpoints: Number of copies in the length of the decay, at least 2.
+        checkpoints: Number of copies in the length of the decay, at least 2. With a percentage
+            there are up to half as many again, because their distance grows with the run.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -117,6 +118,11 @@ class Merge(Average):
     def __post_init__(self) -> None:
         if not Duration.parse(self.over, name="over").value:
             raise ValueError(f"over must be positive, got {shown(self.over)}; write '20%' or 500")
+        if self.duration.unit == "fraction" and self.duration.value > _LONGEST:
+            raise ValueError(
+                f"over must be at most 50% if it is a percentage, got {shown(self.over)}; write "
+                "'20%', or a number of steps"
+            )
         check_choice("emulate", self.emulate, CooldownShape)
         check_count("checkpoints", self.checkpoints, minimum=2)
 
@@ -124,6 +130,15 @@ class Merge(Average):
     def duration(self) -> Duration:
         """The length of the emulated decay."""
         return Duration.parse(self.over)
+
+    @property
+    def needs_horizon(self) -> bool:
+        """Returns False: a percentage refers to the updates up to now."""
+        return False
+
+    def _position(self, progress: Progress) -> float:
+        unit = self.duration.unit
+        return progress.consumed("steps" if unit == "fraction" else unit)
 
     def _length(self, now: float) -> float:
         is_share = self.duration.unit == "fraction"
@@ -137,9 +152,8 @@ class Merge(Average):
         horizon: Horizon | None,
     ) -> None:
         """Copies the weights if the distance from the last copy is large enough."""
-        now, positions = progress.consumed(self.duration.unit), state.numbers.get("positions", [])
+        now, positions = self._position(progress), state.numbers.get("positions", [])
         length = self._length(now)
-        state.numbers["now"] = now
         last = positions[-1] if positions else 0
         if now - last < length / self.checkpoints * (1.0 - _ROUNDING):
             return
@@ -154,7 +168,7 @@ class Merge(Average):
     ) -> Mapping[str, Tensor] | None:
         """Returns the merge of the copies and the current weights; None before the first update."""
         positions, copies = state.numbers.get("positions", []), state.copies
-        now = progress.consumed(self.duration.unit)
+        now = self._position(progress)
         begin = max(0.0, now - self._length(now))
         used = [
             (place, copy)
@@ -168,11 +182,3 @@ class Merge(Average):
             used.append((now, {name: weights[name].to(kept[name]) for name in kept}))
         coefficients = merge_coefficients([p for p, _ in used], emulate=self.emulate, begin=begin)
         return merge_weights([copy for _, copy in used], coefficients)
-
-    def count_from(self, state: AverageState, progress: Progress) -> None:
-        """Scales the positions in percent to the other budget."""
-        before, now = state.numbers.get("now", 0.0), progress.consumed(self.duration.unit)
-        if before and self.duration.unit == "fraction":
-            positions = state.numbers["positions"]
-            state.numbers["positions"] = [place * now / before for place in positions]
-            state.numbers["now"] = now

@@ -26,6 +26,7 @@ _RESERVED = "lightning_bigopt."  # how the names of second weights begin
 _TRAINING = f"{_RESERVED}ModelAveraging.training."
 # A merged checkpoint has no state with which training could continue.
 _LEFT_OUT = frozenset({"optimizer_states", "lr_schedulers", "callbacks", "loops", _MODEL})
+_STATE = frozenset({"averages", "training"})  # of ModelAveraging
 _METADATA = "meta.pt"  # Lightning's file beside the shards
 
 
@@ -38,7 +39,8 @@ def merge_checkpoints(
 ) -> dict[str, Any]:
     """Merges the weights of checkpoints of one run at a constant learning rate.
 
-    The checkpoints are sorted by their number of updates. If the model of a checkpoint is an
+    The checkpoints are sorted by their number of updates. Of several with the same number, such as
+    ``last.ckpt``, the first one is used; merged ones are left out. If the model of a checkpoint is an
     average of ``ModelAveraging``, its training weights are merged.
 
     Args:
@@ -56,8 +58,8 @@ def merge_checkpoints(
         the paths and coefficients.
 
     Raises:
-        ValueError: If there is no checkpoint, one cannot be read, two have the same number of
-            updates, their weights have different names, or they do not count the unit of ``over``.
+        ValueError: If there is no checkpoint, one cannot be read, their weights have different
+            names, or they do not count the unit of ``over``.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -67,28 +69,31 @@ def merge_checkpoints(
         ...         torch.save(
         ...             {"global_step": step, "state_dict": weights}, f"{folder}/{step}.ckpt"
         ...         )
-        ...     merged = merge_checkpoints([f"{folder}/10.ckpt", f"{folder}/20.ckpt"])
+        ...     merged = merge_checkpoints([f"{folder}/10.pt", f"{folder}/20.pt"])
         >>> merged["state_dict"]["scale"].tolist(), merged["global_step"]
         ([15.0], 20)
     """
     if not paths:
         raise ValueError("checkpoints must contain a path, got none; pass at least one")
     unit = "steps" if over is None else Duration.parse(over, name="over").unit
-    found = [
-        (_position(_read(path, weights_only=weights_only), unit, path), Path(path))
-        for path in paths
-    ]
-    found.sort(key=lambda pair: pair[0])
-    positions = [position for position, _ in found]
-    for index in range(1, len(found)):
-        if positions[index] == positions[index - 1]:
-            raise ValueError(
-                "checkpoints must be of different updates, got two after "
-                f"{positions[index]:g} {'steps' if unit == 'fraction' else unit}: "
-                f"{found[index - 1][1]} and {found[index][1]}; leave one out"
-            )
+    found: dict[float, Path] = {}
+    left_out: list[str] = []
+    for path in map(Path, paths):
+        checkpoint = _read(path, weights_only=weights_only)
+        position = _position(checkpoint, unit, path)
+        if "merged" in checkpoint or position in found:
+            left_out.append(str(path))
+        else:
+            found[position] = path
+    if not found:
+        raise ValueError(
+            f"checkpoints must contain one of a run, got {left_out}, which were merged; pass the "
+            "checkpoints that ModelCheckpoint has saved"
+        )
+    positions = sorted(found)
     begin = None if over is None else positions[-1] - _length(over, positions[-1])
-    used = [(place, path) for place, path in found if begin is None or place > begin]
+    used = [(place, found[place]) for place in positions if begin is None or place > begin]
+    left_out += [str(found[place]) for place in positions[: len(found) - len(used)]]
     coefficients = merge_coefficients([p for p, _ in used], emulate=emulate, begin=begin)
     last = _read(used[-1][1], weights_only=weights_only)
     merged = merge_weights(
@@ -100,7 +105,7 @@ def merge_checkpoints(
         "merged": {
             "paths": [str(path) for _, path in used],
             "coefficients": coefficients,
-            "left_out": [str(path) for _, path in found[: len(found) - len(used)]],
+            "left_out": left_out,
         },
     }
 
@@ -157,7 +162,8 @@ def _weights(path: Path, *, weights_only: bool) -> dict[str, Tensor]:
         return _sharded_weights(path)
     checkpoint = _read(path, weights_only=weights_only)
     states: Mapping[str, Any] = checkpoint.get("callbacks", {})
-    averaging = [state for key, state in states.items() if key.startswith("ModelAveraging")]
+    # By its contents, because the key has the name of the class, which may be a subclass.
+    averaging = [s for s in states.values() if isinstance(s, dict) and s.keys() >= _STATE]
     training = averaging[0]["training"] if averaging else None
     return {**checkpoint[_MODEL], **(training or {})}
 

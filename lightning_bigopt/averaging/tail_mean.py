@@ -28,6 +28,7 @@ class TailMean(Average):
     .. math:: \bar\theta = \frac{1}{n} \sum_{i = T - n + 1}^{T} \theta_i
 
     Before that part begins, the average is the current weights. It needs one copy of the weights.
+    If the budget is extended at a resume or in a second fit, the mean begins anew.
 
     Args:
         over: Length of that part at the end of the budget, positive.
@@ -80,7 +81,6 @@ class TailMean(Average):
         assert horizon is not None  # needs_horizon
         begin = 1.0 - horizon.fraction(self.duration, stop=1.0, name="over")
         if progress.fraction <= begin + _ROUNDING:
-            state.copies, state.numbers = [], {}  # also after the budget was extended
             return
         count = state.numbers.get("count", 0) + 1
         state.numbers["count"] = count
@@ -94,3 +94,17 @@ class TailMean(Average):
     ) -> Mapping[str, Tensor] | None:
         """Returns the mean; None before the averaged part."""
         return state.copies[0] if state.copies else None
+
+    def check(self, horizon: Horizon | None) -> None:
+        """Raises if the part cannot be converted, or is longer than the budget."""
+        assert horizon is not None  # needs_horizon
+        share = horizon.fraction(self.duration, stop=1.0, name="over")
+        if share > 1.0 + _ROUNDING:
+            raise ValueError(
+                f"over must be at most the whole budget, got {shown(self.over)}; shorten it, or "
+                "train longer"
+            )
+
+    def count_from(self, state: AverageState, progress: Progress) -> None:
+        """Begins anew: with another budget, the part at its end is another one."""
+        state.copies, state.numbers = [], {}

@@ -63,7 +63,7 @@ def run(options: Namespace) -> None:
     for coefficient, path in zip(used["coefficients"], used["paths"], strict=True):
         print(f"{coefficient:.4f}  {path}")
     for path in used["left_out"]:
-        print(f"left out  {path}: before the decay begins")
+        print(f"left out  {path}")
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     torch.save(merged, options.output)
     print(f"wrote {options.output}")

@@ -236,7 +236,7 @@ class Stages(SavedState):
         """Ends an epoch and its last window."""
 
     def end(self, fit: Fit) -> None:
-        """Undoes all changes to the Trainer and the module; also called after an error."""
+        """Undoes all changes, also after an error; ``self.fit`` is None if the fit goes on."""
 
     def reset(self) -> None:
         """Clears the state of another run."""

@@ -289,9 +289,9 @@ class StepHooks(Callback):
         before, self._listed = self._listed, listed
         kept = [capability for capability in fit.capabilities if capability in listed]
         for capability in [c for c in fit.capabilities if c not in kept]:
+            capability.fit = None  # before end: the fit goes on without it
             capability.end(fit)
             fit.groups.release(capability)
-            capability.fit = None
         for added in listed:
             if isinstance(added, Stages) and added not in kept and added not in before:
                 rank_zero_warn(

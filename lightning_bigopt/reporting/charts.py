@@ -27,7 +27,7 @@ def is_loss(tag: str) -> bool:
         ...     is_loss("stability/spike_score/loss"),
         ...     is_loss("rollback/loss_after"),
         ... )
-        [True, False, False]
+        (True, False, False)
     """
     return "loss" in tag.lower() and not tag.startswith(("rollback/loss_", "stability/"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from lightning_bigopt.batching.randomness import preserve_random_state
 from lightning_bigopt.trainer_access.packages import own
-from lightning_bigopt.trainer_access.trial_runs import silent_loggers
+from lightning_bigopt.trainer_access.trial_runs import loaders_restored, silent_loggers
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["log_validation", "validate_again"]
 
 
-def validate_again(trainer: Trainer) -> dict[str, Tensor]:
+def validate_again(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Validates the current weights on the same loaders, without callbacks, loggers and bars.
 
     The hooks of the module run as in every validation. Progress, metrics, random states and the
@@ -27,7 +28,7 @@ def validate_again(trainer: Trainer) -> dict[str, Tensor]:
         trainer: The Trainer, in ``on_validation_end`` of a validation within a fit.
 
     Returns:
-        The metrics that the module logs for the epoch, by name.
+        The metrics of the epoch by name: those for callbacks, and those for loggers.
     """
     epoch_loop, connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
     usual = epoch_loop.val_loop
@@ -47,19 +48,30 @@ def validate_again(trainer: Trainer) -> dict[str, Tensor]:
     epoch_loop.val_loop = loop
     trainer.callbacks = []  # type: ignore[attr-defined]
     trainer.loggers = silent_loggers(trainer)
+    connector._callback_metrics = {}
+    data = loop._combined_loader.iterables
     try:
-        with preserve_random_state(trainer.strategy.root_device):
+        with preserve_random_state(trainer.strategy.root_device), loaders_restored(trainer, data):
             results: list[dict[str, Any]] = loop.run()
+        found = dict(connector._callback_metrics)
     finally:
         trainer.callbacks, trainer.loggers = callbacks, loggers  # type: ignore[attr-defined]
         epoch_loop.val_loop = usual
         for name, metrics in kept.items():
             setattr(connector, name, metrics)
-    return {name: value for result in results for name, value in result.items()}
+    return found, {name: value for result in results for name, value in result.items()}
 
 
-def log_validation(trainer: Trainer, metrics: dict[str, Tensor]) -> None:
-    """Logs metrics as those of a validation: to the loggers, and for ``monitor=`` of callbacks."""
+def log_validation(
+    trainer: Trainer, for_callbacks: Mapping[str, Tensor], for_loggers: Mapping[str, Tensor]
+) -> None:
+    """Logs metrics as those of a validation.
+
+    Args:
+        trainer: The Trainer.
+        for_callbacks: Metrics for ``monitor=`` of callbacks.
+        for_loggers: Metrics for the loggers.
+    """
     connector = trainer._logger_connector
-    connector._callback_metrics.update(metrics)
-    connector.log_metrics(metrics)
+    connector._callback_metrics.update(for_callbacks)
+    connector.log_metrics(dict(for_loggers))

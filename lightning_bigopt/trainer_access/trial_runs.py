@@ -23,6 +23,7 @@ __all__ = [
     "exit_fit",
     "fit_quietly",
     "limits_kept",
+    "loaders_restored",
     "objects_changed_by_fit",
     "run_separate_loop",
     "silent_loggers",
@@ -82,7 +83,7 @@ def run_separate_loop(
     trainer.limit_val_batches = 0
     trainer.should_stop = False
     trainer.strategy.lr_scheduler_configs = []
-    with _loaders_restored(trainer, data):
+    with loaders_restored(trainer, data):
         try:
             for callback in callbacks:
                 callback.setup(trainer, module, "fit")
@@ -157,7 +158,7 @@ def silent_loggers(trainer: Trainer) -> list[Logger]:
 
 
 @contextmanager
-def _loaders_restored(trainer: Trainer, data: Any) -> Iterator[None]:
+def loaders_restored(trainer: Trainer, data: Any) -> Iterator[None]:
     """Restores the states of stateful loaders and of the generators of loaders and samplers."""
     loaders = list(own(trainer, "utilities.CombinedLoader")(data).flattened)
     samplers = [getattr(loader, "sampler", None) for loader in loaders]

@@ -87,8 +87,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(two: Any, case: str) -> None
 @pytest.mark.parametrize("case", CASES)
 def test_validations_have_the_average_and_log_the_others(two: Any, case: str) -> None:
     first, second = (result["averaged"][case] for result in two)
-    # Two validations of the model, and of both others; the tail has not begun at the first.
-    assert len(first["evaluated"]) == 2 + 2 + 1
+    assert len(first["evaluated"]) == 2 + 2 * 2  # of the model, and of both others
     assert first["evaluated"] == second["evaluated"]
     assert near(
         first["evaluated"][0], mean(first["training"][:4], [2 ** (i / 2) for i in range(4)])

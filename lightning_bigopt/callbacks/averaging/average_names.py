@@ -18,6 +18,7 @@ AnyAverages: TypeAlias = Average | dict[str, Average]
 TRAINING = "training"
 """The value of ``use`` for the training weights."""
 
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
 _HINT = "try EMA(half_life='1%')"
 
 
@@ -77,10 +78,7 @@ def checked_dtype(dtype: str | None) -> torch.dtype | None:
     """Returns a floating-point data type by its name; raises a ValueError for others."""
     if dtype is None:
         return None
-    found = getattr(torch, str(dtype).removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(
-            f"dtype must be a floating-point type of torch or None, got {shown(dtype)}; write "
-            "'float32'"
-        )
+    name = str(dtype).removeprefix("torch.")
+    check_choice("dtype", name, _DTYPES, hint="write 'float32', or None")
+    found: torch.dtype = getattr(torch, name)
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -18,27 +18,31 @@ __all__ = ["AveragedTensors"]
 class AveragedTensors:
     """The trainable parameters and the floating-point buffers of a module, by name.
 
-    Names are those of the module's ``state_dict``. Frozen parameters do not change and are left
-    out until they become trainable; buffers that the ``state_dict`` does not contain are left out.
-    Sharded parameters (FSDP2) are represented by the shards of this process.
+    Names are those of the module's ``state_dict``. Left out are parameters that are frozen, until
+    they become trainable, and buffers that the ``state_dict`` does not contain or that are not
+    finite, such as masks. Sharded parameters (FSDP2) are represented by the shards of this process.
 
     Args:
         module: The module.
         buffers: Whether buffers are included.
+        also: Names of parameters that are included although they are frozen.
     """
 
-    def __init__(self, module: nn.Module, *, buffers: bool) -> None:
+    def __init__(self, module: nn.Module, *, buffers: bool, also: Iterable[str] = ()) -> None:
         self._module = module
         self._averages_buffers = buffers
-        self._owners: dict[str, tuple[nn.Module, str]] = {}  # where the tensor is registered
+        self._also = set(also)
+        self._owners: dict[str, tuple[nn.Module, str]] = {}  # where each tensor is registered
+        self._names: list[str] = []  # of the averaged ones
         self._waiting: dict[str, nn.Parameter] = {}  # frozen or lazy parameters
         self._aliases: dict[str, list[str]] = {}  # further names of tied parameters
         self._sharding = [part for part in module.modules() if hasattr(part, "reshard")]
         self.find()
 
+    @torch.no_grad()
     def find(self) -> None:
         """Finds the tensors; the module may have been changed since the last call."""
-        self._owners, self._waiting, self._aliases = {}, {}, {}
+        self._owners, self._names, self._waiting, self._aliases = {}, [], {}, {}
         saved = self._module.state_dict(keep_vars=True).keys() if self._averages_buffers else ()
         first: dict[int, str] = {}
         for prefix, part in self._module.named_modules():
@@ -47,14 +51,18 @@ class AveragedTensors:
                 known = first.setdefault(id(parameter), key)
                 if known != key:
                     self._aliases.setdefault(known, []).append(key)
-                elif parameter.requires_grad and not is_lazy(parameter):
-                    self._owners[key] = (part, name)
-                else:
+                    continue
+                self._owners[key] = (part, name)
+                if is_lazy(parameter) or not (parameter.requires_grad or key in self._also):
                     self._waiting[key] = parameter
+                else:
+                    self._names.append(key)
             for name, buffer in part.named_buffers(recurse=False):
                 key = f"{prefix}.{name}" if prefix else name
+                self._owners[key] = (part, name)
                 if key in saved and _is_averaged(buffer):
-                    self._owners[key] = (part, name)
+                    self._names.append(key)
+        self._also.update(self._names)  # a parameter that is frozen again stays
 
     def follow(self) -> bool:
         """Adds parameters that have become trainable; returns whether there are any."""
@@ -63,11 +71,16 @@ class AveragedTensors:
         self.find()
         return True
 
+    def _tensor(self, key: str) -> Tensor:
+        part, name = self._owners[key]
+        tensor: Tensor = getattr(part, name)
+        return tensor
+
     def _live(self) -> dict[str, Tensor]:
         # A forward pass without gradients leaves whole parameters registered in a root module.
         for part in self._sharding:
             part.reshard()  # type: ignore[operator]  # FSDP2, whose import takes 60 ms
-        return {key: getattr(owner, name) for key, (owner, name) in self._owners.items()}
+        return {key: self._tensor(key) for key in self._names}
 
     @property
     def is_sharded(self) -> bool:
@@ -84,23 +97,25 @@ class AveragedTensors:
 
     @torch.no_grad()
     def write(self, values: Mapping[str, Tensor]) -> None:
-        """Writes values into the tensors of this process; other tensors stay as they are."""
-        for key, tensor in self.local().items():
-            if key in values:
-                tensor.copy_(values[key])
+        """Writes values into the tensors of this process, also into frozen ones."""
+        self._live()  # as shards
+        for key, value in values.items():
+            if key in self._owners:
+                to_local(self._tensor(key).detach()).copy_(value)
 
     def differ(self, values: Mapping[str, Tensor]) -> bool:
-        """Returns whether the tensors of this process differ from values, in their own dtype."""
-        return any(
-            not torch.equal(tensor, values[key].to(tensor))
-            for key, tensor in self.local().items()
-            if key in values
-        )
+        """Returns whether the parameters differ from values, or are others than these."""
+        live = {k: t for k, t in self._live().items() if isinstance(t, nn.Parameter)}
+        if live.keys() - values.keys() or values.keys() - self._owners.keys():
+            return True
+        local = {key: to_local(tensor.detach()) for key, tensor in live.items()}
+        return any(not torch.equal(t, values[key].to(t)) for key, t in local.items())
 
     def wrapped(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns shards of this process as DTensors on their devices, others as they are."""
-        live = self._live()
-        return {key: _wrap(live[key], value) for key, value in values.items() if key in live}
+        self._live()  # as shards
+        known = {key: value for key, value in values.items() if key in self._owners}
+        return {key: _wrap(self._tensor(key), value) for key, value in known.items()}
 
     def whole(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns whole tensors; a collective if they are sharded."""
@@ -111,8 +126,9 @@ class AveragedTensors:
 
     def shards(self, values: Mapping[str, Tensor]) -> Weights:
         """Returns the parts of this process of whole tensors; uses no collectives."""
-        live = self._live()
-        return {key: _shard(live.get(key), value).clone() for key, value in values.items()}
+        self._live()  # as shards
+        known = {key: value for key, value in values.items() if key in self._owners}
+        return {key: _shard(self._tensor(key), value).clone() for key, value in known.items()}
 
     def with_aliases(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Adds the further names of tied parameters."""
@@ -123,10 +139,12 @@ class AveragedTensors:
 
 
 def _is_averaged(buffer: Tensor) -> bool:
-    return (buffer.is_floating_point() or buffer.is_complex()) and not is_lazy(buffer)
+    if is_lazy(buffer) or not (buffer.is_floating_point() or buffer.is_complex()):
+        return False
+    return bool(to_local(buffer).isfinite().all())
 
 
-def _shard(tensor: Tensor | None, value: Tensor) -> Tensor:
+def _shard(tensor: Tensor, value: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return value
     mesh, placements = tensor.device_mesh, tensor.placements

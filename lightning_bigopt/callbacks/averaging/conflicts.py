@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lightning_bigopt.averaging.average import Average
-from lightning_bigopt.durations.duration import Duration
+from lightning_bigopt.averaging.tail_mean import TailMean
 from lightning_bigopt.engine.stage import Fit
 from lightning_bigopt.optimizers import modes
 from lightning_bigopt.optimizers.names import unwrapped
@@ -13,7 +13,7 @@ from lightning_bigopt.trainer_access import strategies
 from lightning_bigopt.trainer_access.callbacks import find_lightning_callback
 from lightning_bigopt.trainer_access.packages import classes
 
-__all__ = ["check_conflicts", "check_optimizers", "check_units"]
+__all__ = ["check_conflicts", "check_durations", "check_optimizers"]
 
 
 def check_conflicts(fit: Fit) -> None:
@@ -56,33 +56,35 @@ def check_optimizers(fit: Fit) -> None:
             )
 
 
-def check_units(fit: Fit, averages: Mapping[str, Average]) -> None:
-    """Raises if the clock does not count the unit of an average.
+def check_durations(fit: Fit, averages: Mapping[str, Average]) -> None:
+    """Raises if the clock does not count the unit of an average, or it does not fit the budget.
 
     Raises:
-        ValueError: For tokens that no callback counts, epochs of unknown length, and a time without
-            a budget in time.
+        ValueError: For tokens that no callback counts, epochs of unknown length, a time without a
+            budget in time, and a TailMean that is longer than the budget, or whose end is that of
+            a cooldown.
     """
     clock = fit.clock
+    counted = {
+        "tokens": clock.settings.tokens is not None,
+        "epochs": bool(clock.epoch.length),
+        "seconds": clock.is_timed,
+    }
+    ways_out = {
+        "tokens": "pass tokens= to LearningRateScheduler or OptimizationMonitor",
+        "epochs": "write it in steps, samples or percent",
+        "seconds": "write it in percent, or give the budget as a time",
+    }
     for name, average in averages.items():
-        units = {duration.unit: duration for duration in _durations(average)}
-        for unit, way_out in (
-            ("tokens", "pass tokens= to LearningRateScheduler or OptimizationMonitor"),
-            ("epochs", "write it in steps, samples or percent"),
-            ("seconds", "write it in percent, or give the budget as a time"),
-        ):
-            is_counted = {
-                "tokens": clock.settings.tokens is not None,
-                "epochs": bool(clock.epoch.length),
-                "seconds": clock.is_timed,
-            }[unit]
-            if unit in units and not is_counted:
+        for duration in average.durations:
+            if not counted.get(duration.unit, True):
                 raise ValueError(
                     f"{name} must have a duration in a unit that the run counts, got "
-                    f"{str(units[unit])!r}; {way_out}"
+                    f"{str(duration)!r}; {ways_out[duration.unit]}"
                 )
-
-
-def _durations(average: Average) -> list[Duration]:
-    start = getattr(average, "start", 0)
-    return [average.duration, *([Duration.parse(start)] if start else [])]
+        average.check(clock.horizon)
+        if clock.cooldown is not None and isinstance(average, TailMean):
+            raise ValueError(
+                f"on_resume must not be 'cooldown' with TailMean, got {average!r}, whose part does "
+                "not end with the cooldown; remove it: an average adds nothing after a decay"
+            )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_bigopt.arguments import explain_arguments
@@ -45,11 +45,10 @@ class ModelAveraging(Capability):
     weights of every checkpoint (weights-only files too), and in the module after the fit. Until it
     begins, as before ``EMA(start=…)``, the model is the current weights. The training weights are
     in the checkpoint, too: a resumed run equals an uninterrupted one to the bit. The other averages
-    are validated after each validation, which takes as long as the first one.
+    are validated after each validation, in passes over the same loaders.
 
-    Trainable parameters are averaged, and floating-point buffers such as the running statistics of
-    BatchNorm. Integer buffers and frozen parameters are those of training. With FSDP2 every process
-    averages its shards.
+    Trainable parameters are averaged, and finite floating-point buffers such as the statistics of
+    BatchNorm. All else is that of training. With FSDP2 every process averages its shards.
 
     Args:
         averages: An average, such as ``EMA(half_life="1%")``, or several by name.
@@ -79,11 +78,9 @@ class ModelAveraging(Capability):
         code. A sharded checkpoint has the tensors among its weights, under reserved names.
 
     Example:
-        >>> from lightning_bigopt import EMA, Merge, ModelAveraging
+        >>> from lightning_bigopt import EMA, ModelAveraging
         >>> ModelAveraging(EMA(half_life="1%"))
         ModelAveraging({'ema': EMA(...)}, use='ema')
-        >>> ModelAveraging({"ema": EMA("1%"), "merge": Merge(over="20%")}, use="merge").use
-        'merge'
     """
 
     owns = "model averaging"
@@ -108,8 +105,8 @@ class ModelAveraging(Capability):
         self._device, self._dtype = checked_device(device), checked_dtype(dtype)
         self.evaluate_others = evaluate_others
         self.needs_horizon = any(a.needs_horizon for a in self.averages.values())
-        in_samples = any(a.duration.unit == "samples" for a in self.averages.values())
-        self.needs_samples = "required" if in_samples else None
+        units = {d.unit for average in self.averages.values() for d in average.durations}
+        self.needs_samples = "required" if "samples" in units else None
         self.reset()
 
     def reset(self) -> None:
@@ -135,14 +132,16 @@ class ModelAveraging(Capability):
 
     def start(self, fit: Fit) -> None:
         """Restores the averages, and writes the training weights into the module."""
-        conflicts.check_units(fit, self.averages)
-        tensors = self._tensors = AveragedTensors(fit.module, buffers=self.buffers == "average")
+        conflicts.check_durations(fit, self.averages)
+        tensors = self._tensors = AveragedTensors(
+            fit.module, buffers=self.buffers == "average", also=self._saved.names
+        )
         continues = self._training is not None and not self._saved.is_loaded
         differ = continues and tensors.differ(self._model() or {})
         if fit.trainer.strategy.reduce_boolean_decision(differ, all=False):
-            rank_zero_info(
+            rank_zero_warn(
                 "The weights are others than those that ModelAveraging left in the module, so that "
-                "the averages begin anew."
+                "the averages begin anew, and the training continues from these weights."
             )
             self.reset()
             self._tensors = tensors
@@ -151,6 +150,7 @@ class ModelAveraging(Capability):
         if self._training is not None:
             tensors.write(self._training)
             self._training = None
+        self._running.match(tensors.local())
         self._steps, self._progress = fit.trainer.global_step, fit.clock.progress()
         horizon = fit.clock.horizon
         budget = None if horizon is None else [horizon.clock, horizon.budget]
@@ -165,7 +165,7 @@ class ModelAveraging(Capability):
 
     def end(self, fit: Fit) -> None:
         """Writes the average into the module; the training weights are kept for another fit."""
-        if fit.has_started:
+        if fit.has_started and self.fit is not None:  # None: the fit goes on without the callback
             self._exchange()
         self._saved.clear()
 
@@ -176,7 +176,7 @@ class ModelAveraging(Capability):
         self._saved.clear()
         assert self._tensors is not None  # set in start
         if batch.opens_window and self._tensors.follow():
-            self._running.include(self._tensors.local())
+            self._running.match(self._tensors.local())
 
     def end_batch(self, batch: Batch) -> None:
         """Adds the weights after an update to the averages."""
@@ -225,15 +225,16 @@ class ModelAveraging(Capability):
         if self.fit is None or not self.fit.has_started:
             return
         assert self._tensors is not None  # set in start
-        if self.evaluate_others and not trainer.interrupted:
+        try:
             others = {n: self._value(n) for n in self.averages if n != self.use}
-            found = {name: value for name, value in others.items() if value is not None}
-            if found and self._training is None:  # the training weights are the model
-                self._training = self._tensors.copies()
-            validate_others(trainer, self._tensors, found)
-        if self._training is not None:
-            self._tensors.write(self._training)
-            self._training = None
+            if others and self.evaluate_others and not trainer.interrupted:
+                if self._training is None:  # the training weights are the model
+                    self._training = self._tensors.copies()
+                validate_others(trainer, self._tensors, others, current=self._training)
+        finally:
+            if self._training is not None:
+                self._tensors.write(self._training)
+                self._training = None
 
     def saved_weights(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Returns the average; keeps or adds the training weights and all averages."""
@@ -262,24 +263,29 @@ class ModelAveraging(Capability):
         """
         name = used(name or self.use, self.averages)
         if self._tensors is None:
-            raise ValueError("an average must be read after a fit has begun, got none; call fit")
+            raise ValueError(
+                "an average must be read from the callback of a fit, got one without a fit, or a "
+                "copy; call fit, or use the callback in trainer.callbacks"
+            )
         value = self._value(name)
         if value is None:
             value = self._tensors.local() if self._training is None else self._training
-        return {key: tensor.clone() for key, tensor in value.items()}
+        device = self._running.place
+        return {key: tensor.to(device(tensor), copy=True) for key, tensor in value.items()}
 
     def specification(self) -> str:
         """Returns the averages as code."""
         return ", ".join(f"{name}={average!r}" for name, average in self.averages.items())
 
     def _settings(self) -> dict[str, str]:
-        return {f"averages.{name}": as_code(average) for name, average in self.averages.items()}
+        others = {name: as_code(getattr(self, name)) for name in ("use", "every", "buffers")}
+        return others | {f"averages.{n}": as_code(average) for n, average in self.averages.items()}
 
     def saved_state(self) -> dict[str, Any]:
         """Returns the averages and the training weights, unless a sharded checkpoint has them."""
         self._running.settle()
         return {
-            **self._saved.state(self._tensors, self._running.states, self._training),
+            **self._saved.state(self._tensors, self._running, self._training),
             "budget": self._budget,
             "settings": self._settings(),
         }
@@ -294,12 +300,8 @@ class ModelAveraging(Capability):
 
     def snapshot(self) -> dict[str, Any]:
         """Returns the averages; the training weights are the model's."""
-        progress = None if self._progress is None else asdict(self._progress)
-        return {
-            "averages": self._running.snapshot(),
-            "steps": self._steps,
-            "progress": progress,
-        }
+        now = None if self._progress is None else asdict(self._progress)
+        return {"averages": self._running.snapshot(), "steps": self._steps, "progress": now}
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Restores the averages at the time of :meth:`snapshot`."""

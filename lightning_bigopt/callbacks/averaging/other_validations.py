@@ -17,19 +17,26 @@ __all__ = ["validate_others"]
 
 
 def validate_others(
-    trainer: Trainer, tensors: AveragedTensors, averages: Mapping[str, Mapping[str, Tensor]]
+    trainer: Trainer,
+    tensors: AveragedTensors,
+    averages: Mapping[str, Mapping[str, Tensor] | None],
+    *,
+    current: Mapping[str, Tensor],
 ) -> None:
     """Writes each average into the module, validates it, and logs ``averages/<name>/<metric>``.
 
     Args:
         trainer: The Trainer, in ``on_validation_end`` of a validation within a fit.
         tensors: The averaged tensors; they have the last average afterwards.
-        averages: The averages by name.
+        averages: The averages by name; None for one that has not begun.
+        current: The training weights, which are validated for averages that have not begun.
     """
-    metrics: dict[str, Tensor] = {}
+    for_callbacks: dict[str, Tensor] = {}
+    for_loggers: dict[str, Tensor] = {}
     for name, value in averages.items():
-        tensors.write(value)
-        found = validate_again(trainer)
-        metrics |= {f"averages/{name}/{metric}": number for metric, number in found.items()}
-    if metrics:
-        log_validation(trainer, metrics)
+        tensors.write(current if value is None else value)
+        found, logged = validate_again(trainer)
+        for_callbacks |= {f"averages/{name}/{metric}": v for metric, v in found.items()}
+        for_loggers |= {f"averages/{name}/{metric}": v for metric, v in logged.items()}
+    if averages:
+        log_validation(trainer, for_callbacks, for_loggers)

@@ -27,6 +27,7 @@ class RunningAverages:
 
     Attributes:
         states: The state of each average.
+        kinds: Class and unit of each average.
     """
 
     def __init__(
@@ -38,21 +39,29 @@ class RunningAverages:
     ) -> None:
         self._averages, self._device, self._dtype = averages, device, dtype
         self.states = {name: a.initial_state() for name, a in averages.items()}
+        # The state of one kind is of no use for another one.
+        self.kinds = {n: f"{type(a).__name__} in {a.duration.unit}" for n, a in averages.items()}
         self._horizon: Horizon | None = None
         self._copies = HostCopies()
 
     def place(self, weight: Tensor) -> torch.device:
         """Returns the device of the average of a weight."""
-        return weight.device if self._device is None else self._device
+        device = self._device
+        if device is None or (device.type == weight.device.type and device.index is None):
+            return weight.device
+        return device
 
     def convert(self, weights: Mapping[str, Tensor]) -> Weights:
         """Returns weights with device and data type of the averages; uncopied if they have them."""
         return {
-            name: weight.to(
-                self.place(weight), self._dtype or torch.promote_types(weight.dtype, torch.float32)
-            )
+            name: weight.to(self.place(weight), self._type(weight))
             for name, weight in weights.items()
         }
+
+    def _type(self, weight: Tensor) -> torch.dtype:
+        if self._dtype is None or weight.is_complex():
+            return torch.promote_types(weight.dtype, torch.float32)
+        return self._dtype
 
     def add(self, weights: Weights, progress: Progress, horizon: Horizon | None) -> None:
         """Adds the weights after an update.
@@ -84,13 +93,18 @@ class RunningAverages:
         self.settle()
         return self._averages[name].value(self.states[name], weights, progress)
 
-    def include(self, weights: Weights) -> None:
-        """Adds weights of further names, which have been constant until now, to all copies."""
+    def match(self, weights: Weights) -> None:
+        """Gives all copies the names of the weights: further ones have been constant until now."""
         self.settle()
         current = self.convert(weights)
         for state in self.states.values():
-            for copy in state.copies:
-                copy.update({n: v.clone() for n, v in current.items() if n not in copy})
+            state.copies = [
+                {
+                    name: copy[name] if name in copy else value.clone()
+                    for name, value in current.items()
+                }
+                for copy in state.copies
+            ]
 
     def count_from(self, progress: Progress, *, another_budget: bool) -> None:
         """Counts new averages from ``progress`` on, and with another budget all averages."""

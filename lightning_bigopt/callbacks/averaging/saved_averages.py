@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_bigopt.averaging.average import AverageState
@@ -36,6 +37,7 @@ class SavedAverages:
     def __init__(self) -> None:
         self._loaded: dict[str, Any] | None = None
         self._collected: dict[str, Any] | None = None
+        self._has_warned = False
 
     def clear(self) -> None:
         """Drops the tensors that were collected for a checkpoint."""
@@ -68,6 +70,7 @@ class SavedAverages:
         if model is not None:
             # Buffers of an open window are saved as they were at its start, as in state_dict.
             current = {key: state_dict[key] for key in tensors.local() if key in state_dict}
+            self._warn_of_other_names(state_dict, current, tensors.local())
             kept = current if training is None else form(training)
             dtypes = {key: tensor.dtype for key, tensor in tensors.local().items()}
             cast = {key: value.to(dtypes[key]) for key, value in model.items()}
@@ -81,15 +84,28 @@ class SavedAverages:
             self._collected = {"training": kept or None, "copies": copies}
         return state_dict
 
+    def _warn_of_other_names(
+        self, state_dict: Mapping[str, Any], found: Mapping[str, Any], names: Mapping[str, Any]
+    ) -> None:
+        missing = [name for name in names if name not in found]
+        if state_dict and missing and not self._has_warned:
+            self._has_warned = True
+            rank_zero_warn(
+                f"The state_dict of the module does not contain {missing[0]} under this name, so "
+                "that checkpoints have its training weights instead of the average. Rename in "
+                "on_save_checkpoint instead of state_dict."
+            )
+
     def state(
         self,
         tensors: AveragedTensors | None,
-        states: Mapping[str, AverageState],
+        running: RunningAverages,
         training: Weights | None,
     ) -> dict[str, Any]:
         """Returns the state for a checkpoint: what was collected, or the tensors as they are."""
         if self._loaded is not None:
             return self._loaded  # not applied yet
+        states, kinds = running.states, running.kinds
         collected, self._collected = self._collected, None
         if collected is None:
             # Shards cannot be gathered here: only one process may have called this.
@@ -99,6 +115,7 @@ class SavedAverages:
         return {
             "averages": {
                 name: {
+                    "kind": kinds[name],
                     "numbers": dict(state.numbers),
                     "number_of_copies": len(state.copies),
                     "copies": list(collected["copies"][name]),
@@ -109,6 +126,14 @@ class SavedAverages:
         }
 
     # ----------------------------------------------------------------------------- restoring
+
+    @property
+    def names(self) -> set[str]:
+        """The names of the tensors that the checkpoint has averaged, for :meth:`restore`."""
+        if self._loaded is None:
+            return set()
+        copies = [c for saved in self._loaded["averages"].values() for c in saved["copies"]]
+        return {name for weights in (self._loaded["training"] or {}, *copies) for name in weights}
 
     @property
     def is_loaded(self) -> bool:
@@ -139,8 +164,8 @@ class SavedAverages:
         if loaded is None:
             return None
         for name, saved in loaded["averages"].items():
-            if name not in running.states:
-                continue
+            if saved.get("kind") != running.kinds.get(name):
+                continue  # another average of this name begins anew
             state = running.states[name]
             state.numbers = dict(saved["numbers"])
             state.copies = [running.convert(tensors.shards(copy)) for copy in saved["copies"]]

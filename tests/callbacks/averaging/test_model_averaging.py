@@ -24,6 +24,7 @@ from lightning_bigopt import (
     EMA,
     BatchSizeScheduler,
     BatchSizeSteps,
+    Constant,
     GradientClipping,
     LearningRateScheduler,
     Linear,
@@ -290,7 +291,7 @@ def test_the_other_averages_are_validated_and_logged() -> None:
     trainer = trainer_with(averaging, records, **options)
     trainer.fit(module, loader(24, 2), loader(4, 2))
     assert records.calls == 3
-    assert module.validated == 2 + 3 + 3  # the tail has not begun at the first validation
+    assert module.validated == 3 + 3 + 3
     last = seen[-1]
     for name, prefix in (("merge", ""), ("ema", "averages/ema/"), ("tail", "averages/tail/")):
         expected = loss_of(averaging.average(name))
@@ -299,7 +300,8 @@ def test_the_other_averages_are_validated_and_logged() -> None:
             assert logger.rows[max(logger.rows)][prefix + metric] == pytest.approx(
                 expected, rel=1e-5
             )
-    assert "averages/tail/val_loss" not in seen[0]
+    # The tail has not begun at the first validation, so that the current weights are validated.
+    assert seen[0]["averages/tail/val_loss"] == pytest.approx(loss_of(module.trained[1]), rel=1e-5)
     assert "averages/merge/val_loss" not in last
     assert same(module.trained[-1], averaging.average("training"))
 
@@ -345,14 +347,22 @@ class Lines(L.pytorch.loggers.logger.DummyLogger):
 class SavesIn(L.Callback):
     """Saves at one update, in a hook, and records the average at that time."""
 
-    def __init__(self, path: Path, hook: str, averaging: ModelAveraging, **options: Any) -> None:
+    def __init__(
+        self,
+        path: Path,
+        hook: str,
+        averaging: ModelAveraging,
+        *,
+        average: bool = True,
+        **options: Any,
+    ) -> None:
         self.saved, self.average = 0, {}
 
         def save(trainer: Any, module: Any, *arguments: Any) -> None:
             if trainer.global_step == 4 and not self.saved:
                 self.saved += 1
                 trainer.save_checkpoint(path, **options)
-                self.average = averaging.average()
+                self.average = averaging.average() if average else {}
 
         setattr(self, hook, save)
 
@@ -479,7 +489,7 @@ def test_a_second_fit_continues_from_the_training_weights() -> None:
         assert same(straight.average(name), averaging.average(name))
 
 
-def test_weights_that_were_replaced_between_fits_begin_anew(caplog: Any) -> None:
+def test_weights_that_were_replaced_between_fits_begin_anew() -> None:
     averaging, module = ModelAveraging(EMA(2)), Looked()
     trainer = trainer_with(averaging, max_steps=4)
     trainer.fit(module, ResumableLoader(8, 2))
@@ -487,9 +497,8 @@ def test_weights_that_were_replaced_between_fits_begin_anew(caplog: Any) -> None
         module.net[0].weight.add_(1)
     start = copies(module)
     trainer.fit_loop.epoch_loop.max_steps = 5
-    with caplog.at_level("INFO"):
+    with pytest.warns(UserWarning, match="averages begin anew"):
         trainer.fit(module, ResumableLoader(8, 2))
-    assert "averages begin anew" in caplog.text
     assert same(averaging.average(), module.trained[-1])
     assert float((module.trained[-1]["net.0.weight"] - start["net.0.weight"]).abs().max()) < 0.5
 
@@ -582,6 +591,156 @@ def test_a_layer_that_is_unfrozen_later_was_constant_until_then() -> None:
     assert near(averaging.average("ema"), ema(module.trained, 2))
 
 
+def saving(path: Path) -> L.Callback:
+    """Saves after the fourth update."""
+    return SavesIn(path, "on_train_batch_end", ModelAveraging(EMA(1)), average=False)
+
+
+def test_infinite_masks_stay_as_they_are() -> None:
+    class Masked(Looked):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("causal", torch.full((2, 2), -math.inf).triu(1))
+
+    module = Masked()
+    trainer_with(ModelAveraging(ALL, use="ema")).fit(module, loader(24, 2))
+    assert module.causal.tolist() == [[0.0, -math.inf], [0.0, 0.0]]
+
+
+class Frozen(Looked):
+    """A network whose first layer is frozen or not."""
+
+    def __init__(self, *, frozen: bool = True) -> None:
+        super().__init__()
+        self.net[0].requires_grad_(not frozen)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.net[2].parameters(), lr=0.05)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("use", NAMES)
+def test_parameters_may_be_frozen_or_trainable_at_a_resume(
+    tmp_path: Path, first: bool, use: str
+) -> None:
+    """They do not change, so that the average is the same."""
+    runs = []
+    for frozen in (first, not first):
+        averaging, module = ModelAveraging(ALL, use=use), Frozen(frozen=frozen)
+        resume = {"ckpt_path": tmp_path / "a.ckpt", "weights_only": True} if runs else {}
+        saves = [] if runs else [saving(tmp_path / "a.ckpt")]
+        trainer = trainer_with(averaging, *saves, max_steps=8)
+        trainer.fit(module, ResumableLoader(8, 2), **resume)
+        runs.append(module)
+    straight = Frozen(frozen=first)
+    trainer_with(ModelAveraging(ALL, use=use), max_steps=8).fit(straight, ResumableLoader(8, 2))
+    assert near(copies(runs[1]), copies(straight))
+    assert same(runs[1].trained[-1], straight.trained[-1])
+
+
+@pytest.mark.parametrize("buffers", [("average", "current"), ("current", "average")])
+@pytest.mark.parametrize("use", ["ema", "merge"])
+def test_buffers_may_be_averaged_or_not_at_a_resume(
+    tmp_path: Path, buffers: tuple[Any, Any], use: str
+) -> None:
+    for index, each in enumerate(buffers):
+        averaging, module = ModelAveraging(ALL, use=use, buffers=each), Normalized()
+        resume = {"ckpt_path": tmp_path / "a.ckpt", "weights_only": True} if index else {}
+        saves = [] if index else [saving(tmp_path / "a.ckpt")]
+        trainer = trainer_with(averaging, *saves, max_steps=8)
+        trainer.fit(module, ResumableLoader(8, 2), **resume)
+    plain = Normalized()
+    trainer_with(max_steps=8).fit(plain, ResumableLoader(8, 2))
+    assert same(plain.trained[-1], module.trained[-1])
+    assert torch.equal(
+        plain.statistics[-1]["net.0.running_mean"], module.statistics[-1]["net.0.running_mean"]
+    )
+
+
+@pytest.mark.parametrize("other", [TailMean("50%"), Merge("50%"), Merge(3), EMA("100%")])
+def test_the_state_of_another_kind_of_average_is_not_used(tmp_path: Path, other: Any) -> None:
+    first = ModelAveraging({"a": EMA(2)})
+    trainer_with(first, saving(tmp_path / "a.ckpt"), max_steps=8).fit(
+        Looked(), ResumableLoader(8, 2)
+    )
+    second, module = ModelAveraging({"a": other}), Looked()
+    resume = {"ckpt_path": tmp_path / "a.ckpt", "weights_only": True}
+    trainer_with(second, max_steps=8).fit(module, ResumableLoader(8, 2), **resume)
+    expected = ModelAveraging({"a": other})
+    bare = Looked()
+    plain = trainer_with(
+        LearningRateScheduler(Constant()), saving(tmp_path / "bare.ckpt"), max_steps=8
+    )
+    plain.fit(bare, ResumableLoader(8, 2))
+    resume["ckpt_path"] = tmp_path / "bare.ckpt"
+    trainer_with(expected, max_steps=8).fit(Looked(), ResumableLoader(8, 2), **resume)
+    assert same(second.average(), expected.average())
+
+
+@pytest.mark.parametrize("use", ["ema", "training"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_error_in_an_extra_validation_leaves_the_model(use: str, error: Any) -> None:
+    class Stops(Scored):
+        raises = True
+
+        def on_validation_epoch_end(self) -> None:
+            super().on_validation_epoch_end()
+            if self.validated == 2 and self.raises:
+                raise error
+
+    module, averaging = Stops(), ModelAveraging(ALL, use=use)
+    trainer = trainer_with(averaging, val_check_interval=4, num_sanity_val_steps=0)
+    with pytest.raises((SystemExit, error)):
+        trainer.fit(module, loader(24, 2), loader(4, 2))
+    expected = ema(module.trained, 2) if use == "ema" else module.trained[-1]
+    weights = {n: w for n, w in copies(module).items() if n in expected}
+    assert near(weights, expected)
+    module.raises = False
+    module.train()
+    trainer.fit(module, loader(24, 2), loader(4, 2))
+    assert near(averaging.average("ema"), ema(module.trained, 2))
+
+
+def test_a_callback_that_is_removed_leaves_the_training_as_it_is() -> None:
+    class Removes(L.Callback):
+        def on_train_batch_end(self, trainer: Any, *arguments: Any) -> None:
+            if trainer.global_step == 3:
+                trainer.callbacks.remove(averaging)
+
+    averaging, module, plain = ModelAveraging(EMA(2)), Looked(), Looked()
+    trainer_with(averaging, Removes(), LearningRateScheduler(Linear())).fit(module, loader(24, 2))
+    trainer_with(LearningRateScheduler(Linear())).fit(plain, loader(24, 2))
+    assert same(module.trained[-1], plain.trained[-1])
+
+
+def test_metrics_for_callbacks_only_can_be_monitored() -> None:
+    class Accurate(Looked):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            super().validation_step(batch, batch_idx)
+            self.log("accuracy", 1.0, logger=False)
+
+    trainer = trainer_with(ModelAveraging(ALL, use="ema"), val_check_interval=2)
+    trainer.fit(Accurate(), loader(24, 2), loader(2, 2))
+    assert "averages/tail/accuracy" in trainer.callback_metrics
+
+
+def test_other_names_in_the_state_dict_warn(tmp_path: Path) -> None:
+    class Renamed(Looked):
+        def state_dict(self, *arguments: Any, **options: Any) -> Any:
+            found = super().state_dict(*arguments, **options)
+            return {f"my.{name}": value for name, value in found.items()}
+
+    trainer = trainer_with(ModelAveraging(EMA(2)))
+
+    class Saves(L.Callback):
+        def on_train_batch_end(self, trainer: Any, *arguments: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "a.ckpt")
+
+    trainer.callbacks.append(Saves())
+    with pytest.warns(UserWarning, match="does not contain net.0.weight under this name"):
+        trainer.fit(Renamed(), loader(24, 2))
+
+
 # ------------------------------------------------------------------------- conflicts and errors
 
 
@@ -617,11 +776,12 @@ def test_a_schedule_free_optimizer_is_refused() -> None:
         (lambda: ModelAveraging(ALL), "use must be"),
         (lambda: ModelAveraging(ALL, use="best"), "use must be"),
         (lambda: ModelAveraging(EMA(1), device="gpu9"), "device must be a device of torch"),
-        (lambda: ModelAveraging(EMA(1), dtype="int8"), "dtype must be a floating-point type"),
+        (lambda: ModelAveraging(EMA(1), dtype="int8"), "dtype must be"),
         (lambda: ModelAveraging(EMA(1), every=0), "every must be"),
         (lambda: ModelAveraging(EMA(1), buffers="none"), "buffers must be"),
         (lambda: ModelAveraging(EMA(1)).average("other"), "use must be"),
-        (lambda: ModelAveraging(EMA(1)).average(), "after a fit has begun"),
+        (lambda: ModelAveraging(EMA(1)).average(), "from the callback of a fit"),
+        (lambda: ModelAveraging(EMA(1), dtype="float8_e4m3fn"), "dtype must be"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_raise(make: Any, message: str) -> None:
@@ -640,6 +800,25 @@ def test_wrong_arguments_raise(make: Any, message: str) -> None:
 def test_units_that_are_not_counted_raise(average: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         trainer_with(ModelAveraging(average)).fit(Looked(), loader(4, 2))
+
+
+def test_a_tail_that_does_not_fit_raises_before_the_first_update() -> None:
+    module = Looked()
+    for average, message in (
+        (TailMean(500), "over must be at most the whole budget, got 500"),
+        (TailMean("2 tokens"), "a unit that the run counts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer_with(ModelAveraging(average)).fit(module, loader(24, 2))
+        assert module.trained == []
+
+
+def test_a_merge_in_percent_needs_no_budget() -> None:
+    module, averaging = Looked(), ModelAveraging(Merge("50%", checkpoints=2))
+    trainer_with(averaging, max_steps=-1, max_epochs=-1, max_time="00:00:00:02").fit(
+        module, loader(24, 2)
+    )
+    assert not same(averaging.average(), module.trained[-1])
 
 
 def test_percent_of_an_unknown_budget_raise() -> None:
