@@ -312,11 +312,11 @@ def page(results: Mapping[str, Any], costs: Mapping[str, list[float]], seeds: in
 A GPT of 0.13M parameters trains on {BATCH} windows of 64 bytes per update, for {STEPS} updates at a
 constant learning rate after a warm-up. At a quarter, a half, three quarters and the end its
 averages are validated. They are compared with runs of exactly that length whose learning rate
-decays to zero: the best of the rates {rates} and of decays over {decay_lengths} of the length, chosen
-for each length by the mean over all seeds. The first line has the validation loss of these tuned
-runs in nats per byte. The others have the difference from it, with the standard error over {seeds}
-seeds (paired by seed and order of the data); negative is better. Every average uses one rate for
-all lengths, the best at the end.
+decays to zero: the best of the rates {rates} and of decays over {decay_lengths} of the
+length, chosen for each length by the mean over all seeds. The first line has the validation loss of
+these tuned runs in nats per byte. The others have the difference from it, with the standard error
+over {seeds} seeds (paired by seed and order of the data); negative is better. Every average uses
+one rate for all lengths, the best at the end.
 
 {horizons_table(results, seeds)}
 
@@ -328,9 +328,9 @@ windows. One model and one data set.
 
 ## After a decay
 
-With a decay to zero over the last 40 %, at the rate {LEARNING_RATES[2]:g}, the loss is {plain:.3f}. An
-EMA of 1 % changes it by {gain["ema"]:+.4f}, the mean over the last 5 % by {gain["tail"]:+.4f}: **after a
-full decay, averages add nothing.**
+With a decay to zero over the last 40 %, at the rate {LEARNING_RATES[2]:g}, the loss is
+{plain:.3f}. An EMA of 1 % changes it by {gain["ema"]:+.4f}, the mean over the last 5 % by
+{gain["tail"]:+.4f}: **after a full decay, averages add nothing.**
 
 ## The cost of an update
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -21,6 +22,7 @@ from lightning_bigopt.callbacks.averaging.average_names import (
     used,
 )
 from lightning_bigopt.callbacks.averaging.averaged_tensors import AveragedTensors
+from lightning_bigopt.callbacks.averaging.other_validations import validate_others
 from lightning_bigopt.callbacks.averaging.running_averages import RunningAverages
 from lightning_bigopt.callbacks.averaging.saved_averages import SavedAverages
 from lightning_bigopt.callbacks.resume_report import report_changed_settings
@@ -28,7 +30,6 @@ from lightning_bigopt.checks import as_code, check_choice, check_count
 from lightning_bigopt.durations.progress import Progress
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.stage import Batch, Fit
-from lightning_bigopt.trainer_access.extra_validation import log_validation, validate_again
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -137,7 +138,8 @@ class ModelAveraging(Capability):
         conflicts.check_units(fit, self.averages)
         tensors = self._tensors = AveragedTensors(fit.module, buffers=self.buffers == "average")
         continues = self._training is not None and not self._saved.is_loaded
-        if continues and tensors.differ(self._model() or {}):
+        differ = continues and tensors.differ(self._model() or {})
+        if fit.trainer.strategy.reduce_boolean_decision(differ, all=False):
             rank_zero_info(
                 "The weights are others than those that ModelAveraging left in the module, so that "
                 "the averages begin anew."
@@ -222,27 +224,16 @@ class ModelAveraging(Capability):
         """Validates the other averages, and writes the training weights back."""
         if self.fit is None or not self.fit.has_started:
             return
+        assert self._tensors is not None  # set in start
         if self.evaluate_others and not trainer.interrupted:
-            self._validate_others(trainer)
+            others = {n: self._value(n) for n in self.averages if n != self.use}
+            found = {name: value for name, value in others.items() if value is not None}
+            if found and self._training is None:  # the training weights are the model
+                self._training = self._tensors.copies()
+            validate_others(trainer, self._tensors, found)
         if self._training is not None:
-            assert self._tensors is not None  # set in start
             self._tensors.write(self._training)
             self._training = None
-
-    def _validate_others(self, trainer: Trainer) -> None:
-        metrics: dict[str, Tensor] = {}
-        for name in self.averages:
-            value = None if name == self.use else self._value(name)
-            if value is None:
-                continue
-            assert self._tensors is not None  # set in start
-            if self._training is None:  # the training weights are the model
-                self._training = self._tensors.copies()
-            self._tensors.write(value)
-            found = validate_again(trainer)
-            metrics |= {f"averages/{name}/{metric}": number for metric, number in found.items()}
-        if metrics:
-            log_validation(trainer, metrics)
 
     def saved_weights(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Returns the average; keeps or adds the training weights and all averages."""
@@ -303,12 +294,18 @@ class ModelAveraging(Capability):
 
     def snapshot(self) -> dict[str, Any]:
         """Returns the averages; the training weights are the model's."""
-        return {"averages": self._running.snapshot(), "steps": self._steps}
+        progress = None if self._progress is None else asdict(self._progress)
+        return {
+            "averages": self._running.snapshot(),
+            "steps": self._steps,
+            "progress": progress,
+        }
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Restores the averages at the time of :meth:`snapshot`."""
         self._running.restore(snapshot["averages"])
-        self._steps = snapshot["steps"]
+        self._steps, progress = snapshot["steps"], snapshot["progress"]
+        self._progress = None if progress is None else Progress(**progress)
 
     def __repr__(self) -> str:
         names = {name: type(average).__name__ for name, average in self.averages.items()}
