@@ -40,8 +40,8 @@ def merge_checkpoints(
     """Merges the weights of checkpoints of one run at a constant learning rate.
 
     The checkpoints are sorted by their number of updates. Of several with the same number, such as
-    ``last.ckpt``, the first one is used; merged ones are left out. If the model of a checkpoint is an
-    average of ``ModelAveraging``, its training weights are merged.
+    ``last.ckpt``, the first one is used; merged ones are left out. If the model of a checkpoint is
+    an average of ``ModelAveraging``, its training weights are merged.
 
     Args:
         paths: Files, or folders of sharded checkpoints (FSDP2), of Lightning.
@@ -69,7 +69,7 @@ def merge_checkpoints(
         ...         torch.save(
         ...             {"global_step": step, "state_dict": weights}, f"{folder}/{step}.ckpt"
         ...         )
-        ...     merged = merge_checkpoints([f"{folder}/10.pt", f"{folder}/20.pt"])
+        ...     merged = merge_checkpoints([f"{folder}/10.ckpt", f"{folder}/20.ckpt"])
         >>> merged["state_dict"]["scale"].tolist(), merged["global_step"]
         ([15.0], 20)
     """
