@@ -36,9 +36,10 @@ def lerp_(average: Weights, weights: Mapping[str, Tensor], weight: float) -> Non
     """
     kinds: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
     for name, tensor in average.items():
-        averages, others = kinds.setdefault((tensor.device, tensor.dtype), ([], []))
+        kind, other = (tensor.device, tensor.dtype), weights[name]
+        averages, others = kinds.setdefault(kind, ([], []))
         averages.append(tensor)
-        others.append(weights[name].to(tensor.device, tensor.dtype))
+        others.append(other if (other.device, other.dtype) == kind else other.to(*kind))
     for averages, others in kinds.values():
         torch._foreach_lerp_(averages, others, weight)
 

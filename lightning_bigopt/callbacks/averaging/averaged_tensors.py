@@ -80,7 +80,8 @@ class AveragedTensors:
         # A forward pass without gradients leaves whole parameters registered in a root module.
         for part in self._sharding:
             part.reshard()  # type: ignore[operator]  # FSDP2, whose import takes 60 ms
-        return {key: self._tensor(key) for key in self._names}
+        owners = self._owners
+        return {key: getattr(*owners[key]) for key in self._names}
 
     @property
     def is_sharded(self) -> bool:

@@ -53,10 +53,14 @@ class RunningAverages:
 
     def convert(self, weights: Mapping[str, Tensor]) -> Weights:
         """Returns weights with device and data type of the averages; uncopied if they have them."""
-        return {
-            name: weight.to(self.place(weight), self._type(weight))
-            for name, weight in weights.items()
-        }
+        converted: Weights = {}
+        targets: dict[tuple[torch.device, torch.dtype], tuple[torch.device, torch.dtype]] = {}
+        for name, weight in weights.items():
+            kind = weight.device, weight.dtype
+            if kind not in targets:
+                targets[kind] = self.place(weight), self._type(weight)
+            converted[name] = weight if targets[kind] == kind else weight.to(*targets[kind])
+        return converted
 
     def _type(self, weight: Tensor) -> torch.dtype:
         if self._dtype is None or weight.is_complex():
@@ -71,7 +75,8 @@ class RunningAverages:
         """
         self.settle()
         self._horizon = horizon
-        if any(weight.device != self.place(weight) for weight in weights.values()):
+        placed = {weight.device: weight for weight in weights.values()}
+        if any(device != self.place(weight) for device, weight in placed.items()):
             self._copies.begin(weights, progress)
         else:
             self._update(weights, progress)
