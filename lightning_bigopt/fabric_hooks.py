@@ -14,6 +14,7 @@ _IN_A_LOOP = {
     "GradientNoiseScale": "NoiseScaleEstimator of lightning_bigopt.batching",
     "HyperparameterScheduler": "group[field] = base * schedule(step / steps) at every step",
     "LearningRateScheduler": "as_lr_scheduler(schedule, optimizer, steps)",
+    "ModelAveraging": "torch.optim.swa_utils.AveragedModel",
     "OptimizationMonitor": "measure(model.named_parameters()) and fabric.log",
     "ReduceOnPlateau": "torch.optim.lr_scheduler.ReduceLROnPlateau",
     "StepGuard": "inspect(detectors, states, readings), record and skip_update_",

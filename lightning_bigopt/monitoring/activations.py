@@ -156,6 +156,7 @@ class ActivationMonitor:
         >>> monitor.detach()
         >>> values = MetricBuffer()
         >>> monitor.add_values(into=values)
+        True
         >>> found = values.fetch()
         >>> found["activations/max/linear"], found["activations/grad_zeros/linear"]
         (4.0, 0.5)

@@ -77,13 +77,17 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"schedule": Linear(end=0.5), "groups": {"decay": Cosine(end=0.1)},
          "optimizers": {"Adam": Linear(end=0.5)}},
     ),
+    "ModelAveraging": (
+        {"averages": target("EMA", half_life="1%"), "use": "training"},
+        {"averages": bigopt.EMA("1%"), "use": "training"},
+    ),
     "MultiStep": (
         {"milestones": [["50%", 0.1], ["75%", 0.01]]},
         {"milestones": [("50%", 0.1), ("75%", 0.01)]},
     ),
     "OptimizationMonitor": (
-        {"layers": {"linear": "layer*"}, "per_layer": ["grad_norm"]},
-        {"layers": {"linear": "layer*"}, "per_layer": ["grad_norm"]},
+        {"layers": {"linear": "layer*"}, "per_layer": ["grad_norm"], "activations": {"a": "0"}},
+        {"layers": {"linear": "layer*"}, "per_layer": ["grad_norm"], "activations": {"a": "0"}},
     ),
     "ParameterGroup": (
         {"pattern": ["head*", "*.bias"], "name": "a"}, {"pattern": ("head*", "*.bias"), "name": "a"}
@@ -263,7 +267,7 @@ NOT_IN_LISTS = {
     *("CosineWithRestarts", "Cyclic", "Exponential", "InverseSquareRoot", "Power", "StepDecay"),
     "ParameterGroup",
     *("InfiniteSchedule", "Noam", "OneCycle", "TriStage", "Warmup", "WarmupConstant"),
-    *("BF16", "FP16", "PowerSGD", "TopK"),
+    *("BF16", "FP16", "PowerSGD", "TopK", "EMA", "Merge", "RollBack", "TailMean"),
     *("WarmupCosine", "WarmupInverseSquareRoot", "WarmupLinear", "WarmupStableDecay"),
 }
 
@@ -301,6 +305,18 @@ def test_list_of_schedules_with_durations(mode: str) -> None:
     else:
         made = instantiate(config | {"_convert_": mode})
         assert made == Product([Linear(end=0.5), WarmupCosine(warmup="10%")])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_averages_by_name(mode: str) -> None:
+    averages = {"ema": target("EMA", half_life="1%"), "tail": target("TailMean", over=5)}
+    config = target("ModelAveraging", averages=averages, use="tail")
+    if mode == "none":
+        with pytest.raises((ValueError, InstantiationException), match=re.escape(CONVERT)):
+            instantiate(config)
+    else:
+        made = instantiate(config | {"_convert_": mode})
+        assert made.averages == {"ema": bigopt.EMA("1%"), "tail": bigopt.TailMean(5)}
 
 
 @dataclass(frozen=True)

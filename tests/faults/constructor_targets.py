@@ -27,7 +27,7 @@ MODULES = (*MODULES, ".callbacks", ".mixins", ".examples", ".monitoring")
 
 NOT_CALLED = {
     # abstract base classes, protocols, types and data
-    *("Action", "BatchSizePolicy", "ClippingRule", "Compressor", "Detector", "Schedule"),
+    *("Action", "Average", "BatchSizePolicy", "ClippingRule", "Compressor", "Detector", "Schedule"),
     "UpdateRule",
     *("GradientNorms", "RuleState", "ScalingRule", "Clock", "DurationLike", "Unit", "Rounding"),
     *("TAGS", "__version__"),
@@ -202,11 +202,15 @@ VALID: dict[str, dict[str, Callable[[], Any]]] = {
     "BatchSizeScheduler": _valid(policy=bigopt.ConstantBatchSize(8)),
     "GradientClipping": _valid(rule=bigopt.NormClip()),
     "GradientCompression": _valid(compressor=bigopt.TopK()),
+    "ModelAveraging": _valid(averages=bigopt.EMA("1%")),
     "HyperparameterScheduler": _valid(field="weight_decay", schedule=bigopt.Linear()),
     "LearningRateScheduler": _valid(schedule=bigopt.WarmupCosine()),
     "ReduceOnPlateau": _valid(monitor="val_loss"),
     "GlobalBatchFinder": _valid(global_batch_size=64),
     # specifications
+    "EMA": _valid(half_life="1%"),
+    "Merge": _valid(over="20%"),
+    "TailMean": _valid(over="10%"),
     "BatchSizeRamp": _valid(start=8, end=64, over="10%"),
     "BatchSizeSteps": _valid(sizes={"0%": 8, "50%": 16}),
     "ConstantBatchSize": _valid(size=8),

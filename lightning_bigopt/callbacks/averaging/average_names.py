@@ -38,7 +38,7 @@ def named_averages(averages: Any) -> dict[str, Average]:
         return {name: averages}
     check_instance("averages", averages, (Average, dict), hint=_HINT)
     if not averages:
-        raise ValueError(f"averages must contain an average, got {{}}; {_HINT}")
+        raise ValueError(f"averages must contain an average, got {shown(averages)}; {_HINT}")
     for name, average in averages.items():
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name) or name == TRAINING:
             raise ValueError(
@@ -67,8 +67,9 @@ def checked_device(device: str | None) -> torch.device | None:
     if device is None:
         return None
     try:
+        check_instance("device", device, (str, torch.device), hint="write 'cpu'")
         return torch.device(device)
-    except (RuntimeError, TypeError):
+    except RuntimeError:
         raise ValueError(
             f"device must be a device of torch or None, got {shown(device)}; write 'cpu'"
         ) from None

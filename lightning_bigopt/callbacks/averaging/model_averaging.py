@@ -30,6 +30,7 @@ from lightning_bigopt.checks import as_code, check_choice, check_count
 from lightning_bigopt.durations.progress import Progress
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.stage import Batch, Fit
+from lightning_bigopt.type_checks import check_instance
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -101,6 +102,7 @@ class ModelAveraging(Capability):
         self.use = used(use, self.averages)
         check_count("every", every, of="updates")
         check_choice("buffers", buffers, ("average", "current"))
+        check_instance("evaluate_others", evaluate_others, bool, hint="write True")
         self.device, self.dtype, self.every, self.buffers = device, dtype, every, buffers
         self._device, self._dtype = checked_device(device), checked_dtype(dtype)
         self.evaluate_others = evaluate_others
