@@ -42,6 +42,24 @@ class Ordered(Dataset[Any]):
         return x, y / (index + 1), index
 
 
+class SavesAndStops(L.Callback):
+    """Saves a checkpoint after one batch, and raises after a later one."""
+
+    def __init__(self, path: Path, save: int, stop: int) -> None:
+        self.path, self.save, self.stop, self.batches = path, save, stop, 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
+        self.batches += 1
+        if self.batches == self.save:
+            trainer.save_checkpoint(self.path)
+        if self.batches == self.stop:
+            raise StopError
+
+
+class StopError(RuntimeError):
+    pass
+
+
 class Poisoned(L.LightningModule):
     """An MLP whose loss is multiplied for updates with given samples, in given epochs.
 

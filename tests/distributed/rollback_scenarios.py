@@ -16,7 +16,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
@@ -29,6 +28,8 @@ from tests.rolled_back import (
     Ordered,
     Plain,
     Poisoned,
+    SavesAndStops,
+    StopError,
     guard,
     order_of,
     train,
@@ -61,24 +62,6 @@ def strategy(name: str) -> Any:
     if name == "ddp":
         return DDPStrategy()
     return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-
-
-class SavesAndStops(L.Callback):
-    """Saves a checkpoint after one batch, and raises after a later one."""
-
-    def __init__(self, path: Path, save: int, stop: int) -> None:
-        self.path, self.save, self.stop, self.batches = path, save, stop, 0
-
-    def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
-        self.batches += 1
-        if self.batches == self.save:
-            trainer.save_checkpoint(self.path)
-        if self.batches == self.stop:
-            raise StopError
-
-
-class StopError(RuntimeError):
-    pass
 
 
 def weights(module: Any, trainer: Any) -> dict[str, Any]:

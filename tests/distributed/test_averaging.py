@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.distributed.torchrun import results_of
+
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
-ROOT = Path(__file__).parents[2]
 Values = dict[str, list[float]]
 
 CASES = [
@@ -27,16 +23,7 @@ CASES = [
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Returns the results of the scenarios on each of two processes, which are started once."""
-    out = tmp_path_factory.mktemp("averaging")
-    start = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    command = [sys.executable, "-m", *start, "tests.distributed.averaging_scenarios", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(
-        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False
-    )
-    if run.returncode:
-        pytest.fail(f"a process died:\n{run.stdout[-6000:]}\n{run.stderr[-6000:]}")
-    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
+    return results_of("averaging_scenarios", tmp_path_factory.mktemp("averaging"))
 
 
 def mean(weights: Sequence[Values], factors: Sequence[float]) -> Values:

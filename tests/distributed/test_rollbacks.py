@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
-from notebooks.run import free_port
-from tests.distributed.conftest import ROOT
 from tests.distributed.rollback_scenarios import CASES
+from tests.distributed.torchrun import results_of
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    out = tmp_path_factory.mktemp("rollbacks")
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-        *("--master-port", str(free_port()), "-m", "tests.distributed.rollback_scenarios"),
-        str(out),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False
-    )
-    assert not done.returncode, done.stdout[-3000:] + done.stderr[-6000:]
-    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
+    return results_of("rollback_scenarios", tmp_path_factory.mktemp("rollbacks"))
 
 
 @pytest.mark.parametrize("case", CASES)

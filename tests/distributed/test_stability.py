@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.distributed.stability_scenarios import KEPT, LABELS, ROLLED_BACK, UPDATES
+from tests.distributed.torchrun import results_of
 from tests.monitoring.test_spike_score import oracle
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
-ROOT = Path(__file__).parents[2]
 SCORED = ["ddp 32-true 1", "ddp 16-mixed 2", "fsdp2 bf16-mixed 1"]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Returns the results of the scenarios on each of two processes, which are started once."""
-    out = tmp_path_factory.mktemp("stability")
-    start = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    command = [sys.executable, "-m", *start, "tests.distributed.stability_scenarios", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(
-        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False
-    )
-    if run.returncode:
-        pytest.fail(f"a process died:\n{run.stdout[-6000:]}\n{run.stderr[-6000:]}")
-    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
+    return results_of("stability_scenarios", tmp_path_factory.mktemp("stability"))
 
 
 def losses(results: list[dict[str, Any]]) -> list[float]:

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_bigopt.averaging.weights import Weights
 from lightning_bigopt.gradients.sharding import to_local
+from lightning_bigopt.optimizers.stored_training import sharded_like
 
 __all__ = ["AveragedTensors"]
 
@@ -116,7 +117,7 @@ class AveragedTensors:
         """Returns shards of this process as DTensors on their devices, others as they are."""
         self._live()  # as shards
         known = {key: value for key, value in values.items() if key in self._owners}
-        return {key: _wrap(self._tensor(key), value) for key, value in known.items()}
+        return {key: sharded_like(value, self._tensor(key)) for key, value in known.items()}
 
     def whole(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns whole tensors; a collective if they are sharded."""
@@ -152,16 +153,3 @@ def _shard(tensor: Tensor, value: Tensor) -> Tensor:
     # Without a source every process takes its own part.
     shards = distribute_tensor(value.to(tensor.device), mesh, placements, src_data_rank=None)
     return shards.to_local()
-
-
-def _wrap(tensor: Tensor, value: Tensor) -> Tensor:
-    if not isinstance(tensor, DTensor):
-        return value
-    return DTensor.from_local(
-        value.to(tensor.device),
-        tensor.device_mesh,
-        tensor.placements,
-        run_check=False,
-        shape=tensor.shape,
-        stride=tensor.stride(),
-    )

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from lightning_bigopt.callbacks.step_guard.whole_file import save_whole
 from lightning_bigopt.trainer_access import output_paths
 from lightning_bigopt.type_checks import path_or_none
 
@@ -67,14 +66,8 @@ class RejectionFiles:
         Returns:
             Whether the file was written.
         """
-        partial = path.with_suffix(".part")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                torch.save(contents(), partial)
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
+            save_whole(path, contents())
         except Exception as error:  # noqa: BLE001  # a full disk must not end the training
             if not self._has_warned:
                 self._has_warned = True

@@ -110,7 +110,7 @@ class Rollbacks:
     def problem(self) -> str | None:
         """Returns why there can be no rollback; None if there can be one."""
         if self.count >= self.spec.at_most:
-            return f"StepGuard must not roll back more than {self.spec.at_most} times"
+            return f"StepGuard must not roll back more often than at_most={self.spec.at_most}"
         if not self._store.kept:
             return "StepGuard must have a snapshot to roll back to"
         return None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_bigopt.callbacks.step_guard.whole_file import save_whole
 from lightning_bigopt.engine.stage import Fit
 from lightning_bigopt.engine.update import Restorable
 from lightning_bigopt.trainer_access import output_paths, strategies
@@ -111,7 +112,7 @@ class SnapshotStore:
         if lost:
             rank_zero_info(
                 f"RollBack: {lost} of {len(available)} snapshots of the checkpoint cannot be used "
-                "here (their files are missing, or the number of processes has changed)."
+                "here (files are missing or damaged, or the number of processes has changed)."
             )
 
     def _is_available(self, kept: KeptSnapshot) -> bool:
@@ -208,14 +209,8 @@ class SnapshotStore:
 
     def _write(self, kept: KeptSnapshot) -> None:
         path = self._path(kept.number)
-        part = path.with_suffix(".part")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                torch.save(self._contents(kept), part)
-                part.replace(path)
-            finally:
-                part.unlink(missing_ok=True)
+            save_whole(path, self._contents(kept))
         except Exception as error:  # noqa: BLE001  # a full disk must not end the training
             # The snapshot stays in memory, so that all processes still have the same ones.
             if not self._has_warned:

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -28,6 +27,8 @@ from tests.rolled_back import (
     Ordered,
     Plain,
     Poisoned,
+    SavesAndStops,
+    StopError,
     differing,
     final,
     guard,
@@ -84,29 +85,11 @@ def test_final_weights_are_those_without_the_samples(
     assert own.fit is None
 
 
-class Stops(L.Callback):
-    """Saves a checkpoint after one batch, and raises after a later one."""
-
-    def __init__(self, path: Path, save: int, stop: int) -> None:
-        self.path, self.save, self.stop, self.batches = path, save, stop, 0
-
-    def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
-        self.batches += 1
-        if self.batches == self.save:
-            trainer.save_checkpoint(self.path)
-        if self.batches == self.stop:
-            raise KilledError
-
-
-class KilledError(RuntimeError):
-    pass
-
-
 def resumed_run(
     path: Path, *, save: int, stop: int, order: list[tuple[int, int]], bad: Any, **options: Any
 ) -> tuple[Poisoned, Any, StepGuard]:
-    with pytest.raises(KilledError):
-        train(Poisoned(bad), Plain(SAMPLES), guard(**options), Stops(path, save, stop))
+    with pytest.raises(StopError):
+        train(Poisoned(bad), Plain(SAMPLES), guard(**options), SavesAndStops(path, save, stop))
     module, own = Poisoned(bad), guard(**options)
     return module, train(module, Plain(SAMPLES), own, ckpt_path=path), own
 
@@ -176,7 +159,9 @@ def test_the_run_ends_after_at_most_rollbacks(tmp_path: Path) -> None:
     with pytest.raises(TooManyRejectionsError) as caught:
         train(module, Plain(SAMPLES), own, saves, enable_checkpointing=True)
     message = str(caught.value)
-    assert message.startswith("StepGuard must not roll back more than 2 times, got: Update 17 ")
+    assert message.startswith(
+        "StepGuard must not roll back more often than at_most=2, got: Update 17 "
+    )
     assert "step=16.ckpt; resume from it" in message
     assert len(own.rollbacks) == 2
 
