@@ -184,7 +184,7 @@ class ModelAveraging(Capability):
         """Adds the weights after an update to the averages."""
         self._saved.clear()
         clock, steps = batch.fit.clock, batch.fit.trainer.global_step
-        if not batch.closes_window or steps == self._steps:
+        if not batch.closes_window:
             return
         before, self._steps = self._steps, steps
         self._progress = clock.progress()

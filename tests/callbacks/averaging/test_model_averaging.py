@@ -197,14 +197,17 @@ def test_a_delayed_start_never_evaluates_untrained_weights() -> None:
 
 
 def test_training_is_that_of_a_run_without_averages() -> None:
-    options = {"val_check_interval": 2, "max_epochs": 1}
-    plain, module = Looked(), Looked()
-    L.seed_everything(1, verbose=False)
-    trainer_with(**options).fit(plain, loader(24, 2, shuffle=True), loader(2, 2))
-    L.seed_everything(1, verbose=False)
-    averaging = ModelAveraging(ALL, use="merge")
-    trainer_with(averaging, **options).fit(module, loader(24, 2, shuffle=True), loader(2, 2))
-    assert all(same(one, other) for one, other in zip(plain.trained, module.trained, strict=True))
+    """Also in the second epoch, whose order is drawn after the extra validations."""
+    runs = []
+    for callbacks in ([], [ModelAveraging(ALL, use="merge")]):
+        L.seed_everything(1, verbose=False)
+        module = Looked()
+        trainer_with(*callbacks, val_check_interval=2, max_epochs=2).fit(
+            module, loader(8, 2, shuffle=True), loader(2, 2)
+        )
+        runs.append(module.trained)
+    assert len(runs[0]) == 6
+    assert all(same(one, other) for one, other in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -489,6 +492,15 @@ def test_a_second_fit_continues_from_the_training_weights() -> None:
         assert same(straight.average(name), averaging.average(name))
 
 
+def test_the_tail_of_a_longer_second_fit_begins_anew() -> None:
+    averaging, module = ModelAveraging(TailMean("50%")), Looked()
+    trainer = trainer_with(averaging, max_steps=4)
+    trainer.fit(module, ResumableLoader(8, 2))
+    trainer.fit_loop.epoch_loop.max_steps = 8
+    trainer.fit(module, ResumableLoader(8, 2))
+    assert near(averaging.average(), mean(module.trained[4:]))
+
+
 def test_weights_that_were_replaced_between_fits_begin_anew() -> None:
     averaging, module = ModelAveraging(EMA(2)), Looked()
     trainer = trainer_with(averaging, max_steps=4)
@@ -563,6 +575,16 @@ def test_running_statistics_are_averaged_or_those_of_training(buffers: Any, tmp_
     assert tied <= saved.keys()
     for name in tied:
         torch.testing.assert_close(saved[name], found[name.replace("also", "net.1")])
+
+
+def test_tied_parameters_have_the_average_under_both_names(tmp_path: Path) -> None:
+    averaging = ModelAveraging(EMA(2))
+    saves = SavesIn(tmp_path / "a.ckpt", "on_train_batch_end", averaging)
+    trainer_with(averaging, saves).fit(Normalized(), loader(24, 2))
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    for name in ("weight", "bias"):
+        assert torch.equal(saved[f"also.{name}"], saves.average[f"net.1.{name}"])
+        assert torch.equal(saved[f"net.1.{name}"], saves.average[f"net.1.{name}"])
 
 
 def test_a_layer_that_is_unfrozen_later_was_constant_until_then() -> None:
