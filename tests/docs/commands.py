@@ -15,6 +15,8 @@ def exists(command: list[str]) -> bool:
         return f"\n{command[1]}:" in (ROOT / "Makefile").read_text(encoding="utf-8")
     if command[0] in {"pytest", "python"}:
         return all((ROOT / path).exists() for path in command[1:])
+    if command[0] == "bigopt" and len(command) == 2:
+        return command[1] in cli.COMMANDS  # a mention, without the required arguments
     if command[0] == "bigopt":
         return cli._parse(command[1:])[0] == command[1]
     return command[0] in {"pip", "tensorboard"}

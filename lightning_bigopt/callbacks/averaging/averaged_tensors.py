@@ -36,7 +36,7 @@ class AveragedTensors:
         self._owners: dict[str, tuple[nn.Module, str]] = {}  # where each tensor is registered
         self._names: list[str] = []  # of the averaged ones
         self._waiting: dict[str, nn.Parameter] = {}  # frozen or lazy parameters
-        self._aliases: dict[str, list[str]] = {}  # further names of tied parameters
+        self._aliases: dict[str, list[str]] = {}  # further names of tied tensors
         self._sharding = [part for part in module.modules() if hasattr(part, "reshard")]
         self.find()
 
@@ -46,23 +46,24 @@ class AveragedTensors:
         self._owners, self._names, self._waiting, self._aliases = {}, [], {}, {}
         saved = self._module.state_dict(keep_vars=True).keys() if self._averages_buffers else ()
         first: dict[int, str] = {}
-        for prefix, part in self._module.named_modules():
-            for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
+        # A module under two names saves its tensors under both.
+        for prefix, part in self._module.named_modules(remove_duplicate=False):
+            parameters = part.named_parameters(recurse=False, remove_duplicate=False)
+            buffers = part.named_buffers(recurse=False, remove_duplicate=False)
+            for name, tensor in (*parameters, *buffers):
                 key = f"{prefix}.{name}" if prefix else name
-                known = first.setdefault(id(parameter), key)
+                known = first.setdefault(id(tensor), key)
                 if known != key:
                     self._aliases.setdefault(known, []).append(key)
                     continue
                 self._owners[key] = (part, name)
-                if is_lazy(parameter) or not (parameter.requires_grad or key in self._also):
-                    self._waiting[key] = parameter
+                if not isinstance(tensor, nn.Parameter):
+                    if key in saved and _is_averaged(tensor):
+                        self._names.append(key)
+                elif (tensor.requires_grad or key in self._also) and not is_lazy(tensor):
+                    self._names.append(key)
                 else:
-                    self._names.append(key)
-            for name, buffer in part.named_buffers(recurse=False):
-                key = f"{prefix}.{name}" if prefix else name
-                self._owners[key] = (part, name)
-                if key in saved and _is_averaged(buffer):
-                    self._names.append(key)
+                    self._waiting[key] = tensor
         self._also.update(self._names)  # a parameter that is frozen again stays
 
     def follow(self) -> bool:
@@ -133,7 +134,7 @@ class AveragedTensors:
         return {key: _shard(self._tensor(key), value).clone() for key, value in known.items()}
 
     def with_aliases(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Adds the further names of tied parameters."""
+        """Adds the further names of tied tensors."""
         named = dict(values)
         for key in values:
             named.update(dict.fromkeys(self._aliases.get(key, ()), values[key]))

@@ -577,14 +577,32 @@ def test_running_statistics_are_averaged_or_those_of_training(buffers: Any, tmp_
         torch.testing.assert_close(saved[name], found[name.replace("also", "net.1")])
 
 
-def test_tied_parameters_have_the_average_under_both_names(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tie", ["module", "parameters"])
+def test_tied_tensors_have_the_average_under_both_names(tie: str, tmp_path: Path) -> None:
+    class Tied(Looked):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net.insert(0, nn.BatchNorm1d(4))
+            self.also = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(4))
+            for index, source in enumerate((self.net[1], self.net[0])):
+                if tie == "module":
+                    self.also[index] = source
+                    continue
+                for name in source.state_dict():
+                    setattr(self.also[index], name, getattr(source, name))
+
     averaging = ModelAveraging(EMA(2))
     saves = SavesIn(tmp_path / "a.ckpt", "on_train_batch_end", averaging)
-    trainer_with(averaging, saves).fit(Normalized(), loader(24, 2))
+    module = Tied()
+    trainer_with(averaging, saves).fit(module, loader(24, 2))
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
-    for name in ("weight", "bias"):
-        assert torch.equal(saved[f"also.{name}"], saves.average[f"net.1.{name}"])
-        assert torch.equal(saved[f"net.1.{name}"], saves.average[f"net.1.{name}"])
+    names = {"also.0": "net.1", "also.1": "net.0"}
+    tied = {key: names[key[:6]] + key[6:] for key in saved if key.startswith("also")}
+    assert len(tied) == 7
+    for other, name in tied.items():
+        assert torch.equal(saved[other], saved[name])
+        assert name.endswith("tracked") or torch.equal(saved[name], saves.average[name])
+    assert not same({n: saved[n] for n in module.trained[3]}, module.trained[3])
 
 
 def test_a_layer_that_is_unfrozen_later_was_constant_until_then() -> None:
