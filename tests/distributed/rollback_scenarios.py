@@ -25,6 +25,7 @@ from lightning_bigopt import GradientNoiseScale, StepGuard, TooManyRejectionsErr
 from tests.distributed.capability_scenarios import numbers
 from tests.rolled_back import (
     BATCH,
+    LosesFiles,
     Ordered,
     Plain,
     Poisoned,
@@ -42,6 +43,7 @@ CASES = {
     "ddp 16 memory": {"name": "ddp", "precision": "16-mixed"},
     "fsdp2 memory": {"name": "fsdp2"},
     "fsdp2 folder": {"name": "fsdp2", "to": "folder"},
+    "ddp lost file": {"name": "ddp", "to": "folder", "loses": True},
 }
 
 
@@ -72,7 +74,14 @@ def weights(module: Any, trainer: Any) -> dict[str, Any]:
     return numbers(found)
 
 
-def case(out: Path, *, name: str, precision: str = "32-true", to: str = "memory") -> Any:
+def case(
+    out: Path,
+    *,
+    name: str,
+    precision: str = "32-true",
+    to: str = "memory",
+    loses: bool = False,
+) -> Any:
     order = order_of(SAMPLES, 4)
     # Under 16-mixed the scaler skips NaN: the loss is high instead.
     scaled = precision == "16-mixed"
@@ -81,7 +90,10 @@ def case(out: Path, *, name: str, precision: str = "32-true", to: str = "memory"
     kind = Poisoned if name == "ddp" else Sharded
     folder = str(out / "snapshots") if to == "folder" else to
     steps = 106 if scaled else 24
-    snapshot = 86 if scaled else 6
+    snapshot = 1 if loses else 86 if scaled else 6
+
+    def losses() -> list[Any]:
+        return [LosesFiles(Path(folder), 1, rank=1)] if loses else []
 
     def own(**options: Any) -> StepGuard:
         if scaled:
@@ -105,7 +117,7 @@ def case(out: Path, *, name: str, precision: str = "32-true", to: str = "memory"
 
     factor = {"factor": 30.0} if scaled else {}
     module, used = kind(bad, rank=None if scaled else 1, lr=1e-3, **factor), own()
-    trainer = fitted(module, Plain(SAMPLES), used)
+    trainer = fitted(module, Plain(SAMPLES), used, *losses())
     clean = kind(lr=1e-3)
     kept = [*order[: snapshot * BATCH], *order[(first + updates) * BATCH :]]
     other = fitted(clean, Ordered([i for _, i in kept], SAMPLES), own(to="memory"))
@@ -120,7 +132,7 @@ def case(out: Path, *, name: str, precision: str = "32-true", to: str = "memory"
     path = out / "saved.ckpt"
     stopped = kind(bad, rank=None if scaled else 1, lr=1e-3, **factor)
     with contextlib.suppress(StopError):
-        fitted(stopped, Plain(SAMPLES), own(), SavesAndStops(path, first + 1, first + 2))
+        fitted(stopped, Plain(SAMPLES), own(), SavesAndStops(path, first + 1, first + 2), *losses())
     again, last = kind(bad, rank=None if scaled else 1, lr=1e-3, **factor), own()
     try:
         resumed = fitted(again, Plain(SAMPLES), last, ckpt_path=path)

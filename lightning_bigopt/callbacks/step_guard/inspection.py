@@ -124,7 +124,7 @@ class Inspection:
         """Returns the decision to roll back; raises if there is no RollBack, or none is left."""
         problem = f"updates must not be rejected {self._limit} times in a row"
         if self._rollbacks is not None:
-            problem = self._rollbacks.problem() or ""
+            problem = self._rollbacks.problem(fit) or ""
         if problem or self._rollbacks is None:
             raise too_many_rejections(fit.trainer, problem, rejected, checkpoint)
         rejection, report = self._rollbacks.begin(fit, rejected.reason)

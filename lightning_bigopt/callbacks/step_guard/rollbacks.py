@@ -107,10 +107,11 @@ class Rollbacks:
         """The newest checkpoint before the loss was above its limit; None without one."""
         return self._checkpoint
 
-    def problem(self) -> str | None:
-        """Returns why there can be no rollback; None if there can be one."""
+    def problem(self, fit: Fit) -> str | None:
+        """Returns why there can be no rollback; None if there can be one. A collective."""
         if self.count >= self.spec.at_most:
             return f"StepGuard must not roll back more often than at_most={self.spec.at_most}"
+        self._store.drop_lost(fit)  # someone may have deleted files
         if not self._store.kept:
             return "StepGuard must have a snapshot to roll back to"
         return None

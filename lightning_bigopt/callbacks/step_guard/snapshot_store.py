@@ -100,8 +100,14 @@ class SnapshotStore:
                 "RollBack(to='memory'): checkpoints do not hold the snapshots of a sharded model; "
                 "after a resume new ones are taken. Pass to='a folder' to keep them."
             )
+        self.drop_lost(fit)
+
+    def drop_lost(self, fit: Fit) -> None:
+        """Drops snapshots that a process cannot restore, and says how many; a collective."""
         if not self.kept:
             return
+        self.wait()
+        trainer = fit.trainer
         mine = [float(self._is_available(kept)) for kept in self.kept]
         found = strategies.sum_over_data_(
             trainer, torch.tensor(mine, device=trainer.strategy.root_device)
@@ -111,14 +117,17 @@ class SnapshotStore:
         self.kept = [kept for kept, is_here in zip(self.kept, available, strict=True) if is_here]
         if lost:
             rank_zero_info(
-                f"RollBack: {lost} of {len(available)} snapshots of the checkpoint cannot be used "
-                "here (files are missing or damaged, or the number of processes has changed)."
+                f"RollBack: {lost} of {len(available)} snapshots cannot be used here (files are "
+                "missing or damaged, or the number of processes has changed)."
             )
 
     def _is_available(self, kept: KeptSnapshot) -> bool:
+        if kept.snapshot is not None:
+            return True
+        if kept.state is not None:
+            return self._fits(kept.state, kept)
         if self.folder is None:
-            state = kept.state
-            return kept.snapshot is not None or (state is not None and self._fits(state, kept))
+            return False
         try:
             return self._fits(self._load(kept.number), kept)
         except Exception:  # noqa: BLE001  # a damaged file is as good as none

@@ -43,6 +43,7 @@ from lightning_bigopt.reporting.runs import read_run
 from tests.helpers import Regression
 from tests.rolled_back import (
     BATCH,
+    LosesFiles,
     Ordered,
     Plain,
     Poisoned,
@@ -295,6 +296,19 @@ def test_a_resume_from_an_older_checkpoint_has_the_files_of_the_last_two(
     assert [(r.update, r.to) for r in own.rollbacks] == [(save + 1, save - 1)]
     expected = final(*clean_run(save - 1, save + 2, guard()))
     assert not differing(final(module, trainer), expected)
+
+
+@pytest.mark.parametrize("numbers", [[1], [0, 1]])
+def test_a_snapshot_whose_file_was_deleted_is_left_out(tmp_path: Path, numbers: list[int]) -> None:
+    module, own = Poisoned(BAD), guard(to=str(tmp_path))
+    loses = LosesFiles(tmp_path, *numbers)
+    if 0 in numbers:
+        with pytest.raises(TooManyRejectionsError, match="must have a snapshot to roll back to"):
+            train(module, Plain(SAMPLES), own, loses)
+        return
+    trainer = train(module, Plain(SAMPLES), own, loses)
+    assert [(r.update, r.to) for r in own.rollbacks] == [(9, 1)]
+    assert not differing(final(module, trainer), final(*clean_run(1, 10, guard())))
 
 
 @pytest.mark.slow
