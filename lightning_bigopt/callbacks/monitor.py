@@ -21,7 +21,7 @@ from lightning_bigopt.monitoring import logging
 from lightning_bigopt.monitoring.activations import ActivationMonitor, check_activations
 from lightning_bigopt.monitoring.layer_monitors import LayerMonitors
 from lightning_bigopt.monitoring.layers import LayerValue, check_layers, layer_values
-from lightning_bigopt.monitoring.logging import XAxis
+from lightning_bigopt.monitoring.logged_axis import LoggedAxis, XAxis
 from lightning_bigopt.monitoring.metric_buffer import MetricBuffer
 from lightning_bigopt.monitoring.stability import Stability
 from lightning_bigopt.monitoring.step_timer import StepTimer
@@ -78,19 +78,17 @@ class OptimizationMonitor(Capability):
     Logs:
         All tags of the table ``lightning_bigopt.monitoring.TAGS``; ``lr``, ``grad_norm``,
         ``global_batch`` and ``skipped`` on the progress bar. With several optimizers the tags
-        contain the names of their classes.
+        contain the names of their classes. Values that need an unknown number of samples are not
+        logged.
 
     State:
-        ``stability``: for loss and norm of each optimizer, the last 128 values and the numbers of
-        spikes and comparisons.
-
-    Values that need a number of samples are not logged if it is unknown, as for batches of strings.
+        ``stability``: for loss and norm of each optimizer, the last 128 values and the counts of
+        spikes and comparisons; ``axis``: the amount that rollbacks have added to the x axis.
 
     Raises:
-        ValueError: If an argument is out of range; at fit start if ``report`` is a folder, if it or
-            ``event_folder`` cannot be written, or there are no logs to read from; at train start if
-            ``x_axis`` is tokens and no callback counts them, or a pattern matches no parameter; at
-            the first batch if ``x_axis`` is samples and they cannot be counted.
+        ValueError: If an argument is out of range; at fit start if ``report`` or ``event_folder``
+            cannot be written, or there are no logs to read from; at train start if a pattern
+            matches no parameter; if the unit of ``x_axis`` cannot be counted.
         ImportError: At fit start for ``report`` without matplotlib or jinja2.
 
     Example:
@@ -120,12 +118,10 @@ class OptimizationMonitor(Capability):
         report: str | None = None,
         event_folder: str | None = None,
     ) -> None:
-        for name, number, hint in (
-            ("every", every, "None follows Trainer(log_every_n_steps=)"),
-            ("histograms_every", histograms_every, "None writes no histograms"),
-        ):
-            if number is not None:
-                check_count(name, number, of="updates", hint=hint)
+        if every is not None:
+            check_count("every", every, of="updates", hint="None follows log_every_n_steps")
+        if histograms_every is not None:
+            check_count("histograms_every", histograms_every, of="updates", hint="try None")
         check_activations(activations)
         check_choice("x_axis", x_axis, XAxis, hint="'updates' is what Lightning counts")
         self.per_layer = layer_values(layers, per_layer)
@@ -140,7 +136,7 @@ class OptimizationMonitor(Capability):
 
     def reset(self) -> None:
         """Clears the histories of losses and norms, the buffers and the timer."""
-        self._stability = Stability()
+        self._stability, self._axis = Stability(), LoggedAxis(self.x_axis)
         self._clear()
 
     def _clear(self) -> None:
@@ -171,7 +167,7 @@ class OptimizationMonitor(Capability):
 
     def announce(self, fit: Fit) -> None:
         """Writes the plan of the run to TensorBoard."""
-        self._output.announce(fit)
+        self._output.announce(fit, self._axis)
         if self.histograms_every is not None:
             logging.warn_without_histograms(fit.trainer)
 
@@ -207,13 +203,13 @@ class OptimizationMonitor(Capability):
         assert self.fit is not None  # set by the engine
         every = None if update.is_repeated else self.histograms_every
         if every and is_due(self.fit.trainer, every):
-            logging.write_histograms(self.fit, update, self.x_axis)
+            logging.write_histograms(self.fit, update, self._axis)
         return None
 
     def observe_rejection(self, update: Update, reason: str) -> None:
         """Writes the reason for a rejection to TensorBoard."""
         if self.fit is not None:
-            logging.write_rejection(self.fit, reason, self.x_axis)
+            logging.write_rejection(self.fit, reason, self._axis)
 
     def observe(self, update: Update) -> None:
         """Collects the values of the update, on the device."""
@@ -240,6 +236,7 @@ class OptimizationMonitor(Capability):
         """Transfers all values in one copy, and logs them if the update is logged."""
         if batch.closes_window:
             self._activations.detach()
+            self._axis.mark(batch.fit)
             if batch.fit.module.automatic_optimization:
                 self._stability.clear_window()
         if not self._stepped:
@@ -270,7 +267,7 @@ class OptimizationMonitor(Capability):
             self._timer.report(samples=counted, tokens=clock.tokens, into=times)
             fetched.update(times.fetch())
             fetched.update(self._layers.update_ratio_quantiles(fetched))
-            logging.log_values(fit, fetched, self.x_axis)
+            logging.log_values(fit, fetched, self._axis)
 
     def metrics(self, fit: Fit) -> Mapping[str, float | Tensor]:
         """Returns sizes of the batch, and samples and tokens consumed by the run."""
@@ -296,12 +293,13 @@ class OptimizationMonitor(Capability):
         return state_dict
 
     def saved_state(self) -> dict[str, Any]:
-        """Returns the histories and counts of the spike scores."""
-        return {"stability": self._stability.state_dict()}
+        """Returns the spike scores, and by how much rollbacks have moved the x axis."""
+        return {"stability": self._stability.state_dict(), "axis": self._axis.offset}
 
     def load_saved_state(self, state: dict[str, Any]) -> None:
-        """Restores the histories and counts of the spike scores."""
+        """Restores the spike scores and the x axis."""
         self._stability = Stability()
+        self._axis = LoggedAxis(self.x_axis, state.get("axis", 0))
         if "stability" in state:  # not in checkpoints of earlier versions
             self._stability.load_state_dict(state["stability"])
 
@@ -310,8 +308,11 @@ class OptimizationMonitor(Capability):
         return self._stability.snapshot()
 
     def restore(self, snapshot: dict[str, Any]) -> None:
-        """Restores the spike scores."""
+        """Restores the spike scores; the x axis goes on."""
         self._stability.restore(snapshot)
+        assert self.fit is not None  # set by the engine
+        undone = self._axis.go_on(self.fit)
+        self._timer.rewind(samples=undone.trained_samples, tokens=undone.tokens)
 
     def settings_as_code(self) -> dict[str, str]:
         """Returns the arguments that determine which updates are measured, and how."""

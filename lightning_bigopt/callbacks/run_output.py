@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning_bigopt.callbacks.run_report import check_report, write_run_report
 from lightning_bigopt.engine.stage import Fit
 from lightning_bigopt.monitoring import logging
-from lightning_bigopt.monitoring.logging import XAxis
+from lightning_bigopt.monitoring.logged_axis import LoggedAxis, XAxis
 from lightning_bigopt.trainer_access.event_folder import EventFolder
 
 __all__ = ["RunOutput"]
@@ -39,10 +39,10 @@ class RunOutput:
                 "pass tokens=a function of the batch, or the name of its ids or mask"
             )
 
-    def announce(self, fit: Fit) -> None:
+    def announce(self, fit: Fit, axis: LoggedAxis) -> None:
         """Opens the events, and writes the plan of the run to TensorBoard."""
         self._events.open(fit.trainer)
-        logging.write_start(fit, self._x_axis)
+        logging.write_start(fit, axis)
 
     def end(self, fit: Fit) -> None:
         """Writes hyperparameters with final metrics, and the report."""

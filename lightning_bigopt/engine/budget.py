@@ -63,11 +63,10 @@ def resolve_horizon(trainer: Trainer, budget: str | None, simulate: Simulate | N
     limits = _limits(trainer, budget, batches=batches, samples=samples)
     if not limits:
         raise ValueError(
-            "the length of the training must be known for a schedule, got max_steps="
+            "the length of the training must be known for schedules and RollBack, got max_steps="
             f"{trainer.max_steps}, max_epochs={trainer.max_epochs} and a loader "
             f"{'without a length' if batches is None else 'of ' + amount_of(batches, 'batches')}; "
-            "set max_steps, "
-            "or pass budget='2e6 samples' to the scheduler"
+            "set max_steps, or pass budget='2e6 samples' to LearningRateScheduler"
         )
     if simulate is not None:
         runs = [

@@ -14,7 +14,7 @@ from lightning_bigopt.optimizers.names import unwrapped
 from lightning_bigopt.optimizers.object_snapshot import copied
 from lightning_bigopt.optimizers.stored_training import StoredTraining, localized, sharded_like
 from lightning_bigopt.optimizers.training_snapshot import TrainingSnapshot
-from lightning_bigopt.trainer_access import loaders, loop_counters, precision
+from lightning_bigopt.trainer_access import loaders, loop_counters, precision, schedulers
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -37,14 +37,14 @@ class Snapshotted(Protocol):
 class Snapshot:
     """Copies of weights, buffers, optimizers, GradScaler, random states, clock and loaders.
 
-    The states of all capabilities are included. Tensors are copied on their devices, DTensors as
-    their local shards. Weights and buffers are restored in place, except lazy ones that had no
-    values at the time of the snapshot; parameters that were replaced since then are put back.
-    Parameter groups added since then stay, with empty optimizer states: Lightning's fine-tuning
-    callbacks add a group only once. The base values are restored, too. A snapshot may be restored
-    several times. Gradients are not included: take and restore a snapshot between accumulation
-    windows, and in the same hook, because Lightning advances its counters between the hooks of a
-    batch.
+    The states of the module's own schedulers and of all capabilities are included. Tensors are
+    copied on their devices, DTensors as their local shards. Weights and buffers are restored in
+    place, except lazy ones that had no values at the time of the snapshot; parameters that were
+    replaced since then are put back. Parameter groups added since then stay, with empty optimizer
+    states: Lightning's fine-tuning callbacks add a group only once. The base values are restored,
+    too. A snapshot may be restored several times. Gradients are not included: take and restore a
+    snapshot between accumulation windows, and in the same hook, because Lightning advances its
+    counters between the hooks of a batch.
 
     A portable snapshot is on the CPU; those of tensors on a GPU are copied while training
     continues. Another process can restore its :meth:`state_dict`, on the same number of processes.
@@ -57,6 +57,8 @@ class Snapshot:
         capabilities: The capabilities of the fit.
         rewound: Called after clock, counters and loaders were restored.
         portable: Whether the snapshot is portable.
+        with_loaders: Whether the states of the loaders are included; restore with ``replay=False``
+            without them.
         state: The :meth:`state_dict` of a portable snapshot, to restore instead of a new one. Its
             ``random`` may be None, to keep the random states.
     """
@@ -71,6 +73,7 @@ class Snapshot:
         *,
         rewound: Callable[[], None],
         portable: bool = False,
+        with_loaders: bool = True,
         state: dict[str, Any] | None = None,
     ) -> None:
         self._trainer, self._clock, self._groups = trainer, clock, groups
@@ -85,15 +88,15 @@ class Snapshot:
             self._rest = {name: part for name, part in state.items() if name != "training"}
             return
         self._training = TrainingSnapshot(module, self._optimizers, portable=portable)
-        self._rest = self._take("cpu" if portable else None)
+        self._rest = self._take("cpu" if portable else None, with_loaders=with_loaders)
         if portable and self._device.type == "cuda":
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
-    def _take(self, device: str | None) -> dict[str, Any]:
+    def _take(self, device: str | None, *, with_loaders: bool) -> dict[str, Any]:
         """Returns everything but weights and optimizers."""
         trainer, scaler = self._trainer, precision.gradient_scaler(self._trainer)
-        states = [copied(loader.state_dict()) for loader in _stateful(trainer)]
+        stateful = _stateful(trainer) if with_loaders else []
         return {
             "bases": self._groups.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -104,7 +107,8 @@ class Snapshot:
             },
             "clock": self._clock.state_dict(),
             "counters": loop_counters.counters(trainer),
-            "loaders": states,
+            "schedulers": schedulers.scheduler_states(trainer),
+            "loaders": [copied(loader.state_dict()) for loader in stateful],
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -144,7 +148,18 @@ class Snapshot:
                 "a snapshot must be restored into the optimizers it was taken of, got others; take "
                 "a new one after the optimizers were replaced"
             )
+        staying = self._stay(rewind=rewind, replay=replay)
+        rates = [
+            (group, copied(group["lr"]))
+            for optimizer in optimizers
+            if id(optimizer) in staying
+            for group in optimizer.param_groups
+            if "lr" in group
+        ]
         self._training.restore()
+        for group, rate in rates:
+            group["lr"] = rate
+        schedulers.load_scheduler_states(trainer, rest["schedulers"], unless=staying)
         self._groups.rewind(rest["bases"])
         scaler = precision.gradient_scaler(trainer)
         if scaler is not None and rest["scaler"] is not None:
@@ -164,6 +179,16 @@ class Snapshot:
         # Last, because a loader that begins anew draws random numbers.
         if rest["random"] is not None:
             set_random_state(rest["random"], self._device)
+
+    def _stay(self, *, rewind: bool, replay: bool) -> set[int]:
+        """Returns the ids of optimizers whose own schedulers, and rates, do not go back.
+
+        Those of schedulers that are stepped after epochs or validations, which are not undone
+        unless the position in the epoch goes back.
+        """
+        if rewind and replay:
+            return set()
+        return schedulers.scheduled_optimizers(self._trainer, by_epoch=rewind)
 
     def _rewind_loaders(self, *, replay: bool) -> None:
         trainer = self._trainer

@@ -105,7 +105,7 @@ class Backoff(Action):
 @explain_arguments
 @dataclass(frozen=True)
 class Abort(Action):
-    """Ends the run with an error after several rejections in a row.
+    """Ends the run with an error after several rejections in a row, also with a ``RollBack``.
 
     ``StepGuard`` counts them. The smallest of several limits applies, including its own
     ``max_consecutive``.

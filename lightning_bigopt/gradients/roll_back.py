@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from statistics import median
+from os import PathLike
+from statistics import median, pstdev
 from typing import Any
 
 from lightning_bigopt.arguments import Specification, explain_arguments
 from lightning_bigopt.checks import check_between, check_choice, check_count, check_positive, shown
 from lightning_bigopt.durations.duration import Duration, DurationLike
 from lightning_bigopt.gradients.detectors import spread
-from lightning_bigopt.type_checks import path_or_none
 
 __all__ = ["RollBack"]
 
@@ -33,8 +33,8 @@ class RollBack(Specification):
 
     or if the guard's ``max_consecutive`` is reached, which ends the run otherwise. The usual loss
     :math:`m` is the median of the last 32 losses of accepted updates, and :math:`\sigma` their
-    standard deviation, estimated as for :class:`NormSpike` from the last 128. The trigger is armed
-    after 64 losses.
+    standard deviation, estimated as for :class:`NormSpike` from the last 128 (where most losses are
+    0, their plain standard deviation). The trigger is armed after 64 losses.
 
     Args:
         snapshot_every: Distance between snapshots. The first one is taken after the first accepted
@@ -92,12 +92,15 @@ class RollBack(Specification):
         check_choice("skip_data", self.skip_data, (True, False))
         check_between("lr_factor", self.lr_factor, 0, 1, ends="(]", hint="try 0.5")
         check_count("at_most", self.at_most, of="rollbacks")
-        path_or_none("to", self.to, hint="write 'memory' or a folder such as 'snapshots'")
-        if self.to is None:
-            raise ValueError("to must be 'memory' or a folder, got None; write 'memory'")
-        check_positive("threshold", self.threshold)
+        to: object = self.to
+        if not isinstance(to, str | PathLike) or not str(to) or "://" in str(to):
+            raise ValueError(
+                f"to must be 'memory' or a local folder, got {shown(to)}; write 'memory', or a "
+                "folder such as 'snapshots'"
+            )
+        check_positive("threshold", self.threshold, hint="try 5.0")
         check_count("updates", self.updates)
-        check_positive("floor", self.floor)
+        check_positive("floor", self.floor, hint="try 0.01")
 
     @property
     def folder(self) -> str | None:
@@ -109,12 +112,15 @@ class RollBack(Specification):
         return {"smoothed": None, "usual": [], "above": 0, "is_high": False}
 
     def limit(self, state: dict[str, Any]) -> float:
-        """Returns the largest usual loss; ``inf`` until armed."""
+        """Returns the largest usual loss; ``inf`` until armed, and while all losses are 0."""
         usual: list[float] = state["usual"]
         if len(usual) < _ARMED:
             return math.inf
         middle = median(usual[-_RECENT:])
-        return middle + self.threshold * max(spread(usual), self.floor * abs(middle))
+        sigma = max(spread(usual), self.floor * abs(middle))
+        if sigma == 0:  # most losses are 0, as with a hinge loss
+            sigma = pstdev(usual)
+        return middle + self.threshold * sigma if sigma else math.inf
 
     def observe(self, loss: float, state: dict[str, Any]) -> str | None:
         """Adds the loss of an accepted update; returns the reason for a rollback, or None.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -14,6 +14,7 @@ from lightning_bigopt.durations.duration import amount_of
 from lightning_bigopt.engine.stage import Fit
 from lightning_bigopt.engine.update import Update
 from lightning_bigopt.monitoring import earlier_events, tensorboard
+from lightning_bigopt.monitoring.logged_axis import LoggedAxis, XAxis
 from lightning_bigopt.monitoring.tags import tag_name
 from lightning_bigopt.optimizers.names import group_names
 from lightning_bigopt.planning.outline import planned_updates
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 __all__ = [
-    "XAxis",
     "log_values",
     "planned_curves",
     "release_writers",
@@ -37,10 +37,8 @@ __all__ = [
 
 _HINTED: WeakSet[Any] = WeakSet()  # the loggers whose placeholder was reported
 
-XAxis: TypeAlias = Literal["updates", "samples", "tokens"]
 
-
-def log_values(fit: Fit, values: Mapping[str, float], axis: XAxis) -> None:
+def log_values(fit: Fit, values: Mapping[str, float], axis: LoggedAxis) -> None:
     """Writes the values of one update to every logger.
 
     TensorBoard gets one event with all values; other loggers get one call of ``log_metrics``.
@@ -48,10 +46,9 @@ def log_values(fit: Fit, values: Mapping[str, float], axis: XAxis) -> None:
     Args:
         fit: The fit.
         values: Values by tag.
-        axis: Unit of the step.
+        axis: The x axis of the loggers.
     """
-    trainer = fit.trainer
-    step = loop.batches_that_stepped(trainer) if axis == "updates" else getattr(fit.clock, axis)
+    trainer, step = fit.trainer, axis.after_update(fit)
     writers = loggers.tensorboard_writers(trainer)
     for logger in trainer.loggers:
         if logger in writers:
@@ -72,7 +69,7 @@ def _write_dashboard(
     tensorboard.write_dashboard(writer, [*tags, *of_module], prefix=prefix)
 
 
-def write_start(fit: Fit, axis: XAxis) -> None:
+def write_start(fit: Fit, axis: LoggedAxis) -> None:
     """Writes the plan (as text and as curves) and the dashboard to TensorBoard.
 
     After a resume the curves start at the first update of the resumed run. In a folder with events
@@ -83,7 +80,7 @@ def write_start(fit: Fit, axis: XAxis) -> None:
         return
     _hint_at_placeholder(trainer)
     first = loop.next_logger_step(trainer)
-    planned = list(planned_curves(fit, axis, first=first if trainer.global_step else 0))
+    planned = list(planned_curves(fit, axis.unit, first=first if trainer.global_step else 0))
     for logger, (writer, prefix) in loggers.tensorboard_writers(trainer).items():
         curves = [(at, {prefix + tag: v for tag, v in values.items()}) for at, values in planned]
         tags = {tag for _, values in curves for tag in values}
@@ -94,16 +91,14 @@ def write_start(fit: Fit, axis: XAxis) -> None:
             tensorboard.write_dashboard(writer, tags, prefix=prefix)
 
 
-def _discard_repeated(fit: Fit, axis: XAxis, writer: SummaryWriter, prefix: str) -> None:
+def _discard_repeated(fit: Fit, axis: LoggedAxis, writer: SummaryWriter, prefix: str) -> None:
     """Discards the events of an earlier start of the run that this start logs again."""
     trainer = fit.trainer
     resumed = trainer.global_step > 0
     # A second fit of a Trainer, without a checkpoint, continues behind its own events.
     continues = earlier_events.has_logged_fit(writer) and trainer.ckpt_path is None
     if not continues and (resumed or earlier_events.holds_earlier_training(writer, prefix)):
-        is_counted = axis != "updates"
-        step = getattr(fit.clock, axis) + 1 if is_counted else loop.next_logger_step(trainer)
-        earlier_events.discard_from(writer, step if resumed else 0)
+        earlier_events.discard_from(writer, axis.next_update(fit) if resumed else 0)
     earlier_events.mark_fit(writer)
 
 
@@ -167,7 +162,7 @@ def warn_without_histograms(trainer: Trainer) -> None:
         )
 
 
-def write_histograms(fit: Fit, update: Update, axis: XAxis) -> None:
+def write_histograms(fit: Fit, update: Update, axis: LoggedAxis) -> None:
     """Writes the histogram of every gradient to TensorBoard; a collective for sharded gradients."""
     trainer = fit.trainer
     for name, parameter in update.parameters:
@@ -180,21 +175,14 @@ def write_histograms(fit: Fit, update: Update, axis: XAxis) -> None:
             for logger, (writer, prefix) in loggers.tensorboard_writers(trainer).items():
                 tag = prefix + tag_name("histograms/grad", name)
                 with loggers.failed_writes_warn(logger):
-                    writer.add_histogram(tag, full.float().cpu(), _current_step(fit, axis))
+                    writer.add_histogram(tag, full.float().cpu(), axis.before_step(fit))
 
 
-def write_rejection(fit: Fit, reason: str, axis: XAxis) -> None:
+def write_rejection(fit: Fit, reason: str, axis: LoggedAxis) -> None:
     """Writes the reason why the current update is rejected to TensorBoard, as text."""
     for logger, (writer, prefix) in loggers.tensorboard_writers(fit.trainer).items():
         with loggers.failed_writes_warn(logger):
-            writer.add_text(prefix + "guard/rejected", reason, _current_step(fit, axis))
-
-
-def _current_step(fit: Fit, axis: XAxis) -> int:
-    """Returns the step of the current update on the axis, before the optimizer's step."""
-    if axis == "updates":
-        return loop.batches_that_stepped(fit.trainer)
-    return int(getattr(fit.clock.progress(), axis))
+            writer.add_text(prefix + "guard/rejected", reason, axis.before_step(fit))
 
 
 def plan_text(fit: Fit) -> str:

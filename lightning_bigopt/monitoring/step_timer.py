@@ -82,6 +82,11 @@ class StepTimer:
         self._reported += paused
         self._marks.clear()  # the time between events before and after the pause includes it
 
+    def rewind(self, *, samples: int, tokens: int) -> None:
+        """Follows counts that were set back by these amounts: the work for them was done."""
+        self._samples -= samples
+        self._tokens -= tokens
+
     def report(self, *, samples: int | None, tokens: int, into: MetricBuffer) -> None:
         """Adds rates and times since the last report to a buffer.
 

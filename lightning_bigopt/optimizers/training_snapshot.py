@@ -9,21 +9,23 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_bigopt.optimizers.object_snapshot import ObjectSnapshot
-from lightning_bigopt.optimizers.stored_training import training_state
+from lightning_bigopt.optimizers.stored_training import (
+    derived_buffers,
+    is_of_one_step,
+    training_state,
+)
 
 __all__ = ["TrainingSnapshot"]
 
 _Group: TypeAlias = dict[str, Any]
 
-# Attributes of optimizers that a step sets and removes.
-_OF_ONE_STEP = frozenset({"found_inf", "grad_scale", "step"})
-
 
 class TrainingSnapshot:
     """Weights, buffers, and everything that the optimizers hold; restored exactly.
 
-    Parameters, buffers and submodules that were replaced are put back, as are parameters in the
-    groups of an optimizer, also those that were moved to another group. What was added stays:
+    Parameters, buffers and submodules that were replaced are put back, except for non-persistent
+    buffers of another shape, such as caches. So are parameters in the groups of an optimizer, also
+    those that were moved to another group. What was added stays:
     parameters and modules, and parameter groups, with empty optimizer states. Optimizer states
     outside ``state`` are included: attributes, wrapped optimizers, and objects with tensors.
     Gradients and hooks are not.
@@ -53,6 +55,7 @@ class TrainingSnapshot:
         self._registered = [
             (path, part, _registered(part)) for path, part in module.named_modules()
         ]
+        self._derived = derived_buffers(module)
         tensors = [*module.parameters(), *module.buffers()]
         self._objects = ObjectSnapshot(
             tensors,
@@ -61,7 +64,7 @@ class TrainingSnapshot:
             asynchronous=portable,
             gradients=False,
             nested=True,
-            ignore=_is_ignored,
+            ignore=is_of_one_step,
         )
         self._state = training_state(module, optimizers, self._objects) if portable else {}
         # With the parameters of each group at this time: code that moves a parameter to another
@@ -108,11 +111,17 @@ class TrainingSnapshot:
         for attributes, groups in added:
             listed = attributes["param_groups"]  # wrapped optimizers may share the list
             listed.extend(g for g in groups if not any(g is other for other in listed))
-        for _, part, saved in self._registered:
+        for path, part, saved in self._registered:
             current = _registered(part)
             for name, item in saved.items():
-                if current[name] is not item:
-                    setattr(part, name, item)
+                if current[name] is item:
+                    continue
+                # A buffer that is computed, such as a cache of another size, fits the module's
+                # attributes, which do not go back.
+                full = f"{path}.{name}" if path else name
+                if full in self._derived and _differ(current[name], item):
+                    continue
+                setattr(part, name, item)
 
 
 def _registered(part: nn.Module) -> dict[str, Tensor | nn.Module]:
@@ -124,9 +133,8 @@ def _registered(part: nn.Module) -> dict[str, Tensor | nn.Module]:
     }
 
 
-def _is_ignored(name: str) -> bool:
-    """Returns whether an attribute of an optimizer is a hook, or belongs to one step."""
-    return name in _OF_ONE_STEP or name.startswith("_bigopt") or name.endswith("_hooks")
+def _differ(one: Any, other: Any) -> bool:
+    return not (isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape)
 
 
 def _ids(groups: Sequence[_Group]) -> set[int]:

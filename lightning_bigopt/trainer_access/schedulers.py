@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import sys
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR
@@ -14,7 +16,15 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from lightning.pytorch.utilities.types import LRSchedulerConfig
 
-__all__ = ["add_scheduler", "initial_lrs", "remove_schedulers", "scheduler_names"]
+__all__ = [
+    "add_scheduler",
+    "initial_lrs",
+    "load_scheduler_states",
+    "remove_schedulers",
+    "scheduled_optimizers",
+    "scheduler_names",
+    "scheduler_states",
+]
 
 
 def add_scheduler(trainer: Trainer, scheduler: LRScheduler, *, name: str | None) -> None:
@@ -85,3 +95,46 @@ def initial_lrs(trainer: Trainer) -> dict[int, list[float]]:
 def scheduler_names(trainer: Trainer) -> str:
     """Returns the class names of the registered schedulers, separated by commas."""
     return ", ".join(type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs)
+
+
+def scheduler_states(trainer: Trainer) -> list[dict[str, Any]]:
+    """Returns copies of the states of the schedulers that Lightning steps, in their order."""
+    return [copy.deepcopy(config.scheduler.state_dict()) for config in _stepped(trainer)]
+
+
+def load_scheduler_states(
+    trainer: Trainer, states: Sequence[dict[str, Any]], *, unless: set[int]
+) -> None:
+    """Restores the result of :func:`scheduler_states`.
+
+    Args:
+        trainer: The Trainer.
+        states: The states.
+        unless: The ids of optimizers whose schedulers stay as they are.
+    """
+    for config, state in zip(_stepped(trainer), states, strict=False):
+        if id(_optimizer_of(config)) not in unless:
+            config.scheduler.load_state_dict(copy.deepcopy(state))
+
+
+def scheduled_optimizers(trainer: Trainer, *, by_epoch: bool = False) -> set[int]:
+    """Returns the ids of the optimizers with a scheduler that Lightning steps.
+
+    Args:
+        trainer: The Trainer.
+        by_epoch: Only those with a scheduler that is stepped after epochs or validations.
+    """
+    return {
+        id(_optimizer_of(config))
+        for config in _stepped(trainer)
+        if not by_epoch or config.interval != "step" or config.reduce_on_plateau
+    }
+
+
+def _stepped(trainer: Trainer) -> Iterator[LRSchedulerConfig]:
+    return (c for c in trainer.lr_scheduler_configs if c.frequency != sys.maxsize)
+
+
+def _optimizer_of(config: LRSchedulerConfig) -> Any:
+    optimizer = getattr(config.scheduler, "optimizer", None)
+    return None if optimizer is None else unwrapped(optimizer)

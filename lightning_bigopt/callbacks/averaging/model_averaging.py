@@ -156,8 +156,7 @@ class ModelAveraging(Capability):
         self._steps, self._progress = fit.trainer.global_step, fit.clock.progress()
         horizon = fit.clock.horizon
         budget = None if horizon is None else [horizon.clock, horizon.budget]
-        another = self._budget not in (None, budget)
-        self._running.count_from(self._progress, another_budget=another)
+        self._running.count_from(self._progress, another_budget=self._budget not in (None, budget))
         self._budget = budget
 
     def announce(self, fit: Fit) -> None:
@@ -183,11 +182,10 @@ class ModelAveraging(Capability):
     def end_batch(self, batch: Batch) -> None:
         """Adds the weights after an update to the averages."""
         self._saved.clear()
-        clock, steps = batch.fit.clock, batch.fit.trainer.global_step
         if not batch.closes_window:
             return
-        before, self._steps = self._steps, steps
-        self._progress = clock.progress()
+        clock, steps = batch.fit.clock, batch.fit.trainer.global_step
+        before, self._steps, self._progress = self._steps, steps, clock.progress()
         if steps // self.every == before // self.every:
             return
         assert self._tensors is not None  # set in start
@@ -308,6 +306,8 @@ class ModelAveraging(Capability):
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Restores the averages at the time of :meth:`snapshot`."""
         self._running.restore(snapshot["averages"])
+        if self._tensors is not None:  # parameters may have become trainable since
+            self._running.match(self._tensors.local())
         self._steps, progress = snapshot["steps"], snapshot["progress"]
         self._progress = None if progress is None else Progress(**progress)
 

@@ -12,6 +12,7 @@ from lightning_bigopt.durations.progress import Progress
 from lightning_bigopt.gradients.actions import Action, Backoff
 from lightning_bigopt.gradients.detectors import NormSpike
 from lightning_bigopt.gradients.guard import Detector, DetectorState
+from lightning_bigopt.gradients.roll_back import RollBack
 
 __all__ = ["GuardState"]
 
@@ -22,10 +23,17 @@ class GuardState:
     Args:
         detectors: The detectors.
         actions: The actions; those that are backoffs of the learning rate have a level.
+        roll_back: The RollBack, whose changes are reported.
     """
 
-    def __init__(self, detectors: Sequence[Detector], actions: Sequence[Action]) -> None:
+    def __init__(
+        self,
+        detectors: Sequence[Detector],
+        actions: Sequence[Action],
+        roll_back: RollBack | None = None,
+    ) -> None:
         self._detectors, self._actions = tuple(detectors), tuple(actions)
+        self._roll_back = roll_back
         self._backoffs = [action for action in actions if isinstance(action, Backoff)]
         self._keys = _numbered([type(detector).__name__ for detector in detectors])
         self.reset()
@@ -63,6 +71,7 @@ class GuardState:
         return {
             "detectors": dict(zip(self._keys, states, strict=True)),
             "consecutive": 0,
+            "overflows": 0,
             "rejected": 0,
             "skipped": 0,
             "detected": {},
@@ -106,7 +115,7 @@ class GuardState:
     # -------------------------------------------------------------------------------- state
 
     def report_changes(self) -> None:
-        """Logs changes of detectors and actions since the checkpoint, once."""
+        """Logs changes of detectors, actions and RollBack since the checkpoint, once."""
         saved, self._saved_settings = self._saved_settings, None
         report_changed_settings(_joined(saved or {}), _joined(self._settings()))
 
@@ -114,6 +123,7 @@ class GuardState:
         return {
             "detectors": [as_code(detector) for detector in self._detectors],
             "actions": [as_code(action) for action in self._actions],
+            "roll_back": [] if self._roll_back is None else [as_code(self._roll_back)],
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -18,12 +19,11 @@ from lightning_bigopt.gradients.actions import Abort, Action, ClipToMedian
 from lightning_bigopt.gradients.guard import Detector, Quantity, Verdict, inspect, record
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 
-if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
-
 __all__ = ["Inspection"]
 
 _MAX_REJECTIONS = 100
+# A GradScaler begins at 2 ** 16 and halves: no gradient needs a scale this many halvings lower.
+_MAX_OVERFLOWS = 40
 
 
 class Inspection:
@@ -55,6 +55,7 @@ class Inspection:
         self._detectors, self._state, self._window = detectors, state, window
         self._rollbacks = rollbacks
         limits = [action.after for action in actions if isinstance(action, Abort)]
+        self._aborts_after = min(limits, default=None)
         self._limit = min([max_consecutive, *limits])
         self._clips_to_median = any(isinstance(action, ClipToMedian) for action in actions)
         self.rejections: deque[RejectedUpdate] = deque(maxlen=_MAX_REJECTIONS)
@@ -82,6 +83,7 @@ class Inspection:
         """
         self.accepts = False
         guarded = self._state.of_optimizer(update.label)
+        guarded["overflows"] = 0
         states = self._state.histories(guarded)
         verdict = inspect(self._detectors, states, readings)
         # Before the reading enters the histories, which it would change.
@@ -98,7 +100,11 @@ class Inspection:
             return self._roll_back(fit, update, rejected, self._rollbacks.newest_checkpoint)
         if factor is None:
             restore_buffers()  # first, because too many rejections raise
-        rejected = self._reject(fit.trainer, update, guarded, verdict, norm)
+        rejected = self._reject(fit, update, guarded, verdict, norm)
+        if guarded["consecutive"] == self._aborts_after:
+            raise too_many_rejections(
+                fit.trainer, self._too_many(), rejected, guarded["checkpoint"]
+            )
         if guarded["consecutive"] >= self._limit:
             return self._roll_back(fit, update, rejected, guarded["checkpoint"])
         self._state.lower_learning_rate()
@@ -107,6 +113,39 @@ class Inspection:
             return None
         guarded["skipped"] += 1
         return Rejection(reason=verdict.reason)
+
+    def overflow(self, fit: Fit, update: Update) -> Rejection | None:
+        """Counts an update that the GradScaler skips; too many in a row are rejected.
+
+        Raises:
+            TooManyRejectionsError: After too many in a row without a rollback.
+        """
+        self.accepts = False
+        guarded = self._state.of_optimizer(update.label)
+        guarded["overflows"] += 1
+        if guarded["overflows"] == 1:
+            guarded["checkpoint"] = self._newest_checkpoint(fit)
+        if guarded["overflows"] < _MAX_OVERFLOWS:
+            return None
+        guarded["overflows"] = 0
+        verdict = Verdict(
+            detector="GradScaler",
+            quantity="norm",
+            value=math.nan,
+            limit=None,
+            reason=f"the GradScaler has skipped {_MAX_OVERFLOWS} updates in a row",
+        )
+        rejected = self._window.report(fit.trainer, update, verdict, math.nan)
+        rule = "gradients must be finite at some scale of the GradScaler"
+        return self._roll_back(fit, update, rejected, guarded["checkpoint"], rule=rule)
+
+    def _newest_checkpoint(self, fit: Fit) -> str | None:
+        if self._rollbacks is None:
+            return trainer_callbacks.newest_checkpoint(fit.trainer)
+        return self._rollbacks.checkpoint_before(fit)
+
+    def _too_many(self) -> str:
+        return f"updates must not be rejected {self._limit} times in a row"
 
     def _rising_loss(self, fit: Fit, readings: Mapping[Quantity, float]) -> Verdict | None:
         """Returns the verdict of RollBack on the loss of an update that no detector rejects."""
@@ -119,31 +158,37 @@ class Inspection:
         return Verdict(detector=name, quantity="loss", value=value, limit=None, reason=reason)
 
     def _roll_back(
-        self, fit: Fit, update: Update, rejected: RejectedUpdate, checkpoint: str | None
+        self,
+        fit: Fit,
+        update: Update,
+        rejected: RejectedUpdate,
+        checkpoint: str | None,
+        *,
+        rule: str = "",
     ) -> Rejection:
         """Returns the decision to roll back; raises if there is no RollBack, or none is left."""
-        problem = f"updates must not be rejected {self._limit} times in a row"
+        problem = rule or self._too_many()
         if self._rollbacks is not None:
             problem = self._rollbacks.problem(fit) or ""
         if problem or self._rollbacks is None:
             raise too_many_rejections(fit.trainer, problem, rejected, checkpoint)
-        rejection, report = self._rollbacks.begin(fit, rejected.reason)
+        rejection, report = self._rollbacks.begin(fit, rejected.reason, checkpoint=checkpoint)
         rank_zero_info(str(report))
         update.announce_rejection(update, str(report))
         return rejection
 
     def _reject(
         self,
-        trainer: Trainer,
+        fit: Fit,
         update: Update,
         guarded: dict[str, Any],
         verdict: Verdict,
         norm: float,
     ) -> RejectedUpdate:
         if guarded["consecutive"] == 0:
-            guarded["checkpoint"] = trainer_callbacks.newest_checkpoint(trainer)
+            guarded["checkpoint"] = self._newest_checkpoint(fit)
         self._state.count_rejection(guarded, verdict.detector)
-        rejected = self._window.report(trainer, update, verdict, norm)
+        rejected = self._window.report(fit.trainer, update, verdict, norm)
         self.rejections.append(rejected)
         rank_zero_info(str(rejected))
         update.announce_rejection(update, str(rejected))

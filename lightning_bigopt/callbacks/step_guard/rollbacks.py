@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -38,7 +39,8 @@ class Rollbacks:
 
     def __init__(self, spec: RollBack) -> None:
         self.spec = spec
-        self._store = SnapshotStore(spec.folder, spec.keep)
+        self._store = SnapshotStore(spec.folder, spec.keep, with_loaders=not spec.skip_data)
+        self._module: weakref.ref[Any] | None = None
         self._every = self._recover = 1.0
         self.reset()
 
@@ -47,7 +49,9 @@ class Rollbacks:
         self._store.clear()
         self._trigger = self.spec.initial_state()
         self._last = 0.0  # fraction of the budget at the last snapshot or rollback
+        self._budget: list[Any] | None = None  # its unit and amount
         self._checkpoint: str | None = None  # the newest one before the loss was high
+        self._discarded: list[Any] | None = None  # a checkpoint, and the one before the stretch
         self.reports: list[RolledBack] = []
         self.count = self._left_out = 0
         # The factor on the learning rate at the last rollback, and the fraction of the budget.
@@ -66,6 +70,8 @@ class Rollbacks:
         assert horizon is not None  # StepGuard needs it
         self._every = horizon.fraction(self.spec.snapshot_every, name="snapshot_every")
         self._recover = horizon.fraction(self.spec.recover, name="recover")
+        self._match_budget(fit)
+        self._match_module(fit)
         self._store.start(fit)
         self._begun, self._is_new_window = None, True
         if not self.spec.skip_data and not loaders.stateful(fit.trainer):
@@ -74,6 +80,29 @@ class Rollbacks:
                 "rollback training continues with the next data. Pass a loader with a state_dict "
                 "to train the same data again."
             )
+
+    def _match_budget(self, fit: Fit) -> None:
+        """Converts the fractions of an earlier budget."""
+        horizon, before = fit.clock.horizon, self._budget
+        assert horizon is not None  # StepGuard needs it
+        self._budget = [horizon.clock, horizon.budget]
+        if before in (None, self._budget):
+            return
+        if before[0] == horizon.clock:
+            scale = before[1] / horizon.budget
+            self._last, self._level_at = self._last * scale, self._level_at * scale
+        else:
+            self._last = self._level_at = fit.clock.fraction
+
+    def _match_module(self, fit: Fit) -> None:
+        """Forgets the losses of another module that the Trainer has trained before."""
+        before, self._module = self._module, weakref.ref(fit.module)
+        if before is not None and before() is not fit.module:
+            self._trigger, self._losses, self._after = self.spec.initial_state(), [], []
+            self._level, self._waits_for_losses = 1.0, False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_module": None}  # copies must not contain the module
 
     def end(self) -> None:
         """Releases what belongs to the fit."""
@@ -95,7 +124,7 @@ class Rollbacks:
         was_high = self._trigger["is_high"]
         reason = self.spec.observe(loss, self._trigger)
         if self._trigger["is_high"] and not was_high:
-            self._checkpoint = trainer_callbacks.newest_checkpoint(fit.trainer)
+            self._checkpoint = self.checkpoint_before(fit)
         self._losses.append((loop.batches_that_stepped(fit.trainer), loss))
         del self._losses[:-_MAX_LOSSES]
         if self._waits_for_losses:
@@ -107,6 +136,14 @@ class Rollbacks:
         """The newest checkpoint before the loss was above its limit; None without one."""
         return self._checkpoint
 
+    def checkpoint_before(self, fit: Fit) -> str | None:
+        """Returns the newest checkpoint that was not saved in a discarded stretch."""
+        newest = trainer_callbacks.newest_checkpoint(fit.trainer)
+        if self._discarded is not None and newest == self._discarded[0]:
+            before: str | None = self._discarded[1]
+            return before
+        return newest
+
     def problem(self, fit: Fit) -> str | None:
         """Returns why there can be no rollback; None if there can be one. A collective."""
         if self.count >= self.spec.at_most:
@@ -116,13 +153,17 @@ class Rollbacks:
             return "StepGuard must have a snapshot to roll back to"
         return None
 
-    def begin(self, fit: Fit, reason: str) -> tuple[Rejection, RolledBack]:
+    def begin(
+        self, fit: Fit, reason: str, *, checkpoint: str | None
+    ) -> tuple[Rejection, RolledBack]:
         """Begins a rollback at the end of the window; :meth:`problem` must be None.
 
         Args:
             fit: The fit.
             reason: Reason for the rollback.
+            checkpoint: The newest checkpoint before the stretch that is discarded.
         """
+        self._discarded = [trainer_callbacks.newest_checkpoint(fit.trainer), checkpoint]
         clock, trainer, kept = fit.clock, fit.trainer, self._store.kept
         is_repeated = self.count and clock.fraction < self._level_at + self._recover
         if is_repeated and len(kept) > 1:
@@ -166,7 +207,7 @@ class Rollbacks:
         if self._begun is not None:
             begun, self._begun = self._begun, None
             self.count += 1
-            self._left_out += begun.left_out
+            self._left_out += 0 if begun.replayed else begun.left_out
             # The level that is left of earlier rollbacks is lowered again.
             self._level = self._level_now(fraction) * self.spec.lr_factor
             self._level_at = self._last = fraction
@@ -221,7 +262,9 @@ class Rollbacks:
         return {
             "trigger": copy.deepcopy(self._trigger),
             "last": self._last,
+            "budget": self._budget,
             "checkpoint": self._checkpoint,
+            "discarded": self._discarded,
             "count": self.count,
             "left_out": self._left_out,
             "level": [self._level, self._level_at],
@@ -235,7 +278,8 @@ class Rollbacks:
         """Restores the state from a checkpoint."""
         self.reset()
         self._trigger = copy.deepcopy(state["trigger"])
-        self._last, self._checkpoint = state["last"], state["checkpoint"]
+        self._last, self._budget = state["last"], state["budget"]
+        self._checkpoint, self._discarded = state["checkpoint"], state["discarded"]
         self.count, self._left_out = state["count"], state["left_out"]
         self._level, self._level_at = state["level"]
         self._losses = [(int(step), loss) for step, loss in state["losses"]]

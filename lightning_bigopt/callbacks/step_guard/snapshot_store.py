@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -27,6 +28,7 @@ class KeptSnapshot:
 
     Args:
         number: Number of the snapshot in the run.
+        token: A text of the fit in which it was taken: another run has another one.
         steps: The Trainer's ``global_step``.
         samples: Samples consumed, over all processes.
         batches: Batches of one process consumed.
@@ -35,15 +37,16 @@ class KeptSnapshot:
     """
 
     number: int
+    token: str
     steps: int
     samples: int
     batches: int
     snapshot: Restorable | None = None
     state: dict[str, Any] | None = None
 
-    def place(self) -> dict[str, int]:
-        """Returns the place in the run as plain numbers."""
-        names = ("number", "steps", "samples", "batches")
+    def place(self) -> dict[str, Any]:
+        """Returns the place in the run as plain data."""
+        names = ("number", "token", "steps", "samples", "batches")
         return {name: getattr(self, name) for name in names}
 
 
@@ -56,10 +59,15 @@ class SnapshotStore:
     Args:
         folder: The folder; None for CPU memory.
         keep: Number of snapshots.
+        with_loaders: Whether snapshots hold the states of the loaders.
     """
 
-    def __init__(self, folder: str | None, keep: int) -> None:
-        self.folder, self._keep = folder, keep
+    def __init__(self, folder: str | None, keep: int, *, with_loaders: bool) -> None:
+        self.folder, self._keep, self._with_loaders = folder, keep, with_loaders
+        # Of the fit.
+        self._rank = self._world_size = 0
+        self._token, self._is_sharded = "", False
+        self._has_written = self._has_warned = False
         self.clear()
 
     def clear(self) -> None:
@@ -67,14 +75,14 @@ class SnapshotStore:
         self.kept: list[KeptSnapshot] = []
         self._next = 0
         self._needed: list[set[int]] = []  # by checkpoints
+        self._files = set[int]()  # the numbers of the files
+        self._has_ended = False  # the fit in which they were taken
         self._writing: Future[None] | None = None
-        self._has_warned = False
-        self._rank = self._world_size = 0
-        self._is_sharded = False
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies must not contain the fit.
-        return {**vars(type(self)(self.folder, self._keep)), "_next": self._next}
+        fresh = type(self)(self.folder, self._keep, with_loaders=self._with_loaders)
+        return {**vars(fresh), "_next": self._next, "_files": set(self._files)}
 
     # ------------------------------------------------------------------------ start and end
 
@@ -85,6 +93,10 @@ class SnapshotStore:
             ValueError: If a process cannot write to the folder.
         """
         trainer = fit.trainer
+        if self._has_ended:  # the weights may have been replaced since the last fit
+            self.kept, self._has_ended = [], False
+        # Not drawn from the generators of the run, which it would advance.
+        self._token = str(trainer.strategy.broadcast(uuid4().hex))
         self._rank, self._world_size = trainer.global_rank, trainer.world_size
         self._is_sharded = strategies.shards_gradients(trainer) and trainer.world_size > 1
         problem = "" if self.folder is None else output_paths.folder_problem(self.folder)
@@ -118,7 +130,7 @@ class SnapshotStore:
         if lost:
             rank_zero_info(
                 f"RollBack: {lost} of {len(available)} snapshots cannot be used here (files are "
-                "missing or damaged, or the number of processes has changed)."
+                "missing or damaged, or to or the number of processes has changed)."
             )
 
     def _is_available(self, kept: KeptSnapshot) -> bool:
@@ -141,6 +153,7 @@ class SnapshotStore:
     def end(self) -> None:
         """Waits for the file that is being written, and releases the snapshots of the fit."""
         self.wait()
+        self._has_ended = True
         for kept in self.kept:
             if kept.snapshot is not None:
                 kept.state = self._contents(kept)
@@ -151,22 +164,24 @@ class SnapshotStore:
     def take(self, fit: Fit) -> None:
         """Takes a snapshot, and forgets the oldest of too many."""
         clock = fit.clock
+        del self.kept[: max(0, len(self.kept) - self._keep + 1)]  # first, to free its memory
         kept = KeptSnapshot(
             number=self._next,
+            token=self._token,
             steps=fit.trainer.global_step,
             samples=clock.samples,
             batches=clock.batches,
-            snapshot=fit.take_snapshot(portable=True),
+            snapshot=fit.take_snapshot(portable=True, with_loaders=self._with_loaders),
         )
         self._next += 1
         self.kept.append(kept)
-        del self.kept[: -self._keep]
         if self.folder is not None:
             self.wait()
             pool = ThreadPoolExecutor(1)
             self._writing = pool.submit(self._write, kept)
             pool.shutdown(wait=False)
-        self._remove_unneeded()
+            self._files.add(kept.number)
+            self._remove_unneeded()
 
     def drop_newest(self) -> None:
         """Forgets the newest snapshot."""
@@ -220,6 +235,9 @@ class SnapshotStore:
         path = self._path(kept.number)
         try:
             save_whole(path, self._contents(kept))
+            if not self._has_written:
+                self._load(kept.number)  # objects that torch does not load raise here
+                self._has_written = True
         except Exception as error:  # noqa: BLE001  # a full disk must not end the training
             # The snapshot stays in memory, so that all processes still have the same ones.
             if not self._has_warned:
@@ -234,12 +252,10 @@ class SnapshotStore:
         kept.snapshot = None
 
     def _remove_unneeded(self) -> None:
-        if self.folder is None or not self.kept:
-            return
         needed = set[int]().union({kept.number for kept in self.kept}, *self._needed)
-        for number in range(max(0, self._next - 4 * self._keep - 4), self._next):
-            if number not in needed:
-                self._path(number).unlink(missing_ok=True)
+        for number in self._files - needed:
+            self._path(number).unlink(missing_ok=True)
+        self._files &= needed
 
     # -------------------------------------------------------------------------------- state
 
@@ -258,15 +274,15 @@ class SnapshotStore:
                 is_here = kept.snapshot is not None
                 entry["state"] = self._contents(kept) if is_here else kept.state
             snapshots.append(entry)
-        return {"next": self._next, "snapshots": snapshots}
+        return {"next": self._next, "snapshots": snapshots, "files": sorted(self._files)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the state from a checkpoint; :meth:`start` drops what cannot be restored."""
         self.clear()
         self._next = state["next"]
-        for entry in state["snapshots"]:
-            in_memory = "state" in entry
-            if in_memory == (self.folder is None):
-                self.kept.append(KeptSnapshot(**entry["place"], state=entry.get("state")))
+        self._files = set(state["files"])
+        self.kept = [
+            KeptSnapshot(**entry["place"], state=entry.get("state")) for entry in state["snapshots"]
+        ]
         del self.kept[: -self._keep]
         self._needed = [{kept.number for kept in self.kept}]

@@ -45,8 +45,9 @@ class StepGuard(Capability):
     the buffers of the module, such as running statistics and codebooks. Its data
     counts as consumed: ``global_step``, the learning-rate schedule and the clock advance.
     Under 16-mixed the GradScaler handles overflows: it skips the update and lowers its scale, and
-    the guard does not count it. Several optimizers (manual optimization) are inspected separately,
-    each with its own history: the others step if the update of one is skipped.
+    the guard does not count it, unless 40 in a row overflow. Several optimizers (manual
+    optimization) are inspected separately, each with its own history: the others step if the update
+    of one is skipped.
 
     Costs one transfer to the host per update, which is shared with the adaptive clipping rules,
     and with several processes one all-reduce of at most four numbers.
@@ -70,9 +71,10 @@ class StepGuard(Capability):
         discarded updates as ``rollback/discarded_loss``, and each rollback as text.
 
     Raises:
-        ValueError: At fit start with DeepSpeed, with an optimizer of Opacus, for a ``Backoff``
-            without a LearningRateScheduler, if a process cannot write to ``forensics``, and for a
-            RollBack with manual optimization.
+        ValueError: At fit start with DeepSpeed, with an optimizer of Opacus, for a ``Backoff``, or
+            a RollBack with ``lr_factor`` below 1, without a LearningRateScheduler, if a process
+            cannot write to ``forensics`` or ``to``, and for a RollBack with manual optimization, a
+            ZeroRedundancyOptimizer or an average of Lightning.
         TooManyRejectionsError: After ``max_consecutive`` rejections in a row without a RollBack,
             or when a RollBack has no rollback left; a RuntimeError.
 
@@ -122,7 +124,7 @@ class StepGuard(Capability):
         self.needs_samples = "optional" if self._reads_loss or forensics is not None else None
         self._window = WindowRecorder(RejectionFiles(forensics))
         self._buffers = BufferSnapshot()
-        self._state = GuardState(self.detectors, self.actions)
+        self._state = GuardState(self.detectors, self.actions, roll_back)
         self._rollbacks = None if roll_back is None else Rollbacks(roll_back)
         self._inspection = Inspection(
             self.detectors,
@@ -214,11 +216,11 @@ class StepGuard(Capability):
         """Reads the norm, and the loss if a detector uses it, and decides. Synchronizes."""
         assert self.fit is not None  # set by the engine
         readings = self._read(self.fit.trainer, update)
-        rejection, self._inspection.accepts = None, False
         if readings is None:
             # The GradScaler skips this update. Finite numbers in buffers are kept, as they would be
             # without the guard; a NaN among them would stay forever.
             self._buffers.restore_nonfinite_()
+            rejection = self._inspection.overflow(self.fit, update)
         else:
             rejection = self._inspection.inspect(
                 self.fit, update, readings, restore_buffers=self._buffers.restore_

@@ -21,7 +21,7 @@ _MAX_NAMES = 5
 
 
 class TooManyRejectionsError(RuntimeError):
-    """StepGuard has rejected too many updates in a row; the run has probably diverged.
+    """StepGuard has rejected too many updates in a row, or cannot roll back; the run has diverged.
 
     ``Trainer.fit`` raises it on every process. A hyperparameter search catches it and prunes the
     trial::
