@@ -24,10 +24,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## Trains the example with and without the callbacks and compares them (about 4 minutes on two cores).
 	$(BIN)/bigopt demo
 
-# The others start processes of their own, or are timed: they run alone.
+# The tests of a file share what they start. Distributed tests start two processes: they run alone.
 test: $(STAMP)  ## Runs all tests (25 minutes at most on two cores).
 	$(PYTEST) --numprocesses 2 -m $(FAST) --cov --cov-report=
-	$(PYTEST) -m "slow or distributed" --cov --cov-append
+	$(PYTEST) --numprocesses 2 --dist loadfile -m "slow and not distributed" --cov --cov-append --cov-report=
+	$(PYTEST) -m distributed --cov --cov-append
 
 test-fast: $(STAMP)  ## Runs the tests that are neither slow nor distributed (4 minutes at most).
 	$(PYTEST) --numprocesses 2 -m $(FAST)

@@ -294,14 +294,14 @@ class OptimizationMonitor(Capability):
 
     def saved_state(self) -> dict[str, Any]:
         """Returns the spike scores, and by how much rollbacks have moved the x axis."""
-        return {"stability": self._stability.state_dict(), "axis": self._axis.offset}
+        return {"stability": self._stability.state_dict(), "axis": self._axis.state_dict()}
 
     def load_saved_state(self, state: dict[str, Any]) -> None:
         """Restores the spike scores and the x axis."""
-        self._stability = Stability()
-        self._axis = LoggedAxis(self.x_axis, state.get("axis", 0))
-        if "stability" in state:  # not in checkpoints of earlier versions
-            self._stability.load_state_dict(state["stability"])
+        self._stability, self._axis = Stability(), LoggedAxis(self.x_axis)
+        for name, part in (("stability", self._stability), ("axis", self._axis)):
+            if name in state:  # not in checkpoints of earlier versions
+                part.load_state_dict(state[name])
 
     def snapshot(self) -> dict[str, Any]:
         """Returns the spike scores, with losses that are not yet summed over the processes."""

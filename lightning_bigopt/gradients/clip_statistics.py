@@ -95,6 +95,8 @@ def advice(report: ClipReport, rule: ClippingRule) -> str | None:
     """
     if report.updates < _ENOUGH_UPDATES or not isinstance(rule, NormClip | ZClip):
         return None  # other rules clip often by design, or count tensors instead of updates
+    if report.repeated is not None:
+        return None  # the norms are those after another clipping, which has its own warning
     if report.fraction > 0.5 and rule.max_norm is not None:
         return (
             "More than half of the updates are clipped: max_norm sets the length of most "
@@ -102,12 +104,23 @@ def advice(report: ClipReport, rule: ClippingRule) -> str | None:
             "makes little difference; with SGD the limit acts as a lower learning rate."
         )
     if report.clipped == 0 and isinstance(rule, NormClip):
-        return (
+        text = (
             f"No update was clipped: the largest norm was {report.largest:.3g}. A threshold that "
-            "is only a safety limit may stay. To clip one update in twenty, lower it to "
-            f"{report.p95:.2g}."
+            "is only a safety limit may stay."
         )
+        lower = _rounded_down(report.p95)
+        if lower >= report.largest:
+            return text
+        return f"{text} To clip one update in twenty, lower it to {lower:.3g}."
     return None
+
+
+def _rounded_down(value: float) -> float:
+    """Rounds to three digits, downward."""
+    if value <= 0:
+        return value
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return math.floor(value / unit) * unit
 
 
 class ClipStatistics:

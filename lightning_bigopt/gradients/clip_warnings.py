@@ -37,7 +37,7 @@ def clip_warnings(reports: Mapping[tuple[str, str], ClipReport]) -> Iterator[str
         yield (
             f"gradients{names} must reach GradientClipping before they are clipped, got the "
             f"norm {report.repeated.norm:.4g} in {report.repeated.fraction:.0%} of "
-            f"{amount_of(report.updates, 'updates')}; remove clip_grad_norm_ from the module "
-            "(on_after_backward, or before optimizer.step() in manual optimization), or remove "
-            "GradientClipping"
+            f"{amount_of(report.updates, 'updates')}; remove clip_grad_norm_ or clip_gradients "
+            "from the module (on_after_backward, or before optimizer.step() in manual "
+            "optimization), or remove GradientClipping; if nothing clips them, ignore this warning"
         )

@@ -16,6 +16,7 @@ _KEPT = 512
 # Stands for a non-finite norm: norms are never negative, and a NaN must not enter a checkpoint.
 _NOT_FINITE = -1.0
 _SAME = 1e-4  # relative difference of two norms that count as equal
+_ADDED = 1e-6  # by clip_grad_norm_ to the norm that it divides by
 _LEAST_REPEATED = 20
 _LEAST_SHARE = 0.2
 _LEAST_VARIATION = 0.01
@@ -110,10 +111,11 @@ class Repetition:
 def repetition(rows: Sequence[tuple[float, float]]) -> Repetition | None:
     """Returns the norm that clipping before the measurement has given to many updates.
 
-    Clipping by the total norm gives many gradients the same total norm, within 1e-4, while the norm
-    of a single tensor still varies. Gradients that are constant themselves, as those of a linear
-    loss or signs, have constant norms of each tensor. Norms that lie close together without an
-    accumulation at one value are those of a smooth training.
+    Clipping by the total norm gives many gradients the same total norm, within 1e-4 and what
+    ``clip_grad_norm_`` adds to the norm, while the norm of a single tensor still varies. Gradients
+    that are constant themselves, as those of a linear loss or signs, have constant norms of each
+    tensor. Norms that lie close together without an accumulation at one value are those of a smooth
+    training.
 
     Args:
         rows: Pairs of total norm and norm of the last tensor.
@@ -134,15 +136,22 @@ def repetition(rows: Sequence[tuple[float, float]]) -> Repetition | None:
     norms = [norm for norm, _ in ordered]
     best, count = 0, 0
     for start, norm in enumerate(norms):
-        found = bisect_right(norms, norm * (1 + _SAME)) - start
+        found = bisect_right(norms, norm + _difference(norm)) - start
         if found > count:
             best, count = start, found
     if count < max(_LEAST_REPEATED, _LEAST_SHARE * len(norms)) or norms[best] <= 0:
         return None
     lasts = [last for _, last in ordered[best : best + count]]
     low, high = norms[best], norms[best + count - 1]
-    near = bisect_right(norms, high * (1 + 2 * _SAME)) - bisect_left(norms, low * (1 - 2 * _SAME))
+    near = bisect_right(norms, high + 2 * _difference(high)) - bisect_left(
+        norms, low - 2 * _difference(low)
+    )
     is_accumulation = near - count <= count / 10
     if max(lasts) - min(lasts) <= _LEAST_VARIATION * max(lasts) or not is_accumulation:
         return None
     return Repetition(norm=norms[best + count // 2], fraction=count / len(norms))
+
+
+def _difference(norm: float) -> float:
+    """Returns the difference up to which another norm counts as equal."""
+    return _SAME * norm + min(_ADDED, 0.01 * norm)

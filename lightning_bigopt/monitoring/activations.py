@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -21,6 +22,8 @@ from lightning_bigopt.parameters import block_of, first_match, parameter_names, 
 
 __all__ = ["ActivationMonitor", "Activations", "check_activations", "chosen_modules"]
 
+_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
 Activations: TypeAlias = Literal["blocks"] | Mapping[str, str] | None
 
 
@@ -28,7 +31,8 @@ def check_activations(activations: Activations) -> None:
     """Raises if the argument has an unknown value.
 
     Raises:
-        ValueError: If it is neither ``"blocks"``, patterns by name nor None.
+        ValueError: If it is neither ``"blocks"``, patterns by name nor None, or two labels have the
+            same tag.
     """
     given: Any = activations
     is_map = isinstance(given, Mapping) and all(
@@ -39,6 +43,14 @@ def check_activations(activations: Activations) -> None:
             f"activations must be 'blocks', patterns by name or None, got {shown(given)}; write "
             "patterns of modules as {'attention': '*.attn', 'mlp': '*.mlp'}"
         )
+    tags: dict[str, str] = {}
+    for label in activations if isinstance(activations, Mapping) else ():
+        other = tags.setdefault(tag_name("", label), label)
+        if not label.strip() or other != label:
+            raise ValueError(
+                "activations must have labels that give different tags, got "
+                f"{shown(other if label.strip() else label)} and {shown(label)}; rename one of them"
+            )
 
 
 def chosen_modules(module: nn.Module, activations: Activations) -> list[tuple[str, nn.Module]]:
@@ -62,10 +74,16 @@ def chosen_modules(module: nn.Module, activations: Activations) -> list[tuple[st
     """
     if activations is None:
         return []
-    named = [(plain_name(name), part) for name, part in module.named_modules() if name]
+    # With all names of shared modules: a pattern may match any of them. Scripted modules accept no
+    # hooks.
+    named = [
+        (plain_name(name), part)
+        for name, part in module.named_modules(remove_duplicate=False)
+        if name and not isinstance(part, torch.jit.ScriptModule)
+    ]
     if isinstance(activations, str):
         blocks = set(map(block_of, parameter_names(module)))
-        return [(name, part) for name, part in named if name in blocks]
+        return _once([(name, part) for name, part in named if name in blocks])
     labels, patterns = list(activations), tuple(activations.values())
     matches = first_match(tuple(name for name, _ in named), patterns)
     for index, pattern in enumerate(patterns):
@@ -75,11 +93,19 @@ def chosen_modules(module: nn.Module, activations: Activations) -> list[tuple[st
                 f"{pattern!r}; names of modules are those of named_modules(), such as "
                 f"{named[-1][0] if named else 'head'!r}"
             )
-    return [
-        (labels[match], part)
-        for (_, part), match in zip(named, matches, strict=True)
-        if match is not None
-    ]
+    return _once(
+        [
+            (labels[match], part)
+            for (_, part), match in zip(named, matches, strict=True)
+            if match is not None
+        ]
+    )
+
+
+def _once(pairs: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """Returns the first pair of each module."""
+    first = {id(part): (label, part) for label, part in reversed(pairs)}
+    return list(first.values())[::-1]
 
 
 class _Sizes:
@@ -168,7 +194,7 @@ class ActivationMonitor:
         self._activations, self._loss_scale = activations, loss_scale
         self._modules: list[tuple[str, nn.Module]] = []
         self._handles: list[RemovableHandle] = []
-        self._measures = False
+        self._measures = self._was_attached = self._has_reported = False
         self._outputs: dict[str, _Sizes] = {}
         self._gradients: dict[str, _Sizes] = {}
 
@@ -184,12 +210,12 @@ class ActivationMonitor:
         """Adds the hooks, and clears what was measured before."""
         self.detach()
         self._outputs, self._gradients = {}, {}
-        self._measures = True
+        self._measures = self._was_attached = True
         for label, module in self._modules:
             self._handles.append(module.register_forward_hook(_OutputHook(self, label)))
 
     def detach(self) -> None:
-        """Removes the hooks."""
+        """Removes the hooks, also those of tensors: a parameter may be an output, and stays."""
         self._measures = False
         for handle in self._handles:
             handle.remove()
@@ -215,32 +241,58 @@ class ActivationMonitor:
         if torch._C._current_graph_task_id() == -1:  # noqa: SLF001
             self._outputs.setdefault(label, _Sizes()).add(tensor)
         if tensor.requires_grad:
-            tensor.register_hook(partial(self._measure_gradient, label))  # type: ignore[no-untyped-call]
+            handle = tensor.register_hook(partial(self._measure_gradient, label))  # type: ignore[no-untyped-call]
+            self._handles.append(handle)
 
     def _measure_gradient(self, label: str, gradient: Tensor) -> None:
-        self._gradients.setdefault(label, _Sizes()).add(gradient, self._loss_scale())
+        if _is_measurable(gradient):
+            self._gradients.setdefault(label, _Sizes()).add(gradient, self._loss_scale())
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles must not contain the Trainer and the module.
         return vars(ActivationMonitor(self._activations))
 
     def add_values(self, *, into: MetricBuffer) -> bool:
-        """Adds what was measured to a buffer. Does not synchronize.
+        """Adds what was measured to a buffer, and clears it. Does not synchronize.
 
         Returns:
             Whether an output was measured.
         """
+        self._report_missing()
         for prefix, sizes in (("", self._outputs), ("grad_", self._gradients)):
             for label, size in sizes.items():
                 for name, value in size.values().items():
                     into.add(tag_name(f"activations/{prefix}{name}", label), value)
-        return bool(self._outputs)
+        found = bool(self._outputs)
+        self._outputs, self._gradients = {}, {}
+        return found
+
+    def _report_missing(self) -> None:
+        """Logs once which modules have no values."""
+        labels = dict.fromkeys(label for label, _ in self._modules)
+        missing = [label for label in labels if label not in self._outputs]
+        if missing and not self._has_reported and self._was_attached:
+            self._has_reported = True
+            rank_zero_info(
+                f"OptimizationMonitor(activations=) has no values of {', '.join(missing)}: these "
+                "modules are compiled, never called (as containers), or have no dense "
+                "floating-point output. Write torch.compile(block) instead of block.compile(), or "
+                "name other modules."
+            )
+
+
+def _is_measurable(tensor: Tensor) -> bool:
+    """Returns whether a tensor has floating-point numbers that can be read now."""
+    is_dense = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_meta
+    # A tensor of torch.func stands for several ones, or for one with a derivative.
+    is_plain = not torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # noqa: SLF001
+    return is_dense and is_plain and tensor.dtype in _DTYPES
 
 
 def _first_floating(output: Any) -> Tensor | None:
     """Returns the first floating-point tensor in an output; None without one."""
     if isinstance(output, Tensor):
-        return output if output.is_floating_point() else None
+        return output if _is_measurable(output) else None
     if isinstance(output, Mapping):
         parts: Any = output.values()
     elif isinstance(output, (tuple, list)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from lightning_bigopt.engine.amounts import RunAmounts
 from lightning_bigopt.engine.stage import Fit
@@ -18,16 +18,19 @@ class LoggedAxis:
 
     Args:
         unit: Unit of the steps.
-        offset: Amount that rollbacks have undone, in that unit; 0 for updates, which Lightning
-            counts on.
+
+    Attributes:
+        offset: Amount that rollbacks have undone, in that unit.
+        updates: The same in updates.
     """
 
-    def __init__(self, unit: XAxis, offset: int = 0) -> None:
-        self.unit, self.offset = unit, offset
+    def __init__(self, unit: XAxis) -> None:
+        self.unit, self.offset, self.updates = unit, 0, 0
         self._counts = RunAmounts()
 
     def after_update(self, fit: Fit) -> int:
         """Returns the step of the current update, after it."""
+        # Lightning's own count of updates goes on at a rollback.
         if self.unit == "updates":
             return loop.batches_that_stepped(fit.trainer)
         return int(getattr(fit.clock, self.unit)) + self.offset
@@ -51,5 +54,15 @@ class LoggedAxis:
     def go_on(self, fit: Fit) -> RunAmounts:
         """Keeps the axis after the counts were set back; returns by how much they were."""
         undone = self._counts.since(fit.clock.counts())
-        self.offset += 0 if self.unit == "updates" else int(getattr(undone, self.unit))
+        self.updates += undone.steps
+        self.offset += undone.steps if self.unit == "updates" else int(getattr(undone, self.unit))
         return undone
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns unit and amounts."""
+        return {"unit": self.unit, "offset": self.offset, "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores the amounts; the offset only if the unit is the same."""
+        self.offset = state["offset"] if state["unit"] == self.unit else 0
+        self.updates = state["updates"]

@@ -80,7 +80,11 @@ def write_start(fit: Fit, axis: LoggedAxis) -> None:
         return
     _hint_at_placeholder(trainer)
     first = loop.next_logger_step(trainer)
-    planned = list(planned_curves(fit, axis.unit, first=first if trainer.global_step else 0))
+    # A rollback sets the index of the next update back, and not the axis.
+    index = first - axis.updates if trainer.global_step else 0
+    planned = [
+        (step + axis.offset, values) for step, values in planned_curves(fit, axis.unit, first=index)
+    ]
     for logger, (writer, prefix) in loggers.tensorboard_writers(trainer).items():
         curves = [(at, {prefix + tag: v for tag, v in values.items()}) for at, values in planned]
         tags = {tag for _, values in curves for tag in values}

@@ -81,7 +81,7 @@ class SpikeScore:
         device = next((x.device for x in pending if isinstance(x, Tensor)), torch.device("cpu"))
         dtype = accumulation_dtype(device)
         if any(isinstance(value, Tensor) for value in pending):
-            new = torch.stack([torch.as_tensor(x).to(device, dtype).reshape(()) for x in pending])
+            new = torch.stack([_as_tensor(x, dtype).to(device).reshape(()) for x in pending])
         else:
             new = torch.tensor(pending, dtype=dtype)
         if self._history is None:
@@ -143,3 +143,8 @@ class SpikeScore:
         if history:
             self._history[-len(history) :] = torch.tensor(history, dtype=torch.float64)
         self._spikes, self._compared = state["spikes"], state["compared"]
+
+
+def _as_tensor(value: Tensor | float, dtype: torch.dtype) -> Tensor:
+    # A number would become a tensor of float32 without a data type.
+    return value.to(dtype) if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype)

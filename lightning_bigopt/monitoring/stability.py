@@ -76,7 +76,8 @@ class Stability:
 
     def clear_window(self) -> None:
         """Clears the losses of a window."""
-        self._losses: list[tuple[Tensor, int]] = []
+        self._loss: _Number = 0.0  # the sum, each loss times its samples
+        self._samples = 0
         self._window_is_over = False
 
     def add_loss(self, loss: Tensor, *, samples: int | None) -> None:
@@ -88,7 +89,12 @@ class Stability:
         """
         if self._window_is_over:
             self.clear_window()
-        self._losses.append((loss, 1 if samples is None else samples))
+        weight = 1 if samples is None else samples
+        if loss.is_cpu:
+            self._loss = self._loss + float(loss) * weight
+        else:
+            self._loss = self._loss + loss.to(accumulation_dtype(loss.device)) * weight
+        self._samples += weight
 
     def observe(self, label: str, norms: GradientNorms | None) -> None:
         """Records an update, which counts after :meth:`accept`; other optimizers use its window.
@@ -99,11 +105,10 @@ class Stability:
         """
         self._window_is_over = True
         norm = None if norms is None else unread_total(norms)
-        loss, samples = _weighted_sum(self._losses)
         entries = self._pending.setdefault(label, [])
         if entries and not entries[-1].is_made:  # rejected, or skipped by a GradScaler
             entries.pop()
-        entries.append(_Entry(norm=norm, loss=loss, samples=samples))
+        entries.append(_Entry(norm=norm, loss=self._loss, samples=float(self._samples)))
 
     def accept(self, label: str, *, found_inf: Tensor | None, is_logged: bool) -> None:
         """Records that the optimizer has stepped. A collective if the update is logged.
@@ -150,9 +155,11 @@ class Stability:
         if not self._is_shared:
             return [entry.loss / entry.samples if entry.samples else math.nan for entry in entries]
         dtype = accumulation_dtype(self._device)
-        rows = [[torch.as_tensor(e.loss), torch.as_tensor(float(e.samples))] for e in entries]
-        flat = [number.to(self._device, dtype).reshape(()) for row in rows for number in row]
-        sums = torch.stack(flat).view(-1, 2)
+        samples = torch.tensor([e.samples for e in entries], device=self._device, dtype=dtype)
+        losses = [
+            torch.as_tensor(e.loss, dtype=dtype).to(self._device).reshape(()) for e in entries
+        ]
+        sums = torch.stack([torch.stack(losses), samples], dim=1)
         dist.all_reduce(sums)
         # Rounded to float32: the order of the sums, and with it the last bit, depends on the number
         # of updates in the all-reduce.
@@ -208,15 +215,3 @@ class Stability:
             for label, saved in state[quantity].items():
                 series[label] = SpikeScore()
                 series[label].load_state_dict(saved)
-
-
-def _weighted_sum(losses: Sequence[tuple[Tensor, int]]) -> tuple[_Number, float]:
-    """Returns the sum of the losses times their samples, and the number of samples."""
-    total = sum(samples for _, samples in losses)
-    if not total:
-        return 0.0, 0.0
-    if all(loss.is_cpu for loss, _ in losses):
-        return math.fsum(float(loss) * samples for loss, samples in losses), float(total)
-    device = losses[0][0].device
-    wide = [loss.to(device, accumulation_dtype(device)) * samples for loss, samples in losses]
-    return torch.stack(wide).sum(), float(total)

@@ -113,14 +113,14 @@ TAGS: tuple[Tag, ...] = (
     _tag(
         "stability/spike_score/norm[/optimizer]",
         "1",
-        "Fraction of the updates whose gradient norm was more than 6 standard deviations above the "
-        "mean of the last 128 before it, since the beginning of the run.",
+        "Fraction of the compared updates (finite, from the 64th on) whose gradient norm was more "
+        "than 6 standard deviations above the mean of the 128 before it.",
     ),
     _tag(
         "stability/spike_score/loss[/optimizer]",
         "1",
-        "Fraction of the updates whose loss was more than 6 standard deviations above the mean of "
-        "the last 128 before it, since the beginning of the run.",
+        "Fraction of the compared updates (finite, from the 64th on) whose loss was more than 6 "
+        "standard deviations above the mean of the 128 before it.",
     ),
     _tag(
         "layers/grad_norm/<layer>[/optimizer]",

@@ -62,9 +62,9 @@ title next to older runs.
 
 @dataclass
 class _Layout:
-    """The charts in the last layout of a writer, and the number of tags at that time."""
+    """The charts in the last layout of a writer, and all tags until then."""
 
-    tags: int = 0
+    tags: set[str] = field(default_factory=set)
     charts: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -112,16 +112,15 @@ def write_dashboard(writer: SummaryWriter, tags: Collection[str], *, prefix: str
 
     Args:
         writer: The writer of the logger.
-        tags: The tags of the current event. A call with as many tags as the previous one returns
-            immediately.
+        tags: The tags of the current event.
         prefix: Prefix that the logger adds to each tag.
     """
     layout = _layouts.get(writer)
     if layout is None:
         layout = _layouts[writer] = _Layout()
-    if len(tags) == layout.tags:
+    if layout.tags.issuperset(tags):
         return
-    layout.tags = len(tags)
+    layout.tags.update(tags)
     found = {
         title: [re.escape(prefix) + pattern for pattern in patterns]
         for charts in DASHBOARD.values()

@@ -128,6 +128,13 @@ CHARTS: tuple[Chart, ...] = (
         tags=("guard/rejected/",),
     ),
     Chart(
+        title="Spike scores",
+        text="Fraction of the compared updates whose loss or gradient norm was a spike, since the "
+        "beginning of the run.",
+        unit="fraction of the updates",
+        tags=("stability/spike_score/",),
+    ),
+    Chart(
         title="Global batch",
         text="Samples per update over all processes. Dashed: planned.",
         unit="samples",

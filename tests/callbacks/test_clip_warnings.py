@@ -119,6 +119,18 @@ def test_clipping_by_the_module_itself_is_a_warning(make: Any, options: Any, lim
     assert "got the norm 0.7 in " in text
 
 
+@pytest.mark.parametrize("limit", [1e-2, 1e-3])
+def test_clipping_to_a_small_norm_is_a_warning_without_advice(
+    limit: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """clip_grad_norm_ adds 1e-6 to the norm that it divides by."""
+    with caplog.at_level(logging.INFO):
+        (text,) = warned(Plain(limit), NormClip(1e3))
+    assert f"got the norm {limit:.4g} in " in text or f"got the norm {0.9999 * limit:.4g}" in text
+    assert "remove clip_grad_norm_ or clip_gradients from the module" in text
+    assert "No update was clipped" not in caplog.text
+
+
 class Linear(Plain):
     """Has the same gradient in every update."""
 

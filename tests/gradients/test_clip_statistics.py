@@ -21,6 +21,7 @@ from lightning_bigopt.gradients import (
 )
 from lightning_bigopt.gradients.clip_statistics import ClipReport, ClipStatistics, advice
 from lightning_bigopt.gradients.gradient_norms import DeviceNorms, HostNorms
+from lightning_bigopt.gradients.norm_sample import Repetition
 
 
 def on_device(norm: float) -> GradientNorms:
@@ -150,6 +151,22 @@ def test_advice(clipped: float, rule: ClippingRule, expected: str | None) -> Non
     found = advice(report, rule)
     assert found is None if expected is None else re.match(expected, found)
     assert advice(replace(report, updates=31), rule) is None
+    assert advice(replace(report, repeated=Repetition(norm=7.0, fraction=0.9)), rule) is None
+
+
+@pytest.mark.parametrize(
+    ("p95", "largest", "end"),
+    [
+        (0.13574, 0.13994, "lower it to 0.135."),
+        (1234.5, 2000.0, "lower it to 1.23e+03."),
+        (0.0, 0.0, "may stay."),
+    ],
+)
+def test_the_advised_threshold_clips_something(p95: float, largest: float, end: str) -> None:
+    report = ClipReport(updates=100, clipped=0, threshold=9e9, median=p95, p95=p95, largest=largest)
+    found = advice(report, NormClip(9e9))
+    assert found is not None
+    assert found.endswith(end)
 
 
 @pytest.mark.parametrize(

@@ -104,3 +104,13 @@ def test_nothing_is_read_from_a_device() -> None:
         found = score.value()
         with pytest.raises(DataDependentOutputException):
             torch.stack([found]).tolist()
+
+
+def test_numbers_and_tensors_may_be_mixed() -> None:
+    """A number keeps its float64 value beside a tensor, also one that float32 cannot hold."""
+    mixed, numbers = SpikeScore(), SpikeScore()
+    for index in range(64):
+        value = 0.1 + index / 7 if index != 40 else 1e39
+        mixed.add(torch.tensor(value, dtype=torch.float64) if index == 3 else value)
+        numbers.add(value)
+    assert mixed.state_dict() == numbers.state_dict()

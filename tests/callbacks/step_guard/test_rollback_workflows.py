@@ -47,12 +47,15 @@ from lightning_bigopt.reporting.runs import read_run
 from tests.helpers import QUIET, ResumableLoader, cpu_precision
 from tests.rolled_back import (
     BATCH,
+    Plain,
     Poisoned,
     SavesAndStops,
     StopError,
     differing,
     final,
     guard,
+    order_of,
+    train,
 )
 
 SAMPLES = 120  # 30 updates an epoch
@@ -447,3 +450,27 @@ def test_data_that_is_trained_again_is_not_left_out() -> None:
     assert places(own) == [(9, 6)]
     assert own._rollbacks is not None
     assert own._rollbacks.metrics()["rollback/left_out"] == 0.0
+
+
+@pytest.mark.parametrize("axis", ["updates", "samples"])
+def test_the_plan_of_a_resumed_run_is_that_of_its_updates(axis: Any, tmp_path: Path) -> None:
+    """After a rollback the loggers' step is ahead of the schedule."""
+    logger, path = TensorBoardLogger(tmp_path), tmp_path / "a.ckpt"
+    order = order_of(SAMPLES, 4)
+    samples = order[8 * BATCH : 10 * BATCH]
+    options: dict[str, Any] = {"logger": logger, "steps": 30}
+
+    def parts() -> tuple[Any, ...]:
+        return guard(), OptimizationMonitor(every=1, x_axis=axis)
+
+    stops = SavesAndStops(path, 20, 21)
+    with pytest.raises(StopError):
+        train(Poisoned(samples), Plain(SAMPLES), *parts(), stops, **options)
+    logger._experiment = None
+    train(Poisoned(samples), Plain(SAMPLES), *parts(), ckpt_path=path, **options)
+    curves = read_run(logger.log_dir).curves
+    used, planned = dict(curves["optim/lr"]), dict(curves["plan/lr"])
+    first = 20 if axis == "updates" else 21 * BATCH
+    after = {step: rate for step, rate in planned.items() if step >= first}
+    assert len(after) > 5
+    assert after == pytest.approx({step: used[step] for step in after}, rel=1e-6)
