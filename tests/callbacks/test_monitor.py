@@ -150,6 +150,7 @@ def test_invalid_arguments_raise_with_their_names(options: dict[str, Any], messa
         OptimizationMonitor(**options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("axis", "accumulate", "every", "saved"),
     [

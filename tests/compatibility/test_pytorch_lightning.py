@@ -397,6 +397,7 @@ def test_the_other_package_is_not_looked_at_before_it_is_imported(
     assert "pytorch_lightning" not in sys.modules
 
 
+@pytest.mark.slow
 def test_the_table_of_the_page_is_the_one_that_the_runs_print() -> None:
     page = (Path(__file__).parents[2] / "docs" / "compatibility.md").read_text(encoding="utf-8")
     section = re.split(r"^## ", page, flags=re.MULTILINE)

@@ -60,6 +60,7 @@ def run(block: Block, namespace: dict[str, object], *, page: str) -> None:
     exec(code, namespace)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
 @pytest.mark.parametrize("page", PAGES)
 def test_code_of_the_page_runs_and_gives_the_shown_output(

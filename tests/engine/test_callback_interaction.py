@@ -55,6 +55,7 @@ def logged_scalars(trainer: L.Trainer) -> dict[str, list[tuple[int, float]]]:
     }
 
 
+@pytest.mark.slow
 def test_callback_order_does_not_change_weights_or_logs(tmp_path: Path) -> None:
     results = []
     for order in itertools.permutations(range(4)):

@@ -444,6 +444,7 @@ def saved_state(callback: Any) -> Any:
     return copy.deepcopy(callback.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The checkpoint was trained for 4 steps")
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("finder", ["learning rate", "batch size"])

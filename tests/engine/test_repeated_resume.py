@@ -108,6 +108,7 @@ def fit(
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
 @pytest.mark.filterwarnings("ignore:Lightning continues an epoch that had")
 @pytest.mark.parametrize("module", [Recorded, Validated])

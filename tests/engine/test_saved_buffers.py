@@ -160,6 +160,7 @@ def test_file_holds_the_last_update_and_the_run_continues_to_the_bit(
     assert_equal(copied(resumed), copied(straight))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 @pytest.mark.parametrize("guard", [False, True])
 def test_every_micro_batch_with_mixed_precision(

@@ -36,6 +36,7 @@ def answers() -> list[Answer]:
     return [*map(judge, single), *map(judge, combined_cases(chosen, CASES // 3, seed=1))]
 
 
+@pytest.mark.slow
 def test_no_answer_is_a_fault(answers: list[Answer]) -> None:
     faults = [f"{a.case}: {a.kind}: {a.reason}" for a in answers if a.kind in FAULTS]
     assert not faults, "\n".join(faults[:10])

@@ -44,6 +44,7 @@ def feed(
         statistics.add(ClipDecision(norms=where(norm), coefficient=coefficient, threshold=limit))
 
 
+@pytest.mark.slow
 @REPRESENTATIONS
 @pytest.mark.parametrize("cut", [0, 1, 63, 64, 700, 4999])
 def test_stored_norms_are_bounded_and_evenly_spaced(cut: int, where: Any) -> None:

@@ -86,6 +86,7 @@ def small_network():
     return PerSampleGradients()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("decay", "updates", "first_only"), [(0.99, 60, False), (0.98, 150, False), (0.99, 100, True)]
 )

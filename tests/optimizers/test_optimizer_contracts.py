@@ -34,6 +34,7 @@ def test_all_eight_are_in_the_catalog() -> None:
     assert set(ENTRIES) == set(EIGHT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("contract", CHECKS)
 @pytest.mark.parametrize("key", EIGHT)
 def test_contract(key: str, contract: str) -> None:

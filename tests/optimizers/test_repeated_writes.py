@@ -268,6 +268,7 @@ def no_report() -> Iterator[None]:
     assert not [text for text in seen if "Changes since" in text]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Lightning continues an epoch that had ended")
 @pytest.mark.parametrize(
     ("limits", "is_first"), [({"max_steps": 8}, True), ({"max_steps": -1, "max_epochs": 2}, False)]

@@ -283,6 +283,7 @@ def saved_runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize("stop", [6, 8, 15, 19])
 @pytest.mark.parametrize("name", ["rewarmup in steps", "rewarmup in samples", "hyperparameter"])

@@ -79,6 +79,7 @@ def test_tags_are_drawn_as_they_are(name: str) -> None:
     assert loss in texts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_are_drawn_as_they_are(name: str) -> None:
     curves = {tag: [(0, 1.0), (1, 2.0)] for tag in ("grad_norm/total", "loss", "progress/samples")}

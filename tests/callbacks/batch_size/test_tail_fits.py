@@ -163,6 +163,7 @@ def test_resume_at_every_micro_batch_gives_the_same_bits(tmp_path: Path, tail: s
             assert torch.equal(mine, theirs), number
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("old", "new"), [("keep", "merge"), ("keep", "drop"), ("merge", "drop")])
 def test_resume_with_another_tail_trains_the_rest_of_the_epoch(
     tmp_path: Path, old: str, new: str

@@ -86,6 +86,7 @@ def reported(guard: StepGuard) -> Iterator[tuple[int, int]]:
             yield update.epoch, index
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("data", "sizes"), CASES)
 def test_indices_after_a_resume_are_those_of_the_data(
     data: str, sizes: str, tmp_path: Path
