@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from typing import Any
 
 import torch
@@ -50,16 +51,41 @@ class SpikeScore:
 
     def reset(self) -> None:
         """Clears history and counts."""
-        self._pending: list[Tensor | float] = []
-        self._history: Tensor | None = None  # padded with NaN in front
+        self._recent: deque[float] = deque(maxlen=_HISTORY)  # finite numbers
+        self._pending: list[Tensor] = []  # on a device
+        self._history: Tensor | None = None  # on the device, padded with NaN in front
         self._spikes: Tensor | int = 0
         self._compared: Tensor | int = 0
 
     def add(self, value: Tensor | float) -> None:
         """Adds the next value: a number, or a tensor of shape ``()``. Does not synchronize."""
+        if not isinstance(value, Tensor):  # in float64, which torch would not choose
+            value = torch.tensor(value, dtype=torch.float64) if self._is_on_device else value
+        elif value.is_cpu and not self._is_on_device:
+            value = value.item()
+        if not isinstance(value, Tensor):
+            self._compare(value)
+            return
         self._pending.append(value)
         if len(self._pending) >= _FOLD_EVERY:
             self._fold()
+
+    @property
+    def _is_on_device(self) -> bool:
+        return self._history is not None or bool(self._pending)
+
+    def _compare(self, value: float) -> None:
+        """Compares a number with those before it."""
+        if not math.isfinite(value):
+            return
+        count = len(self._recent)
+        if count >= _FIRST_JUDGED - 1:
+            mean = sum(self._recent) / count
+            squares = sum([(other - mean) * (other - mean) for other in self._recent])
+            spread = math.sqrt(squares / (count - 1))
+            self._compared += 1
+            self._spikes += value - mean > max(_SIGMAS * spread, _LEAST_EXCESS * abs(mean))
+        self._recent.append(value)
 
     def value(self) -> Tensor | float:
         """Returns the score; NaN before the first comparison. Does not synchronize.
@@ -78,14 +104,12 @@ class SpikeScore:
         if not self._pending:
             return
         pending, self._pending = self._pending, []
-        device = next((x.device for x in pending if isinstance(x, Tensor)), torch.device("cpu"))
+        device = next((x.device for x in pending if not x.is_cpu), pending[0].device)
         dtype = accumulation_dtype(device)
-        if any(isinstance(value, Tensor) for value in pending):
-            new = torch.stack([_as_tensor(x, dtype).to(device).reshape(()) for x in pending])
-        else:
-            new = torch.tensor(pending, dtype=dtype)
+        new = torch.stack([value.to(device, dtype).reshape(()) for value in pending])
         if self._history is None:
-            self._history = new.new_full((_HISTORY,), math.nan)
+            padding = [math.nan] * (_HISTORY - len(self._recent))
+            self._history = torch.tensor([*padding, *self._recent], dtype=dtype, device=device)
         values = torch.cat([self._history.to(new), new])
         is_new = torch.arange(len(values), device=device) >= _HISTORY
         # A stable sort moves the non-finite values to the front; the others keep their order.
@@ -102,18 +126,13 @@ class SpikeScore:
         least = mean.abs() * _LEAST_EXCESS
         is_spike = compared & (excess > _SIGMAS * spread.sqrt()) & (excess > least)
         self._history = values.narrow(0, len(new), _HISTORY)
-        spikes, total = is_spike.sum(), compared.sum()
-        if device.type == "cpu" and not isinstance(self._compared, Tensor):
-            self._spikes += int(spikes)
-            self._compared += int(total)
-        else:
-            self._spikes = spikes + self._spikes
-            self._compared = total + self._compared
+        self._spikes = is_spike.sum() + self._spikes
+        self._compared = compared.sum() + self._compared
 
     def state_dict(self) -> dict[str, Any]:
         """Returns history and counts as plain numbers. Synchronizes."""
         self._fold()
-        history = [] if self._history is None else self._history.tolist()
+        history = self._recent if self._history is None else self._history.tolist()
         return {
             "history": [value for value in history if math.isfinite(value)],
             "spikes": int(self._spikes),
@@ -123,6 +142,7 @@ class SpikeScore:
     def snapshot(self) -> dict[str, Any]:
         """Returns what :meth:`restore` needs. Does not synchronize."""
         return {
+            "recent": list(self._recent),
             "pending": list(self._pending),
             "history": self._history,
             "spikes": self._spikes,
@@ -131,20 +151,12 @@ class SpikeScore:
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Restores the values at the time of :meth:`snapshot`."""
+        self._recent = deque(snapshot["recent"], maxlen=_HISTORY)
         self._pending, self._history = list(snapshot["pending"]), snapshot["history"]
         self._spikes, self._compared = snapshot["spikes"], snapshot["compared"]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores history and counts."""
         self.reset()
-        history = state["history"]
-        # In float64, in which plain numbers are saved.
-        self._history = torch.full((_HISTORY,), math.nan, dtype=torch.float64)
-        if history:
-            self._history[-len(history) :] = torch.tensor(history, dtype=torch.float64)
+        self._recent.extend(state["history"])
         self._spikes, self._compared = state["spikes"], state["compared"]
-
-
-def _as_tensor(value: Tensor | float, dtype: torch.dtype) -> Tensor:
-    # A number would become a tensor of float32 without a data type.
-    return value.to(dtype) if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype)

@@ -45,10 +45,18 @@ def as_tensor(value: float) -> Any:
     return torch.tensor(value, dtype=torch.float64)
 
 
+def on_device() -> SpikeScore:
+    """Returns a score that has seen a tensor on a device, and computes with tensors."""
+    score = SpikeScore()
+    score._history = torch.full((128,), math.nan, dtype=torch.float64)
+    return score
+
+
+@pytest.mark.parametrize("make", [SpikeScore, on_device])
 @pytest.mark.parametrize("kind", [float, as_tensor])
 @pytest.mark.parametrize("length", [0, 63, 64, 65, 200, 1000])
-def test_score_equals_a_loop_over_the_values(length: int, kind: Any) -> None:
-    values, score = series(length, length), SpikeScore()
+def test_score_equals_a_loop_over_the_values(length: int, kind: Any, make: Any) -> None:
+    values, score = series(length, length), make()
     for index, value in enumerate(values):
         score.add(kind(value))
         if index % 37 == 0:
@@ -114,3 +122,10 @@ def test_numbers_and_tensors_may_be_mixed() -> None:
         mixed.add(torch.tensor(value, dtype=torch.float64) if index == 3 else value)
         numbers.add(value)
     assert mixed.state_dict() == numbers.state_dict()
+
+
+def test_numbers_near_the_largest_are_no_error() -> None:
+    score = SpikeScore()
+    for index in range(200):
+        score.add(1e308 if index % 2 else 1e200)
+    assert score.state_dict()["compared"] == 200 - 63
