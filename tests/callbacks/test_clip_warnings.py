@@ -131,6 +131,15 @@ def test_clipping_to_a_small_norm_is_a_warning_without_advice(
     assert "No update was clipped" not in caplog.text
 
 
+def test_what_clip_grad_norm_adds_to_small_norms_is_tolerated() -> None:
+    """Norms from 2e-4 to 1e-2, clipped to 1e-4 by the formula of torch."""
+    norms = np.geomspace(2e-4, 1e-2, 200)
+    rows = [(1e-4 * n / (n + 1e-6), 5e-5 * (1 + 0.3 * np.sin(1e4 * n))) for n in norms]
+    found = repetition(rows)
+    assert found is not None
+    assert found.fraction == 1.0
+
+
 class Linear(Plain):
     """Has the same gradient in every update."""
 

@@ -98,6 +98,13 @@ def test_chart_is_added_with_its_first_value(tmp_path: Path) -> None:
     assert set(charts_of(tmp_path)) == {"learning rate, planned and used", "GPU memory, GiB"}
 
 
+def test_chart_is_added_when_other_tags_disappear(tmp_path: Path) -> None:
+    with SummaryWriter(str(tmp_path)) as writer:
+        write_dashboard(writer, ["optim/lr"])
+        write_dashboard(writer, ["memory/allocated_peak"])
+    assert set(charts_of(tmp_path)) == {"learning rate, planned and used", "GPU memory, GiB"}
+
+
 @pytest.mark.parametrize(
     ("saves", "options", "is_logged"),
     [(True, {}, True), (True, {"default_hp_metric": False}, False), (False, {}, False)],

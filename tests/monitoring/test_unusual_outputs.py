@@ -162,3 +162,23 @@ def test_modules_without_values_are_named_once(caplog: Any) -> None:
 def test_labels_must_give_different_tags(labels: Any) -> None:
     with pytest.raises(ValueError, match="activations must have labels that give different tags"):
         OptimizationMonitor(activations=dict.fromkeys(labels, "*"))
+
+
+def test_a_sparse_gradient_is_not_measured() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4, 2))
+
+        def forward(self) -> Tensor:
+            return self.weight
+
+    module = nn.ModuleDict({"table": Table()})
+
+    def look_up() -> None:
+        weight = module["table"]()
+        nn.functional.embedding(torch.tensor([1, 2]), weight, sparse=True).sum().backward()
+
+    found = measured(module, look_up, table="table")
+    assert "activations/rms/table" in found
+    assert not [tag for tag in found if "grad" in tag]
