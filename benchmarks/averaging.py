@@ -313,17 +313,17 @@ A GPT of 0.13M parameters trains on {BATCH} windows of 64 bytes per update, for 
 constant learning rate after a warm-up. At a quarter, a half, three quarters and the end its
 averages are validated. They are compared with runs of exactly that length whose learning rate
 decays to zero: the best of the rates {rates} and of decays over {decay_lengths} of the
-length, chosen for each length by the mean over all seeds. The first line has the validation loss of
+length, chosen for each length by the mean over all seeds. The first row has the validation loss of
 these tuned runs in nats per byte. The others have the difference from it, with the standard error
 over {seeds} seeds (paired by seed and order of the data); negative is better. Every average uses
 one rate for all lengths, the best at the end.
 
 {horizons_table(results, seeds)}
 
-Percent of `Merge` refer to the run up to the validation, those of `EMA` and `TailMean` to the whole
-budget of {STEPS} updates; `TailMean` begins at 90 % of it.
+Percentages of `Merge` refer to the run up to the validation, those of `EMA` and `TailMean` to the
+whole budget of {STEPS} updates; `TailMean` begins at 90 % of it.
 
-These runs are short: the gradients still point down the valley, which favors short decays and short
+These runs are short: the loss still falls quickly at the end, which favors short decays and short
 windows. One model and one data set.
 
 ## After a decay
@@ -335,7 +335,8 @@ With a decay to zero over the last 40 %, at the rate {LEARNING_RATES[2]:g}, the 
 ## The cost of an update
 
 One update of an EMA on one core of a CPU, beside `update_parameters` of torch's `AveragedModel`
-with its multi-tensor EMA. Both take turns; medians of processor time, and 90 % of the ratios.
+with its multi-tensor EMA. The two are timed alternately. The table has medians of the processor
+time; the range contains 90 % of the ratios.
 
 | weights | ModelAveraging, µs | torch, µs | ratio |
 |---|---|---|---|
@@ -344,7 +345,7 @@ with its multi-tensor EMA. Both take turns; medians of processor time, and 90 % 
 `Merge` copies the weights at some updates only: with 10 checkpoints over the last fifth of a run it
 copies them ten times there.
 
-Run with `python benchmarks/averaging.py all --write`, torch {torch.__version__}.
+Run with `python benchmarks/averaging.py all --seeds {seeds} --write`, torch {torch.__version__}.
 """
 
 

@@ -351,10 +351,11 @@ def page(found: dict[str, Result], killed: str, updates: int, seeds: int) -> str
 
 Measured with `python benchmarks/rollback.py --write` on {os.cpu_count()} cores, torch
 {torch.__version__}. A GPT with 0.1M parameters is trained for {updates:,} updates of {BATCH}
-samples. 5 % of the samples are random bytes, in bursts of {BURST} updates; a seed determines
-weights, data and bursts. The loss is the validation loss in nats per byte. `clean` has the same
-data without the bad samples. `guard` is `StepGuard()` with clipping, `rollback` is
-`StepGuard(roll_back=RollBack(at_most=20))` with clipping, and `clip` and `nothing` have no guard.
+samples. One burst of {BURST} updates ({BURST / updates:.0%} of the samples) consists of random
+bytes; a seed determines weights, data and the place of the burst. The loss is the validation loss
+in nats per byte. `clean` has the same data without the bad samples. `guard` is `StepGuard()` with
+clipping, `rollback` is `StepGuard(roll_back=RollBack(at_most=20))` with clipping, and `clip` and
+`nothing` have no guard.
 
 {table(found, seeds, VARIANTS)}
 A rollback trains other data in place of what it leaves out, so that the run has as many updates as
@@ -365,14 +366,15 @@ which has no rollback.
 
 ## False triggers
 
-The same runs without bad samples, with `RollBack()` added, and the same at twice the learning rate.
+The same runs without bad samples, with `StepGuard(roll_back=RollBack(at_most=20))`, once at the
+usual and once at twice the learning rate.
 
 {table(found, seeds, [*FALSE_TRIGGERS])}
 ## Killed at random moments
 
 Two processes train {KILLED_UPDATES} updates; one of them gets NaN for {len(NAN)} stretches of
-samples. Both are killed with SIGKILL at random moments and resumed from the last checkpoint. A run
-whose order never held the left-out samples is the comparison.
+samples. Both are killed with SIGKILL at random moments and resumed from the last checkpoint. The
+final weights are compared with those of a run whose data never contained the left-out samples.
 
 {killed}
 """
@@ -403,7 +405,7 @@ def main() -> None:
     if arguments.kills:
         kills, rollbacks, same = kill_at_random(arguments.kills)
         equal = "equal to the bit" if same else "NOT equal"
-        killed = f"{kills} kills, {rollbacks} rollbacks: the final weights are {equal}."
+        killed = f"After {kills} kills and {rollbacks} rollbacks the final weights are {equal}."
         print(killed, flush=True)
     if arguments.write:
         text = page(found, killed, arguments.updates, arguments.seeds)

@@ -32,12 +32,12 @@ class EMA(Average):
         \bar\theta_n = \frac{\sum_{i \le n} w_i \theta_i}{\sum_{i \le n} w_i}, \qquad
         w_i = (1 - d_i) \prod_{i < j \le n} d_j ,
 
-    so that the initial weights have no part in it (the bias correction of Adam). After a few
-    half-lives it equals the usual recursion :math:`\bar\theta \leftarrow d \bar\theta + (1 - d)
-    \theta`. A batch ramp does not change the half-life in samples, tokens or percent.
+    so that the initial weights have no part in it (the bias correction of Adam). After many
+    half-lives it approaches the usual recursion :math:`\bar\theta \leftarrow d \bar\theta +
+    (1 - d) \theta`. A half-life in samples or tokens covers the same data if the batch grows.
 
     Args:
-        half_life: Duration :math:`h` after which the weight of an update is one half, positive.
+        half_life: Duration :math:`h` in which the weight of an update halves, positive.
         start: Duration before the first update that is averaged. Until then the average is the
             current weights.
 

@@ -37,8 +37,8 @@ def merge_coefficients(
     Args:
         positions: Positions of the checkpoints in updates, samples or any other unit, ascending.
         emulate: Curve of the decay: ``"linear"``, ``"cosine"``, ``"1-sqrt"`` or ``"exponential"``.
-        begin: Position where the decay begins, before the first checkpoint; None for the mean
-            distance before it.
+        begin: Position where the decay begins, before the first checkpoint; None for the first
+            position minus the mean distance between positions.
 
     Returns:
         One coefficient for each checkpoint; their sum is 1.
@@ -79,8 +79,9 @@ class Merge(Average):
     r"""Weighted mean of recent checkpoints, which emulates a decay of the learning rate.
 
     A run at a constant learning rate keeps copies of its weights at equal distances.
-    :func:`merge_coefficients` gives the weight of each copy. The current weights are the last one.
-    The merge is available at any time, so that one run gives a decayed model for every length.
+    :func:`merge_coefficients` gives the weight of each copy. The current weights are the last
+    checkpoint. The merge is available at any time, so that one run gives a decayed model for every
+    length.
 
     It costs one copy of the weights for each checkpoint, and almost no time. A run whose learning
     rate decays to zero needs no merge.

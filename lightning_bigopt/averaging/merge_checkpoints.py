@@ -54,8 +54,8 @@ def merge_checkpoints(
 
     Returns:
         A checkpoint in one file with the merged weights and the hyperparameters of the last one,
-        for ``load_from_checkpoint`` and for evaluations. It has no optimizer states. ``merged`` has
-        the paths and coefficients.
+        for ``load_from_checkpoint`` and for evaluations. It has no optimizer states. Its key
+        ``merged`` has the paths, their coefficients, and the paths that were left out.
 
     Raises:
         ValueError: If there is no checkpoint, one cannot be read, their weights have different
@@ -74,7 +74,10 @@ def merge_checkpoints(
         ([15.0], 20)
     """
     if not paths:
-        raise ValueError("checkpoints must contain a path, got none; pass at least one")
+        raise ValueError(
+            "paths must contain at least one checkpoint, got none; pass files that ModelCheckpoint "
+            "has saved"
+        )
     unit = "steps" if over is None else Duration.parse(over, name="over").unit
     found: dict[float, Path] = {}
     left_out: list[str] = []
@@ -87,8 +90,8 @@ def merge_checkpoints(
             found[position] = path
     if not found:
         raise ValueError(
-            f"checkpoints must contain one of a run, got {left_out}, which were merged; pass the "
-            "checkpoints that ModelCheckpoint has saved"
+            f"paths must contain a checkpoint that is not a merge, got only merges: {left_out}; "
+            "pass the checkpoints that ModelCheckpoint has saved"
         )
     positions = sorted(found)
     begin = None if over is None else positions[-1] - _length(over, positions[-1])
@@ -126,8 +129,8 @@ def _position(checkpoint: Mapping[str, Any], unit: str, path: PathOrStr) -> floa
     amount = clocks[0].get(unit, 0) if clocks else 0
     if not amount:
         raise ValueError(
-            f"over must be in a unit that the run has counted, got {unit}, of which {path} has "
-            "none; write it in percent or steps"
+            f"over must have a unit that the run has counted, got {unit}, which {path} does not "
+            "contain; write it in percent or steps"
         )
     return float(amount)
 
@@ -140,17 +143,17 @@ def _read(path: PathOrStr, *, weights_only: bool) -> dict[str, Any]:
         checkpoint = torch.load(file, map_location="cpu", mmap=True, weights_only=weights_only)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"checkpoints must load with weights_only=True, got {path} with other objects "
+            f"paths must load with weights_only=True, got {path} with other objects "
             f"({str(error).splitlines()[0]}); pass weights_only=False if you trust the file"
         ) from None
     except (OSError, RuntimeError) as error:
         raise ValueError(
-            f"checkpoints must be files or folders of Lightning, got {path}, which cannot be read: "
+            f"paths must be files or folders of Lightning, got {path}, which cannot be read: "
             f"{str(error).splitlines()[0]}; check the path"
         ) from None
     if not isinstance(checkpoint, dict) or "global_step" not in checkpoint:
         raise ValueError(
-            f"checkpoints must be those of Lightning, got {path} without global_step; save with "
+            f"paths must be checkpoints of Lightning, got {path} without global_step; save with "
             "ModelCheckpoint"
         )
     return checkpoint

@@ -28,7 +28,7 @@ class TailMean(Average):
     .. math:: \bar\theta = \frac{1}{n} \sum_{i = T - n + 1}^{T} \theta_i
 
     Before that part begins, the average is the current weights. It needs one copy of the weights.
-    If the budget is extended at a resume or in a second fit, the mean begins anew.
+    If a resume or a second fit has another budget, the mean starts again.
 
     Args:
         over: Length of that part at the end of the budget, positive.
@@ -106,5 +106,5 @@ class TailMean(Average):
             )
 
     def count_from(self, state: AverageState, progress: Progress) -> None:
-        """Begins anew: with another budget, the part at its end is another one."""
+        """Clears the mean: with another budget, another part of the run is averaged."""
         state.copies, state.numbers = [], {}

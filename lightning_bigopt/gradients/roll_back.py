@@ -25,16 +25,16 @@ _ARMED = 64  # losses before the first trigger
 class RollBack(Specification):
     r"""Goes back to a snapshot after bad updates, and leaves out the data since the snapshot.
 
-    ``StepGuard(roll_back=RollBack())`` takes snapshots while the run is well, and goes back to one
-    if the smoothed loss stays above its usual for ``updates`` updates,
+    ``StepGuard(roll_back=RollBack())`` takes snapshots while the loss is not above its limit. It
+    restores one if the smoothed loss stays above the limit for ``updates`` accepted updates,
 
     .. math:: \bar\ell_t = \bar\ell_{t-1} + \tfrac{2}{n+1} (\ell_t - \bar\ell_{t-1}), \qquad
         \bar\ell_t > m + \theta \max(\sigma, \text{floor} \cdot |m|) \text{ for } n \text{ updates}
 
     or if the guard's ``max_consecutive`` is reached, which ends the run otherwise. The usual loss
-    :math:`m` is the median of the last 32 losses of accepted updates, and :math:`\sigma` their
-    standard deviation, estimated as for :class:`NormSpike` from the last 128 (where most losses are
-    0, their plain standard deviation). The trigger is armed after 64 losses.
+    :math:`m` is the median of the last 32 losses that were not above the limit. :math:`\sigma` is
+    the standard deviation of the last 128 of them, estimated as for :class:`NormSpike` (if most
+    losses are 0, their plain standard deviation). There is no limit before 64 losses.
 
     Args:
         snapshot_every: Distance between snapshots. The first one is taken after the first accepted
@@ -43,11 +43,12 @@ class RollBack(Specification):
             passed, it goes back by one snapshot more.
         skip_data: Whether the data since the snapshot is left out. Otherwise it is trained again,
             where the loader has a ``state_dict``.
-        lr_factor: Factor on the learning rate after a rollback, in (0, 1].
-        recover: Time in which the learning rate returns to its schedule.
+        lr_factor: Factor on the learning rate after a rollback, in (0, 1]; below 1 it needs a
+            LearningRateScheduler.
+        recover: Duration in which the factor rises linearly back to 1.
         at_most: Number of rollbacks of the run; the next one ends it with an error.
-        to: ``"memory"`` for snapshots in CPU memory, which checkpoints hold too, or a folder into
-            which every process writes its own file.
+        to: ``"memory"`` for snapshots in CPU memory and in checkpoints of one file (not in sharded
+            ones), or a folder into which every process writes its own file.
         threshold: :math:`\theta`, in standard deviations.
         updates: :math:`n`: number of updates for which the loss is smoothed, and for which it must
             stay above the limit.
@@ -85,7 +86,7 @@ class RollBack(Specification):
             duration = Duration.parse(getattr(self, name), name=name)
             if name == "snapshot_every" and not duration.value:
                 raise ValueError(
-                    f"snapshot_every must be longer than 0, got {shown(self.snapshot_every)}; "
+                    f"snapshot_every must be positive, got {shown(self.snapshot_every)}; "
                     "write '1%' or 100"
                 )
         check_count("keep", self.keep, of="snapshots")

@@ -45,11 +45,16 @@ def check_activations(activations: Activations) -> None:
         )
     tags: dict[str, str] = {}
     for label in activations if isinstance(activations, Mapping) else ():
-        other = tags.setdefault(tag_name("", label), label)
-        if not label.strip() or other != label:
+        if not label.strip():
             raise ValueError(
-                "activations must have labels that give different tags, got "
-                f"{shown(other if label.strip() else label)} and {shown(label)}; rename one of them"
+                f"activations must have labels that are not empty, got {shown(label)}; write "
+                "{'attention': '*.attn'}"
+            )
+        other = tags.setdefault(tag_name("", label), label)
+        if other != label:
+            raise ValueError(
+                f"activations must have labels that give different tags, got {shown(other)} and "
+                f"{shown(label)}; rename one of them"
             )
 
 
@@ -89,8 +94,8 @@ def chosen_modules(module: nn.Module, activations: Activations) -> list[tuple[st
     for index, pattern in enumerate(patterns):
         if index not in matches:
             raise ValueError(
-                f"activations must match a module that no pattern before it matches, got "
-                f"{pattern!r}; names of modules are those of named_modules(), such as "
+                "each pattern of activations must match a module that no earlier pattern matches, "
+                f"got {pattern!r}; list it first, or use a name in named_modules(), such as "
                 f"{named[-1][0] if named else 'head'!r}"
             )
     return _once(
@@ -275,7 +280,7 @@ class ActivationMonitor:
             self._has_reported = True
             rank_zero_info(
                 f"OptimizationMonitor(activations=) has no values of {', '.join(missing)}: these "
-                "modules are compiled, never called (as containers), or have no dense "
+                "modules are compiled, never called (such as a ModuleList), or have no dense "
                 "floating-point output. Write torch.compile(block) instead of block.compile(), or "
                 "name other modules."
             )

@@ -100,7 +100,7 @@ def test_errors_name_the_file(tmp_path: Path, capsys: Any) -> None:
     text.write_text("no checkpoint")
     unsafe = save(tmp_path, 4, hyper_parameters={"path": Path("a")})
     for paths, options, message in (
-        ([], {}, "checkpoints must contain a path"),
+        ([], {}, "paths must contain at least one checkpoint"),
         ([merged], {}, "got .*merged.ckpt.*, which were merged"),
         ([two, other], {}, "all copies must have the same names, got 'v'"),
         ([one, plain], {}, "plain.pt without global_step"),
@@ -115,4 +115,4 @@ def test_errors_name_the_file(tmp_path: Path, capsys: Any) -> None:
             merge_checkpoints(paths, **options)
     assert merge_checkpoints([one, unsafe], weights_only=False)["global_step"] == 4
     assert main(["merge", str(one), str(text)]) == 1
-    assert "bigopt: error: checkpoints must" in capsys.readouterr().err
+    assert "bigopt: error: paths must" in capsys.readouterr().err

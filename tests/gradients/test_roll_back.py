@@ -15,7 +15,7 @@ from lightning_bigopt import RollBack, StepGuard
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"snapshot_every": 0}, "snapshot_every must be longer than 0, got 0; write '1%' or 100"),
+        ({"snapshot_every": 0}, "snapshot_every must be positive, got 0; write '1%' or 100"),
         ({"recover": "two"}, "recover must be a duration"),
         ({"keep": 0}, "keep must be a positive number of snapshots, got 0"),
         ({"lr_factor": 0.0}, r"lr_factor must be in \(0, 1\], got 0.0; try 0.5"),

@@ -158,9 +158,12 @@ def test_modules_without_values_are_named_once(caplog: Any) -> None:
     assert "has no values of unused:" in line
 
 
-@pytest.mark.parametrize("labels", [("a b", "a_b"), ("",)])
-def test_labels_must_give_different_tags(labels: Any) -> None:
-    with pytest.raises(ValueError, match="activations must have labels that give different tags"):
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [(("a b", "a_b"), "give different tags, got 'a b' and 'a_b'"), (("",), "not empty, got ''")],
+)
+def test_labels_must_give_different_tags(labels: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"activations must have labels that (are )?{message}"):
         OptimizationMonitor(activations=dict.fromkeys(labels, "*"))
 
 

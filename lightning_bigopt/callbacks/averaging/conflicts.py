@@ -27,7 +27,7 @@ def check_conflicts(fit: Fit) -> None:
     is_fsdp1 = isinstance(trainer.strategy, classes("strategies.FSDPStrategy"))
     if strategies.is_deepspeed(trainer) or is_fsdp1:
         raise ValueError(
-            "strategy must keep the parameters of the module with ModelAveraging, got "
+            "strategy must not be FSDP1 or DeepSpeed with ModelAveraging, got "
             f"{type(trainer.strategy).__name__}; use ModelParallelStrategy (FSDP2) or DDP"
         )
     for kind, way_out in (
@@ -79,12 +79,12 @@ def check_durations(fit: Fit, averages: Mapping[str, Average]) -> None:
         for duration in average.durations:
             if not counted.get(duration.unit, True):
                 raise ValueError(
-                    f"{name} must have a duration in a unit that the run counts, got "
-                    f"{str(duration)!r}; {ways_out[duration.unit]}"
+                    f"the durations of averages[{name!r}] must have a unit that the run counts, "
+                    f"got {str(duration)!r}; {ways_out[duration.unit]}"
                 )
         average.check(clock.horizon)
         if clock.cooldown is not None and isinstance(average, TailMean):
             raise ValueError(
-                f"on_resume must not be 'cooldown' with TailMean, got {average!r}, whose part does "
-                "not end with the cooldown; remove it: an average adds nothing after a decay"
+                f"on_resume must not be 'cooldown' with TailMean, got both: {average!r} averages "
+                "the end of the budget, not of the cooldown; remove the TailMean"
             )

@@ -55,8 +55,8 @@ class ModelAveraging(Capability):
         averages: An average, such as ``EMA(half_life="1%")``, or several by name.
         use: Name of the average that is the model; ``"training"`` for the training weights, so that
             averages are only logged. None for the only average.
-        device: Device of the averages; None for that of the weights. On the CPU they take no memory
-            of an accelerator, and are copied there while training continues.
+        device: Device of the averages; None for that of the weights. Averages on the CPU take no
+            memory of an accelerator; weights are copied to it while training continues.
         dtype: Data type of the averages, such as ``"float32"``; None for float32 if that of a
             weight is narrower, and otherwise the same.
         every: Average the weights after every n-th update.
@@ -70,8 +70,8 @@ class ModelAveraging(Capability):
     Raises:
         ValueError: If an argument is out of range; at fit start with FSDP1 or DeepSpeed, beside
             WeightAveraging or StochasticWeightAveraging of Lightning, or with an optimizer that has
-            ``train()`` and ``eval()``; at train start if a duration has a unit that the run does
-            not count.
+            ``train()`` and ``eval()``; at train start for a duration in a unit that the run does
+            not count, a TailMean longer than the budget, or one with ``on_resume="cooldown"``.
 
     State:
         ``averages``: for each name its copies of the weights and plain numbers; ``training``: the
@@ -142,8 +142,8 @@ class ModelAveraging(Capability):
         differ = continues and tensors.differ(self._model() or {})
         if fit.trainer.strategy.reduce_boolean_decision(differ, all=False):
             rank_zero_warn(
-                "The weights are others than those that ModelAveraging left in the module, so that "
-                "the averages begin anew, and the training continues from these weights."
+                "The weights have changed since ModelAveraging wrote the average into the module. "
+                "Training continues from the changed weights, and the averages start again."
             )
             self.reset()
             self._tensors = tensors

@@ -21,15 +21,17 @@ def check_conflicts(fit: Fit, *, has_backoffs: bool, roll_back: RollBack | None 
         roll_back: The RollBack of the guard.
 
     Raises:
-        ValueError: With DeepSpeed, with an optimizer of Opacus, for a Backoff, or a RollBack that
-            lowers the learning rate, without a LearningRateScheduler, or for a RollBack with manual
-            optimization, a ZeroRedundancyOptimizer or an average of Lightning.
+        ValueError: With DeepSpeed or an optimizer of Opacus; for a Backoff, or a RollBack that
+            lowers the learning rate, without a LearningRateScheduler; for a RollBack with manual
+            optimization, a ZeroRedundancyOptimizer, or a callback of Lightning that averages the
+            weights.
     """
     trainer = fit.trainer
     if strategies.is_deepspeed(trainer):
         raise ValueError(
             "strategy must not be DeepSpeed with StepGuard, got "
-            f"{type(trainer.strategy).__name__}, which steps itself; remove StepGuard"
+            f"{type(trainer.strategy).__name__}, which runs the optimizer step itself; remove "
+            "StepGuard"
         )
     check_not_private(
         trainer.optimizers,

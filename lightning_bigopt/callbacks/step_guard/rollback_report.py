@@ -20,17 +20,17 @@ class RolledBack:
     """Description of one rollback.
 
     Args:
-        update: The Trainer's ``global_step`` before the update at which it was decided.
+        update: The Trainer's ``global_step`` before the update that caused the rollback.
         to: The ``global_step`` of the snapshot.
         epoch: The epoch at that update.
         reason: Reason for the rollback.
-        left_out: Amount of data between the snapshot and the end of that update.
+        left_out: Amount of data from the snapshot to the end of that update.
         unit: ``"samples"`` over all processes, or ``"batches"`` of one process where samples are
             not counted.
         replayed: Whether that data is trained again.
         loss_before: Smoothed loss before the rollback; None if no update was accepted.
-        loss_after: Mean loss of the first accepted updates after it, as many as the trigger needs;
-            None until then.
+        loss_after: Mean loss of the first ``RollBack(updates=)`` accepted updates after the
+            rollback; None until then.
 
     Example:
         >>> rolled_back = RolledBack(

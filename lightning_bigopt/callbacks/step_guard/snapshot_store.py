@@ -28,7 +28,7 @@ class KeptSnapshot:
 
     Args:
         number: Number of the snapshot in the run.
-        token: A text of the fit in which it was taken: another run has another one.
+        token: Random identifier of the fit in which the snapshot was taken.
         steps: The Trainer's ``global_step``.
         samples: Samples consumed, over all processes.
         batches: Batches of one process consumed.
@@ -71,7 +71,7 @@ class SnapshotStore:
         self.clear()
 
     def clear(self) -> None:
-        """Forgets all snapshots."""
+        """Drops all snapshots."""
         self.kept: list[KeptSnapshot] = []
         self._next = 0
         self._needed: list[set[int]] = []  # by checkpoints
@@ -110,12 +110,12 @@ class SnapshotStore:
         if self.folder is None and self._is_sharded:
             rank_zero_info(
                 "RollBack(to='memory'): checkpoints do not hold the snapshots of a sharded model; "
-                "after a resume new ones are taken. Pass to='a folder' to keep them."
+                "after a resume new ones are taken. Write to='snapshots' to keep them."
             )
         self.drop_lost(fit)
 
     def drop_lost(self, fit: Fit) -> None:
-        """Drops snapshots that a process cannot restore, and says how many; a collective."""
+        """Drops snapshots that a process cannot restore, and logs their number; a collective."""
         if not self.kept:
             return
         self.wait()
@@ -129,8 +129,8 @@ class SnapshotStore:
         self.kept = [kept for kept, is_here in zip(self.kept, available, strict=True) if is_here]
         if lost:
             rank_zero_info(
-                f"RollBack: {lost} of {len(available)} snapshots cannot be used here (files are "
-                "missing or damaged, or to or the number of processes has changed)."
+                f"RollBack: {lost} of {len(available)} snapshots cannot be used: their files are "
+                "missing or damaged, or RollBack(to=) or the number of processes has changed."
             )
 
     def _is_available(self, kept: KeptSnapshot) -> bool:
@@ -162,7 +162,7 @@ class SnapshotStore:
     # ---------------------------------------------------------------------------- snapshots
 
     def take(self, fit: Fit) -> None:
-        """Takes a snapshot, and forgets the oldest of too many."""
+        """Takes a snapshot; drops the oldest ones if there are more than ``keep``."""
         clock = fit.clock
         del self.kept[: max(0, len(self.kept) - self._keep + 1)]  # first, to free its memory
         kept = KeptSnapshot(
@@ -184,7 +184,7 @@ class SnapshotStore:
             self._remove_unneeded()
 
     def drop_newest(self) -> None:
-        """Forgets the newest snapshot."""
+        """Drops the newest snapshot."""
         self.kept.pop()
 
     def restorable(self, fit: Fit, kept: KeptSnapshot) -> Restorable:

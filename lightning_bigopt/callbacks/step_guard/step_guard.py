@@ -71,10 +71,10 @@ class StepGuard(Capability):
         discarded updates as ``rollback/discarded_loss``, and each rollback as text.
 
     Raises:
-        ValueError: At fit start with DeepSpeed, with an optimizer of Opacus, for a ``Backoff``, or
-            a RollBack with ``lr_factor`` below 1, without a LearningRateScheduler, if a process
-            cannot write to ``forensics`` or ``to``, and for a RollBack with manual optimization, a
-            ZeroRedundancyOptimizer or an average of Lightning.
+        ValueError: At fit start with DeepSpeed or an optimizer of Opacus; for a ``Backoff``, or a
+            ``RollBack(lr_factor=...)`` below 1, without a LearningRateScheduler; if a process
+            cannot write to ``forensics`` or ``to``; for a RollBack with manual optimization, a
+            ZeroRedundancyOptimizer, or a callback of Lightning that averages the weights.
         TooManyRejectionsError: After ``max_consecutive`` rejections in a row without a RollBack,
             or when a RollBack has no rollback left; a RuntimeError.
 
@@ -296,7 +296,7 @@ class StepGuard(Capability):
         return state
 
     def restore(self, snapshot: dict[str, Any]) -> None:
-        """Restores histories; with a RollBack the counts of rejections go on, as its own do."""
+        """Restores histories; with a RollBack, keeps the counts of rejections and rollbacks."""
         if self._rollbacks is None:
             self._state.load_state_dict(snapshot)
             return

@@ -56,11 +56,14 @@ def too_many_rejections(
     # not change the weights.
     if checkpoint is not None and not trainer_callbacks.checkpoint_exists(checkpoint):
         checkpoint = trainer_callbacks.newest_checkpoint(trainer)
-    hint = "No checkpoint was written before; lower the learning rate, or save more often"
+    hint = (
+        "No checkpoint was saved before the bad updates; lower the learning rate, or save more "
+        "often"
+    )
     if checkpoint is not None:
         hint = (
-            f"The last checkpoint before them is {checkpoint}; resume from it with a lower "
-            "learning rate or other data"
+            f"The last checkpoint before the bad updates is {checkpoint}; resume from it with a "
+            "lower learning rate or other data"
         )
     spoiled = _tensors_with_nan(trainer.lightning_module)
     if spoiled:

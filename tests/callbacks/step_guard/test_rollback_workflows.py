@@ -242,7 +242,7 @@ def test_files_of_another_run_are_not_used(tmp_path: Path, caplog: Any) -> None:
     own = guard(to=to)
     with caplog.at_level("INFO"), pytest.raises(TooManyRejectionsError, match="must have a snapsh"):
         fit(Poisoned(BAD), own, ckpt_path=path)
-    assert "2 of 2 snapshots cannot be used here" in caplog.text
+    assert "2 of 2 snapshots cannot be used: their files" in caplog.text
 
 
 @pytest.mark.parametrize("before", ["memory", "folder"])
@@ -260,7 +260,7 @@ def test_another_place_for_snapshots_is_reported(before: str, tmp_path: Path, ca
         else:
             with pytest.raises(TooManyRejectionsError, match="must have a snapshot"):
                 fit(Poisoned(BAD), own, ckpt_path=path)
-            assert "2 of 2 snapshots cannot be used here" in caplog.text
+            assert "2 of 2 snapshots cannot be used: their files" in caplog.text
     assert re.search(r"step guard roll_back: RollBack\(.*to='.*'.*→ RollBack", caplog.text)
 
 
