@@ -54,8 +54,9 @@ class LoggedAxis:
     def go_on(self, fit: Fit) -> RunAmounts:
         """Keeps the axis after the counts were set back; returns by how much they were."""
         undone = self._counts.since(fit.clock.counts())
-        self.updates += undone.steps
-        self.offset += undone.steps if self.unit == "updates" else int(getattr(undone, self.unit))
+        amount = undone.steps if self.unit == "updates" else int(getattr(undone, self.unit))
+        self.updates += max(0, undone.steps)
+        self.offset += max(0, amount)
         return undone
 
     def state_dict(self) -> dict[str, Any]:

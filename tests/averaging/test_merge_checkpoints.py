@@ -101,12 +101,12 @@ def test_errors_name_the_file(tmp_path: Path, capsys: Any) -> None:
     unsafe = save(tmp_path, 4, hyper_parameters={"path": Path("a")})
     for paths, options, message in (
         ([], {}, "paths must contain at least one checkpoint"),
-        ([merged], {}, "got .*merged.ckpt.*, which were merged"),
+        ([merged], {}, "got only merges: .*merged.ckpt"),
         ([two, other], {}, "all copies must have the same names, got 'v'"),
         ([one, plain], {}, "plain.pt without global_step"),
         ([one, text], {}, "text.ckpt"),
         ([one, tmp_path / "none.ckpt"], {}, "none.ckpt, which cannot be read"),
-        ([one, two], {"over": "5 samples"}, "got samples, of which .* has none"),
+        ([one, two], {"over": "5 samples"}, "got samples, which .* does not contain"),
         ([one, two], {"over": 0}, "over must be positive"),
         ([one, two], {"emulate": "sqrt"}, "emulate must be"),
         ([one, unsafe], {}, "4.ckpt with other objects.*weights_only=False"),

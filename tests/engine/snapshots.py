@@ -102,6 +102,7 @@ def parts(fit: Fit) -> dict[str, Any]:
         if not isinstance(capability, Acts):
             state = dict(capability.saved_state())
             state.pop("window", None)  # the window that has closed: a place in the data, no state
+            state.pop("axis", None)  # the x axis of the loggers goes on
             found[f"state of {type(capability).__name__}"] = state
     return copy.deepcopy(detached(found))
 

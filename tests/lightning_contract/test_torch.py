@@ -289,3 +289,18 @@ def test_a_backward_pass_has_a_number() -> None:
     y.sum().backward()
     assert seen[0] >= 0
     assert torch._C._current_graph_task_id() == -1
+
+
+@asserts("_functorch")
+def test_tensors_within_torch_func_are_recognized() -> None:
+    """They stand for several tensors, or for one with a derivative, and many kernels fail."""
+    seen = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        seen.append(torch._C._functorch.is_functorch_wrapped_tensor(x))
+        return x.sum()
+
+    function(torch.ones(2))
+    torch.func.vmap(function)(torch.ones(3, 2))
+    torch.func.grad(function)(torch.ones(2))
+    assert seen == [False, True, True]

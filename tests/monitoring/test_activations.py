@@ -348,9 +348,7 @@ def test_arguments_are_checked() -> None:
     for wrong in ("block", 3, True, {"a": 1}, ["*"]):
         with pytest.raises(ValueError, match=r"activations must be 'blocks', patterns .* got"):
             OptimizationMonitor(activations=wrong)  # type: ignore[arg-type]
-    with pytest.raises(
-        ValueError, match=r"pattern of activations must match .* got '\*\.attn'"
-    ):
+    with pytest.raises(ValueError, match=r"pattern of activations must match .* got '\*\.attn'"):
         fit(
             Blocks(),
             loader(4, 4),

@@ -49,7 +49,7 @@ LAYERS: tuple[tuple[frozenset[str], frozenset[str]], ...] = (
     (frozenset({"planning"}), TORCH),
     (frozenset({"trainer_access"}), LIGHTNING),
     (frozenset({"engine"}), LIGHTNING),
-    (frozenset({"monitoring"}), LIGHTNING),
+    (frozenset({"monitoring"}), LIGHTNING | {"numpy"}),  # which tensorboard needs
     (frozenset({"reporting"}), LIGHTNING),
     (frozenset({"callbacks"}), LIGHTNING),
     (frozenset({"mixins"}), LIGHTNING),

@@ -24,7 +24,7 @@ def test_max_consecutive_raises_and_names_the_last_healthy_checkpoint(
     with pytest.raises(TooManyRejectionsError) as error:
         fit(module, StepGuard(max_consecutive=3), saving, enable_checkpointing=True)
     assert "3 times in a row" in str(error.value)
-    named = re.search(r"checkpoint before them is (\S+);", str(error.value)).group(1)
+    named = re.search(r"checkpoint before the bad updates is (\S+);", str(error.value)).group(1)
     assert Path(named) == tmp_path / "step=6.ckpt"
     weights = torch.load(named, weights_only=True)["state_dict"]
     assert finite(weights)
@@ -40,7 +40,7 @@ def test_checkpoint_resumed_from_is_named_if_none_was_written(tmp_path: Path) ->
             StepGuard(actions=[Abort(after=2)]),
             ckpt_path=tmp_path / "first.ckpt",
         )
-    with pytest.raises(RuntimeError, match="No checkpoint was written"):
+    with pytest.raises(RuntimeError, match="No checkpoint was saved before"):
         fit(BadBatchModule({0: math.nan}), StepGuard(max_consecutive=1))
 
 
@@ -66,7 +66,7 @@ def test_named_checkpoint_exists_and_all_checkpoints_hold_finite_weights(tmp_pat
             SaveAt(tmp_path / "before.ckpt", 7),
             enable_checkpointing=True,
         )
-    named = re.search(r"checkpoint before them is (\S+);", str(error.value)).group(1)
+    named = re.search(r"checkpoint before the bad updates is (\S+);", str(error.value)).group(1)
     before = torch.load(tmp_path / "before.ckpt", weights_only=True)
     for path in {Path(named), *tmp_path.rglob("*.ckpt")}:
         saved = torch.load(path, weights_only=True)
