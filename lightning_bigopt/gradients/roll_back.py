@@ -26,10 +26,11 @@ class RollBack(Specification):
     r"""Goes back to a snapshot after bad updates, and leaves out the data since the snapshot.
 
     ``StepGuard(roll_back=RollBack())`` takes snapshots while the loss is not above its limit. It
-    restores one if the smoothed loss stays above the limit for ``updates`` accepted updates,
+    restores one if the smoothed loss :math:`s_t` stays above the limit for ``updates`` accepted
+    updates,
 
-    .. math:: \bar\ell_t = \bar\ell_{t-1} + \tfrac{2}{n+1} (\ell_t - \bar\ell_{t-1}), \qquad
-        \bar\ell_t > m + \theta \max(\sigma, \text{floor} \cdot |m|) \text{ for } n \text{ updates}
+    .. math:: s_t = s_{t-1} + \tfrac{2}{n+1} (\ell_t - s_{t-1}), \qquad
+        s_t > m + \theta \max(\sigma, \text{floor} \cdot |m|) \text{ for } n \text{ updates}
 
     or if the guard's ``max_consecutive`` is reached, which ends the run otherwise. The usual loss
     :math:`m` is the median of the last 32 losses that were not above the limit. :math:`\sigma` is
