@@ -269,14 +269,16 @@ class ActivationMonitor:
                 for name, value in size.values().items():
                     into.add(tag_name(f"activations/{prefix}{name}", label), value)
         found = bool(self._outputs)
-        self._outputs, self._gradients = {}, {}
+        self._outputs, self._gradients, self._was_attached = {}, {}, False
         return found
 
     def _report_missing(self) -> None:
-        """Logs once which modules have no values."""
+        """Logs once which modules have no values in a window with hooks."""
+        if self._has_reported or not self._was_attached:
+            return
         labels = dict.fromkeys(label for label, _ in self._modules)
         missing = [label for label in labels if label not in self._outputs]
-        if missing and not self._has_reported and self._was_attached:
+        if missing:
             self._has_reported = True
             rank_zero_info(
                 f"OptimizationMonitor(activations=) has no values of {', '.join(missing)}: these "

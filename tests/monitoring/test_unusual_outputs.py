@@ -130,7 +130,7 @@ class Logged(L.pytorch.loggers.CSVLogger):
         self.rows.append((step, dict(metrics)))
 
 
-def test_values_of_an_earlier_window_are_not_logged_again(tmp_path: Any) -> None:
+def test_values_of_an_earlier_window_are_not_logged_again(tmp_path: Any, caplog: Any) -> None:
     class Stops(Blocks):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             if batch_idx == 7:
@@ -139,9 +139,11 @@ def test_values_of_an_earlier_window_are_not_logged_again(tmp_path: Any) -> None
 
     logger = Logged(tmp_path)
     monitor = OptimizationMonitor(activations={"embed": "embed"})
-    fit(Stops(), loader(40, 2), monitor, max_epochs=1, log_every_n_steps=3, logger=logger)
+    with caplog.at_level("INFO"):
+        fit(Stops(), loader(40, 2), monitor, max_epochs=1, log_every_n_steps=3, logger=logger)
     found = [step for step, row in logger.rows if "activations/rms/embed" in row]
     assert found == [2, 5]
+    assert "has no values of" not in caplog.text
 
 
 def test_modules_without_values_are_named_once(caplog: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from lightning_bigopt.optimizers.object_snapshot import ObjectSnapshot
@@ -77,19 +77,6 @@ class HalfRun(Run):
         if name == "wide momentum":
             self.module.bfloat16()
         self.optimizer = PORTABLE[name](list(self.module.parameters()))
-
-    def train(self, steps: range) -> None:
-        dtype = next(self.module.parameters()).dtype
-        for step in steps:
-            x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step)).to(dtype)
-
-            def closure(x: Tensor = x) -> Tensor:
-                self.optimizer.zero_grad()
-                loss = self.module(x).square().mean()
-                loss.backward()
-                return loss
-
-            self.optimizer.step(closure)
 
 
 def stored(run: Run) -> dict[str, Any]:

@@ -130,8 +130,9 @@ class Run:
         self.optimizer = OPTIMIZERS[name](list(self.module.parameters()))
 
     def train(self, steps: range) -> None:
+        dtype = next(self.module.parameters()).dtype
         for step in steps:
-            x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+            x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step)).to(dtype)
 
             def closure(x: Tensor = x) -> Tensor:
                 self.optimizer.zero_grad()

@@ -55,7 +55,7 @@ class Inspection:
         self._detectors, self._state, self._window = detectors, state, window
         self._rollbacks = rollbacks
         limits = [action.after for action in actions if isinstance(action, Abort)]
-        self._aborts_after = min(limits, default=None)
+        self._aborts_after = min(limits, default=math.inf)
         self._limit = min([max_consecutive, *limits])
         self._clips_to_median = any(isinstance(action, ClipToMedian) for action in actions)
         self.rejections: deque[RejectedUpdate] = deque(maxlen=_MAX_REJECTIONS)
@@ -101,7 +101,7 @@ class Inspection:
         if factor is None:
             restore_buffers()  # first, because too many rejections raise
         rejected = self._reject(fit, update, guarded, verdict, norm)
-        if guarded["consecutive"] == self._aborts_after:
+        if guarded["consecutive"] >= self._aborts_after:
             raise too_many_rejections(
                 fit.trainer, self._too_many(), rejected, guarded["checkpoint"]
             )

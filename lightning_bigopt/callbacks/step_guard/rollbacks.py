@@ -275,8 +275,9 @@ class Rollbacks:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores the state from a checkpoint."""
+        """Restores the state from a checkpoint, for whichever module is trained next."""
         self.reset()
+        self._module = None
         self._trigger = copy.deepcopy(state["trigger"])
         self._last, self._budget = state["last"], state["budget"]
         self._checkpoint, self._discarded = state["checkpoint"], state["discarded"]

@@ -231,6 +231,33 @@ def test_the_losses_of_another_module_are_its_own() -> None:
     assert not own.rollbacks
 
 
+def test_a_resume_in_the_same_process_keeps_the_losses_of_the_checkpoint(tmp_path: Path) -> None:
+    """The guard has trained another module before: only a fit without a checkpoint forgets."""
+    path = tmp_path / "a.ckpt"
+    options: dict[str, Any] = {"samples": 800, "max_steps": 110}
+    samples = bad(*range(90, 94))
+
+    def own() -> StepGuard:
+        return StepGuard([NonFinite()], roll_back=RollBack(snapshot_every=5, updates=4, recover=0))
+
+    used, stops = own(), SavesAndStops(path, 88, 89)
+    with pytest.raises(StopError):
+        fit(Poisoned(samples, factor=30.0, lr=1e-3), used, stops, **options)
+    module = Poisoned(samples, factor=30.0, lr=1e-3)
+    trainer = L.Trainer(**QUIET, max_steps=110, max_epochs=-1, callbacks=[used])
+    trainer.fit(module, InOrder(800), ckpt_path=path, weights_only=True)
+    assert places(used) == [(93, 86)]
+
+
+def test_abort_ends_a_resumed_run_that_has_had_more_rejections(tmp_path: Path) -> None:
+    path, updates = tmp_path / "a.ckpt", bad(*range(8, 20))
+    with pytest.raises(StopError):
+        fit(Poisoned(updates), StepGuard([NonFinite()]), SavesAndStops(path, 12, 13))
+    own = StepGuard([NonFinite()], actions=[Abort(after=2)], roll_back=RollBack(snapshot_every=5))
+    with pytest.raises(TooManyRejectionsError, match="must not be rejected 2 times in a row"):
+        fit(Poisoned(updates), own, ckpt_path=path)
+
+
 # ------------------------------------------------------------------------------------- files
 
 
