@@ -158,7 +158,10 @@ class Snapshot:
         ]
         self._training.restore()
         for group, rate in rates:
-            group["lr"] = rate
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].copy_(torch.as_tensor(rate))
+            else:
+                group["lr"] = rate
         schedulers.load_scheduler_states(trainer, rest["schedulers"], unless=staying)
         self._groups.rewind(rest["bases"])
         scaler = precision.gradient_scaler(trainer)

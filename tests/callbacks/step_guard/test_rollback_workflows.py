@@ -160,6 +160,17 @@ def test_a_scheduler_of_epochs_goes_on(plateau: bool) -> None:
     assert module.lrs == pytest.approx([0.01 * 0.1**count for count in ended])
 
 
+def test_a_learning_rate_in_a_tensor_stays_the_same_tensor() -> None:
+    """A compiled step, or a CUDA graph, reads it."""
+    rate = torch.tensor(0.01)
+    make: Any = lambda o: StepLR(o, 1, gamma=0.1)  # noqa: E731
+    own, module = guard(), Bursts(make=make, scheduler={"interval": "epoch"}, lr=rate)
+    trainer = fit(module, own, max_steps=40)
+    assert places(own) == [(31, 26)]
+    assert trainer.optimizers[0].param_groups[0]["lr"] is rate
+    assert float(rate) == pytest.approx(0.001)
+
+
 # ----------------------------------------------------------------------- budgets and modules
 
 
