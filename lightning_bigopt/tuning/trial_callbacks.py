@@ -52,18 +52,22 @@ def copy_for_trial(capability: CapabilityT, *, keep_state: bool = False) -> Capa
 
 
 def with_policy(scheduler: BatchSizeScheduler, policy: BatchSizePolicy) -> BatchSizeScheduler:
-    """Returns a copy of a BatchSizeScheduler in its initial state, with a policy of one size.
+    """Returns a BatchSizeScheduler with the loader and loss settings of another one.
 
-    Learning rate, beta2 and weight decay do not follow the batch size of the copy.
+    Learning rate, beta2 and weight decay do not follow its batch size.
 
     Args:
-        scheduler: The scheduler.
+        scheduler: The other scheduler, which may be of a subclass.
         policy: A policy that returns one size, and is not adaptive.
     """
-    copied = copy_for_trial(scheduler)
-    copied.policy, copied.requires, copied.needs_horizon = policy, (), False
-    copied.coupling = type(copied.coupling)()
-    return copied
+    return BatchSizeScheduler(
+        policy,
+        weight=scheduler.weight,
+        micro_batch_size=scheduler.micro_batch_size,
+        max_micro_batch_size=scheduler.max_micro_batch_size,
+        samples=scheduler.settings.samples,
+        tokens=scheduler.settings.tokens,
+    )
 
 
 @dataclass(frozen=True)
