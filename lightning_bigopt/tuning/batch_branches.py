@@ -24,7 +24,7 @@ from lightning_bigopt.optimizers.names import part_optimizers
 from lightning_bigopt.schedules.decays import Linear
 from lightning_bigopt.trainer_access import loaders, strategies
 from lightning_bigopt.tuning.branches import Branch, run_branch
-from lightning_bigopt.tuning.trial_callbacks import copy_for_trial, with_policy
+from lightning_bigopt.tuning.trial_callbacks import with_policy, with_rule
 
 __all__ = [
     "current_batch_size",
@@ -72,7 +72,7 @@ def run_batch_branches(
         policy = ConstantBatchSize(multiple * batch_size)
         callbacks: list[Any] = [
             BatchSizeScheduler(policy) if scheduler is None else with_policy(scheduler, policy),
-            *(copy_for_trial(c, keep_state=True) for c in clipping),
+            *(with_rule(c, keep_state=True) for c in clipping),
         ]
         if cooldown:
             callbacks.append(LearningRateScheduler(Linear(start=1.0, end=0.0)))

@@ -19,7 +19,7 @@ from lightning_bigopt.engine.optimizer_modes import train_optimizers
 from lightning_bigopt.engine.stage import BATCH_SIZE
 from lightning_bigopt.optimizers.group_field import GroupField
 from lightning_bigopt.optimizers.object_snapshot import ObjectSnapshot
-from lightning_bigopt.trainer_access import loop, trial_runs
+from lightning_bigopt.trainer_access import loop, strategies, trial_runs
 
 __all__ = ["Branch", "RecordLosses", "run_branch", "state_restored"]
 
@@ -101,10 +101,12 @@ def state_restored(trainer: Trainer, module: LightningModule) -> Iterator[Object
         The snapshot, which may be restored within the block, too; random states are not.
     """
     with isolate_rng(include_cuda=torch.cuda.is_available()):
+        strategies.reshard(module)
         snapshot = ObjectSnapshot(*module.modules(), *trial_runs.objects_changed_by_fit(trainer))
         try:
             yield snapshot
         finally:
+            strategies.reshard(module)  # the evaluation has no backward pass
             snapshot.restore()
 
 

@@ -29,7 +29,7 @@ from lightning_bigopt.tuning.batch_branches import (
     updates_of_window,
 )
 from lightning_bigopt.tuning.critical_batch import CriticalBatchSize, check_multiples
-from lightning_bigopt.tuning.trial_callbacks import copy_for_trial
+from lightning_bigopt.tuning.trial_callbacks import new_copy
 from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["BatchMeasurement", "check_supported", "critical_batch_size"]
@@ -175,7 +175,7 @@ def critical_batch_size(
         )
     )
     callbacks = trainer_callbacks.callbacks_of(trainer)
-    copies = [copy_for_trial(c) for c in callbacks if isinstance(c, Capability)]
+    copies = [new_copy(c) for c in callbacks if isinstance(c, Capability)]
     with (
         isolate_rng(include_cuda=torch.cuda.is_available()),
         trial_runs.limits_kept(trainer),
