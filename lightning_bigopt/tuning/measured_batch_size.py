@@ -124,7 +124,7 @@ class MeasuredBatchSize(BatchSizeScheduler):
         high: int,
         check_every: DurationLike = "20%",
         window: DurationLike = "0.5%",
-        tolerance: float = 0.015,
+        tolerance: float = 0.02,
         evaluate: int = 16,
         lr_scaling: ScalingRule = "sqrt",
         beta2_scaling: Literal["half-life"] | None = None,
