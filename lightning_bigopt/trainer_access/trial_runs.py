@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_bigopt.batching.exact_loader import GlobalBatchLoader
+from lightning_bigopt.checks import shown
 from lightning_bigopt.optimizers.names import unwrapped
 from lightning_bigopt.trainer_access.loop import is_unlimited
 from lightning_bigopt.trainer_access.packages import classes, own
@@ -86,6 +87,9 @@ def run_separate_loop(
         module: The module to train.
         callbacks: The only callbacks that run; they are set up and torn down here.
         max_steps: Number of updates.
+
+    Raises:
+        ValueError: If a training loader can be iterated only once.
     """
     loop = own(trainer, "loops.fit_loop._FitLoop")(trainer, min_epochs=None, max_epochs=-1)
     epoch_loop = own(trainer, "loops.training_epoch_loop._TrainingEpochLoop")
@@ -95,6 +99,11 @@ def run_separate_loop(
     data = trainer.fit_loop._data_source.dataloader()
     if not isinstance(data, classes("utilities.CombinedLoader")):
         data = own(trainer, "utilities.CombinedLoader")(data, "max_size_cycle")  # as the fit loop
+    if any(hasattr(loader, "__next__") for loader in data.flattened):
+        raise ValueError(
+            f"the training loader must be iterable again for a trial run, got {shown(data)}, an "
+            "iterator whose batches the run would lose; pass a DataLoader or a list of batches"
+        )
     copies = copy.copy(data)
     copies.flattened = [_copied_loader(loader) for loader in data.flattened]
     trainer.fit_loop, loop._data_source = loop, source(copies, "")
