@@ -1,0 +1,273 @@
+"""The hyperparameter study: trials of Optuna over fields of a training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from lightning_bigopt.checks import check_choice, check_count, shown
+from lightning_bigopt.reporting.study import Direction, Study, StudyTrial
+from lightning_bigopt.trainer_access.processes import Processes
+from lightning_bigopt.tuning.optuna_session import OptunaSession
+from lightning_bigopt.tuning.space import Range, Space, checked_space
+from lightning_bigopt.tuning.trainings import MadeTrainings, Trainings
+from lightning_bigopt.tuning.trial import Outcome, run_trial
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["run_study", "study"]
+
+_SEED_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+
+
+def study(
+    make_trainer: Callable[..., Trainer],
+    make_module: Callable[..., LightningModule],
+    *,
+    space: Space,
+    trials: int = 16,
+    make_data: Callable[..., Any] | None = None,
+    monitor: str = "val_loss",
+    direction: Direction = "minimize",
+    sampler: Any = "TPE",
+    pruner: Any = "median",
+    storage: Any = None,
+    name: str = "study",
+    seed: int = 0,
+) -> Study:
+    """Searches the values of fields with Optuna; each trial is a training.
+
+    A trial sets the seeds, builds module, Trainer and data, trains, and is judged by the last
+    validation. The path of a field is
+
+    - the name of an argument of ``make_module``, ``make_trainer`` or ``make_data``: ``"lr"``;
+    - a field of a callback: ``"EarlyStopping.patience"``, ``"GradientClipping.rule.max_norm"``,
+      or short ``"clip.max_norm"``, ``"schedule.decay"``, ``"batch.sizes"``, ``"guard.actions"``;
+      its last part suffices if only one field of the callbacks has it;
+    - a field of the parameter groups: ``"optimizer.betas"``.
+
+    A callback is made anew from its constructor arguments with the new value, so that its checks
+    run again.
+
+    Args:
+        make_trainer: Makes the Trainer, with its callbacks, for each trial.
+        make_module: Makes the module for each trial.
+        space: The range of each field by path: :class:`Log`, :class:`Uniform`, :class:`Integer` or
+            :class:`Choice`.
+        trials: Trials after which the study ends: complete and pruned ones, those in the storage
+            included. Several processes that share a storage may exceed it by one each.
+        make_data: Makes the data for each trial: a loader, a pair of loaders for training and
+            validation, a datamodule, or a dictionary of arguments of ``Trainer.fit``. None for a
+            module that has its loaders.
+        monitor: Name of the value that the module logs in its validation.
+        direction: ``"minimize"`` or ``"maximize"``.
+        sampler: A sampler of Optuna or its name, such as ``"TPE"``, ``"GP"``, ``"Random"`` or
+            ``"QMC"``.
+        pruner: A pruner of Optuna or its name, such as ``"median"`` or ``"Hyperband"``; None for no
+            pruning.
+        storage: File ``study.db`` (SQLite) or ``study.journal``, a URL, a storage of Optuna, or
+            None for the memory. A study in a storage goes on where it has stopped, and trials of a
+            process that has died are repeated.
+        name: Name of the study in the storage.
+        seed: Seed of the sampler and of every training.
+
+    Returns:
+        Best values, trials, cost and report.
+
+    Raises:
+        ValueError: If a path is unknown or ambiguous, an argument is invalid, or every trial has
+            failed.
+
+    Example:
+        >>> def make_module(lr):
+        ...     return MyModule(lr=lr)  # doctest: +SKIP
+        >>> found = study(
+        ...     make_trainer, make_module, space={"lr": Log(1e-4, 1e-1)}
+        ... )  # doctest: +SKIP
+        >>> found.best_values  # doctest: +SKIP
+        {'lr': 0.0031}
+    """
+    check_count("seed", seed, minimum=0, hint="write 0")
+    trainings = MadeTrainings(make_trainer, make_module, make_data, seed=seed)
+    return run_study(
+        trainings,
+        space=space,
+        trials=trials,
+        monitor=monitor,
+        direction=direction,
+        sampler=sampler,
+        pruner=pruner,
+        storage=storage,
+        name=name,
+        seed=seed,
+    )
+
+
+def run_study(
+    trainings: Trainings,
+    *,
+    space: Space,
+    trials: int,
+    monitor: str,
+    direction: Direction,
+    sampler: Any,
+    pruner: Any,
+    storage: str | PathLike[str] | Any,
+    name: str,
+    seed: int,
+) -> Study:
+    """Runs a study over trainings; the arguments are those of :func:`study`."""
+    ranges = checked_space(space)
+    check_count("trials", trials, of="trials", hint="write 16")
+    check_choice("direction", direction, Direction)
+    for argument, text in (("monitor", monitor), ("name", name)):
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"{argument} must be a name, got {shown(text)}; write 'val_loss'")
+    with _no_trace():
+        trainer = trainings.prepare(ranges)
+        processes = Processes(trainer)
+        session = None
+        if processes.is_first:
+            session = OptunaSession(
+                distributions={path: values.distribution() for path, values in ranges.items()},
+                trials=trials,
+                storage=storage,
+                name=name,
+                direction=direction,
+                sampler=sampler,
+                pruner=pruner,
+                seed=seed,
+            )
+        del trainer
+        trial_loop = _TrialLoop(trainings, ranges, monitor, processes, session)
+        while trial_loop.run_next():
+            pass
+        result = None if session is None else _result(session, ranges, trainings, monitor)
+        found = processes.share(result)
+    assert found is not None  # process 0 has made it
+    _check_some_trained(found)
+    return found
+
+
+class _TrialLoop:
+    """Runs the trials one after the other, on all processes."""
+
+    def __init__(
+        self,
+        trainings: Trainings,
+        ranges: Mapping[str, Range],
+        monitor: str,
+        processes: Processes,
+        session: OptunaSession | None,
+    ) -> None:
+        self.trainings, self.ranges, self.monitor = trainings, ranges, monitor
+        self.processes, self.session = processes, session
+
+    def run_next(self) -> bool:
+        """Runs the next trial; returns False if there is none."""
+        trial = None if self.session is None else self.session.ask()
+        request = None if trial is None else (trial.number, trial.params)
+        request = self.processes.share(request)
+        if request is None:
+            return False
+        number, stored = request
+        values = {path: self.ranges[path].decode(stored[path]) for path in self.ranges}
+        report = None if trial is None else partial(_report, trial)
+        try:
+            outcome = run_trial(self.trainings, values, monitor=self.monitor, report=report)
+        except BaseException as error:
+            self._record_error(number, stored, error)
+            raise
+        if self.session is not None:
+            self.session.tell(number, outcome)
+            rank_zero_info(_line(number, stored, self.monitor, outcome))
+        return True
+
+    def _record_error(self, number: int, stored: Mapping[str, Any], error: BaseException) -> None:
+        if not isinstance(error, Exception):  # Ctrl-C, or exit: another start tries it again
+            if self.session is not None:
+                self.session.repeat(number, reason="interrupted")
+            return
+        text = f"Trial {number} has failed with {_written(stored)}."
+        if hasattr(error, "add_note"):  # from Python 3.11 on
+            error.add_note(text)
+        else:
+            rank_zero_info(text)
+        if self.session is not None:
+            self.session.fail(number, f"{type(error).__name__}: {error}")
+
+
+def _report(trial: Any, step: int, value: float) -> bool:
+    trial.report(value, step)
+    return bool(trial.should_prune())
+
+
+def _line(number: int, stored: Mapping[str, Any], monitor: str, outcome: Outcome) -> str:
+    if outcome.loss is None:
+        return f"Trial {number} was pruned with {_written(stored)}: {outcome.reason}."
+    return f"Trial {number}: {monitor} {outcome.loss:.6g} with {_written(stored)}."
+
+
+def _written(stored: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{path}={value:.4g}" if isinstance(value, float) else f"{path}={value}"
+        for path, value in stored.items()
+    )
+
+
+def _result(
+    session: OptunaSession, ranges: Mapping[str, Range], trainings: Trainings, monitor: str
+) -> Study:
+    """Returns the result of a study as plain data."""
+    found = Study(
+        name=session.study.study_name,
+        monitor=monitor,
+        direction="minimize" if session.study.direction.name == "MINIMIZE" else "maximize",
+        axes=tuple(values.axis(path) for path, values in ranges.items()),
+        trials=tuple(session.records()),
+        importance=session.importance(),
+    )
+    if found.best is None:
+        return found
+    best = {path: ranges[path].decode(found.best.values[path]) for path in ranges}
+    return replace(found, best_values=best, config=trainings.config(best))
+
+
+def _check_some_trained(found: Study) -> None:
+    """Raises if no trial has a value, and says why."""
+    if found.best is not None or any(_was_compared(trial) for trial in found.trials):
+        return
+    reasons = list(dict.fromkeys(trial.reason for trial in found.trials if trial.reason))
+    raise ValueError(
+        f"space must contain values that can be trained, got {len(found.trials)} trials of which "
+        f"none was trained to its end ({'; '.join(reasons[:3])}); change the ranges"
+    )
+
+
+def _was_compared(trial: StudyTrial) -> bool:
+    return trial.reason.startswith("the pruner") or trial.state == "running"
+
+
+@contextmanager
+def _no_trace() -> Iterator[None]:
+    """Restores the random states and the variables of ``seed_everything`` when the block ends."""
+    kept = {name: os.environ.get(name) for name in _SEED_VARIABLES}
+    try:
+        with isolate_rng(include_cuda=torch.cuda.is_available()):
+            yield
+    finally:
+        for name, value in kept.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
