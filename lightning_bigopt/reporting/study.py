@@ -45,7 +45,7 @@ class Axis:
             return self.options.index(str(value)) / max(len(self.options) - 1, 1)
         if self.is_log:
             return math.log(value / self.low) / math.log(self.high / self.low)
-        return (value - self.low) / (self.high - self.low)
+        return float((value - self.low) / (self.high - self.low))
 
     def advice_at_edge(self, value: Any) -> str:
         """Returns what to do about a best value at an end of the axis; "" if it is at none.
@@ -214,9 +214,8 @@ class Study:
         """Returns one line each for the states, the best trial, the edges and the cost."""
         complete = self.count("complete")
         states = [f"{complete} trial{'' if complete == 1 else 's'} complete"]
-        for state in ("pruned", "failed", "running"):
-            if count := self.count(state):
-                states.append(f"{count} {state}")
+        others: tuple[TrialState, ...] = ("pruned", "failed", "running")
+        states += [f"{count} {state}" for state in others if (count := self.count(state))]
         lines = [f"study {self.name!r}: {', '.join(states)}"]
         if self.best is not None:
             chosen = ", ".join(f"{path}={_short(v)}" for path, v in self.best.values.items())

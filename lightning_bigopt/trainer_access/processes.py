@@ -50,7 +50,21 @@ class Processes:
     @property
     def is_first(self) -> bool:
         """Whether this is process 0."""
-        return self.count == 1 or int(self._strategy.global_rank) == 0
+        return self.rank == 0
+
+    @property
+    def rank(self) -> int:
+        """Number of this process, from 0."""
+        return 0 if self.count == 1 else int(self._strategy.global_rank)
+
+    def all(self, flag: bool) -> bool:  # noqa: FBT001
+        """Returns whether a flag is set on every process; a collective."""
+        return flag if self.count == 1 else bool(self._strategy.reduce_boolean_decision(flag))
+
+    def barrier(self) -> None:
+        """Waits for the other processes; a collective."""
+        if self.count > 1:
+            self._strategy.barrier()
 
     def share(self, value: ValueT) -> ValueT:
         """Returns the value of process 0 on every process; a collective."""

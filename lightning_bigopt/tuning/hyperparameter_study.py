@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_bigopt.checks import check_choice, check_count, shown
+from lightning_bigopt.checks import check_choice, check_count
+from lightning_bigopt.durations.duration import DurationLike
 from lightning_bigopt.reporting.study import Direction, Study, StudyTrial
 from lightning_bigopt.trainer_access.processes import Processes
 from lightning_bigopt.tuning.optuna_session import OptunaSession
 from lightning_bigopt.tuning.space import Range, Space, checked_space
 from lightning_bigopt.tuning.trainings import MadeTrainings, Trainings
-from lightning_bigopt.tuning.trial import Outcome, run_trial
+from lightning_bigopt.tuning.trial_loop import TrialLoop
+from lightning_bigopt.tuning.trunk_files import trunk_folder
+from lightning_bigopt.tuning.trunk_schedule import budgets_in_updates, check_trunk
+from lightning_bigopt.type_checks import check_instance
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -40,10 +42,12 @@ def study(
     monitor: str = "val_loss",
     direction: Direction = "minimize",
     sampler: Any = "TPE",
-    pruner: Any = "median",
+    pruner: Any = "auto",
     storage: Any = None,
     name: str = "study",
     seed: int = 0,
+    budgets: Sequence[DurationLike] | None = None,
+    folder: str | PathLike[str] | None = None,
 ) -> Study:
     """Searches the values of fields with Optuna; each trial is a training.
 
@@ -74,12 +78,19 @@ def study(
         sampler: A sampler of Optuna or its name, such as ``"TPE"``, ``"GP"``, ``"Random"`` or
             ``"QMC"``.
         pruner: A pruner of Optuna or its name, such as ``"median"`` or ``"Hyperband"``; None for no
-            pruning.
+            pruning. ``"auto"`` is ``"median"``, and successive halving over the budgets.
         storage: File ``study.db`` (SQLite) or ``study.journal``, a URL, a storage of Optuna, or
             None for the memory. A study in a storage goes on where it has stopped, and trials of a
             process that has died are repeated.
         name: Name of the study in the storage.
         seed: Seed of the sampler and of every training.
+        budgets: Shares of the Trainer's ``max_steps``, or updates, for trials that share a trunk:
+            the constant part of the schedule is trained once for each trial, and the cooldown of
+            each budget branches off it. The schedule must be of the family of
+            :class:`~lightning_bigopt.schedules.WarmupStableDecay`; a warm-up in percent is that of
+            the largest budget. None for one training per trial.
+        folder: Folder for the checkpoints of trunks, which are removed when their trial has ended;
+            None for one beside the storage, or a temporary one.
 
     Returns:
         Best values, trials, cost and report.
@@ -110,6 +121,8 @@ def study(
         storage=storage,
         name=name,
         seed=seed,
+        budgets=budgets,
+        folder=folder,
     )
 
 
@@ -122,19 +135,24 @@ def run_study(
     direction: Direction,
     sampler: Any,
     pruner: Any,
-    storage: str | PathLike[str] | Any,
+    storage: Any,
     name: str,
     seed: int,
+    budgets: Sequence[DurationLike] | None = None,
+    folder: str | PathLike[str] | None = None,
 ) -> Study:
     """Runs a study over trainings; the arguments are those of :func:`study`."""
     ranges = checked_space(space)
     check_count("trials", trials, of="trials", hint="write 16")
     check_choice("direction", direction, Direction)
-    for argument, text in (("monitor", monitor), ("name", name)):
-        if not isinstance(text, str) or not text:
-            raise ValueError(f"{argument} must be a name, got {shown(text)}; write 'val_loss'")
+    for argument, text in {"monitor": monitor, "name": name}.items():
+        check_instance(argument, text, str, hint=f"write {argument}='val_loss'")
     with _no_trace():
         trainer = trainings.prepare(ranges)
+        lengths: tuple[int, ...] = ()
+        if budgets is not None:
+            lengths = budgets_in_updates(budgets, trainer.max_steps)
+            check_trunk(trainer, lengths)
         processes = Processes(trainer)
         session = None
         if processes.is_first:
@@ -145,84 +163,33 @@ def run_study(
                 name=name,
                 direction=direction,
                 sampler=sampler,
-                pruner=pruner,
+                pruner=_pruner(pruner, lengths),
                 seed=seed,
             )
         del trainer
-        trial_loop = _TrialLoop(trainings, ranges, monitor, processes, session)
-        while trial_loop.run_next():
-            pass
+        with trunk_folder(folder, storage, processes, is_needed=bool(lengths)) as place:
+            trial_loop = TrialLoop(
+                trainings, ranges, monitor, processes, session, budgets=lengths, folder=place
+            )
+            while trial_loop.run_next():
+                pass
         result = None if session is None else _result(session, ranges, trainings, monitor)
-        found = processes.share(result)
+        found = processes.share(result and replace(result, budgets=lengths))
     assert found is not None  # process 0 has made it
     _check_some_trained(found)
     return found
 
 
-class _TrialLoop:
-    """Runs the trials one after the other, on all processes."""
+def _pruner(pruner: Any, budgets: tuple[int, ...]) -> Any:
+    """Returns the pruner that ``"auto"`` means; others unchanged."""
+    if pruner != "auto":
+        return pruner
+    if len(budgets) < 2:
+        return "median"
+    from optuna.pruners import SuccessiveHalvingPruner
 
-    def __init__(
-        self,
-        trainings: Trainings,
-        ranges: Mapping[str, Range],
-        monitor: str,
-        processes: Processes,
-        session: OptunaSession | None,
-    ) -> None:
-        self.trainings, self.ranges, self.monitor = trainings, ranges, monitor
-        self.processes, self.session = processes, session
-
-    def run_next(self) -> bool:
-        """Runs the next trial; returns False if there is none."""
-        trial = None if self.session is None else self.session.ask()
-        request = None if trial is None else (trial.number, trial.params)
-        request = self.processes.share(request)
-        if request is None:
-            return False
-        number, stored = request
-        values = {path: self.ranges[path].decode(stored[path]) for path in self.ranges}
-        report = None if trial is None else partial(_report, trial)
-        try:
-            outcome = run_trial(self.trainings, values, monitor=self.monitor, report=report)
-        except BaseException as error:
-            self._record_error(number, stored, error)
-            raise
-        if self.session is not None:
-            self.session.tell(number, outcome)
-            rank_zero_info(_line(number, stored, self.monitor, outcome))
-        return True
-
-    def _record_error(self, number: int, stored: Mapping[str, Any], error: BaseException) -> None:
-        if not isinstance(error, Exception):  # Ctrl-C, or exit: another start tries it again
-            if self.session is not None:
-                self.session.repeat(number, reason="interrupted")
-            return
-        text = f"Trial {number} has failed with {_written(stored)}."
-        if hasattr(error, "add_note"):  # from Python 3.11 on
-            error.add_note(text)
-        else:
-            rank_zero_info(text)
-        if self.session is not None:
-            self.session.fail(number, f"{type(error).__name__}: {error}")
-
-
-def _report(trial: Any, step: int, value: float) -> bool:
-    trial.report(value, step)
-    return bool(trial.should_prune())
-
-
-def _line(number: int, stored: Mapping[str, Any], monitor: str, outcome: Outcome) -> str:
-    if outcome.loss is None:
-        return f"Trial {number} was pruned with {_written(stored)}: {outcome.reason}."
-    return f"Trial {number}: {monitor} {outcome.loss:.6g} with {_written(stored)}."
-
-
-def _written(stored: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{path}={value:.4g}" if isinstance(value, float) else f"{path}={value}"
-        for path, value in stored.items()
-    )
+    ratio = (budgets[-1] / budgets[0]) ** (1 / (len(budgets) - 1))
+    return SuccessiveHalvingPruner(min_resource=budgets[0], reduction_factor=max(2, round(ratio)))
 
 
 def _result(

@@ -105,8 +105,9 @@ def make_storage(storage: Any) -> Any:
         raise _storage_error(text)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix in (".journal", ".log"):
-        backend = optuna.storages.journal.JournalFileBackend(text)
-        return optuna.storages.JournalStorage(backend)
+        from optuna.storages.journal import JournalFileBackend
+
+        return optuna.storages.JournalStorage(JournalFileBackend(text))
     return f"sqlite:///{text}"
 
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_bigopt.reporting.study import StudyTrial, TrialState
+from lightning_bigopt.reporting.study import Direction, StudyTrial, TrialState
 from lightning_bigopt.tuning.optuna_parts import make_pruner, make_sampler, make_storage
 from lightning_bigopt.tuning.trial import Outcome
 
@@ -53,7 +53,7 @@ class OptunaSession:
         trials: int,
         storage: Any,
         name: str,
-        direction: str,
+        direction: Direction,
         sampler: Any,
         pruner: Any,
         seed: int,
@@ -62,6 +62,7 @@ class OptunaSession:
 
         self.distributions, self.trials = dict(distributions), trials
         self._asked: dict[int, Trial] = {}
+        self._has_ended = False
         self.study: OptunaStudy = optuna.create_study(
             storage=make_storage(storage),
             sampler=make_sampler(sampler, seed=seed),
@@ -70,6 +71,9 @@ class OptunaSession:
             direction=direction,
             load_if_exists=True,
         )
+        # A sampler of a finite grid calls it after its last point; Optuna's own raises outside of
+        # Study.optimize.
+        self.study.stop = self._stop  # type: ignore[method-assign]
         if self.study.direction.name.lower() != direction:
             raise ValueError(
                 f"direction must be that of the study in the storage, got {direction!r} for "
@@ -77,8 +81,13 @@ class OptunaSession:
                 "another name="
             )
 
+    def _stop(self) -> None:
+        self._has_ended = True
+
     def ask(self) -> Trial | None:
         """Returns the next trial, or None if there are enough finished and running ones."""
+        if self._has_ended:
+            return None
         self.repeat_dead_trials()
         states = [trial.state.name for trial in self.study.get_trials(deepcopy=False)]
         if sum(state in ("COMPLETE", "PRUNED", "RUNNING") for state in states) >= self.trials:

@@ -86,10 +86,10 @@ class FieldPaths:
             ValueError: If several fields have this path.
         """
         head, *rest = path.split(".")
-        if rest and head in ("model", "module", "trainer", "data"):
-            root = "model" if head == "module" else head
-            if (keys := self._descend(self.arguments.get(root, {}), rest)) is not None:
-                return (Place(root, keys),)
+        root = "model" if head == "module" else head
+        inside = self._descend(self.arguments[root], rest) if root in self.arguments else None
+        if rest and inside is not None:
+            return (Place(root, inside),)
         if found := self._in_arguments(path, [head, *rest]):
             return found
         for places in (
@@ -199,7 +199,7 @@ class FieldPaths:
             yield from self._walk(child, (*keys, key))
 
     def _written(self, place: Place) -> str:
-        """Returns the path of a field of a callback, with the name of its class if that suffices."""
+        """Returns the path of a field of a callback, by its class unless two are of that class."""
         index, *rest = place.keys
         name = next(iter(self.tree.names(self.callbacks[int(index)])), "")
         if sum(name in self.tree.names(callback) for callback in self.callbacks) > 1:
@@ -210,8 +210,8 @@ class FieldPaths:
         listed = [name for fields in self.arguments.values() for name in fields]
         for index, callback in enumerate(self.callbacks):
             for keys, node in self._walk(callback, (str(index),)):
-                for key in self._fields(node) or ():
-                    listed.append(self._written(Place("callbacks", (*keys, key))))
+                places = [Place("callbacks", (*keys, key)) for key in self._fields(node) or ()]
+                listed += map(self._written, places)
         short = []
         for name, inner in SHORT_NAMES.items():
             start = ".".join(inner) + "."

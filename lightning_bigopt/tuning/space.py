@@ -198,9 +198,10 @@ class Choice(Range):
     options: Sequence[Any]
 
     def __post_init__(self) -> None:
-        is_list = isinstance(self.options, Sequence) and not isinstance(self.options, str)
-        if not is_list or not self.options:
-            got = shown(self.options)
+        given: Any = self.options
+        is_list = isinstance(given, Sequence) and not isinstance(given, str)
+        if not is_list or not given:
+            got = shown(given)
             hint = "[16, 32]" if is_list else f"[{got}, ...]"
             raise ValueError(f"options must be a list of values, got {got}; write Choice({hint})")
         object.__setattr__(self, "options", tuple(self.options))
@@ -260,7 +261,8 @@ def checked_space(space: Any) -> dict[str, Range]:
         raise ValueError(
             f"space must be a dictionary of ranges by path, got {shown(space)}; write {example}"
         )
-    for path, values in space.items():
+    ranges: Mapping[Any, Any] = space
+    for path, values in ranges.items():
         if not isinstance(path, str) or not path:
             raise ValueError(
                 f"space must have the paths of fields as keys, got {shown(path)}; write {example}"
@@ -280,7 +282,7 @@ def _advice(values: Any) -> str:
     return "write Log(1e-4, 1e-1), Uniform(0, 1), Integer(1, 6) or Choice([16, 32])"
 
 
-def _check_bounds(low: Any, high: Any) -> None:
+def _check_bounds(low: float, high: float) -> None:
     check_number("low", low)
     check_number("high", high)
     if not low < high:

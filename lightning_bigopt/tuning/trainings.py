@@ -107,7 +107,9 @@ class MadeTrainings(Trainings):
         makers |= {} if make_data is None else {"make_data": make_data}
         for name, make in makers.items():
             check_callable(name, make, hint=f"pass a function, as {name}=lambda: ...")
-        self._make = {name.removeprefix("make_"): make for name, make in makers.items()}
+        self._make: dict[str, Callable[..., Any]] = {
+            name.removeprefix("make_"): make for name, make in makers.items()
+        }
         self._make["model"] = self._make.pop("module")
         self.seed = seed
         self._places: dict[str, tuple[Place, ...]] = {}
@@ -119,7 +121,7 @@ class MadeTrainings(Trainings):
         arguments = {root: found for root, (found, _) in signatures.items()}
         given = {n: examples[n] for n in arguments["trainer"] if n in examples}
         with constructors_recorded():
-            trainer = self._make["trainer"](**given)
+            trainer: Any = self._make["trainer"](**given)
         if not isinstance(trainer, classes("Trainer")):
             raise ValueError(
                 f"make_trainer must return a Trainer, got {shown(trainer)}; write "
@@ -134,7 +136,8 @@ class MadeTrainings(Trainings):
         )
         self._places = {path: paths.find(path) for path in space}
         self._find_in_optimizer(paths, examples)
-        return trainer
+        found: Trainer = trainer
+        return found
 
     def _find_in_optimizer(self, paths: FieldPaths, examples: Mapping[str, Any]) -> None:
         missing = [path for path, places in self._places.items() if not places]
