@@ -210,28 +210,35 @@ class Study:
         """Returns the number of trials in a state."""
         return sum(trial.state == state for trial in self.trials)
 
+    def states(self) -> str:
+        """Returns the number of trials in each state as text."""
+        complete = self.count("complete")
+        found = [f"{complete} trial{'' if complete == 1 else 's'} complete"]
+        others: tuple[TrialState, ...] = ("pruned", "failed", "running")
+        found += [f"{count} {state}" for state in others if (count := self.count(state))]
+        return ", ".join(found)
+
+    def cost(self) -> str:
+        """Returns updates and seconds as text, and what shared trunks have saved."""
+        text = f"{self.updates:,} updates in {self.seconds:,.0f} s"
+        if not self.budgets:
+            return text
+        plain = self.updates + self.updates_saved
+        return (
+            f"{text}; shared trunks saved {self.updates_saved:,} of the {plain:,} updates that "
+            "separate runs would have trained"
+        )
+
     def summary(self) -> list[str]:
         """Returns one line each for the states, the best trial, the edges and the cost."""
-        complete = self.count("complete")
-        states = [f"{complete} trial{'' if complete == 1 else 's'} complete"]
-        others: tuple[TrialState, ...] = ("pruned", "failed", "running")
-        states += [f"{count} {state}" for state in others if (count := self.count(state))]
-        lines = [f"study {self.name!r}: {', '.join(states)}"]
+        lines = [f"study {self.name!r}: {self.states()}"]
         if self.best is not None:
             chosen = ", ".join(f"{path}={_short(v)}" for path, v in self.best.values.items())
             lines.append(
                 f"best {self.monitor} {_short(self.best.loss)} in trial {self.best.number}: "
                 f"{chosen}"
             )
-        lines += self.edges()
-        cost = f"cost: {self.updates:,} updates in {self.seconds:,.0f} s"
-        if self.budgets:
-            plain = self.updates + self.updates_saved
-            cost += (
-                f"; shared trunks saved {self.updates_saved:,} of the {plain:,} updates that "
-                "separate runs would have trained"
-            )
-        return [*lines, cost]
+        return [*lines, *self.edges(), f"cost: {self.cost()}"]
 
     def __str__(self) -> str:
         head = ["trial", "state", self.monitor, "updates", *(a.name for a in self.axes), "reason"]

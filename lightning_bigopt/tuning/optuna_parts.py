@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Callable
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["make_pruner", "make_sampler", "make_storage"]
 
+_PACKAGES = {"CmaEsSampler": "cmaes", "GPSampler": "scipy"}
 _STATIC = ("QMCSampler", "GridSampler", "BruteForceSampler")
 """Samplers whose next point depends on the storage; another seed would be another sequence."""
 
@@ -44,6 +46,12 @@ def make_sampler(sampler: Any, *, seed: int) -> Any:
     if isinstance(sampler, optuna.samplers.BaseSampler):
         return sampler
     kind = _find_class("sampler", sampler, optuna.samplers, suffix="Sampler")
+    package = _PACKAGES.get(kind.__name__)
+    if package is not None and find_spec(package) is None:  # it is imported at a later trial
+        raise ValueError(
+            f"sampler must be one whose packages are installed, got {shown(sampler)}, which needs "
+            f"{package}; pip install {package}, or choose 'TPE'"
+        )
     if kind.__name__ in _STATIC:
         return _made("sampler", sampler, lambda: kind(seed=seed))
     _made("sampler", sampler, lambda: kind(seed=seed))  # an error is raised here, not in a trial

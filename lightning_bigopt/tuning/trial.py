@@ -89,15 +89,20 @@ class Validations(Callback):
     def __init__(self, monitor: str, report: Report | None) -> None:
         self.monitor, self.report = monitor, report
         self.reason, self.step, self.is_enabled = "", -1, False
-        self.started_at = 0
+        self.is_over = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Reads whether the run validates, and where it starts."""
-        self.is_enabled, self.started_at = bool(trainer.enable_validation), trainer.global_step
+        """Reads whether the run validates."""
+        self.is_enabled = bool(trainer.enable_validation)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends the reports: a validation after the fit is the outcome of the trial."""
+        self.is_over = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reports the value."""
-        if trainer.sanity_checking or self.monitor not in trainer.callback_metrics:
+        is_due = not (trainer.sanity_checking or self.is_over)
+        if not is_due or self.monitor not in trainer.callback_metrics:
             return
         self.step = trainer.global_step
         value = float(trainer.callback_metrics[self.monitor])
