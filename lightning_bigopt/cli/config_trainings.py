@@ -36,8 +36,6 @@ class ConfigTrainings(Trainings):
     """
 
     def __init__(self, path: str | Path, *, seed: int) -> None:
-        import yaml
-
         if not Path(path).is_file():
             raise ValueError(
                 f"config must be a file, got {str(path)!r}, which does not exist; pass one such as "
@@ -45,11 +43,8 @@ class ConfigTrainings(Trainings):
             )
         self._kind = training_class(model_path(["--config", str(path)]))
         self._parser = self._kind.parser_for(usage="bigopt tune --config CONFIG --space SPACE")
-        parsed = self._parser.parse_args(["--config", str(path)])
+        self._config = self._kind.read_values(self._parser, path)
         self._parser.exit_on_error = False
-        # With the defaults of all classes, so that every field that can be searched is there.
-        text = self._parser.dump(parsed, skip_none=False)
-        self._config: dict[str, Any] = yaml.safe_load(text)
         if self._config.get("seed_everything") is None or self._config["seed_everything"] is False:
             self._config["seed_everything"] = seed  # 0 is a seed, and equals False
         self._places: dict[str, tuple[str, ...]] = {}

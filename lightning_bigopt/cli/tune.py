@@ -13,7 +13,7 @@ from lightning_bigopt.tuning.space import Choice, Integer, Log, Range, Uniform
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
-    from lightning_bigopt.reporting.study import Study
+    from lightning_bigopt.tuning.study_result import Study
 
 __all__ = ["TUNE", "read_space"]
 
@@ -31,8 +31,13 @@ def make_parser(**texts: Any) -> ArgumentParser:
         ("name", str, "study", "Name of the study in the storage."),
         ("monitor", str, "val_loss", "Name of the value that the validation logs."),
         ("direction", str, "minimize", "minimize or maximize."),
-        ("sampler", str, "TPE", "Sampler of Optuna: TPE, GP, Random, QMC, ...."),
-        ("pruner", str | None, "auto", "Pruner of Optuna: median, Hyperband, none, ...."),
+        ("sampler", str, "TPE", "Sampler of Optuna, such as TPE, GP, Random or QMC."),
+        (
+            "pruner",
+            str | None,
+            "auto",
+            "Pruner of Optuna, such as median or none; auto: halving with budgets, else median.",
+        ),
         ("seed", int, 0, "Seed of the sampler, and of trainings whose config sets none."),
         ("budgets", str | None, None, "Budgets of trials with one trunk, such as 25%,50%,100%."),
         ("folder", str | None, None, "Folder for the checkpoints of trunks."),

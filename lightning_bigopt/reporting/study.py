@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-__all__ = ["Axis", "Direction", "Study", "StudyTrial", "TrialState"]
+__all__ = ["Axis", "Direction", "StudyRecord", "StudyTrial", "TrialState"]
 
 Direction: TypeAlias = Literal["minimize", "maximize"]
 TrialState: TypeAlias = Literal["complete", "pruned", "failed", "running"]
@@ -125,8 +124,8 @@ class StudyTrial:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study:
-    """The result of a study; ``print`` shows it as a table.
+class StudyRecord:
+    """The trials of a study and what follows from them; ``print`` shows it as a table.
 
     Args:
         name: Name of the study.
@@ -145,7 +144,7 @@ class Study:
         ...     StudyTrial(number=1, state="pruned", values={"lr": 1.0}, reason="loss is nan"),
         ... ]
         >>> print(
-        ...     Study(
+        ...     StudyRecord(
         ...         name="gpt",
         ...         monitor="val_loss",
         ...         axes=(Axis(name="lr", low=0.01, high=1.0, is_log=True),),
@@ -263,39 +262,6 @@ class Study:
             for row in [head, *rows]
         ]
         return "\n".join([*self.summary(), "", *lines])
-
-    def report(self, path: str | Path) -> Path:
-        """Writes the study as one self-contained HTML file.
-
-        Args:
-            path: The file, such as ``"study.html"``.
-
-        Returns:
-            The path.
-
-        Raises:
-            ValueError: If the path is a folder or cannot be written.
-        """
-        from lightning_bigopt.reporting.study_report import write_study_report
-
-        return write_study_report(self, path)
-
-    def picture(self, path: str | Path) -> Path:
-        """Draws the loss against each value, and writes a file.
-
-        Args:
-            path: The file, such as ``"study.png"`` or ``"study.svg"``; the suffix selects the
-                format.
-
-        Returns:
-            The path.
-
-        Raises:
-            ValueError: If the path is a folder or cannot be written.
-        """
-        from lightning_bigopt.reporting.study_picture import write_study_picture
-
-        return write_study_picture(self, path)
 
 
 def _short(value: Any) -> str:

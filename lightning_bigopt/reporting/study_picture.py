@@ -20,7 +20,7 @@ from lightning_bigopt.trainer_access.output_paths import file_error
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from lightning_bigopt.reporting.study import Axis, Study, StudyTrial
+    from lightning_bigopt.reporting.study import Axis, StudyRecord, StudyTrial
 
 __all__ = ["draw_basin", "draw_importance", "write_study_picture"]
 
@@ -29,7 +29,7 @@ _COMPLETE, _PRUNED, _BEST = "#3182ce", "#718096", "#dd6b20"
 _WORST = 20  # times the distance between best and median loss: worse ones are drawn at the top
 
 
-def write_study_picture(study: Study, path: str | Path) -> Path:
+def write_study_picture(study: StudyRecord, path: str | Path) -> Path:
     """Draws the loss against each value, and writes a file.
 
     Args:
@@ -46,7 +46,7 @@ def write_study_picture(study: Study, path: str | Path) -> Path:
     return target
 
 
-def draw_basin(study: Study) -> Any:
+def draw_basin(study: StudyRecord) -> Any:
     """Draws one panel for each searched value, with a common vertical axis.
 
     Complete trials are dots and pruned ones crosses, at their last value. A pruned trial without a
@@ -86,7 +86,7 @@ def draw_basin(study: Study) -> Any:
     return figure
 
 
-def draw_importance(study: Study) -> Any:
+def draw_importance(study: StudyRecord) -> Any:
     """Draws the share of each value in the variance of the loss as bars.
 
     Args:
@@ -110,7 +110,7 @@ def draw_importance(study: Study) -> Any:
     return figure
 
 
-def _limits(study: Study) -> tuple[float, float]:
+def _limits(study: StudyRecord) -> tuple[float, float]:
     """Returns the losses between which trials are drawn at their loss."""
     values = [t.loss for t in study.trials if t.loss is not None and math.isfinite(t.loss)]
     complete = [t.loss for t in study.trials if t.state == "complete" and t.loss is not None]
@@ -125,7 +125,7 @@ def _limits(study: Study) -> tuple[float, float]:
     return max(low, min(values)), min(high, max(values))
 
 
-def _paint(panel: Axes, axis: Axis, study: Study, limits: tuple[float, float]) -> None:
+def _paint(panel: Axes, axis: Axis, study: StudyRecord, limits: tuple[float, float]) -> None:
     low, high = limits
     margin = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
     is_log = low > 0 and high > 20 * low

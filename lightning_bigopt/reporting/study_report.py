@@ -10,7 +10,7 @@ from lightning_bigopt.reporting.study_picture import draw_basin, draw_importance
 from lightning_bigopt.trainer_access.output_paths import file_error
 
 if TYPE_CHECKING:
-    from lightning_bigopt.reporting.study import Study
+    from lightning_bigopt.reporting.study import StudyRecord
 
 __all__ = ["render_study", "write_study_report"]
 
@@ -84,7 +84,7 @@ than the best ones are drawn at the edge.</p>
 """
 
 
-def render_study(study: Study) -> str:
+def render_study(study: StudyRecord) -> str:
     """Renders the report of a study as HTML.
 
     Args:
@@ -94,10 +94,12 @@ def render_study(study: Study) -> str:
         The HTML page.
 
     Example:
-        >>> from lightning_bigopt.reporting.study import Axis, Study, StudyTrial
+        >>> from lightning_bigopt.reporting.study import Axis, StudyRecord, StudyTrial
         >>> trial = StudyTrial(number=0, state="complete", values={"lr": 0.1}, loss=2.0)
         >>> axis = Axis(name="lr", low=0.01, high=1.0, is_log=True)
-        >>> page = render_study(Study(name="a", monitor="loss", axes=(axis,), trials=(trial,)))
+        >>> page = render_study(
+        ...     StudyRecord(name="a", monitor="loss", axes=(axis,), trials=(trial,))
+        ... )
         >>> "<svg" in page, "Not enough complete trials" in page
         (True, True)
     """
@@ -115,7 +117,7 @@ def render_study(study: Study) -> str:
     )
 
 
-def write_study_report(study: Study, path: str | Path) -> Path:
+def write_study_report(study: StudyRecord, path: str | Path) -> Path:
     """Writes the report of a study.
 
     Args:
@@ -137,7 +139,7 @@ def write_study_report(study: Study, path: str | Path) -> Path:
     return target
 
 
-def _summary(study: Study) -> list[tuple[str, str]]:
+def _summary(study: StudyRecord) -> list[tuple[str, str]]:
     """Returns the rows of the table at the top."""
     rows = [("trials", study.states())]
     if study.best is not None:

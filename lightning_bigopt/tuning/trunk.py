@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,14 +142,14 @@ class Trunk:
             return
         training = self._build(values, self.budgets[-1])
         add_callback(training.trainer, _Fork(fork, place, self.processes))
-        with updates_counted(training.trainer, cost):
+        with updates_counted(training.trainer, cost), _other_folders_allowed():
             training.fit(**self._resume(training, place, start))
 
     def _branch(
         self, values: Mapping[str, Any], place: Path, fork: int, budget: int, cost: Cost
     ) -> float:
         training = self._build(values, budget)
-        with updates_counted(training.trainer, cost):
+        with updates_counted(training.trainer, cost), _other_folders_allowed():
             return score(training, self.monitor, None, **self._resume(training, place, fork))
 
     def _resume(self, training: Training, place: Path, fork: int) -> dict[str, Any]:
@@ -162,6 +164,14 @@ class Trunk:
         if self.processes.is_first:
             shutil.rmtree(place, ignore_errors=True)
         self.processes.barrier()
+
+
+@contextmanager
+def _other_folders_allowed() -> Iterator[None]:
+    """Ignores that the log folder of a branch is not that of its trunk."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The dirpath has changed from")
+        yield
 
 
 class _Fork(Callback):

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lightning_bigopt.callbacks.learning_rate import LearningRateScheduler
 from lightning_bigopt.checks import shown
 from lightning_bigopt.durations.duration import Duration
 from lightning_bigopt.durations.horizon import Horizon
-from lightning_bigopt.engine.capability import Capability
+from lightning_bigopt.engine.stage import LEARNING_RATE, Stages
 from lightning_bigopt.schedules.base import Schedule
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 from lightning_bigopt.trainer_access import trial_runs
@@ -99,11 +98,7 @@ def adapt(trainer: Trainer, *, budget: int, largest: int) -> None:
     callbacks = trainer_callbacks.callbacks_of(trainer)
     scheduler = _scheduler(trainer)
     for callback in callbacks:
-        if (
-            isinstance(callback, Capability)
-            and callback is not scheduler
-            and callback.needs_horizon
-        ):
+        if isinstance(callback, Stages) and callback is not scheduler and callback.needs_horizon:
             raise ValueError(
                 "callbacks must not depend on the budget if trials share a trunk, got "
                 f"{callback!r}; write its lengths in updates, or leave budgets out"
@@ -194,8 +189,11 @@ def _no_plateau(schedule: Schedule) -> ValueError:
     )
 
 
-def _scheduler(trainer: Trainer) -> LearningRateScheduler:
-    scheduler = trainer_callbacks.find_callback(trainer, LearningRateScheduler)
+def _scheduler(trainer: Trainer) -> Any:
+    """Returns the LearningRateScheduler of a Trainer."""
+    callbacks: list[Any] = list(trainer_callbacks.callbacks_of(trainer))
+    found = (c for c in callbacks if isinstance(c, Stages) and c.owns == LEARNING_RATE)
+    scheduler = next(found, None)
     if scheduler is None:
         raise ValueError(
             f"callbacks must contain a LearningRateScheduler with budgets, got none; {_ADVICE}"
@@ -203,7 +201,7 @@ def _scheduler(trainer: Trainer) -> LearningRateScheduler:
     return scheduler
 
 
-def _schedules(scheduler: LearningRateScheduler) -> list[Schedule]:
+def _schedules(scheduler: Any) -> list[Schedule]:
     return [
         scheduler.schedule,
         *scheduler.groups.values(),
