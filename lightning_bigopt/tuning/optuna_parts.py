@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import warnings
 from collections.abc import Callable
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -55,7 +56,11 @@ def make_sampler(sampler: Any, *, seed: int) -> Any:
     if kind.__name__ in _STATIC:
         return _made("sampler", sampler, lambda: kind(seed=seed))
     _made("sampler", sampler, lambda: kind(seed=seed))  # an error is raised here, not in a trial
-    return _seeded_sampler(lambda number: kind(seed=_mixed(seed, number)))
+
+    def of_trial(number: int) -> Any:
+        return _made("sampler", sampler, lambda: kind(seed=_mixed(seed, number)))
+
+    return _seeded_sampler(of_trial)
 
 
 def make_pruner(pruner: Any) -> Any:
@@ -145,8 +150,12 @@ def _plain(name: str) -> str:
 
 
 def _made(argument: str, name: Any, make: Callable[[], Any]) -> Any:
+    from optuna.exceptions import ExperimentalWarning
+
     try:
-        return make()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)  # the user has chosen it by name
+            return make()
     except (TypeError, ImportError) as error:
         kind = f"optuna.{argument}s"
         raise ValueError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,8 @@ _STATES: Mapping[str, TrialState] = {
     "FAIL": "failed",
     "RUNNING": "running",
 }
+_ATTEMPTS = 3  # values with which the machine runs out of memory end their process every time
+_DIED = f"its process has ended {_ATTEMPTS} times with these values"
 _TRIALS_PER_FIELD = 5  # fewer complete ones say little about the importance of a field
 
 
@@ -74,11 +75,22 @@ class OptunaSession:
         # A sampler of a finite grid calls it after its last point; Optuna's own raises outside of
         # Study.optimize.
         self.study.stop = self._stop  # type: ignore[method-assign]
-        if self.study.direction.name.lower() != direction:
+        self._check_storage(direction)
+
+    def _check_storage(self, direction: str) -> None:
+        """Raises if the study in the storage is another one."""
+        name, kept = self.study.study_name, self.study.direction.name.lower()
+        if kept != direction:
             raise ValueError(
                 f"direction must be that of the study in the storage, got {direction!r} for "
-                f"{name!r}, which was made with {self.study.direction.name.lower()!r}; pass "
-                "another name="
+                f"{name!r}, which was made with {kept!r}; pass another name="
+            )
+        paths = {path for trial in self.study.get_trials(deepcopy=False) for path in trial.params}
+        if paths and paths != set(self.distributions):
+            raise ValueError(
+                "space must have the paths of the study in the storage, got "
+                f"{sorted(self.distributions)} for {name!r}, which was made with {sorted(paths)}; "
+                "pass another name="
             )
 
     def _stop(self) -> None:
@@ -102,24 +114,29 @@ class OptunaSession:
         """Marks the trials whose process has died as failed; their values are tried again first."""
         for trial in self.study.get_trials(deepcopy=False):
             if trial.state.name == "RUNNING" and _is_dead(trial.user_attrs):
-                # Another process may find it at the same time: the first one to tell repeats it.
-                with suppress(ValueError, RuntimeError):
-                    self.repeat(trial.number, reason="its process has ended")
+                self.repeat(trial.number, reason="its process has ended")
 
     def repeat(self, number: int, *, reason: str) -> None:
         """Marks a trial as failed, and lets its values be tried again before all others.
+
+        Values that have ended their process three times are not tried again.
 
         Args:
             number: Number of the trial.
             reason: Why it has failed.
         """
+        from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
         self._asked.pop(number, None)
-        trial = self.study.tell(number, state=TrialState.FAIL)
-        self.study.enqueue_trial(
-            trial.params, user_attrs={"repeats": trial.number, "repeats_because": reason}
-        )
+        try:
+            trial = self.study.tell(number, state=TrialState.FAIL)
+        except (ValueError, UpdateFinishedTrialError):
+            return  # another process has found it at the same time, and repeats it
+        attempts = int(trial.user_attrs.get("attempts", 0)) + 1
+        if attempts < _ATTEMPTS:
+            attributes = {"repeats": number, "repeats_because": reason, "attempts": attempts}
+            self.study.enqueue_trial(trial.params, user_attrs=attributes)
 
     def tell(self, number: int, outcome: Outcome) -> None:
         """Records the outcome of a trial of this process.
@@ -161,7 +178,7 @@ class OptunaSession:
                 state=state,
                 values=trial.params,
                 loss=trial.value,
-                reason=attributes.get("reason", ""),
+                reason=attributes.get("reason", "" if state != "failed" else _DIED),
                 updates=attributes.get("updates", 0),
                 updates_saved=attributes.get("updates_saved", 0),
                 seconds=0.0 if ended is None or begun is None else (ended - begun).total_seconds(),

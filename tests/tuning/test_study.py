@@ -27,10 +27,7 @@ from lightning_bigopt.tuning import Choice, Integer, Log, Uniform, study
 from tests.helpers import QUIET
 from tests.tuning.study_helpers import Network, make_data, make_trainer, plain_run
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:.*experimental:optuna.exceptions.ExperimentalWarning"),
-]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)

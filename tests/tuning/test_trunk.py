@@ -62,30 +62,43 @@ def plain_loss(lr: float, budget: int, schedule: Any, module: type[Network] = No
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("schedule", "fixed"),
+    ("schedule", "fixed", "shares", "budgets"),
     [
         # 5 % of the largest budget are two updates.
         (
             WarmupStableDecay(warmup="5%", decay="20%"),
             WarmupStableDecay(warmup=2, decay="20%"),
+            BUDGETS,
+            (10, 20, 40),
+        ),
+        # Ratios that are no powers of two: (t / 13) / (3 / 13) may differ from t / 3 in its last bit.
+        (
+            WarmupStableDecay(warmup="7.5%", decay="30%", warmup_shape="cosine"),
+            WarmupStableDecay(warmup=3, decay="30%", warmup_shape="cosine"),
+            (13, "67.5%", "100%"),
+            (13, 27, 40),
         ),
         (
             InfiniteSchedule(warmup=2, decay=3, plateau=0.5, cooldown="30%"),
             InfiniteSchedule(warmup=2, decay=3, plateau=0.5, cooldown="30%"),
+            BUDGETS,
+            (10, 20, 40),
         ),
     ],
 )
-def test_branches_equal_plain_runs_of_their_budgets_to_the_bit(schedule: Any, fixed: Any):
+def test_branches_equal_plain_runs_of_their_budgets_to_the_bit(
+    schedule: Any, fixed: Any, shares: Any, budgets: Any
+):
     found = study(
         lambda: trainer_of(schedule),
         Noisy,
         make_data=make_data,
         space={"lr": Log(1e-3, 0.1)},
         trials=2,
-        budgets=BUDGETS,
+        budgets=shares,
         pruner=None,
     )
-    assert found.budgets == (10, 20, 40)
+    assert found.budgets == budgets
     for trial in found.trials:
         curve = [(n, plain_loss(trial.values["lr"], n, fixed)) for n in found.budgets]
         assert list(trial.curve) == curve
