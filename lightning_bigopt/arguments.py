@@ -72,7 +72,7 @@ def record_arguments(made: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         args: Positional arguments.
         kwargs: Keyword arguments.
     """
-    vars(made).setdefault("_constructor_arguments", (args, dict(kwargs)))
+    vars(made).setdefault("constructor_arguments", (args, dict(kwargs)))
 
 
 def recorded_arguments(made: object) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -86,7 +86,7 @@ def recorded_arguments(made: object) -> tuple[tuple[Any, ...], dict[str, Any]] |
         >>> recorded_arguments(GradientNoiseScale(decay=0.9))
         ((), {'decay': 0.9})
     """
-    found = getattr(made, "__dict__", {}).get("_constructor_arguments")
+    found = getattr(made, "__dict__", {}).get("constructor_arguments")
     return None if found is None else (found[0], dict(found[1]))
 
 

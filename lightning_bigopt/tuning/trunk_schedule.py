@@ -125,25 +125,23 @@ def adapt(trainer: Trainer, *, budget: int, largest: int) -> None:
 def with_fixed_warmup(schedule: Schedule, largest: int) -> Schedule:
     """Returns a schedule whose first parts are as many updates as in a run of ``largest`` updates.
 
+    Parts that end with the budget keep their lengths.
+
     Args:
         schedule: The schedule.
-        largest: Updates of the largest budget.
+        largest: Updates of the run to which percentages refer.
 
     Example:
         >>> from lightning_bigopt import WarmupStableDecay
-        >>> str(with_fixed_warmup(WarmupStableDecay(warmup="5%"), 400).warmup)
-        '20 steps'
+        >>> fixed = with_fixed_warmup(WarmupStableDecay(warmup="5%"), 400)
+        >>> str(fixed.warmup), str(fixed.decay)
+        ('20 steps', '20%')
     """
-    lengths = {
-        name: Duration.parse(getattr(schedule, name))
-        for name in schedule._parts  # noqa: SLF001  # of the same package
-        if getattr(schedule, name) is not None
-    }
-    fixed = {
-        name: Duration(_whole(length.value * largest), "steps")
-        for name, length in lengths.items()
-        if length.unit == "fraction"
-    }
+    lengths = schedule.first_lengths()
+    shares = {n: length.value for n, length in lengths.items() if length.unit == "fraction"}
+    # 2.5 % of 40 updates are one update, whatever the rounding of 0.025 * 40.
+    steps = {n: round(share * largest, 9) for n, share in shares.items()}
+    fixed = {n: Duration(int(s) if s.is_integer() else s, "steps") for n, s in steps.items()}
     return replace(schedule, **fixed) if fixed else schedule
 
 
@@ -207,7 +205,3 @@ def _schedules(scheduler: Any) -> list[Schedule]:
         *scheduler.groups.values(),
         *scheduler.optimizers.values(),
     ]
-
-
-def _whole(updates: float) -> float:
-    return round(updates) if abs(updates - round(updates)) < 1e-9 * updates else updates

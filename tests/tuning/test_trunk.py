@@ -71,7 +71,7 @@ def plain_loss(lr: float, budget: int, schedule: Any, module: type[Network] = No
             BUDGETS,
             (10, 20, 40),
         ),
-        # Ratios that are no powers of two: (t / 13) / (3 / 13) may differ from t / 3 in its last bit.
+        # Ratios that are no powers of two: (t/13)/(3/13) may differ from t/3 in its last bit.
         (
             WarmupStableDecay(warmup="7.5%", decay="30%", warmup_shape="cosine"),
             WarmupStableDecay(warmup=3, decay="30%", warmup_shape="cosine"),
