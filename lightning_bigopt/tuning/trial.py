@@ -196,14 +196,15 @@ def run_trial(
         with updates_counted(training.trainer, cost):
             return score(training, monitor, report)
 
+    loss: float | None = None
+    reason = ""
     try:
         loss = (run or train_once)(values, cost)
-        state, reason = "complete", ""
     except PrunedError as error:
-        loss, state, reason = None, "pruned", str(error)
+        reason = str(error)
     gc.collect()  # a Trainer and its module refer to each other
     return Outcome(
-        state="complete" if state == "complete" else "pruned",
+        state="pruned" if loss is None else "complete",
         loss=loss,
         reason=reason,
         updates=cost.updates,
@@ -240,16 +241,16 @@ def updates_counted(trainer: Trainer, cost: Cost) -> Iterator[None]:
             raise
         reason = f"out of memory: {str(error).splitlines()[0]}"
         if trainer.world_size > 1:
-            raise OutOfMemoryError(reason) from error
+            # The other processes wait in a collective, and cannot be told.
+            raise RuntimeError(
+                f"{reason} on process {trainer.global_rank} of {trainer.world_size}; start the "
+                "study again, which goes on with other values"
+            ) from error
         raise PrunedError(reason) from error
     finally:
         cost.updates += max(trainer.global_step - start.step, 0)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-class OutOfMemoryError(RuntimeError):
-    """Raised if memory runs out on one of several processes: the others wait for it in vain."""
 
 
 class _Start(Callback):

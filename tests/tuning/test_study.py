@@ -27,7 +27,10 @@ from lightning_bigopt.tuning import Choice, Integer, Log, Uniform, study
 from tests.helpers import QUIET
 from tests.tuning.study_helpers import Network, make_data, make_trainer, plain_run
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:BruteForceSampler is experimental"),
+]
 
 
 @pytest.fixture(autouse=True)
