@@ -151,7 +151,10 @@ def _budgets(text: str) -> list[Any]:
 TUNE = Command(
     summary="Searches fields of a config with Optuna, and writes the best config.",
     examples=[
-        ("bigopt tune --config examples/gpt.yaml --space examples/space.yaml", "16 trials"),
+        (
+            "bigopt tune --config examples/gpt.yaml --space examples/space.yaml",
+            "writes best.yaml for bigopt fit",
+        ),
         (
             "bigopt tune --config my.yaml --space my_space.yaml --storage study.db",
             "goes on after an interruption",
@@ -160,7 +163,6 @@ TUNE = Command(
             "bigopt tune --config my.yaml --space my_space.yaml --budgets 25%,50%,100%",
             "one trunk per trial",
         ),
-        ("bigopt fit --config best.yaml", "trains the best config"),
     ],
     parser=make_parser,
     run=run,

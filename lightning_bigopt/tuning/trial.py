@@ -104,6 +104,8 @@ class Validations(Callback):
         is_due = not (trainer.sanity_checking or self.is_over)
         if not is_due or self.monitor not in trainer.callback_metrics:
             return
+        if self.step == trainer.global_step:  # a second validation within an accumulation window
+            return
         self.step = trainer.global_step
         value = float(trainer.callback_metrics[self.monitor])
         self.reason = trainer.strategy.broadcast(self._judge(trainer, value))
