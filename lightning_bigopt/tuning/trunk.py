@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+import math
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,10 +28,11 @@ from lightning_bigopt.tuning.trial import (
     updates_counted,
 )
 from lightning_bigopt.tuning.trunk_files import (
+    Progress,
     checkpoint_path,
     random_path,
-    read_losses,
-    write_losses,
+    read_progress,
+    write_progress,
 )
 from lightning_bigopt.tuning.trunk_schedule import adapt, fork_of_run
 
@@ -95,28 +98,28 @@ class Trunk:
         return loss
 
     def _run_branches(self, values: Mapping[str, Any], place: Path, cost: Cost) -> float:
-        known = self.processes.share(read_losses(place))
-        last, start = self.budgets[-1], 0
+        progress = self.processes.share(read_progress(place))
+        cost.updates = progress.updates
+        last, start, loss = self.budgets[-1], 0, math.nan
+        forks = self._forks(values)
         for budget in self.budgets:
-            before = cost.updates
-            fork = self._fork(values, budget)
-            if str(budget) in known:
-                loss = known[str(budget)]
-                start = fork if budget < last else start
-            elif budget < last:
-                self._grow(values, place, start, fork, cost)
-                loss, start = self._branch(values, place, fork, budget, cost), fork
-            else:
-                loss = self._branch(values, place, start, budget, cost)
-            cost.saved += budget - (cost.updates - before)
-            known[str(budget)] = loss
-            if self.processes.is_first:
-                write_losses(place, known)
-            if budget < last and self._is_pruned(budget, loss):
+            fork = forks.get(budget, start)
+            if budget not in progress.losses:
+                if budget < last:
+                    self._grow(values, place, start, fork, cost)
+                    self._write(place, progress, cost)
+                progress.losses[budget] = self._branch(values, place, fork, budget, cost)
+                self._write(place, progress, cost)
+            loss, start = progress.losses[budget], fork
+            cost.saved = sum(progress.losses) - cost.updates
+            if self._is_pruned(budget, loss) and budget < last:
                 raise PrunedError(f"the pruner stopped it at the budget of {budget} updates")
-        if self.report is not None:
-            self.report(last, loss)
         return loss
+
+    def _write(self, place: Path, progress: Progress, cost: Cost) -> None:
+        progress.updates = cost.updates
+        if self.processes.is_first:
+            write_progress(place, progress)
 
     def _is_pruned(self, budget: int, loss: float) -> bool:
         return self.processes.share(self.report is not None and self.report(budget, loss))
@@ -127,12 +130,12 @@ class Trunk:
             adapt(training.trainer, budget=budget, largest=self.budgets[-1])
         return training
 
-    def _fork(self, values: Mapping[str, Any], budget: int) -> int:
-        if budget == self.budgets[-1]:
-            return budget
+    def _forks(self, values: Mapping[str, Any]) -> dict[int, int]:
+        """Returns the update at which each budget but the largest leaves the trunk."""
+        *smaller, largest = self.budgets
         with refusals_pruned():
-            trainer = self._build(values, self.budgets[-1]).trainer
-            return fork_of_run(trainer, budget, self.budgets[-1])
+            trainer = self._build(values, largest).trainer
+            return {budget: fork_of_run(trainer, budget, largest) for budget in smaller}
 
     def _grow(
         self, values: Mapping[str, Any], place: Path, start: int, fork: int, cost: Cost
@@ -157,7 +160,10 @@ class Trunk:
             return {}
         states = torch.load(random_path(place, fork, self.processes), weights_only=True)
         add_callback(training.trainer, _RandomStates(states))
-        return {"ckpt_path": str(checkpoint_path(place, fork)), "weights_only": True}
+        found: dict[str, Any] = {"ckpt_path": str(checkpoint_path(place, fork))}
+        if "weights_only" in inspect.signature(training.trainer.fit).parameters:
+            found["weights_only"] = False  # this study has written it
+        return found
 
     def _remove(self, place: Path) -> None:
         self.processes.barrier()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
 from tempfile import mkdtemp
@@ -14,7 +15,16 @@ from typing import Any
 
 from lightning_bigopt.trainer_access.processes import Processes
 
-__all__ = ["checkpoint_path", "random_path", "read_losses", "trunk_folder", "write_losses"]
+__all__ = [
+    "Progress",
+    "checkpoint_path",
+    "random_path",
+    "read_progress",
+    "trunk_folder",
+    "write_progress",
+]
+
+_PROGRESS = "progress.json"
 
 
 @contextmanager
@@ -60,15 +70,32 @@ def random_path(place: Path, update: int, processes: Processes) -> Path:
     return place / f"update={update}-process={processes.rank}.pt"
 
 
-def read_losses(place: Path) -> dict[str, float]:
-    """Reads the monitored values of the branches that are finished, by budget."""
-    path = place / "losses.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+@dataclass
+class Progress:
+    """What a trial has finished.
+
+    Args:
+        losses: Monitored value of each finished branch by budget.
+        updates: Updates that were trained for it.
+    """
+
+    losses: dict[int, float] = field(default_factory=dict)
+    updates: int = 0
 
 
-def write_losses(place: Path, losses: Mapping[str, float]) -> None:
-    """Writes the monitored values of the branches that are finished, by budget."""
+def read_progress(place: Path) -> Progress:
+    """Reads what an interrupted trial has finished; nothing if there is no file."""
+    path = place / _PROGRESS
+    if not path.exists():
+        return Progress()
+    read = json.loads(path.read_text(encoding="utf-8"))
+    losses = {int(budget): loss for budget, loss in read["losses"].items()}
+    return Progress(losses=losses, updates=read["updates"])
+
+
+def write_progress(place: Path, progress: Progress) -> None:
+    """Writes what a trial has finished."""
     place.mkdir(parents=True, exist_ok=True)
-    temporary = place / "losses.tmp"
-    temporary.write_text(json.dumps(losses), encoding="utf-8")
-    temporary.replace(place / "losses.json")
+    temporary = place / "progress.tmp"
+    temporary.write_text(json.dumps(asdict(progress)), encoding="utf-8")
+    temporary.replace(place / _PROGRESS)  # a file with this name is whole
