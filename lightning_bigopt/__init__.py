@@ -115,10 +115,12 @@ from lightning_bigopt.schedules import (
 from lightning_bigopt.tuning.batch_finder import GlobalBatchFinder
 from lightning_bigopt.tuning.critical_batch import CriticalBatchSize
 from lightning_bigopt.tuning.curve import RangeTest
+from lightning_bigopt.tuning.hyperparameter_study import study
 from lightning_bigopt.tuning.measure_critical_batch import critical_batch_size
 from lightning_bigopt.tuning.measured_batch_size import MeasuredBatchSize
 from lightning_bigopt.tuning.range_test import LearningRateRangeTest, learning_rate_range_test
 from lightning_bigopt.tuning.run_plan import plan
+from lightning_bigopt.tuning.study_result import Study
 from lightning_bigopt.version import __version__
 
 __all__ = [
@@ -210,6 +212,7 @@ __all__ = [
     "StepDecay",
     "StepGuard",
     "StepGuardMixin",
+    "Study",
     "TailMean",
     "TooManyRejectionsError",
     "TopK",
@@ -231,4 +234,5 @@ __all__ = [
     "parameter_groups",
     "plan",
     "replay",
+    "study",
 ]

@@ -307,6 +307,7 @@ EXAMPLES = {
     "BatchSizeScheduler": "BatchSizeScheduler(ConstantBatchSize(256))",
     "MeasuredBatchSize": "MeasuredBatchSize(32, high=256)",
     "Chain": "Chain([('50%', Linear()), Cosine()])",
+    "Choice": "Choice([16, 32])",
     "GlobalBatchLoader": "GlobalBatchLoader(loader.dataset, micro_batch_size=8)",
     "GradientCompression": "GradientCompression(PowerSGD(rank=1))",
     "GradientClipping": "GradientClipping(NormClip(max_norm=1.0))",

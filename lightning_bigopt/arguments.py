@@ -14,7 +14,7 @@ from lightning_bigopt.checks import shown
 from lightning_bigopt.config_values import check_convertible, python_value
 from lightning_bigopt.fabric_hooks import fabric_error
 
-__all__ = ["Specification", "explain_arguments"]
+__all__ = ["Specification", "explain_arguments", "record_arguments", "recorded_arguments"]
 
 ClassT = TypeVar("ClassT", bound=type)
 
@@ -25,7 +25,8 @@ def explain_arguments(cls: ClassT) -> ClassT:
     NumPy scalars are converted to Python numbers: results would have their precision otherwise.
     Lists and dictionaries of omegaconf, which Hydra passes, are converted to those of Python.
     For an argument of another library the message gives the hint in :data:`HINTS`, for a misspelled
-    one the most similar argument of the class.
+    one the most similar argument of the class. :func:`recorded_arguments` returns the arguments of
+    a callback.
 
     Example:
         >>> @explain_arguments
@@ -40,6 +41,7 @@ def explain_arguments(cls: ClassT) -> ClassT:
     _, *parameters = inspect.signature(init).parameters.values()
     names = [p.name for p in parameters]
     positional = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+    is_callback = hasattr(cls, "setup") and hasattr(cls, "teardown")
     required = {p.name for p in parameters if p.default is p.empty}
 
     @functools.wraps(init)
@@ -52,11 +54,40 @@ def explain_arguments(cls: ClassT) -> ClassT:
                 f"the arguments of {type(self).__name__} must contain {', '.join(missing)}, got "
                 f"{got or 'none'}{_example(type(self))}"
             )
+        # Not those that a subclass passes on.
+        if is_callback and type(self).__init__ is checked_init:
+            record_arguments(self, args, kwargs)
         keywords = {name: _plain(name, value) for name, value in kwargs.items()}
         init(self, *map(_plain, names, args), **keywords)
 
     cls.__init__ = checked_init  # type: ignore[misc]
     return cls
+
+
+def record_arguments(made: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Stores the constructor arguments of an object, unless they are stored already.
+
+    Args:
+        made: The object.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+    """
+    vars(made).setdefault("constructor_arguments", (args, dict(kwargs)))
+
+
+def recorded_arguments(made: object) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Returns the constructor arguments of an object; None if they were not recorded.
+
+    Args:
+        made: The object.
+
+    Example:
+        >>> from lightning_bigopt import GradientNoiseScale
+        >>> recorded_arguments(GradientNoiseScale(decay=0.9))
+        ((), {'decay': 0.9})
+    """
+    found = getattr(made, "__dict__", {}).get("constructor_arguments")
+    return None if found is None else (found[0], dict(found[1]))
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -140,6 +140,7 @@ def compare_trial(config_file: Path, alone: Path) -> tuple[int, list[str]]:
 def searches(folder: Path) -> Iterator[tuple[str, str, list[str]]]:
     """Runs Ray Tune; returns title, what happened, and differences from trials without Ray."""
     import ray_tune_trials as trials
+    from ray_study import study_on_ray
 
     searched: tuple[tuple[str, Callable[[Path], Any]], ...] = (
         ("ASHA, learning rate × `max_norm` × decay", trials.asha),
@@ -155,6 +156,7 @@ def searches(folder: Path) -> Iterator[tuple[str, str, list[str]]]:
             found += differing
         shown = ", ".join(map(str, sorted(lengths)))
         yield title, f"{len(lengths)} trials of {shown} updates", found
+    yield "the space of a study", "4 trials", study_on_ray(folder / "study")
     yield ('population-based training, `base_lr="config"`', *population(folder))
 
 

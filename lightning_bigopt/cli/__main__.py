@@ -18,6 +18,7 @@ from lightning_bigopt.cli.merge import MERGE
 from lightning_bigopt.cli.plan import PLAN
 from lightning_bigopt.cli.report import REPORT
 from lightning_bigopt.cli.schedules import SCHEDULES
+from lightning_bigopt.cli.tune import TUNE
 from lightning_bigopt.trainer_access.packages import classes
 from lightning_bigopt.version import __version__
 
@@ -33,6 +34,7 @@ COMMANDS: Mapping[str, Command] = {
     "plan": PLAN,
     "report": REPORT,
     "schedules": SCHEDULES,
+    "tune": TUNE,
     "completion": completion_command(lambda: make_parser()),  # noqa: PLW0108  # defined below
 }
 

@@ -107,6 +107,16 @@ class TrainingCommands(_CLI):
         texts = {"usage": "bigopt plan CONFIG [--picture PICTURE]"}
         return cls(arguments, parser_texts=texts, save_config=False)
 
+    @staticmethod
+    def read_values(parser: LightningArgumentParser, path: str | Path) -> dict[str, Any]:
+        """Reads a config file as dictionaries, with the defaults of all classes in it."""
+        import yaml
+
+        parsed = parser.parse_args(["--config", str(path)])
+        with _quiet():
+            values: dict[str, Any] = yaml.safe_load(parser.dump(parsed, skip_none=False))
+        return values
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the arguments of ``Trainer.fit``, such as ``ckpt_path``."""
         skipped = {"model", "train_dataloaders", "val_dataloaders", "datamodule"}

@@ -133,6 +133,10 @@ class Schedule(Specification, ABC):
             **{n: Duration(share, "fraction") for n, share in zip(lengths, shares, strict=True)}
         )
 
+    def first_lengths(self) -> dict[str, Duration]:
+        """Returns the durations, by field, of the parts that follow the beginning of the budget."""
+        return self._durations(*self._parts)
+
     def boundaries(self) -> dict[str, float]:
         """Returns the named boundaries between the parts of a resolved schedule.
 

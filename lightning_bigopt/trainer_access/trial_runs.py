@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lightning_bigopt.trainer_access.loop import is_unlimited
+import torch
+
+from lightning_bigopt.trainer_access.loop import is_last_batch, is_unlimited
 from lightning_bigopt.trainer_access.packages import own
 
 if TYPE_CHECKING:
@@ -21,9 +23,13 @@ __all__ = [
     "call_before_batch",
     "exit_fit",
     "fit_quietly",
+    "is_at_end",
+    "is_out_of_memory",
     "limits_kept",
+    "set_max_steps",
     "silent_information",
     "silent_loggers",
+    "stop_now",
 ]
 
 _HOOK = "on_train_batch_start"
@@ -115,6 +121,33 @@ def limits_kept(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         loop.min_epochs, loop.max_epochs, trainer.num_sanity_val_steps = kept
+
+
+def stop_now(trainer: Trainer) -> None:
+    """Ends a fit after the current batch, also before ``min_steps`` or ``min_epochs``."""
+    trainer.fit_loop.min_epochs = None
+    trainer.fit_loop.epoch_loop.min_steps = None
+    trainer.should_stop = True
+
+
+def is_at_end(trainer: Trainer) -> bool:
+    """Returns whether a validation is the last one before a limit of updates or epochs."""
+    epochs = trainer.max_epochs
+    if 0 <= trainer.max_steps <= trainer.global_step:
+        return True
+    is_last = epochs is not None and 0 <= epochs <= trainer.current_epoch + 1
+    return is_last and is_last_batch(trainer)
+
+
+def set_max_steps(trainer: Trainer, max_steps: int) -> None:
+    """Sets the limit of updates of a Trainer that has not been used."""
+    trainer.fit_loop.epoch_loop.max_steps = max_steps
+
+
+def is_out_of_memory(trainer: Trainer, error: BaseException) -> bool:
+    """Returns whether an error says that the memory of a device or of the machine ran out."""
+    says_so = own(trainer, "utilities.memory.is_oom_error")
+    return isinstance(error, torch.OutOfMemoryError) or bool(says_so(error))
 
 
 def silent_loggers(trainer: Trainer) -> list[Logger]:

@@ -1,20 +1,29 @@
-"""Tools that start their own fits or trials: run plan, range test, batch finder, branches."""
+"""Tools that start their own fits or trials: plan, finders, branches and studies."""
 
 from lightning_bigopt.tuning.batch_finder import GlobalBatchFinder
 from lightning_bigopt.tuning.critical_batch import CriticalBatchSize
 from lightning_bigopt.tuning.curve import RangeTest
+from lightning_bigopt.tuning.hyperparameter_study import study
 from lightning_bigopt.tuning.measure_critical_batch import critical_batch_size
 from lightning_bigopt.tuning.measured_batch_size import MeasuredBatchSize
 from lightning_bigopt.tuning.range_test import LearningRateRangeTest, learning_rate_range_test
 from lightning_bigopt.tuning.run_plan import plan
+from lightning_bigopt.tuning.space import Choice, Integer, Log, Uniform
+from lightning_bigopt.tuning.study_result import Study
 
 __all__ = [
+    "Choice",
     "CriticalBatchSize",
     "GlobalBatchFinder",
+    "Integer",
     "LearningRateRangeTest",
+    "Log",
     "MeasuredBatchSize",
     "RangeTest",
+    "Study",
+    "Uniform",
     "critical_batch_size",
     "learning_rate_range_test",
     "plan",
+    "study",
 ]

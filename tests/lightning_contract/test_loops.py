@@ -16,6 +16,7 @@ from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.exceptions import _TunerExitException
@@ -219,6 +220,24 @@ def test_one_exception_ends_a_fit_as_if_it_had_finished() -> None:
     assert calls == ["teardown"]
     assert one.state.status == TrainerStatus.FINISHED
     assert one.global_step == 0
+
+
+@asserts("_SubprocessScriptLauncher")
+def test_one_launcher_starts_the_script_again_for_every_process() -> None:
+    """A study starts its processes once with it, and refuses launchers that fork or spawn."""
+    launchers = {
+        name: L.Trainer(
+            accelerator="cpu", devices=2, strategy=name, logger=False, barebones=True
+        ).strategy.launcher
+        for name in ("ddp", "ddp_spawn", "ddp_fork")
+    }
+    is_script = {n: isinstance(one, _SubprocessScriptLauncher) for n, one in launchers.items()}
+    assert is_script == {"ddp": True, "ddp_spawn": False, "ddp_fork": False}
+    calls: list[Any] = []
+    one: Any = launchers["ddp"]
+    one._call_children_scripts = lambda: calls.append("started")
+    assert one.launch(lambda: calls.append("called"), trainer=None) is None
+    assert calls == ["started", "called"]
 
 
 @asserts("_logger_connector")

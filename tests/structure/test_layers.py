@@ -25,7 +25,7 @@ LIGHTNING = TORCH | {"lightning", "torchmetrics", "tensorboard"}
 FOR_TYPES = frozenset({"typing_extensions"})
 # Only inside functions: optional packages.
 ON_DEMAND = frozenset(
-    {"jinja2", "jsonargparse", "matplotlib", "rich", "shtab", "transformers", "yaml"}
+    {"jinja2", "jsonargparse", "matplotlib", "optuna", "rich", "shtab", "transformers", "yaml"}
 )
 
 # From the lowest layer to the highest, each with the distributions that it may import.

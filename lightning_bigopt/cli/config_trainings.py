@@ -1,0 +1,102 @@
+"""Builds the training of each trial from a config of ``bigopt fit``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_bigopt.cli.package_of_config import model_path, training_class
+from lightning_bigopt.tuning.paths import FieldPaths, Place, changed
+from lightning_bigopt.tuning.trainings import Training, Trainings
+from lightning_bigopt.tuning.trees import ConfigTree
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from lightning_bigopt.cli.config import TrainingCommands
+    from lightning_bigopt.tuning.space import Range
+
+__all__ = ["ConfigTrainings"]
+
+_ROOTS = ("model", "data", "optimizer", "lr_scheduler")
+
+
+class ConfigTrainings(Trainings):
+    """Builds trainings from a config file, with other values in some fields.
+
+    Args:
+        path: The config file.
+        seed: Seed of every training if the config sets none.
+
+    Raises:
+        ValueError: If there is no such file, or it is no config of a training.
+    """
+
+    def __init__(self, path: str | Path, *, seed: int) -> None:
+        if not Path(path).is_file():
+            raise ValueError(
+                f"config must be a file, got {str(path)!r}, which does not exist; pass one such as "
+                "examples/gpt.yaml"
+            )
+        self._kind = training_class(model_path(["--config", str(path)]))
+        self._parser = self._kind.parser_for(usage="bigopt tune --config CONFIG --space SPACE")
+        self._config = self._kind.read_values(self._parser, path)
+        self._parser.exit_on_error = False
+        if self._config.get("seed_everything") is None or self._config["seed_everything"] is False:
+            self._config["seed_everything"] = seed  # 0 is a seed, and equals False
+        self._places: dict[str, tuple[str, ...]] = {}
+
+    def prepare(self, space: Mapping[str, Range]) -> Trainer:
+        """Finds the fields in the config."""
+        tree = ConfigTree()
+        trainer = dict(self._config["trainer"])
+        callbacks = trainer.pop("callbacks", None) or []
+        roots = {name: tree.fields(self._config.get(name)) or {} for name in _ROOTS}
+        paths = FieldPaths(
+            tree, arguments={**roots, "trainer": trainer}, callbacks=callbacks, is_shared=False
+        )
+        for path in space:
+            places = paths.find(path)
+            if not places:
+                raise paths.unknown(path)
+            self._places[path] = _keys(places[0])
+        return self._started(self._config).trainer
+
+    def build(self, values: Mapping[str, Any]) -> Training:
+        """Parses the config with the values, and builds its objects as ``bigopt fit`` does."""
+        built = self._started(self._with(values))
+        options = {name: built.config_init.get(name) for name in built.fit_arguments}
+        data = {"datamodule": built.datamodule}
+        return Training(trainer=built.trainer, module=built.model, data=data, options=options)
+
+    def _with(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        new = {self._places[path]: _plain(value) for path, value in values.items()}
+        config: dict[str, Any] = changed(ConfigTree(), self._config, new)
+        return config
+
+    def _started(self, config: Mapping[str, Any]) -> TrainingCommands:
+        try:
+            parsed = self._parser.parse_object(deepcopy(dict(config)))  # it changes its argument
+        except argparse.ArgumentError as error:
+            raise ValueError(str(error)) from error
+        return self._kind(parsed, save_config=False)
+
+    def config(self, values: Mapping[str, Any]) -> str:
+        """Returns the config with the values."""
+        import yaml
+
+        text: str = yaml.safe_dump(self._with(values), sort_keys=False, allow_unicode=True)
+        return text
+
+
+def _keys(place: Place) -> tuple[str, ...]:
+    start = ("trainer", "callbacks") if place.root == "callbacks" else (place.root,)
+    return (*start, *place.keys)
+
+
+def _plain(value: Any) -> Any:
+    """Returns a value as YAML holds it."""
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

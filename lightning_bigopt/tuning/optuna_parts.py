@@ -1,0 +1,212 @@
+"""Samplers, pruners and storages of Optuna by name."""
+
+from __future__ import annotations
+
+import os
+import random
+import warnings
+from collections.abc import Callable
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_bigopt.checks import shown
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+__all__ = ["make_pruner", "make_sampler", "make_storage"]
+
+_PACKAGES = {"CmaEsSampler": "cmaes", "GPSampler": "scipy"}
+_STATIC = ("QMCSampler", "GridSampler", "BruteForceSampler")
+"""Samplers whose next point depends on the storage; another seed would be another sequence."""
+
+
+def make_sampler(sampler: Any, *, seed: int) -> Any:
+    """Returns a sampler of Optuna.
+
+    A sampler given by name is seeded for each trial from ``seed`` and the number of the trial. A
+    study that is started again, and several processes with one storage, then do not draw the
+    random numbers of earlier trials again.
+
+    Args:
+        sampler: A name such as ``"TPE"`` or ``"TPESampler"``, or a sampler, which is returned.
+        seed: Seed of the study.
+
+    Raises:
+        ValueError: If there is no such sampler.
+
+    Example:
+        >>> make_sampler("TPF", seed=0)
+        Traceback (most recent call last):
+        ValueError: sampler must be a sampler of Optuna or its name, got 'TPF'; did you mean 'TPE'?
+    """
+    import optuna
+
+    if isinstance(sampler, optuna.samplers.BaseSampler):
+        return sampler
+    kind = _find_class("sampler", sampler, optuna.samplers, suffix="Sampler")
+    package = _PACKAGES.get(kind.__name__)
+    if package is not None and find_spec(package) is None:  # it is imported at a later trial
+        raise ValueError(
+            f"sampler must be one whose packages are installed, got {shown(sampler)}, which needs "
+            f"{package}; pip install {package}, or choose 'TPE'"
+        )
+    if kind.__name__ in _STATIC:
+        return _made("sampler", sampler, lambda: kind(seed=seed))
+    _made("sampler", sampler, lambda: kind(seed=seed))  # an error is raised here, not in a trial
+
+    def of_trial(number: int) -> Any:
+        return _made("sampler", sampler, lambda: kind(seed=_mixed(seed, number)))
+
+    return _seeded_sampler(of_trial)
+
+
+def make_pruner(pruner: Any) -> Any:
+    """Returns a pruner of Optuna.
+
+    Args:
+        pruner: A name such as ``"median"``, ``"MedianPruner"`` or ``"Hyperband"``, a pruner, which
+            is returned, or None for no pruning.
+
+    Raises:
+        ValueError: If there is no such pruner.
+
+    Example:
+        >>> type(make_pruner("successive halving")).__name__
+        'SuccessiveHalvingPruner'
+    """
+    import optuna
+
+    if isinstance(pruner, optuna.pruners.BasePruner):
+        return pruner
+    if pruner is None or (isinstance(pruner, str) and pruner.lower() == "none"):
+        return optuna.pruners.NopPruner()
+    kind = _find_class("pruner", pruner, optuna.pruners, suffix="Pruner")
+    return _made("pruner", pruner, kind)
+
+
+def make_storage(storage: Any) -> Any:
+    """Returns a storage of Optuna.
+
+    Args:
+        storage: A file ``study.db`` (SQLite), a file ``study.journal`` or ``study.log`` (a journal,
+            also for processes that share a network drive), a URL, a storage of Optuna, or None for
+            the memory of this process.
+
+    Raises:
+        ValueError: If it is none of these.
+
+    Example:
+        >>> make_storage("study.txt")
+        Traceback (most recent call last):
+        ValueError: storage must be a file .db, .journal or .log, a URL or None, got 'study.txt';
+        write 'study.db'
+    """
+    import optuna
+
+    if storage is None or isinstance(storage, optuna.storages.BaseStorage):
+        return storage
+    if not isinstance(storage, (str, os.PathLike)):
+        raise _storage_error(storage)
+    text = os.fspath(storage)
+    if "://" in text:
+        return text
+    path = Path(text)
+    if path.suffix not in (".db", ".sqlite", ".sqlite3", ".journal", ".log"):
+        raise _storage_error(text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix in (".journal", ".log"):
+        from optuna.storages.journal import JournalFileBackend
+
+        return optuna.storages.JournalStorage(JournalFileBackend(text))
+    return f"sqlite:///{text}"
+
+
+def _find_class(argument: str, name: Any, module: Any, *, suffix: str) -> Any:
+    kinds = {
+        _plain(kind): getattr(module, kind)
+        for kind in module.__all__
+        if kind.endswith(suffix) and not kind.startswith("Base")
+    }
+    if isinstance(name, str):
+        for candidate in (_plain(name), _plain(name + suffix)):
+            if candidate in kinds:
+                return kinds[candidate]
+    short = {_plain(k.__name__): k.__name__.removesuffix(suffix) for k in kinds.values()}
+    words = {_plain(word): word for word in short.values()}
+    similar = get_close_matches(_plain(name), words, n=1) if isinstance(name, str) else []
+    advice = f"did you mean {words[similar[0]]!r}?" if similar else ""
+    raise ValueError(
+        f"{argument} must be a {argument} of Optuna or its name, got {shown(name)}; "
+        f"{advice or 'choose among ' + ', '.join(sorted(short.values()))}"
+    )
+
+
+def _plain(name: str) -> str:
+    """Returns a name in lower case, without what separates its words."""
+    return name.lower().translate(str.maketrans("", "", " _-"))
+
+
+def _made(argument: str, name: Any, make: Callable[[], Any]) -> Any:
+    from optuna.exceptions import ExperimentalWarning
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)  # the user has chosen it by name
+            return make()
+    except (TypeError, ImportError) as error:
+        kind = f"optuna.{argument}s"
+        raise ValueError(
+            f"{argument} must be an object for one that needs arguments or packages, got "
+            f"{shown(name)}: {str(error).splitlines()[0]}; pass an object of {kind}"
+        ) from error
+
+
+def _seeded_sampler(make: Callable[[int], Any]) -> Any:
+    """Makes a sampler that delegates each trial to one with a seed of its own."""
+    from optuna.samplers import BaseSampler
+
+    class Seeded(BaseSampler):
+        """Delegates to the sampler of each trial."""
+
+        def __init__(self) -> None:
+            self._samplers: dict[int, Any] = {}
+
+        def _of(self, trial: FrozenTrial) -> Any:
+            if trial.number not in self._samplers:
+                self._samplers[trial.number] = make(trial.number)
+            return self._samplers[trial.number]
+
+        def before_trial(self, study: Any, trial: Any) -> None:
+            self._of(trial).before_trial(study, trial)
+
+        def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, Any]:
+            found: dict[str, Any] = self._of(trial).infer_relative_search_space(study, trial)
+            return found
+
+        def sample_relative(self, study: Any, trial: Any, search_space: Any) -> dict[str, Any]:
+            found: dict[str, Any] = self._of(trial).sample_relative(study, trial, search_space)
+            return found
+
+        def sample_independent(self, study: Any, trial: Any, name: str, distribution: Any) -> Any:
+            return self._of(trial).sample_independent(study, trial, name, distribution)
+
+        def after_trial(self, study: Any, trial: Any, state: Any, values: Any) -> None:
+            self._of(trial).after_trial(study, trial, state, values)
+            self._samplers.pop(trial.number, None)
+
+    return Seeded()
+
+
+def _mixed(seed: int, number: int) -> int:
+    """Returns a 32-bit seed of a trial; Python mixes the text by a hash."""
+    return random.Random(f"{seed}/{number}").getrandbits(32)  # noqa: S311  # no cryptography
+
+
+def _storage_error(storage: Any) -> ValueError:
+    return ValueError(
+        "storage must be a file .db, .journal or .log, a URL or None, got "
+        f"{shown(storage)}; write 'study.db'"
+    )

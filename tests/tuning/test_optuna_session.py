@@ -1,0 +1,223 @@
+"""Samplers and pruners by name, and the trials of a session, beside Optuna itself."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.distributions import (
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+
+from lightning_bigopt.tuning import Choice, Integer, Log, Uniform
+from lightning_bigopt.tuning.optuna_parts import make_pruner, make_sampler, make_storage
+from lightning_bigopt.tuning.optuna_session import OptunaSession
+from lightning_bigopt.tuning.trial import Outcome
+
+
+@pytest.fixture(autouse=True)
+def _quiet_optuna() -> None:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def session(**options: Any) -> OptunaSession:
+    given: dict[str, Any] = {
+        "distributions": {"x": FloatDistribution(0.0, 1.0)},
+        "trials": 3,
+        "storage": None,
+        "name": "study",
+        "direction": "minimize",
+        "sampler": "random",
+        "pruner": None,
+        "seed": 0,
+    }
+    return OptunaSession(**{**given, **options})
+
+
+def dead_process() -> int:
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    return child
+
+
+@pytest.mark.filterwarnings("ignore:.*is experimental:optuna.exceptions.ExperimentalWarning")
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("TPE", optuna.samplers.TPESampler),
+        ("tpe sampler", optuna.samplers.TPESampler),
+        ("Random", optuna.samplers.RandomSampler),
+        ("GP", optuna.samplers.GPSampler),
+        ("NSGAII", optuna.samplers.NSGAIISampler),
+        ("NSGAIISampler", optuna.samplers.NSGAIISampler),
+    ],
+)
+def test_sampler_draws_what_optuna_draws_with_the_seed_of_the_trial(name: str, kind: Any):
+    distributions = {"x": FloatDistribution(1e-3, 1.0, log=True), "n": IntDistribution(1, 9)}
+    ours = optuna.create_study(sampler=make_sampler(name, seed=7))
+    oracle = optuna.create_study(sampler=kind(seed=0))
+    for number in range(12):
+        mine = ours.ask(distributions)
+        oracle.sampler = kind(seed=random.Random(f"7/{number}").getrandbits(32))
+        theirs = oracle.ask(distributions)
+        assert mine.params == theirs.params
+        for study, trial in ((ours, mine), (oracle, theirs)):
+            study.tell(trial, (trial.params["x"] - 0.1) ** 2 + trial.params["n"])
+
+
+@pytest.mark.filterwarnings("ignore:QMCSampler is experimental")
+def test_quasi_random_points_of_two_starts_continue_one_sequence(tmp_path: Path):
+    whole = optuna.create_study(sampler=optuna.samplers.QMCSampler(seed=5))
+    points = [
+        whole.ask({"x": FloatDistribution(0, 1), "y": FloatDistribution(0, 1)}).params
+        for _ in range(6)
+    ]
+    distributions = {"x": FloatDistribution(0, 1), "y": FloatDistribution(0, 1)}
+    found = []
+    for _ in range(2):
+        storage = tmp_path / "study.db"
+        part = session(
+            sampler="QMC", seed=5, distributions=distributions, storage=storage, trials=9
+        )
+        for _ in range(3):
+            trial = part.ask()
+            assert trial is not None
+            found.append(trial.params)
+            part.tell(trial.number, Outcome(state="complete", loss=1.0))
+    assert found == points
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("median", optuna.pruners.MedianPruner),
+        ("SuccessiveHalving", optuna.pruners.SuccessiveHalvingPruner),
+        ("successive_halving", optuna.pruners.SuccessiveHalvingPruner),
+        ("HyperbandPruner", optuna.pruners.HyperbandPruner),
+        (None, optuna.pruners.NopPruner),
+        ("none", optuna.pruners.NopPruner),
+    ],
+)
+def test_pruner_by_name(name: Any, kind: Any):
+    assert type(make_pruner(name)) is kind
+    pruner = optuna.pruners.PercentilePruner(25.0)
+    assert make_pruner(pruner) is pruner
+
+
+def test_ranges_are_distributions_of_optuna():
+    assert Log(1e-3, 1).distribution() == FloatDistribution(1e-3, 1.0, log=True)
+    assert Uniform(-1, 1).distribution() == FloatDistribution(-1.0, 1.0)
+    assert Integer(1, 8).distribution() == IntDistribution(1, 8)
+    assert Integer(1, 8, log=True).distribution() == IntDistribution(1, 8, log=True)
+    assert Choice([16, "a", None]).distribution() == CategoricalDistribution((16, "a", None))
+    pairs = Choice([(0.9, 0.95), (0.9, 0.99)])
+    assert pairs.distribution() == CategoricalDistribution(("(0.9, 0.95)", "(0.9, 0.99)"))
+    assert pairs.decode("(0.9, 0.99)") == (0.9, 0.99)
+    assert Choice([1, True, 1.0]).decode(True) is True
+
+
+def test_storage_of_each_form(tmp_path: Path):
+    assert make_storage(None) is None
+    assert make_storage("sqlite:///a.db") == "sqlite:///a.db"
+    assert make_storage(tmp_path / "new" / "a.db") == f"sqlite:///{tmp_path / 'new' / 'a.db'}"
+    assert isinstance(make_storage(tmp_path / "a.log"), optuna.storages.JournalStorage)
+
+
+def test_session_ends_after_finished_and_running_trials():
+    part = session(trials=3)
+    first, second, third = (part.ask() for _ in range(3))
+    assert first and second and third  # noqa: PT018
+    assert part.ask() is None  # all three are running
+    part.tell(first.number, Outcome(state="complete", loss=1.0))
+    part.fail(second.number, "a fault")
+    fourth = part.ask()  # a failed trial does not count
+    assert fourth is not None
+    part.tell(third.number, Outcome(state="pruned", reason="too bad", updates=7))
+    part.tell(fourth.number, Outcome(state="complete", loss=2.0))
+    assert part.ask() is None
+    states = {trial.number: (trial.state, trial.reason) for trial in part.records()}
+    assert states == {
+        0: ("complete", ""),
+        1: ("failed", "a fault"),
+        2: ("pruned", "too bad"),
+        3: ("complete", ""),
+    }
+
+
+def test_values_that_end_their_process_are_tried_three_times():
+    part = session(trials=4)
+    values = []
+    for _ in range(3):
+        trial = part.ask()
+        assert trial is not None
+        values.append(trial.params["x"])
+        trial.set_user_attr("pid", dead_process())
+    other = part.ask()
+    assert other is not None
+    assert values[0] == values[1] == values[2] != other.params["x"]
+    (failed, running) = part.records()
+    assert (failed.number, failed.state, running.number) == (2, "failed", 3)
+    assert failed.reason == "its process has ended 3 times with these values"
+
+
+def test_two_sessions_repeat_a_dead_trial_once(tmp_path: Path):
+    first = session(storage=tmp_path / "study.db")
+    trial = first.ask()
+    assert trial is not None
+    trial.set_user_attr("pid", dead_process())
+    second = session(storage=tmp_path / "study.db")
+    stale = second.study.get_trials(deepcopy=True)
+    first.repeat_dead_trials()
+    second.study.get_trials = lambda **_: stale  # type: ignore[method-assign]  # read before
+    second.repeat_dead_trials()
+    states = [trial.state.name for trial in first.study.get_trials()]
+    assert states == ["FAIL", "WAITING"]
+
+
+def test_finite_grid_ends_the_session():
+    sampler = optuna.samplers.GridSampler({"x": [0.25, 0.75]})
+    part = session(sampler=sampler, trials=9)
+    points = set()
+    while (trial := part.ask()) is not None:
+        points.add(trial.params["x"])
+        part.tell(trial.number, Outcome(state="complete", loss=1.0))
+    assert points == {0.25, 0.75}
+
+
+def test_importance_is_that_of_optuna_and_needs_enough_trials():
+    distributions = {"x": FloatDistribution(0, 1), "y": FloatDistribution(0, 1)}
+    part = session(distributions=distributions, trials=30)
+    for number in range(30):
+        trial = part.ask()
+        assert trial is not None
+        loss = trial.params["x"] ** 2 + 0.01 * trial.params["y"]
+        part.tell(trial.number, Outcome(state="complete", loss=loss))
+        if number == 8:
+            assert part.importance() is None
+    found = part.importance()
+    assert found is not None
+    assert found["x"] > 0.9
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+    assert found == optuna.importance.get_param_importances(part.study, evaluator=evaluator)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"direction": "maximize"}, "direction must be that of the study .* 'maximize'"),
+        ({"distributions": {"y": FloatDistribution(0, 1)}}, r"got \['y'\] .* made with \['x'\]"),
+    ],
+)
+def test_other_study_in_the_storage_raises(tmp_path: Path, options: Any, message: str):
+    first = session(storage=tmp_path / "study.db")
+    assert first.ask() is not None
+    with pytest.raises(ValueError, match=message):
+        session(storage=tmp_path / "study.db", **options)
