@@ -18,11 +18,11 @@ NAMES = """
     Noam NoiseScaleBatchSize NonFinite NormClip NormSpike OneCycle OptimizationMonitor
     OptimizationMonitorMixin ParameterGroup PerParameterNormClip PiecewiseLinear Polynomial Power
     PowerSGD Product Progress REX RangeTest ReduceOnPlateau ReduceOnPlateauMixin RollBack Schedule
-    SchedulePolicy Seesaw SeesawBatchSize SingleSample Skip StepDecay StepGuard StepGuardMixin
+    SchedulePolicy Seesaw SeesawBatchSize SingleSample Skip StepDecay StepGuard StepGuardMixin Study
     TailMean TooManyRejectionsError TopK TriStage UpdateClip ValueClip Warmup WarmupConstant
     WarmupCosine WarmupInverseSquareRoot WarmupLinear WarmupStableDecay ZClip __version__
     combine_optimizers critical_batch_size learning_rate_range_test muon_adamw parameter_groups plan
-    replay
+    replay study
 """
 
 
