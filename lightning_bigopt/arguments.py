@@ -54,11 +54,12 @@ def explain_arguments(cls: ClassT) -> ClassT:
                 f"the arguments of {type(self).__name__} must contain {', '.join(missing)}, got "
                 f"{got or 'none'}{_example(type(self))}"
             )
+        keywords = {name: _plain(name, value) for name, value in kwargs.items()}
+        values = tuple(map(_plain, names, args))
         # Not those that a subclass passes on.
         if is_callback and type(self).__init__ is checked_init:
-            record_arguments(self, args, kwargs)
-        keywords = {name: _plain(name, value) for name, value in kwargs.items()}
-        init(self, *map(_plain, names, args), **keywords)
+            record_arguments(self, (), dict(zip(names, values, strict=False)) | keywords)
+        init(self, *values, **keywords)
 
     cls.__init__ = checked_init  # type: ignore[misc]
     return cls

@@ -105,7 +105,7 @@ class Log(Range):
     high: float
 
     def __post_init__(self) -> None:
-        hint = f"write Uniform({self.low}, {self.high}), or a positive bound"
+        hint = f"write Uniform({shown(self.low)}, {shown(self.high)}), or a positive bound"
         check_positive("low", self.low, hint=hint)
         _check_bounds(self.low, self.high)
 

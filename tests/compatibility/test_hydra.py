@@ -123,6 +123,7 @@ MORE = (
 NOT_IN_CONFIGS = {
     *(("Horizon", "spans"), ("Horizon", "others")),
     *(("CriticalBatchSize", "multiples"), ("CriticalBatchSize", "losses")),
+    *(("Study", name) for name in ("axes", "best_values", "budgets", "importance", "trials")),
     *(("RangeTest", "learning_rates"), ("RangeTest", "losses")),
     *(("GlobalBatchLoader", name) for name in ("dataset", "collate_fn", "options")),
 }

@@ -34,7 +34,7 @@ NOT_CALLED = {
     # results and internal values, which the package makes
     *("ClipContext", "ClipDecision", "Verdict", "Replay", "TrainingPlan", "MicroBatch"),
     *(
-        "CriticalBatchSize",
+        *("CriticalBatchSize", "Study"),
         "NoiseScaleReport",
         "MicroBatchSearch",
         "Tag",
@@ -48,7 +48,7 @@ NOT_CALLED = {
     # mixins have no arguments; the methods of the module return callbacks or specifications
     *(name for name in bigopt.__all__ if name.endswith("Mixin")),
     # they train; their own tests call them with wrong arguments
-    *("critical_batch_size", "learning_rate_range_test", "plan", "replay"),
+    *("critical_batch_size", "learning_rate_range_test", "plan", "replay", "study"),
     "Muon",  # the class of torch, whose own errors pass through
     "TooManyRejectionsError",  # raised by the package
 }
@@ -237,6 +237,10 @@ VALID: dict[str, dict[str, Callable[[], Any]]] = {
     "Duration": _valid(value=5, unit="steps"),
     "Horizon": _valid(clock="steps", budget=100),
     "Span": _valid(updates=10),
+    "Choice": _valid(options=[16, 32]),
+    "Integer": _valid(low=1, high=8),
+    "Log": _valid(low=1e-4, high=1e-1),
+    "Uniform": _valid(low=0.0, high=1.0),
     "RangeTest": _valid(learning_rates=(0.1, 0.2), losses=(1.0, 2.0)),
     # functions
     "parameter_groups": _valid(module=model, weight_decay=0.1),

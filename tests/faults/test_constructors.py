@@ -218,6 +218,7 @@ def test_every_required_argument_has_a_valid_value() -> None:
 
 
 NEGATIVE = {
+    "Uniform.low",
     "Power.exponent",
     # measurements and estimates
     "BatchContext.noise_scale",
@@ -226,6 +227,7 @@ NEGATIVE = {
     # a part of a horizon may begin before it
     *("Horizon.fraction.start", "Horizon.fraction.stop"),
 }
+INTEGERS = {"GlobalBatchLoader.seed", "Integer.low"}
 
 
 def test_negative_numbers_are_accepted_by_few_arguments() -> None:
@@ -238,7 +240,7 @@ def test_negative_numbers_are_accepted_by_few_arguments() -> None:
         ]
         accepted = [case for case in cases if judge(case).kind == "accepted"]
         found = {f"{case.target.name}.{name}" for case in accepted for name in case.hostile}
-        assert found == NEGATIVE | ({"GlobalBatchLoader.seed"} if label == "-1" else set())
+        assert found == NEGATIVE | (INTEGERS if label == "-1" else set())
 
 
 @pytest.mark.parametrize("function", [bigopt.plan, bigopt.learning_rate_range_test])
