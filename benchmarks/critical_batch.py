@@ -22,6 +22,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -235,7 +236,10 @@ def train_digits(multiple: int, *, seed: int) -> dict[str, Any]:
     loss = trainer.validate(model, held_out, verbose=False)[0]["val_loss"]
     return {
         "loss": loss,
-        "measured": [[found.critical_batch_size, found.is_lower_bound] for found in measures.found],
+        "measured": [
+            [replace(found, tolerance=factor * TOLERANCE).critical_batch_size for factor in (1, 2)]
+            for found in measures.found
+        ],
         "noise": noise.found,
     }
 
@@ -338,19 +342,22 @@ def measure_digits(results: Results, seeds: int) -> str:
     trained = crossing(losses, TOLERANCE)
     rows = []
     for index, point in enumerate(POINTS):
-        measured = [runs[1, seed]["measured"][index][0] for seed in range(seeds)]
+        columns = []
+        for column in (0, 1):
+            measured = [runs[1, seed]["measured"][index][column] for seed in range(seeds)]
+            center = math.exp(statistics.mean(map(math.log, measured)))
+            columns.append(
+                f"{center:.0f} ({min(measured):.0f} to {max(measured):.0f}), {center / trained:.2f}"
+            )
         scales = [scale for s in range(seeds) if (scale := runs[8, s]["noise"][index])]
-        center = math.exp(statistics.mean(map(math.log, measured)))
         noise = f"{statistics.median(scales):.0f}" if scales else "not reliable"
-        rows.append(
-            f"| {point:.0%} | {center:.0f} ({min(measured):.0f} to {max(measured):.0f}) "
-            f"| {center / trained:.2f} | {noise} |\n"
-        )
+        rows.append(f"| {point:.0%} | {columns[0]} | {columns[1]} | {noise} |\n")
     trained_losses = ", ".join(f"{size}: {loss:.4f}" for size, loss in losses.items())
     return (
         f"Validation loss of training in full by batch size: {trained_losses}. It is "
         f"{TOLERANCE:g} above that of {DIGIT_BASE} at a batch of {trained:.0f}.\n\n"
-        "| position | measured critical batch (range of the seeds) | / trained | noise scale |\n"
+        "Measured critical batch (range of the seeds), divided by that:\n\n"
+        f"| position | tolerance {TOLERANCE:g} | tolerance {2 * TOLERANCE:g} | noise scale |\n"
         "|---|---|---|---|\n" + "".join(rows)
     )
 
