@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 
     from lightning_bigopt.trainer_access.requeue_signal import RequeueSignal
 
-__all__ = ["LEARNING_RATE", "Batch", "Fit", "Stages"]
+__all__ = ["BATCH_SIZE", "LEARNING_RATE", "Batch", "Fit", "Stages"]
 
-LEARNING_RATE = "learning rate"
-"""The value of ``owns`` of LearningRateScheduler."""
+# The values of ``owns`` of BatchSizeScheduler and LearningRateScheduler.
+BATCH_SIZE, LEARNING_RATE = "batch size", "learning rate"
+
 
 StagesT = TypeVar("StagesT", bound="Stages")
 

@@ -9,6 +9,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_bigopt.batching.exact_loader import GlobalBatchLoader
 from lightning_bigopt.optimizers.names import unwrapped
 from lightning_bigopt.trainer_access.loop import is_unlimited
 from lightning_bigopt.trainer_access.packages import own
@@ -24,6 +30,7 @@ __all__ = [
     "fit_quietly",
     "limits_kept",
     "loaders_restored",
+    "next_losses",
     "objects_changed_by_fit",
     "run_separate_loop",
     "silent_loggers",
@@ -61,9 +68,10 @@ def run_separate_loop(
 ) -> None:
     """Trains in a separate loop on the Trainer's data, without validation, loggers or schedulers.
 
-    The Trainer's own fit loop is not changed, and the loaders are restored. The caller must restore
-    everything else that training changes: the module, :func:`objects_changed_by_fit` and the random
-    states.
+    The loop iterates copies of the loaders, so that it can run between two batches of the Trainer's
+    own fit loop; datasets and samplers are shared, and the loaders are restored. The caller must
+    restore everything else that training changes: the module, :func:`objects_changed_by_fit` and
+    the random states.
 
     Args:
         trainer: The Trainer, from ``on_fit_start`` on.
@@ -76,8 +84,10 @@ def run_separate_loop(
     loop.epoch_loop = epoch_loop(trainer, min_steps=None, max_steps=max_steps)
     source = own(trainer, "trainer.connectors.data_connector._DataLoaderSource")
     # The loaders are made once, so that those that are restored are those that were iterated.
-    data = trainer.fit_loop._data_source.dataloader()
-    trainer.fit_loop, loop._data_source = loop, source(data, "")
+    data = own(trainer, "utilities.CombinedLoader")(trainer.fit_loop._data_source.dataloader())
+    copies = copy.copy(data)
+    copies.flattened = [_copied_loader(loader) for loader in data.flattened]
+    trainer.fit_loop, loop._data_source = loop, source(copies, "")
     trainer.callbacks = list(callbacks)  # type: ignore[attr-defined]  # set by a connector
     trainer.loggers = silent_loggers(trainer)
     trainer.limit_val_batches = 0
@@ -94,6 +104,77 @@ def run_separate_loop(
             loop.teardown()
             for callback in callbacks:
                 callback.teardown(trainer, module, "fit")
+
+
+def _copied_loader(loader: Any) -> Any:
+    """Returns a copy of a loader that has no iterator yet; loaders of unknown classes are shared.
+
+    A loader with persistent workers has a single iterator, which a second ``iter()`` restarts, and
+    a stateful loader saves the state of the last one.
+    """
+    if not isinstance(loader, DataLoader | GlobalBatchLoader):
+        return loader
+    copied = copy.copy(loader)
+    vars(copied).pop("_iterator", None)
+    if isinstance(loader, DataLoader):
+        vars(copied)["_iterator"] = None
+    return copied
+
+
+def next_losses(trainer: Trainer, module: LightningModule, count: int) -> Tensor:
+    """Computes the losses of the next batches of the current loop, without gradients.
+
+    The batches are taken from the loop's iterator: call this after the last batch of a loop. The
+    module stays in training mode, and logs nothing.
+
+    Args:
+        trainer: The Trainer, in ``on_train_batch_end``.
+        module: The module, with automatic optimization.
+        count: Number of batches; the epoch begins again if it has fewer.
+
+    Returns:
+        The losses of this process, float32 of shape ``(count,)``.
+
+    Raises:
+        ValueError: If the epoch has no batch, or a loss is missing.
+    """
+    fetcher: Any = trainer.fit_loop._data_fetcher
+    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+    losses, is_new = list[Tensor](), False
+    vars(module).update(log=_ignore, log_dict=_ignore)
+    try:
+        while len(losses) < count:
+            batch = next(fetcher, None)
+            if batch is None and is_new:
+                raise ValueError(
+                    "the training loader must have a batch to evaluate, got none; use a loader "
+                    "that can be iterated again"
+                )
+            is_new = batch is None
+            if batch is None:
+                iter(fetcher)
+                continue
+            data = trainer.precision_plugin.convert_input(batch[0])
+            data = module._on_before_batch_transfer(data, dataloader_idx=0)
+            data = trainer.strategy.batch_to_device(data, dataloader_idx=0)
+            arguments = (data, len(losses)) if takes_index else (data,)
+            with torch.no_grad():
+                output: Any = trainer.strategy.training_step(*arguments)
+            loss = output.get("loss") if isinstance(output, dict) else output
+            if loss is None:
+                raise ValueError(
+                    "training_step must return the loss of every batch for a trial run, got "
+                    f"{output!r}; return it"
+                )
+            losses.append(loss.detach().float())
+    finally:
+        for name in ("log", "log_dict"):
+            vars(module).pop(name, None)
+    return torch.stack(losses)
+
+
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """Stands in for ``LightningModule.log`` and ``log_dict``."""
 
 
 def objects_changed_by_fit(trainer: Trainer) -> list[object]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -18,14 +17,15 @@ from lightning_bigopt.checks import check_between, check_choice, check_count, sh
 from lightning_bigopt.engine.engine import Engine
 from lightning_bigopt.engine.optimizer_modes import train_optimizers
 from lightning_bigopt.fabric_hooks import TrainerOnly
-from lightning_bigopt.optimizers.object_snapshot import ObjectSnapshot
 from lightning_bigopt.optimizers.private import check_not_private
 from lightning_bigopt.removed import RemovedAttribute
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 from lightning_bigopt.trainer_access import loop, trial_runs
 from lightning_bigopt.tuning.base_rates import BaseRates
+from lightning_bigopt.tuning.branches import state_restored
 from lightning_bigopt.tuning.curve import RangeTest, exponential_rates
-from lightning_bigopt.tuning.sweep import Sweep, callbacks_affecting_gradients
+from lightning_bigopt.tuning.sweep import Sweep
+from lightning_bigopt.tuning.trial_callbacks import callbacks_affecting_gradients
 from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["LearningRateRangeTest", "learning_rate_range_test"]
@@ -152,7 +152,7 @@ class LearningRateRangeTest(TrainerOnly, Callback):
             self.rates, groups, smoothing=self.smoothing, stop_at=self.stop_at, skip=self.skip
         )
         engine = [Engine()] if callbacks else []
-        with _state_restored(trainer, module):
+        with state_restored(trainer, module):
             train_optimizers(trainer)
             trial_runs.run_separate_loop(
                 trainer,
@@ -269,14 +269,3 @@ class _RangeTestOnly(LearningRateRangeTest):
         if self.on_result == "use" and self.result.suggestion is not None:
             groups.use(self.result.suggestion, trainer, pl_module)
         raise trial_runs.exit_fit(trainer)
-
-
-@contextmanager
-def _state_restored(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Restores module, optimizers, Trainer and random states when the block ends."""
-    with isolate_rng(include_cuda=torch.cuda.is_available()):
-        snapshot = ObjectSnapshot(*module.modules(), *trial_runs.objects_changed_by_fit(trainer))
-        try:
-            yield
-        finally:
-            snapshot.restore()

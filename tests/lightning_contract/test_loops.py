@@ -20,6 +20,7 @@ from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSourc
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 from lightning.pytorch.utilities.types import LRSchedulerConfig
+from torch.utils.data import DataLoader
 
 from tests.lightning_contract.private_names import asserts
 from tests.lightning_contract.small import Small, batches, trainer
@@ -638,3 +639,52 @@ def test_the_epoch_after_a_resumed_last_batch_begins_only_after_a_reset(
     path = tmp_path / "saved.ckpt"
     trainer(Looks(), **options).fit(Small(), batches(), ckpt_path=path, weights_only=True)
     assert begun == ([1, 2] if resets else [2])
+
+
+@asserts("_on_before_batch_transfer")
+def test_a_batch_is_prepared_as_the_loop_prepares_it() -> None:
+    """A branch evaluates the next batches itself: with the hooks of the datamodule, if it has any.
+
+    Without it the batches would be evaluated without the user's augmentation on the device.
+    """
+
+    class Data(L.LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return batches()
+
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return batch * 0 + 7
+
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return batch + 1
+
+    class Looks(L.Callback):
+        def on_train_batch_end(
+            self, trainer: Any, module: Any, out: Any, batch: Any, i: int
+        ) -> None:
+            by_loop.append(batch)
+            data = module._on_before_batch_transfer(torch.ones(3), dataloader_idx=0)
+            by_hand.append(trainer.strategy.batch_to_device(data, dataloader_idx=0))
+
+    by_loop: list[Any] = []
+    by_hand: list[Any] = []
+    trainer(Looks(), max_steps=1).fit(Small(), datamodule=Data())
+    assert torch.equal(by_loop[0].unique(), torch.tensor([8.0]))
+    assert torch.equal(by_hand[0], torch.full((3,), 8.0))
+
+
+@asserts("_iterator")
+def test_a_loader_with_persistent_workers_has_one_iterator() -> None:
+    """A branch iterates a copy of the loader without this iterator.
+
+    Without it the branch would restart the iterator of the epoch that continues after the branch.
+    """
+    loader = DataLoader(range(8), batch_size=2, num_workers=1, persistent_workers=True)
+    iterator = iter(loader)
+    assert next(iterator).tolist() == [0, 1]
+    assert loader._iterator is iterator
+    copied = copy.copy(loader)
+    copied._iterator = None
+    assert next(iter(copied)).tolist() == [0, 1]
+    assert next(iterator).tolist() == [2, 3]
+    assert iter(loader) is iterator  # begins again

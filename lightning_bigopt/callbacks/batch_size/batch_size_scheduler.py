@@ -32,7 +32,7 @@ from lightning_bigopt.engine.batch_source import simulator
 from lightning_bigopt.engine.budget import Simulate
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.clock_settings import ClockSettings
-from lightning_bigopt.engine.stage import Batch, Fit
+from lightning_bigopt.engine.stage import BATCH_SIZE, Batch, Fit
 from lightning_bigopt.engine.update import Update
 from lightning_bigopt.trainer_access import loop
 
@@ -101,7 +101,7 @@ class BatchSizeScheduler(Capability):
         BatchSizeScheduler(BatchSizeSteps(...))
     """
 
-    owns = "batch size"
+    owns = BATCH_SIZE
     rank = 10
     needs_samples = "required"
     logs_without_monitor = True

@@ -1,0 +1,211 @@
+"""Branches train as a plain loop does, and leave everything as it was, at any update of a fit."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_bigopt import (
+    BatchSizeScheduler,
+    ConstantBatchSize,
+    GlobalBatchLoader,
+    GradientClipping,
+    GradientNoiseScale,
+    LearningRateRangeTest,
+    LearningRateScheduler,
+    Linear,
+    NoiseScaleBatchSize,
+    NormClip,
+)
+from lightning_bigopt.tuning.branches import Branch, run_branch
+from tests.helpers import QUIET, cpu_precision
+
+WEIGHTS = torch.randn(6, 1, generator=torch.Generator().manual_seed(0))
+
+
+def dataset(samples: int = 240) -> TensorDataset:
+    x = torch.randn(samples, 6, generator=torch.Generator().manual_seed(1))
+    return TensorDataset(x, x @ WEIGHTS)
+
+
+def data(samples: int = 240, batch_size: int = 8, **options: Any) -> DataLoader[Any]:
+    return DataLoader(dataset(samples), batch_size=batch_size, **options)
+
+
+class Model(L.LightningModule):
+    def __init__(self, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.net = nn.Sequential(
+            nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 1)
+        )
+        self.seen: list[Tensor] = []
+        self.rates: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        self.seen.append(x[:, 0].clone())
+        loss = nn.functional.mse_loss(self.net(x), y)
+        self.log("loss", loss)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.rates.append(float(optimizer.param_groups[0]["lr"]))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+class BranchesAt(L.Callback):
+    """Runs branches at the start of the fit, or after an update."""
+
+    def __init__(self, update: int, **options: Any) -> None:
+        self.update, self.options = update, options
+        self.branches: list[Branch] = []
+        self.before: Any = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if not self.update:
+            self.run(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        if trainer.global_step == self.update and not self.branches:
+            self.run(trainer, pl_module)
+
+    def run(self, trainer: L.Trainer, module: Any) -> None:
+        module_, optimizer = copy.deepcopy((module.net, trainer.optimizers[0].state_dict()))
+        self.before = module_, optimizer
+        callbacks = self.options.pop("callbacks", lambda: ())
+        for lr_factor in (1.0, 1.0, 3.0):
+            branch = run_branch(
+                trainer, module, callbacks=callbacks(), lr_factor=lr_factor, **self.options
+            )
+            self.branches.append(branch)
+
+
+def fit(*callbacks: Any, loader: Any = None, model: Any = None, **options: Any) -> Model:
+    module = model or Model()
+    torch.manual_seed(3)
+    trainer = L.Trainer(**{**QUIET, "max_epochs": 2, "callbacks": list(callbacks), **options})
+    trainer.fit(module, data() if loader is None else loader)
+    module.optimizer = trainer.optimizers[0].state_dict()
+    return module
+
+
+@pytest.mark.parametrize("update", [0, 7, 30])
+def test_branch_equals_a_plain_loop(update: int) -> None:
+    """Five updates of 16 samples with three times the learning rate, then four batches."""
+    at = BranchesAt(
+        update,
+        max_steps=5,
+        evaluate=4,
+        callbacks=lambda: [BatchSizeScheduler(ConstantBatchSize(16))],
+    )
+    fit(at)
+    for factor, branch in zip((1.0, 1.0, 3.0), at.branches, strict=True):
+        net, state = copy.deepcopy(at.before)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+        optimizer.load_state_dict(state)
+        optimizer.param_groups[0]["lr"] *= factor
+        batches, losses = iter(data()), []
+        for _ in range(5):
+            optimizer.zero_grad()
+            parts = []
+            for _ in range(2):
+                x, y = next(batches)
+                loss = nn.functional.mse_loss(net(x), y)
+                (loss / 2).backward()
+                parts.append(float(loss.detach()))
+            optimizer.step()
+            losses.append(sum(parts) / 2)
+        with torch.no_grad():
+            evaluation = [
+                float(nn.functional.mse_loss(net(x), y))
+                for x, y, _ in ((*next(batches), 0) for _ in range(4))
+            ]
+        assert list(branch.losses) == pytest.approx(losses, rel=1e-5)
+        assert list(branch.evaluation) == pytest.approx(evaluation, rel=1e-5)
+        assert not branch.diverged
+    assert at.branches[0] == at.branches[1] != at.branches[2]
+
+
+LOADERS = {
+    "shuffled": lambda: data(shuffle=True),
+    "generator": lambda: data(shuffle=True, generator=torch.Generator().manual_seed(4)),
+    "workers": lambda: data(shuffle=True, num_workers=1, persistent_workers=True),
+    "exact": lambda: GlobalBatchLoader(dataset(), micro_batch_size=8),
+}
+
+
+CASES = [(loader, "32-true") for loader in LOADERS]
+CASES += [("shuffled", "bf16-mixed"), ("shuffled", "16-mixed")]
+
+
+@pytest.mark.parametrize("update", [0, 7, 14, 15])
+@pytest.mark.parametrize(("loader", "precision"), CASES)
+def test_training_with_branches_equals_training_without_to_the_bit(
+    update: int, loader: str, precision: str
+) -> None:
+    """An epoch has 15 updates."""
+    runs = []
+    for branches in (False, True):
+        at = BranchesAt(
+            update,
+            max_steps=9,
+            evaluate=20,
+            callbacks=lambda: [BatchSizeScheduler(ConstantBatchSize(32))],
+        )
+        module = fit(
+            LearningRateScheduler(Linear()),
+            GradientClipping(NormClip(max_norm=0.1)),
+            BatchSizeScheduler(ConstantBatchSize(16)),
+            *([at] if branches else []),
+            loader=LOADERS[loader](),
+            model=Model(dropout=0.2),
+            **cpu_precision(precision),
+        )
+        runs.append((module.state_dict(), module.optimizer, module.rates, module.seen))
+        assert len(at.branches) == (3 if branches else 0)
+    plain, branched = runs
+    assert len(plain[2]) == 30
+    torch.testing.assert_close(branched[:2], plain[:2], rtol=0, atol=0)
+    assert branched[2] == plain[2]
+    # The branches have added to the list of batches, which is restored with the module.
+    torch.testing.assert_close(branched[3], plain[3], rtol=0, atol=0)
+
+
+def test_branch_that_diverges_ends_early() -> None:
+    class Plain(Model):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    class Diverges(BranchesAt):
+        def run(self, trainer: L.Trainer, module: Any) -> None:
+            self.branches.append(
+                run_branch(trainer, module, callbacks=(), max_steps=50, evaluate=4, lr_factor=1e30)
+            )
+
+    at, module = Diverges(3), Plain()
+    fit(at, model=module)
+    (branch,) = at.branches
+    assert branch.diverged
+    assert len(branch.losses) < 10
+    assert not branch.evaluation
+    assert all(bool(p.isfinite().all()) for p in module.parameters())
+
+
+def test_range_test_runs_with_a_batch_size_that_follows_the_noise_scale() -> None:
+    test = LearningRateRangeTest(steps=20, on_result="report")
+    fit(
+        test,
+        GradientNoiseScale(),
+        BatchSizeScheduler(NoiseScaleBatchSize(16, high=64)),
+    )
+    assert test.result is not None
+    assert len(test.result.losses) == 20
