@@ -140,8 +140,8 @@ def test_error(model: Any) -> float:
 
 @torch.no_grad()
 def validation_loss(model: Any) -> float:
-    """Returns the loss in nats per byte on 4096 windows of the files for validation."""
-    data = SourceText(length=32, validation_samples=4096)
+    """Returns the loss in nats per byte on 8192 windows of the files for validation."""
+    data = SourceText(length=16, validation_samples=8192)
     data.setup("fit")
     losses = [model.loss(batch) for batch in data.val_dataloader()]
     return float(torch.stack(losses).mean())
@@ -167,14 +167,14 @@ class Model:
 
 
 def text() -> SourceText:
-    """Returns batches of 32 windows of 32 bytes."""
-    return SourceText(micro_batch_size=32, length=32)
+    """Returns batches of 32 windows of 16 bytes."""
+    return SourceText(micro_batch_size=32, length=16)
 
 
 MODELS = (
     Model(
         name="GPT",
-        make=lambda lr: BytesGPT(lr=lr, width=48, layers=2, heads=2, length=32),
+        make=lambda lr: BytesGPT(lr=lr, width=32, layers=2, heads=2, length=16),
         data=text,
         score=validation_loss,
         unit="nats",
@@ -189,7 +189,7 @@ MODELS = (
         score=test_error,
         unit="points of error",
         within=0.3,
-        steps=2000,
+        steps=1500,
         middle=0.1,
     ),
     Model(
@@ -199,7 +199,7 @@ MODELS = (
         score=validation_loss,
         unit="nats",
         within=0.01,
-        steps=1500,
+        steps=1200,
         middle=2e-2,
     ),
 )
