@@ -17,7 +17,7 @@ from lightning_bigopt.gradients.optimizer_step import (
 from lightning_bigopt.optimizers.base_values import ForeignValue
 from lightning_bigopt.optimizers.group_schedule import GroupSchedule
 from lightning_bigopt.optimizers.names import optimizer_label, unwrapped
-from lightning_bigopt.trainer_access import callbacks, schedulers
+from lightning_bigopt.trainer_access import callbacks, loop, schedulers
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -63,7 +63,8 @@ def install(fit: _Fit) -> None:
     """Installs step controls, and registers the schedulers that Lightning saves and shows."""
     groups = fit.groups
     # A hook is compiled with the step, which takes one more compilation.
-    groups.watch_steps(optimizer for _, optimizer in groups if not is_step_replaced(optimizer))
+    watched = [optimizer for _, optimizer in groups if not is_step_replaced(optimizer)]
+    groups.watch_steps(watched, is_watched=loop.is_current(fit.trainer))
     for note in groups.take_notes():
         rank_zero_info(note)
     for index, (_, optimizer) in enumerate(groups):

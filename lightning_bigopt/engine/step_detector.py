@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -19,6 +19,9 @@ class StepDetector:
 
     Lightning calls ``on_before_optimizer_step`` in ``LightningOptimizer.step``. A module that calls
     the ``step`` of the torch optimizer makes updates that are neither measured nor clipped.
+
+    Args:
+        is_watched: Returns False while steps are not those of the run.
 
     Attributes:
         unannounced: An optimizer that has stepped without an announcement since the last
@@ -39,7 +42,8 @@ class StepDetector:
         True
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_watched: Callable[[], bool] = lambda: True) -> None:
+        self._is_watched = is_watched
         self.unannounced: Optimizer | None = None
         self._announced: set[int] = set()
         self._handles: list[RemovableHandle] = []
@@ -59,7 +63,7 @@ class StepDetector:
                 self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if id(optimizer) not in self._announced:
+        if id(optimizer) not in self._announced and self._is_watched():
             self.unannounced = optimizer
 
     def announce(self, optimizer: Optimizer) -> None:

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_bigopt.engine.step_detector import StepDetector
-from lightning_bigopt.trainer_access import strategies
+from lightning_bigopt.trainer_access import loop, strategies
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -47,7 +47,7 @@ class UpdateCheck:
         self._reached: set[int] = set()
         self._windows = 0
         self._is_over = self._has_warned = False
-        self._steps = StepDetector()
+        self._steps = StepDetector(is_watched=loop.is_current(trainer))
 
     def remove(self) -> None:
         """Removes the hooks from the optimizers."""

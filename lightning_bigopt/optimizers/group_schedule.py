@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from operator import attrgetter, is_
 from typing import Any
 
@@ -166,28 +167,34 @@ class GroupSchedule(ClaimedFields):
         self._mark()
         return found
 
-    def watch_steps(self, optimizers: Iterable[Optimizer]) -> None:
+    def watch_steps(
+        self, optimizers: Iterable[Optimizer], *, is_watched: Callable[[], bool]
+    ) -> None:
         """Notes values of other code that updates use, until :meth:`ignore_steps`.
 
         Other code may write them after :meth:`adopt`, and restore them before the next call.
 
         Args:
             optimizers: The optimizers whose steps are watched.
+            is_watched: Returns False while steps are not those of the run.
         """
         self.ignore_steps()
+        after_step = partial(self._after_step, is_watched)
         for optimizer in optimizers:
             # An optimizer that does not call Optimizer.__init__ may have no hooks, or a plain dict.
             with suppress(AttributeError, TypeError):
-                self._hooks.append(optimizer.register_step_post_hook(self._after_step))
+                self._hooks.append(optimizer.register_step_post_hook(after_step))
 
     def ignore_steps(self) -> None:
         """Removes the hooks of :meth:`watch_steps`."""
         while self._hooks:
             self._hooks.pop().remove()
 
-    def _after_step(self, optimizer: Optimizer, *args: Any) -> None:
+    def _after_step(self, is_watched: Callable[[], bool], optimizer: Optimizer, *args: Any) -> None:
         # A step that is compiled with this hook would be compiled again for each learning rate.
-        if torch.compiler.is_compiling() or not self._was_written() or self.has_new_groups():
+        if torch.compiler.is_compiling() or not is_watched():
+            return
+        if not self._was_written() or self.has_new_groups():
             return
         for index, (_, one) in enumerate(self.optimizers):
             if one is optimizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lightning_bigopt.trainer_access.packages import classes, own
@@ -23,6 +24,7 @@ __all__ = [
     "epochs_before_fit",
     "fetched_batches",
     "has_trained_batches",
+    "is_current",
     "is_fast_dev_run",
     "is_last_batch",
     "is_unlimited",
@@ -106,6 +108,12 @@ def has_trained_batches(trainer: Trainer) -> bool:
 def restarts_within_epoch(trainer: Trainer) -> bool:
     """Returns whether a resume continues within an epoch; valid in ``on_train_start``."""
     return bool(trainer.fit_loop.restarted_mid_epoch)
+
+
+def is_current(trainer: Trainer) -> Callable[[], bool]:
+    """Returns a function that is False while a trial runs in another loop of the Trainer."""
+    own_loop = trainer.fit_loop
+    return lambda: trainer.fit_loop is own_loop
 
 
 def begin_next_epoch(trainer: Trainer) -> None:

@@ -147,10 +147,11 @@ CASES = [(loader, "32-true") for loader in LOADERS]
 CASES += [("shuffled", "bf16-mixed"), ("shuffled", "16-mixed")]
 
 
+@pytest.mark.parametrize("place", [0, -1], ids=["before the engine", "after it"])
 @pytest.mark.parametrize("update", [0, 7, 14, 15])
 @pytest.mark.parametrize(("loader", "precision"), CASES)
 def test_training_with_branches_equals_training_without_to_the_bit(
-    update: int, loader: str, precision: str
+    update: int, loader: str, precision: str, place: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An epoch has 15 updates."""
     runs = []
@@ -161,11 +162,15 @@ def test_training_with_branches_equals_training_without_to_the_bit(
             evaluate=20,
             callbacks=lambda: [BatchSizeScheduler(ConstantBatchSize(32))],
         )
-        module = fit(
+        callbacks: list[Any] = [
             LearningRateScheduler(Linear()),
             GradientClipping(NormClip(max_norm=0.1)),
             BatchSizeScheduler(ConstantBatchSize(16)),
-            *([at] if branches else []),
+        ]
+        if branches:
+            callbacks.insert(len(callbacks) if place else 0, at)
+        module = fit(
+            *callbacks,
             loader=LOADERS[loader](),
             model=Model(dropout=0.2),
             **cpu_precision(precision),
@@ -178,6 +183,7 @@ def test_training_with_branches_equals_training_without_to_the_bit(
     assert branched[2] == plain[2]
     # The branches have added to the list of batches, which is restored with the module.
     torch.testing.assert_close(branched[3], plain[3], rtol=0, atol=0)
+    assert "Other code" not in caplog.text  # the steps of branches are not those of the run
 
 
 def test_branch_that_diverges_ends_early() -> None:
