@@ -266,11 +266,12 @@ def main() -> None:
     torch.set_num_threads(1)
     runs = Runs(arguments.runs or Path(tempfile.mkdtemp()))
     models = [model for model in MODELS if model.name in arguments.models]
-    for seed in arguments.seeds:
-        for model in models:
-            # From the middle outward, so that an interrupted benchmark has the best rates.
-            for lr in sorted(model.rates, key=lambda lr, m=model: abs(math.log(lr / m.middle))):
-                runs.score(model, lr, seed)
+    # The rates in the middle first, so that an interrupted benchmark has the best ones.
+    for distance in range(COUNT // 2 + 1):
+        for seed in arguments.seeds:
+            for model in models:
+                for lr in model.rates[COUNT // 2 - distance :: 2 * distance or COUNT][:2]:
+                    runs.score(model, lr, seed)
 
 
 if __name__ == "__main__":

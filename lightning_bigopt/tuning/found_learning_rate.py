@@ -24,7 +24,7 @@ class FoundLearningRate:
             ``horizon_factor``.
         interval: 90 % interval of the suggestion. It includes the choice of the batches and the
             uncertainty of the exponent of ``horizon_factor``, not the randomness of training.
-        branch_optimum: The minimum of the parabola that is fitted to the branches.
+        branch_optimum: The best learning rate of a branch, see :func:`weighted_center`.
         horizon_factor: (updates of a branch / updates of the run) to the power of the exponent.
         learning_rates: The learning rate of each branch, ascending.
         losses: For each branch its loss at the end, infinite if it diverged.
@@ -68,20 +68,20 @@ class FoundLearningRate:
     def __str__(self) -> str:
         low, high = self.interval
         lines = [
-            f"Learning rate {self.suggestion:.3g} (90 % interval {low:.2g} to {high:.2g}) for "
-            f"{self.run_updates} updates.",
-            f"{len(self.learning_rates)} branches of {self.branch_updates} updates are best at "
-            f"{self.branch_optimum:.3g}; the longer run needs {self.horizon_factor:.3g} of it.",
-            f"Cost: {self.updates} updates, {self.cost:.1%} of the run.",
-            "learning rate      loss",
+            f"Learning rate {self.suggestion:.3g} for {self.run_updates} updates",
+            f"  90 % interval: {low:.2g} to {high:.2g}",
+            f"  best for {self.branch_updates} updates: {self.branch_optimum:.3g}",
+            f"  factor for the longer run: {self.horizon_factor:.3g}",
+            f"  cost: {self.updates} updates, {self.cost:.1%} of the run",
+            "  learning rate  loss",
         ]
         for rate, loss, error in zip(
             self.learning_rates, self.losses, self.standard_errors, strict=True
         ):
             shown = f"{loss:.4g} ± {error:.2g}" if math.isfinite(loss) else "diverged"
-            lines.append(f"{rate:<13.3g}  {shown}")
+            lines.append(f"  {rate:<13.3g}  {shown}")
         if self.edge is not None:
-            lines.append(f"The {self.edge}est learning rate was the best: the optimum may be past it.")
+            lines.append(f"  the {self.edge}est was the best: the optimum may be past it")
         return "\n".join(lines)
 
     def plot(self, ax: Any = None) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -14,8 +14,16 @@ from lightning_bigopt.schedules.shapes import COOLDOWNS
 from lightning_bigopt.tuning.base_rates import BaseRates
 from lightning_bigopt.tuning.branches import Branch, run_branch
 from lightning_bigopt.tuning.curve import RangeTest
+from lightning_bigopt.tuning.log_rate_fit import paired_errors
 
-__all__ = ["FollowRate", "branch_factor", "highest_useful_rate", "run_rate_branches", "scores"]
+__all__ = [
+    "FollowRate",
+    "branch_factor",
+    "highest_useful_rate",
+    "next_step",
+    "run_rate_branches",
+    "scores",
+]
 
 WARMUP = 0.1
 COOLDOWN = 0.2
@@ -25,8 +33,11 @@ SCORED = 0.2
 The scored losses are computed during the cooldown, on batches that no update has used yet.
 """
 
-RATIO = 3.0
-"""Ratio of neighboring learning rates; four branches span a factor of 27."""
+RATIO = 2.5
+"""Ratio of neighboring learning rates; four branches span a factor of 16."""
+
+SIGNIFICANT = 2.0
+"""Standard errors by which the losses of two branches must differ."""
 
 
 def branch_factor(fraction: float) -> float:
@@ -79,8 +90,8 @@ def run_rate_branches(
 ) -> dict[float, Branch]:
     """Runs branches on a grid of learning rates that grows toward the lower loss.
 
-    The first two branches have the learning rates ``start`` and ``start / RATIO``. Each further one
-    extends the grid at the end whose branch has the lower loss.
+    The first two branches have the learning rates ``start`` and ``start / RATIO``; see
+    :func:`next_step` for the others.
 
     Args:
         trainer: The Trainer, from ``on_fit_start`` on.
@@ -95,12 +106,8 @@ def run_rate_branches(
         The branches by learning rate, ascending.
     """
     found: dict[int, Branch] = {}
-    for index in range(count):
-        step = -index
-        if index > 1:
-            low, high = min(found), max(found)
-            lower_is_better = _score(found[low]) <= _score(found[high])
-            step = low - 1 if lower_is_better else high + 1
+    for _ in range(count):
+        step = next_step(found)
         peak = start * RATIO**step
         found[step] = run_branch(
             trainer,
@@ -109,6 +116,34 @@ def run_rate_branches(
             max_steps=updates,
         )
     return {start * RATIO**step: found[step] for step in sorted(found)}
+
+
+def next_step(found: Mapping[int, Branch]) -> int:
+    """Returns the next step of a grid of learning rates, on which branches search the lowest loss.
+
+    While the best branch is at an end of the grid, the next one is two steps beyond it. Then gaps
+    next to the best branch are filled. Without gaps, the grid grows at the end with the lower loss.
+    After two branches the grid grows upward unless the lower learning rate is significantly better:
+    branches that have learned nothing yet differ by noise only.
+
+    Args:
+        found: The branches by step.
+
+    Returns:
+        The step; 0 for the first branch, -1 for the second.
+    """
+    if len(found) < 2:
+        return -len(found)
+    low, high = min(found), max(found)
+    best = min(sorted(found), key=lambda step: _score(found[step]))
+    if len(found) == 2:
+        best = low if _is_better(found[low], found[high]) else high
+    if best in {low, high}:
+        return low - 2 if best == low else high + 2
+    gaps = [best + side for side in (-1, 1) if best + side not in found]
+    if gaps:
+        return min(gaps, key=lambda step: _score(found[2 * step - best]))
+    return low - 1 if _score(found[low]) < _score(found[high]) else high + 1
 
 
 def scores(branch: Branch) -> tuple[float, ...]:
@@ -124,6 +159,17 @@ def scores(branch: Branch) -> tuple[float, ...]:
 
 def _score(branch: Branch) -> float:
     return math.inf if branch.diverged else fmean(scores(branch))
+
+
+def _is_better(branch: Branch, other: Branch) -> bool:
+    """Returns whether the loss of a branch is significantly below that of another."""
+    if branch.diverged or other.diverged:
+        return other.diverged
+    ours, theirs = scores(branch), scores(other)
+    _, error = paired_errors([theirs, ours], 0)
+    # A single batch has no standard error.
+    margin = 0.0 if math.isnan(error) else SIGNIFICANT * error
+    return fmean(ours) < fmean(theirs) - margin
 
 
 def highest_useful_rate(sweep: RangeTest) -> float:

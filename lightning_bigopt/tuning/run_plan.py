@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -104,6 +105,10 @@ def plan(
         isolate_rng(include_cuda=torch.cuda.is_available()),
         planned_in_one_process(trainer),
         trial_runs.limits_kept(trainer),
+        # Lightning makes the iterator before on_train_start; one with workers draws random numbers.
+        trial_runs.loaders_restored(trainer, train_dataloaders)
+        if train_dataloaders is not None
+        else nullcontext(),
     ):
         trial_runs.fit_quietly(
             trainer,
