@@ -113,7 +113,10 @@ from lightning_bigopt.schedules import (
     WarmupStableDecay,
 )
 from lightning_bigopt.tuning.batch_finder import GlobalBatchFinder
+from lightning_bigopt.tuning.critical_batch import CriticalBatchSize
 from lightning_bigopt.tuning.curve import RangeTest
+from lightning_bigopt.tuning.measure_critical_batch import critical_batch_size
+from lightning_bigopt.tuning.measured_batch_size import MeasuredBatchSize
 from lightning_bigopt.tuning.range_test import LearningRateRangeTest, learning_rate_range_test
 from lightning_bigopt.tuning.run_plan import plan
 from lightning_bigopt.version import __version__
@@ -146,6 +149,7 @@ __all__ = [
     "Cooldown",
     "Cosine",
     "CosineWithRestarts",
+    "CriticalBatchSize",
     "Cyclic",
     "Detector",
     "Duration",
@@ -171,6 +175,7 @@ __all__ = [
     "Linear",
     "LossSpike",
     "MaxUpdateRatio",
+    "MeasuredBatchSize",
     "Merge",
     "ModelAveraging",
     "ModelAveragingMixin",
@@ -220,6 +225,7 @@ __all__ = [
     "ZClip",
     "__version__",
     "combine_optimizers",
+    "critical_batch_size",
     "learning_rate_range_test",
     "muon_adamw",
     "parameter_groups",

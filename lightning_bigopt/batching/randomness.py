@@ -17,6 +17,7 @@ __all__ = [
     "permutation",
     "preserve_random_state",
     "random_state",
+    "seed_generators",
     "set_random_state",
 ]
 
@@ -106,6 +107,24 @@ def mixed_seed(*parts: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
+def seed_generators(seed: int) -> None:
+    """Seeds the generators of torch on all devices, ``random`` and NumPy.
+
+    Args:
+        seed: The seed, non-negative and below 2**63.
+    """
+    torch.manual_seed(seed)
+    _seed_on_cpu(seed)
+
+
+def _seed_on_cpu(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    numpy = sys.modules.get("numpy")  # code that uses NumPy has imported it
+    if numpy is not None:
+        numpy.random.seed(seed & 0xFFFFFFFF)  # NumPy accepts 32 bits only
+
+
 class SampleStreams:
     """Wraps a dataset so that each sample has its own random stream.
 
@@ -132,16 +151,11 @@ class SampleStreams:
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         """Returns the samples of one batch."""
-        numpy = sys.modules.get("numpy")  # a dataset that uses NumPy has imported it
         with preserve_random_state(torch.device("cpu")):
-            return [self._fetch(index, numpy) for index in indices]
+            return [self._fetch(index) for index in indices]
 
-    def _fetch(self, index: int, numpy: Any) -> Any:
-        seed = mixed_seed(self.seed, index)
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        if numpy is not None:
-            numpy.random.seed(seed & 0xFFFFFFFF)  # NumPy accepts 32 bits only
+    def _fetch(self, index: int) -> Any:
+        _seed_on_cpu(mixed_seed(self.seed, index))
         return self.dataset[index]
 
 

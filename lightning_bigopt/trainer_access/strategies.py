@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_bigopt.trainer_access.packages import classes
@@ -29,11 +30,23 @@ __all__ = [
     "ddp_group",
     "is_deepspeed",
     "process_store",
+    "reshard",
     "shard_group",
     "shards_gradients",
     "sum_over_data",
     "sum_over_data_",
 ]
+
+
+def reshard(module: torch.nn.Module) -> None:
+    """Makes the modules of FSDP2 hold their sharded parameters.
+
+    After a forward pass without a backward pass, such as a validation, the outermost of them still
+    hold whole parameters in their place.
+    """
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def data_parallel_size(trainer: Trainer) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader
 from lightning_bigopt.batching.exact_loader import GlobalBatchLoader
 from lightning_bigopt.optimizers.names import unwrapped
 from lightning_bigopt.trainer_access.loop import is_unlimited
-from lightning_bigopt.trainer_access.packages import own
+from lightning_bigopt.trainer_access.packages import classes, own
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -33,10 +34,17 @@ __all__ = [
     "next_losses",
     "objects_changed_by_fit",
     "run_separate_loop",
+    "silent_information",
     "silent_loggers",
 ]
 
 _HOOK = "on_train_batch_start"
+# The attributes of a DataLoader, and of torchdata's StatefulDataLoader.
+_BEFORE_THE_FIRST_ITERATOR = {
+    "_iterator": None,
+    "next_iter_state": None,
+    "_initial_iter_for_state_dict": False,
+}
 
 
 def call_before_batch(trainer: Trainer, function: Callable[[], None] | None) -> None:
@@ -84,7 +92,9 @@ def run_separate_loop(
     loop.epoch_loop = epoch_loop(trainer, min_steps=None, max_steps=max_steps)
     source = own(trainer, "trainer.connectors.data_connector._DataLoaderSource")
     # The loaders are made once, so that those that are restored are those that were iterated.
-    data = own(trainer, "utilities.CombinedLoader")(trainer.fit_loop._data_source.dataloader())
+    data = trainer.fit_loop._data_source.dataloader()
+    if not isinstance(data, classes("utilities.CombinedLoader")):
+        data = own(trainer, "utilities.CombinedLoader")(data, "max_size_cycle")  # as the fit loop
     copies = copy.copy(data)
     copies.flattened = [_copied_loader(loader) for loader in data.flattened]
     trainer.fit_loop, loop._data_source = loop, source(copies, "")
@@ -93,7 +103,9 @@ def run_separate_loop(
     trainer.limit_val_batches = 0
     trainer.should_stop = False
     trainer.strategy.lr_scheduler_configs = []
-    with loaders_restored(trainer, data):
+    pairs = zip(data.flattened, copies.flattened, strict=True)
+    shared = [loader for loader, copied in pairs if copied is loader]
+    with loaders_restored(trainer, data, with_states_of=shared):
         try:
             for callback in callbacks:
                 callback.setup(trainer, module, "fit")
@@ -115,9 +127,9 @@ def _copied_loader(loader: Any) -> Any:
     if not isinstance(loader, DataLoader | GlobalBatchLoader):
         return loader
     copied = copy.copy(loader)
-    vars(copied).pop("_iterator", None)
-    if isinstance(loader, DataLoader):
-        vars(copied)["_iterator"] = None
+    for name, value in _BEFORE_THE_FIRST_ITERATOR.items():
+        if name in vars(copied):
+            vars(copied)[name] = value
     return copied
 
 
@@ -192,6 +204,7 @@ def fit_quietly(
     *,
     datamodule: Any,
     callbacks: Sequence[Callback],
+    ckpt_path: Any = None,
 ) -> None:
     """Runs ``trainer.fit`` with other callbacks, and without loggers and Lightning's advice.
 
@@ -201,6 +214,7 @@ def fit_quietly(
         train_dataloaders: As for ``Trainer.fit``.
         datamodule: As for ``Trainer.fit``.
         callbacks: The callbacks that replace the Trainer's.
+        ckpt_path: As for ``Trainer.fit``.
     """
     saved = trainer.callbacks, trainer.loggers  # type: ignore[attr-defined]
     trainer.callbacks = list(callbacks)  # type: ignore[attr-defined]
@@ -210,9 +224,24 @@ def fit_quietly(
         with warnings.catch_warnings():
             advice = own(trainer, "fabric.utilities.warnings.PossibleUserWarning")
             warnings.simplefilter("ignore", advice)  # the user's own fit repeats it
-            trainer.fit(module, train_dataloaders, datamodule=datamodule)
+            trainer.fit(module, train_dataloaders, datamodule=datamodule, ckpt_path=ckpt_path)
     finally:
         trainer.callbacks, trainer.loggers = saved  # type: ignore[attr-defined]
+
+
+@contextmanager
+def silent_information() -> Iterator[None]:
+    """Silences the information that Lightning and callbacks log on process 0, such as plans."""
+    packages = ("lightning.pytorch", "pytorch_lightning")
+    loggers = [logging.getLogger(f"{name}.utilities.rank_zero") for name in packages]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager
@@ -239,9 +268,20 @@ def silent_loggers(trainer: Trainer) -> list[Logger]:
 
 
 @contextmanager
-def loaders_restored(trainer: Trainer, data: Any) -> Iterator[None]:
-    """Restores the states of stateful loaders and of the generators of loaders and samplers."""
-    loaders = list(own(trainer, "utilities.CombinedLoader")(data).flattened)
+def loaders_restored(
+    trainer: Trainer, data: Any, *, with_states_of: Sequence[Any] | None = None
+) -> Iterator[None]:
+    """Restores the states of stateful loaders and of the generators of loaders and samplers.
+
+    Args:
+        trainer: The Trainer.
+        data: The loaders, in any structure that the Trainer accepts.
+        with_states_of: The loaders whose states are restored; None for all. A StatefulDataLoader
+            that is restored while it is iterated does not save its position any more.
+    """
+    is_combined = isinstance(data, classes("utilities.CombinedLoader"))
+    combined = data if is_combined else own(trainer, "utilities.CombinedLoader")(data)
+    loaders = list(combined.flattened)
     samplers = [getattr(loader, "sampler", None) for loader in loaders]
     # By id: a loader and its sampler often share one generator.
     generators = {
@@ -251,7 +291,7 @@ def loaders_restored(trainer: Trainer, data: Any) -> Iterator[None]:
     }
     states = [
         (loader, copy.deepcopy(loader.state_dict()))
-        for loader in loaders
+        for loader in (loaders if with_states_of is None else with_states_of)
         if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
     ]
     try:

@@ -13,11 +13,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from lightning_bigopt.batching.randomness import seed_generators
 from lightning_bigopt.engine.engine import Engine
 from lightning_bigopt.engine.optimizer_modes import train_optimizers
 from lightning_bigopt.engine.stage import BATCH_SIZE
+from lightning_bigopt.optimizers.group_field import GroupField
 from lightning_bigopt.optimizers.object_snapshot import ObjectSnapshot
-from lightning_bigopt.trainer_access import loop, trial_runs
+from lightning_bigopt.trainer_access import loop, strategies, trial_runs
 
 __all__ = ["Branch", "RecordLosses", "run_branch", "state_restored"]
 
@@ -99,10 +101,12 @@ def state_restored(trainer: Trainer, module: LightningModule) -> Iterator[Object
         The snapshot, which may be restored within the block, too; random states are not.
     """
     with isolate_rng(include_cuda=torch.cuda.is_available()):
+        strategies.reshard(module)
         snapshot = ObjectSnapshot(*module.modules(), *trial_runs.objects_changed_by_fit(trainer))
         try:
             yield snapshot
         finally:
+            strategies.reshard(module)  # the evaluation has no backward pass
             snapshot.restore()
 
 
@@ -114,6 +118,7 @@ def run_branch(
     max_steps: int,
     evaluate: int = 0,
     lr_factor: float = 1.0,
+    seed: int | None = None,
 ) -> Branch:
     """Trains a branch from the current state, and restores all state.
 
@@ -128,13 +133,18 @@ def run_branch(
         max_steps: Number of updates.
         evaluate: Number of batches to evaluate after the last update, without gradients; needs
             automatic optimization.
-        lr_factor: Factor on the learning rate of every parameter group.
+        lr_factor: Factor on the learning rate of every parameter group. The product becomes the
+            base of a LearningRateScheduler among the callbacks.
+        seed: Seed of the random generators, so that a branch after a resume, which does not restore
+            them, is the same; None for their current states.
 
     Returns:
         The losses.
     """
     recorder = RecordLosses(evaluate=evaluate)
-    with state_restored(trainer, module):
+    with state_restored(trainer, module), trial_runs.silent_information():
+        if seed is not None:
+            seed_generators(seed)
         train_optimizers(trainer)
         # A BatchSizeScheduler among the callbacks sets it, and needs 1 before.
         if any(getattr(callback, "owns", None) == BATCH_SIZE for callback in callbacks):
@@ -156,8 +166,5 @@ def run_branch(
 
 
 def _scale_(group: dict[str, Any], factor: float) -> None:
-    for key in ("lr", "initial_lr"):
-        if isinstance(group.get(key), Tensor):
-            group[key].mul_(factor)
-        elif key in group:
-            group[key] *= factor
+    field = GroupField("lr")
+    group["initial_lr"] = field.write(group, field.read(group) * factor)

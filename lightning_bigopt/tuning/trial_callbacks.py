@@ -14,8 +14,9 @@ from lightning_bigopt.callbacks.batch_size.batch_size_scheduler import BatchSize
 from lightning_bigopt.callbacks.gradient_clipping import GradientClipping
 from lightning_bigopt.durations.progress import Progress
 from lightning_bigopt.engine.capability import Capability
+from lightning_bigopt.optimizers.object_snapshot import copied
 
-__all__ = ["callbacks_affecting_gradients", "copy_for_trial", "with_policy"]
+__all__ = ["callbacks_affecting_gradients", "new_copy", "with_policy", "with_rule"]
 
 CapabilityT = TypeVar("CapabilityT", bound=Capability)
 
@@ -30,40 +31,50 @@ def callbacks_affecting_gradients(callbacks: Sequence[Callback]) -> list[Any]:
         if isinstance(callback, BatchSizeScheduler):
             copies.append(with_policy(callback, _FirstSize(callback.policy)))
         elif isinstance(callback, GradientClipping):
-            copies.append(copy_for_trial(callback))
+            copies.append(with_rule(callback))
     return copies
 
 
-def copy_for_trial(capability: CapabilityT, *, keep_state: bool = False) -> CapabilityT:
-    """Returns a copy of a capability.
+def new_copy(capability: CapabilityT) -> CapabilityT:
+    """Returns a copy of a capability in its initial state; call it outside of a fit."""
+    copied_capability = copy.deepcopy(capability)
+    copied_capability.reset()
+    copied_capability.take_loaded_state()
+    return copied_capability
+
+
+def with_rule(clipping: GradientClipping, *, keep_state: bool = False) -> GradientClipping:
+    """Returns a GradientClipping with the rule of another one, also of one in a fit.
 
     Args:
-        capability: The capability.
-        keep_state: Whether the copy continues with the current state, such as the norms that a
-            clipping rule has seen; otherwise it starts as for a new run.
+        clipping: The other capability, which may be of a subclass.
+        keep_state: Whether it continues with the current state, such as the norms that the rule has
+            seen; otherwise it starts as for a new run.
     """
-    copied = copy.deepcopy(capability)
+    # Not a deep copy: within a fit the capability refers to the parameters.
+    new = GradientClipping(clipping.rule, scope=clipping.scope)
     if keep_state:
-        copied.run = None  # another engine clears the state of capabilities of another run
-    else:
-        copied.reset()
-        copied.take_loaded_state()
-    return copied
+        new.load_saved_state(copied(clipping.saved_state()))
+    return new
 
 
 def with_policy(scheduler: BatchSizeScheduler, policy: BatchSizePolicy) -> BatchSizeScheduler:
-    """Returns a copy of a BatchSizeScheduler in its initial state, with a policy of one size.
+    """Returns a BatchSizeScheduler with the loader and loss settings of another one.
 
-    Learning rate, beta2 and weight decay do not follow the batch size of the copy.
+    Learning rate, beta2 and weight decay do not follow its batch size.
 
     Args:
-        scheduler: The scheduler.
+        scheduler: The other scheduler, which may be of a subclass.
         policy: A policy that returns one size, and is not adaptive.
     """
-    copied = copy_for_trial(scheduler)
-    copied.policy, copied.requires, copied.needs_horizon = policy, (), False
-    copied.coupling = type(copied.coupling)()
-    return copied
+    return BatchSizeScheduler(
+        policy,
+        weight=scheduler.weight,
+        micro_batch_size=scheduler.micro_batch_size,
+        max_micro_batch_size=scheduler.max_micro_batch_size,
+        samples=scheduler.settings.samples,
+        tokens=scheduler.settings.tokens,
+    )
 
 
 @dataclass(frozen=True)

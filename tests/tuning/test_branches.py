@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_bigopt import (
     BatchSizeScheduler,
@@ -25,6 +26,8 @@ from lightning_bigopt import (
 )
 from lightning_bigopt.tuning.branches import Branch, run_branch
 from tests.helpers import QUIET, cpu_precision
+
+pytestmark = pytest.mark.filterwarnings("ignore:.set_vital. is deprecated:UserWarning")
 
 WEIGHTS = torch.randn(6, 1, generator=torch.Generator().manual_seed(0))
 
@@ -140,6 +143,9 @@ LOADERS = {
     "generator": lambda: data(shuffle=True, generator=torch.Generator().manual_seed(4)),
     "workers": lambda: data(shuffle=True, num_workers=1, persistent_workers=True),
     "exact": lambda: GlobalBatchLoader(dataset(), micro_batch_size=8),
+    "stateful": lambda: StatefulDataLoader(
+        dataset(), batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(4)
+    ),
 }
 
 
@@ -177,6 +183,8 @@ def test_training_with_branches_equals_training_without_to_the_bit(
         )
         runs.append((module.state_dict(), module.optimizer, module.rates, module.seen))
         assert len(at.branches) == (3 if branches else 0)
+        if branches:  # all branches have trained on the same data
+            assert at.branches[0] == at.branches[1]
     plain, branched = runs
     assert len(plain[2]) == 30
     torch.testing.assert_close(branched[:2], plain[:2], rtol=0, atol=0)

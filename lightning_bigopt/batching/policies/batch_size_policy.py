@@ -62,6 +62,8 @@ class BatchSizePolicy(Specification, ABC):
             advance.
         rounding: ``"exact"`` raises for a size that does not fit, ``"nearest"`` takes the nearest
             size that fits, ``"up"`` takes the next larger one.
+        needs_noise_scale: Whether an adaptive policy reads the noise scale, which
+            GradientNoiseScale measures.
 
     Raises:
         ValueError: If a subclass overrides a method by its name of version 0.1.
@@ -78,6 +80,7 @@ class BatchSizePolicy(Specification, ABC):
 
     adaptive: ClassVar[bool] = False
     rounding: ClassVar[Rounding] = "exact"
+    needs_noise_scale: ClassVar[bool] = True
 
     staircase = RemovedAttribute("0.2", "write step_function")
     written_sizes = RemovedAttribute("0.2", "write explicit_sizes")

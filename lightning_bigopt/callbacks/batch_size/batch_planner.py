@@ -107,7 +107,7 @@ class BatchPlanner:
 
     def _plan(self, progress: Progress) -> tuple[int, BatchPlan]:
         scale = None
-        if self._policy.adaptive:
+        if self._policy.adaptive and self._policy.needs_noise_scale:
             scale = self._noise_scale()
         size, plan = self.source.plan(self._policy, progress, current=self.size, noise_scale=scale)
         limit = self.source.largest_batch
@@ -118,6 +118,10 @@ class BatchPlanner:
         self._beyond_epoch = max(self._beyond_epoch, size)
         per_step = plan.micro_batch_size * plan.world_size
         return limit, replace(plan, accumulate=-(-limit // per_step))
+
+    def change_size(self, size: int) -> None:
+        """Sets the current global batch size, which an adaptive policy continues with."""
+        self.size, self._decided = size, None
 
     def open_window(self, batch: Batch, progress: Progress) -> PlannedWindow:
         """Returns the window that starts with a batch; it ends with the epoch at the latest."""

@@ -15,18 +15,20 @@ from lightning_bigopt.batching.scaling_rules import ScalingRule
 from lightning_bigopt.batching.window_length import WindowLength
 from lightning_bigopt.callbacks.batch_size.batch_planner import BatchPlanner
 from lightning_bigopt.callbacks.batch_size.conflicts import (
-    CONSTANT_POLICIES,
     check_conflicts,
+    check_micro_batch_sizes,
     check_policy,
     check_scaling,
+    has_fractions,
 )
 from lightning_bigopt.callbacks.batch_size.coupling import BatchCoupling
 from lightning_bigopt.callbacks.batch_size.exact_loader import prepare_exact_loader
 from lightning_bigopt.callbacks.batch_size.loss_weights import LossWeights, rescale_, shorten_window
 from lightning_bigopt.callbacks.noise_scale import GradientNoiseScale
 from lightning_bigopt.callbacks.resume_report import report_changed_settings
-from lightning_bigopt.checks import as_code, check_count
+from lightning_bigopt.checks import as_code
 from lightning_bigopt.durations.duration import DurationLike
+from lightning_bigopt.durations.progress import Progress
 from lightning_bigopt.engine.batch_contents import BatchCount, BatchWeight
 from lightning_bigopt.engine.batch_source import simulator
 from lightning_bigopt.engine.budget import Simulate
@@ -132,18 +134,13 @@ class BatchSizeScheduler(Capability):
             max_kappa=max_kappa,
         )
         check_scaling(policy, self.coupling)
-        micro_sizes = {"micro_batch_size": micro_batch_size}
-        for name, size in (micro_sizes | {"max_micro_batch_size": max_micro_batch_size}).items():
-            if size is not None:
-                check_count(name, size, of="samples", hint="write an int such as 256")
+        check_micro_batch_sizes(micro_batch_size, max_micro_batch_size)
         self.micro_batch_size, self.max_micro_batch_size = micro_batch_size, max_micro_batch_size
         self.settings = ClockSettings(budget=budget, samples=samples, tokens=tokens)
-        self.requires = (GradientNoiseScale,) if policy.adaptive else ()
-        # For thresholds in fractions of the budget.
-        self.needs_horizon = not (policy.adaptive or isinstance(policy, CONSTANT_POLICIES)) and (
-            not policy.units or "fraction" in policy.units
-        )
-        self._weights = LossWeights(weight)
+        reads_noise = policy.adaptive and policy.needs_noise_scale
+        self.requires = (GradientNoiseScale,) if reads_noise else ()
+        self.needs_horizon = has_fractions(policy)
+        self.weight, self._weights = weight, LossWeights(weight)
         self._planner: BatchPlanner | None = None
         self._restored: tuple[int, int] | None = None
         self._saved_settings: dict[str, str] | None = None
@@ -191,12 +188,8 @@ class BatchSizeScheduler(Capability):
         planner.plan_at(fit.clock.progress())
         self._weights.start(planner.source)
         fit.rescaling = self._coefficient
-        self.coupling.start(
-            fit,
-            size_at=lambda progress: planner.plan_at(progress)[0],
-            changes=planner.changes(),
-            owner=self,
-        )
+        changes = planner.changes()
+        self.coupling.start(fit, size_at=self.size_at, changes=changes, owner=self)
         ready, self._window = loop.ready_batches(trainer), None
         trainer.accumulate_grad_batches = WindowLength(1, 0)
         if self._restored is not None and self._restored[1] < ready < sum(self._restored):
@@ -228,6 +221,11 @@ class BatchSizeScheduler(Capability):
         if self._planner is not None:
             self._planner.end()
         self._planner = None
+
+    def size_at(self, progress: Progress) -> int:
+        """Returns the global batch size of the update that starts at ``progress``."""
+        assert self._planner is not None  # set in start
+        return self._planner.plan_at(progress)[0]
 
     # -------------------------------------------------------------------------------- windows
 
@@ -285,7 +283,7 @@ class BatchSizeScheduler(Capability):
 
     def settings_as_code(self) -> dict[str, str]:
         """Returns policy, weight and scaling."""
-        code = {self.owns: as_code(self.policy), "weight": as_code(self._weights.weight)}
+        code = {self.owns: as_code(self.policy), "weight": as_code(self.weight)}
         return code | self.coupling.settings()
 
     def reset(self) -> None:

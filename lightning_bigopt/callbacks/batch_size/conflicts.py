@@ -13,16 +13,22 @@ from lightning_bigopt.batching.policies.fixed_batch import (
     SingleSample,
 )
 from lightning_bigopt.callbacks.batch_size.coupling import BatchCoupling
-from lightning_bigopt.checks import shown
+from lightning_bigopt.checks import check_count, shown
 from lightning_bigopt.engine.stage import Fit
 from lightning_bigopt.optimizers.private import check_not_private
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 from lightning_bigopt.trainer_access import strategies
 from lightning_bigopt.type_checks import check_instance
 
-__all__ = ["CONSTANT_POLICIES", "check_conflicts", "check_policy", "check_scaling"]
+__all__ = [
+    "check_conflicts",
+    "check_micro_batch_sizes",
+    "check_policy",
+    "check_scaling",
+    "has_fractions",
+]
 
-CONSTANT_POLICIES = (ConstantBatchSize, FullBatch, SingleSample)
+_CONSTANT_POLICIES = (ConstantBatchSize, FullBatch, SingleSample)
 
 
 def check_policy(policy: object) -> None:
@@ -30,9 +36,24 @@ def check_policy(policy: object) -> None:
     check_instance("policy", policy, BatchSizePolicy, hint=_example_of(policy))
 
 
+def check_micro_batch_sizes(micro_batch_size: object, max_micro_batch_size: object) -> None:
+    """Raises unless both sizes are None or positive ints."""
+    sizes = {"micro_batch_size": micro_batch_size, "max_micro_batch_size": max_micro_batch_size}
+    for name, size in sizes.items():
+        if size is not None:
+            check_count(name, size, of="samples", hint="write an int such as 256")
+
+
+def has_fractions(policy: BatchSizePolicy) -> bool:
+    """Returns whether a policy may have thresholds in fractions of the budget."""
+    if policy.adaptive or isinstance(policy, _CONSTANT_POLICIES):
+        return False
+    return not policy.units or "fraction" in policy.units
+
+
 def check_scaling(policy: BatchSizePolicy, coupling: BatchCoupling) -> None:
     """Raises if hyperparameters follow a batch size that is constant."""
-    if coupling.is_active and isinstance(policy, CONSTANT_POLICIES):
+    if coupling.is_active and isinstance(policy, _CONSTANT_POLICIES):
         raise ValueError(
             "policy must change the batch size with lr_scaling, beta2_scaling or "
             f"weight_decay_scaling, got {shown(policy)}, which is constant; remove the scaling"

@@ -1,0 +1,244 @@
+"""``critical_batch_size()``: measures the critical batch size at the start of a run or later."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+
+from lightning_bigopt.batching.scaling_rules import ScalingRule
+from lightning_bigopt.checks import check_choice, check_count, check_positive, shown
+from lightning_bigopt.durations.duration import Duration, DurationLike
+from lightning_bigopt.engine.capability import Capability
+from lightning_bigopt.engine.stage import Fit
+from lightning_bigopt.optimizers.group_field import GroupField
+from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
+from lightning_bigopt.trainer_access import strategies, trial_runs
+from lightning_bigopt.tuning.batch_branches import (
+    current_batch_size,
+    run_batch_branches,
+    samples_of_batches,
+    scaling_rule_of,
+    updates_of_window,
+)
+from lightning_bigopt.tuning.critical_batch import CriticalBatchSize, check_multiples
+from lightning_bigopt.tuning.trial_callbacks import new_copy
+from lightning_bigopt.type_checks import check_instance
+
+__all__ = ["BatchMeasurement", "check_supported", "critical_batch_size"]
+
+_LEAST_UPDATES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchMeasurement:
+    """How the critical batch size is measured; the arguments of :func:`critical_batch_size`."""
+
+    multiples: Sequence[int] = (1, 2, 4, 8)
+    tolerance: float = 0.01
+    window: DurationLike = "5%"
+    evaluate: int = 64
+    cooldown: bool = True
+    lr_scaling: ScalingRule | None = None
+
+    def __post_init__(self) -> None:
+        check_multiples(self.multiples)
+        check_positive("tolerance", self.tolerance, hint="write 0.01")
+        length = Duration.parse(self.window, name="window")
+        if not length.value or length.unit == "seconds":
+            raise ValueError(
+                f"window must be positive, and no time, got {shown(self.window)}; write '5%'"
+            )
+        check_count("evaluate", self.evaluate, minimum=2, of="batches", hint="write 64")
+        check_instance("cooldown", self.cooldown, bool, hint="write True")
+        check_choice("lr_scaling", self.lr_scaling, ("sqrt", "linear", None))
+
+    def run(self, fit: Fit, *, batch_size: int, seed: int | None = None) -> CriticalBatchSize:
+        """Measures at the current state of a fit, and restores all state.
+
+        Args:
+            fit: The fit, before its first update or between two accumulation windows.
+            batch_size: Global batch size of the current update.
+            seed: Seed of the random generators in the branches; None for their current states.
+
+        Raises:
+            ValueError: If the module, the strategy or the learning rate cannot be measured.
+        """
+        check_supported(fit)
+        multiples = tuple(self.multiples)
+        updates = updates_of_window(
+            fit, self.window, batch_size=batch_size, multiples=multiples, least=_LEAST_UPDATES
+        )
+        branches = run_batch_branches(
+            fit,
+            batch_size=batch_size,
+            multiples=multiples,
+            updates=updates,
+            rule=self.lr_scaling or scaling_rule_of(fit.groups.optimizers),
+            cooldown=self.cooldown,
+            evaluate=self.evaluate,
+            seed=seed,
+        )
+        window = updates * batch_size
+        evaluated = samples_of_batches(fit, self.evaluate)
+        return CriticalBatchSize(
+            batch_size=batch_size,
+            multiples=multiples,
+            losses=tuple(branch.evaluation for branch in branches),
+            tolerance=self.tolerance,
+            window=window,
+            samples=len(multiples) * (window + evaluated),
+            updates=sum(len(branch.losses) for branch in branches),
+        )
+
+
+def critical_batch_size(
+    trainer: Trainer,
+    module: LightningModule,
+    train_dataloaders: Any = None,
+    *,
+    datamodule: Any = None,
+    ckpt_path: Any = None,
+    multiples: Sequence[int] = (1, 2, 4, 8),
+    tolerance: float = 0.01,
+    window: DurationLike = "5%",
+    evaluate: int = 64,
+    cooldown: bool = True,
+    lr_scaling: ScalingRule | None = None,
+) -> CriticalBatchSize:
+    r"""Measures the critical batch size at the start of a run, or at a checkpoint.
+
+    From one state a branch is trained for each multiple of the current batch size, all on the same
+    samples: the learning rate is multiplied by :math:`\sqrt k` or :math:`k`. The branches are
+    evaluated on the same batches after them, without gradients. The critical batch size is where
+    the loss is ``tolerance`` above that of multiple 1. All state is restored: Trainer, module and
+    random states are as before.
+
+    By default the learning rate of each branch decays to 0. Without that, a larger batch lowers the
+    noise of the weights at once, which hides that it makes less progress; Merrill et al. measure
+    without a decay. GradientClipping of the Trainer takes part with its state; schedules, other
+    callbacks and loggers do not.
+
+    Args:
+        trainer: The Trainer with its callbacks.
+        module: The module.
+        train_dataloaders: As for ``Trainer.fit``.
+        datamodule: As for ``Trainer.fit``.
+        ckpt_path: Checkpoint of the run at which to measure; None for its start. At the start the
+            learning rate must not be 0, as in a warm-up.
+        multiples: Multiples of the current global batch size, ascending from 1.
+        tolerance: Largest difference from the loss of multiple 1 that is no loss, in units of the
+            loss.
+        window: Length of each branch, a share of the run or an amount; rounded to whole updates of
+            all multiples, and at least four updates of the largest one.
+        evaluate: Loader batches of each process on which the branches are evaluated.
+        cooldown: Whether the learning rate of each branch decays linearly to 0.
+        lr_scaling: Factor on the learning rate of multiple k: ``"sqrt"`` or ``"linear"``; None for
+            the rule of the optimizer.
+
+    Returns:
+        The result; ``print`` shows it as a table.
+
+    Raises:
+        ValueError: If an argument is invalid, the learning rate is 0, the samples of the run are
+            not known in advance, or for manual optimization and DeepSpeed.
+
+    Example:
+        >>> from lightning_bigopt.examples import BytesGPT, SourceText
+        >>> trainer = Trainer(accelerator="cpu", max_steps=1000)  # doctest: +SKIP
+        >>> critical_batch_size(
+        ...     trainer, BytesGPT(), datamodule=SourceText(micro_batch_size=8)
+        ... )  # doctest: +SKIP
+
+    References:
+        Merrill et al., "Critical Batch Size Revisited", 2025 (arXiv 2505.23971), Sec. 3.
+    """
+    hint = "write critical_batch_size(trainer, module)"
+    if not hasattr(trainer, "fit_loop"):
+        raise ValueError(f"trainer must be a Trainer, got {shown(trainer)}; {hint}")
+    check_instance("module", module, nn.Module, hint=hint)
+    measures = _Measures(
+        BatchMeasurement(
+            multiples=multiples,
+            tolerance=tolerance,
+            window=window,
+            evaluate=evaluate,
+            cooldown=cooldown,
+            lr_scaling=lr_scaling,
+        )
+    )
+    callbacks = trainer_callbacks.callbacks_of(trainer)
+    copies = [new_copy(c) for c in callbacks if isinstance(c, Capability)]
+    with (
+        isolate_rng(include_cuda=torch.cuda.is_available()),
+        trial_runs.limits_kept(trainer),
+        warnings.catch_warnings(),
+    ):
+        # The other callbacks of the checkpoint, such as ModelCheckpoint, are not needed.
+        warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")
+        trial_runs.fit_quietly(
+            trainer,
+            module,
+            train_dataloaders,
+            datamodule=datamodule,
+            callbacks=[*copies, measures],
+            ckpt_path=ckpt_path,
+        )
+    if measures.result is None:  # Lightning has ended the fit before its start
+        raise ValueError(
+            "trainer must have updates left to measure the critical batch size, got one that has "
+            f"made {trainer.global_step} updates with max_steps={trainer.max_steps}; use a new "
+            "Trainer, or raise its limit"
+        )
+    rank_zero_info(str(measures.result))
+    return measures.result
+
+
+class _Measures(Capability):
+    """Measures at the start of a fit, and ends the fit."""
+
+    owns = "critical batch size"
+    rank: ClassVar[int] = 1000
+    needs_horizon = True
+
+    def __init__(self, measurement: BatchMeasurement) -> None:
+        self.measurement = measurement
+        self.result: CriticalBatchSize | None = None
+
+    def start(self, fit: Fit) -> None:
+        """Measures after all other capabilities have started, and ends the fit."""
+        fit.groups.write(fit.clock.progress())
+        self.result = self.measurement.run(fit, batch_size=current_batch_size(fit))
+        raise trial_runs.exit_fit(fit.trainer)
+
+
+def check_supported(fit: Fit) -> None:
+    """Raises unless branches with other batch sizes can be trained and evaluated.
+
+    Raises:
+        ValueError: For manual optimization, DeepSpeed, and learning rates of 0.
+    """
+    if not fit.module.automatic_optimization:
+        raise ValueError(
+            "automatic_optimization must be True to measure the critical batch size, got False; "
+            "let Lightning optimize"
+        )
+    if strategies.is_deepspeed(fit.trainer):
+        raise ValueError(
+            "strategy must not be DeepSpeed to measure the critical batch size, got "
+            f"{type(fit.trainer.strategy).__name__}, which accumulates itself; use FSDP2"
+        )
+    field = GroupField("lr")
+    rates = [field.read(g) for _, optimizer in fit.groups for g in optimizer.param_groups]
+    if not any(rates):
+        raise ValueError(
+            f"the learning rate must be positive to measure the critical batch size, got {rates}; "
+            "pass ckpt_path= of a checkpoint behind the warm-up"
+        )
