@@ -71,13 +71,13 @@ def find_learning_rate(
 
     1. A range test from 1e-6 to 10 finds the highest learning rate at which the loss does not rise.
     2. Branches train from the initial weights on the same batches, with learning rates a factor of
-       2.5 apart. The first has a ninth of that learning rate; the others follow the lower loss. A branch warms up over its first 10 % and cools down over its last
-       20 % (1-sqrt). Its score is the mean loss of its last 20 % of updates, on batches it has not
-       trained on.
+       2.5 apart. The first has a ninth of that learning rate; the others follow the lower loss. A
+       branch warms up over its first 10 % and cools down over its last 20 % (1-sqrt). Its score is
+       the mean loss of its last 20 % of updates, on batches that it has not trained on.
     3. The best learning rate of the branches is the mean of their logarithms, weighted by how close
        their losses are to the lowest one (:func:`weighted_center`). Longer runs need lower learning
-       rates: it is multiplied by :math:`(n / T)^{0.32}` for branches of
-       :math:`n` and a run of :math:`T` updates.
+       rates: it is multiplied by :math:`(n / T)^{0.32}` for branches of :math:`n` and a run of
+       :math:`T` updates.
 
     Branches use the Trainer's data, precision, strategy and accumulation, with copies of its
     GradientClipping and, with its first batch size, BatchSizeScheduler. The schedule of the run and

@@ -30,8 +30,8 @@ class FoundLearningRate:
         losses: For each branch its loss at the end, infinite if it diverged.
         standard_errors: Standard error of the difference to the best branch, paired by batch; NaN
             for a branch that diverged.
-        edge: ``"low"`` or ``"high"`` if the lowest or highest learning rate was the best, so that
-            the optimum may be beyond it; None otherwise.
+        edge: ``"low"`` or ``"high"`` if the lowest or highest learning rate was significantly
+            better than the next one, so that the optimum may be beyond it; None otherwise.
         sweep: The range test that placed the branches; None if they were placed by an argument.
         branch_updates: Updates of one branch.
         updates: Updates of the range test and all branches together.

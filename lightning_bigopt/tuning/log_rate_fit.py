@@ -8,7 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, pstdev
 
-__all__ = ["Optimum", "optimum_of", "paired_errors", "weighted_center"]
+__all__ = [
+    "Optimum",
+    "is_significantly_lower",
+    "optimum_of",
+    "paired_errors",
+    "weighted_center",
+]
 
 SOFTNESS = 0.05
 """Loss above the best, as a share of the gain of the best branch, at which a branch has weight 1/2.
@@ -16,6 +22,9 @@ SOFTNESS = 0.05
 The loss over the logarithm of the learning rate has a flat bottom of about a factor of ten, on
 which the losses of short branches are noisy. With this share the weights cover the bottom.
 """
+
+SIGNIFICANT = 2.0
+"""Paired standard errors by which the losses of two branches differ significantly."""
 
 RESAMPLES = 200
 """Number of resamplings; the standard deviation of their results has an error of 5 %."""
@@ -28,8 +37,8 @@ class Optimum:
     Args:
         learning_rate: The learning rate, within those tried.
         deviation: Standard deviation of its logarithm, from the choice of the batches.
-        edge: ``"low"`` or ``"high"`` if the lowest or highest learning rate tried was the best, and
-            the optimum may be beyond it; None otherwise.
+        edge: ``"low"`` or ``"high"`` if the lowest or highest learning rate tried was significantly
+            better than the next one, so that the optimum may be beyond it; None otherwise.
     """
 
     learning_rate: float
@@ -70,8 +79,32 @@ def optimum_of(
     return Optimum(
         learning_rate=math.exp(weighted_center(logs, means, initial=initial)),
         deviation=pstdev(resampled),
-        edge="low" if best == 0 else "high" if best == len(means) - 1 else None,
+        edge=_edge(table, best),
     )
+
+
+def _edge(losses: Sequence[Sequence[float]], best: int) -> str | None:
+    """Returns the end of the grid at which the best branch is, if it beats the next one there."""
+    if best not in {0, len(losses) - 1}:
+        return None
+    following = 1 if best == 0 else best - 1
+    if not is_significantly_lower(losses[best], losses[following]):
+        return None
+    return "low" if best == 0 else "high"
+
+
+def is_significantly_lower(losses: Sequence[float], others: Sequence[float]) -> bool:
+    """Returns whether the mean of losses is below that of others on the same batches.
+
+    Example:
+        >>> is_significantly_lower([1.0, 2.0, 3.0], [2.0, 3.0, 4.5])
+        True
+        >>> is_significantly_lower([1.0, 2.0, 3.0], [2.0, 1.0, 3.5])
+        False
+    """
+    _, error = paired_errors([losses, others], 0)
+    margin = 0.0 if math.isnan(error) else SIGNIFICANT * error  # one batch has no error
+    return fmean(losses) < fmean(others) - margin
 
 
 def weighted_center(

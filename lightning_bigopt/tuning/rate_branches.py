@@ -14,7 +14,7 @@ from lightning_bigopt.schedules.shapes import COOLDOWNS
 from lightning_bigopt.tuning.base_rates import BaseRates
 from lightning_bigopt.tuning.branches import Branch, run_branch
 from lightning_bigopt.tuning.curve import RangeTest
-from lightning_bigopt.tuning.log_rate_fit import paired_errors
+from lightning_bigopt.tuning.log_rate_fit import is_significantly_lower
 
 __all__ = [
     "FollowRate",
@@ -35,9 +35,6 @@ The scored losses are computed during the cooldown, on batches that no update ha
 
 RATIO = 2.5
 """Ratio of neighboring learning rates; four branches span a factor of 16."""
-
-SIGNIFICANT = 2.0
-"""Standard errors by which the losses of two branches must differ."""
 
 
 def branch_factor(fraction: float) -> float:
@@ -165,11 +162,7 @@ def _is_better(branch: Branch, other: Branch) -> bool:
     """Returns whether the loss of a branch is significantly below that of another."""
     if branch.diverged or other.diverged:
         return other.diverged
-    ours, theirs = scores(branch), scores(other)
-    _, error = paired_errors([theirs, ours], 0)
-    # A single batch has no standard error.
-    margin = 0.0 if math.isnan(error) else SIGNIFICANT * error
-    return fmean(ours) < fmean(theirs) - margin
+    return is_significantly_lower(scores(branch), scores(other))
 
 
 def highest_useful_rate(sweep: RangeTest) -> float:

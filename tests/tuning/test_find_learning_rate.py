@@ -141,14 +141,14 @@ def test_losses_of_the_branches_have_their_closed_form() -> None:
     assert steps == pytest.approx([round(step) for step in steps])
 
 
-def test_best_rate_of_a_branch_is_that_of_the_closed_form() -> None:
-    """The minimum over a fine grid of learning rates, within a step of the branches."""
+def test_best_rate_of_a_branch_is_at_the_bottom_of_the_closed_form() -> None:
+    """The loss there is at most 5 % of the gain above the minimum over a fine grid."""
     found = find_learning_rate(trainer(), Bowl(), data(), branches=5)
-    grid = np.geomspace(1e-3, 1.0, 400)
-    ends = [losses_of_bowl(rate, found.branch_updates)[-1] for rate in grid]
-    best = grid[int(np.argmin(ends))]
+    ends = [losses_of_bowl(rate, found.branch_updates)[-1] for rate in np.geomspace(1e-3, 1, 400)]
+    start = 0.5 * float(CURVATURES.sum())
+    at_optimum = losses_of_bowl(found.branch_optimum, found.branch_updates)[-1]
     assert found.edge is None
-    assert best / 2.5 < found.branch_optimum < best * 2.5
+    assert at_optimum - min(ends) < 0.05 * (start - min(ends))
 
 
 def test_suggestion_follows_the_lengths_of_branch_and_run() -> None:
@@ -331,10 +331,10 @@ def test_report_says_learning_rate_interval_and_cost(caplog: pytest.LogCaptureFi
 
 
 def test_optimum_at_the_edge_warns_and_names_a_start() -> None:
-    with pytest.warns(UserWarning, match=r"The highest learning rate .* Pass start=6e-05, or"):
+    with pytest.warns(UserWarning, match=r"The highest learning rate .* Pass start=0\.0004, or"):
         found = find_learning_rate(trainer(), Bowl(), data(), start=1e-5)
     assert found.edge == "high"
-    assert found.bracket == (pytest.approx(4e-6), pytest.approx(6.25e-5))
+    assert found.bracket == (pytest.approx(4e-6), pytest.approx(1e-5 * 2.5**4))
 
 
 def result(**changes: Any) -> FoundLearningRate:

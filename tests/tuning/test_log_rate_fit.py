@@ -74,6 +74,16 @@ def test_edge_names_the_end_at_which_the_best_branch_is(best: int, edge: str | N
     assert optimum_of(RATES, losses, initial=5.0).edge == edge
 
 
+def test_edge_needs_a_significant_difference_to_the_next_branch() -> None:
+    common = [2.0, 2.4, 1.8, 2.2]
+    for shift, edge in (([0.1, 0.2, 0.1, 0.2], "high"), ([0.1, -0.4, 0.1, 0.25], None)):
+        lower = [loss + change for loss, change in zip(common, shift, strict=True)]
+        losses = [[4.0] * 4, lower, common]
+        significant = stats.ttest_rel(lower, common).statistic > 2.0
+        assert significant == (edge is not None)
+        assert optimum_of(RATES[:3], losses, initial=5.0).edge == edge
+
+
 def test_errors_equal_those_of_paired_differences() -> None:
     generator = np.random.default_rng(2)
     losses = generator.normal(size=(3, 7)).tolist()
