@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -14,89 +13,23 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_bigopt.batching.scaling_rules import ScalingRule
-from lightning_bigopt.checks import check_choice, check_count, check_positive, shown
-from lightning_bigopt.durations.duration import Duration, DurationLike
+from lightning_bigopt.checks import shown
+from lightning_bigopt.durations.duration import DurationLike
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.stage import Fit
-from lightning_bigopt.optimizers.group_field import GroupField
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
-from lightning_bigopt.trainer_access import strategies, trial_runs
-from lightning_bigopt.tuning.batch_branches import (
+from lightning_bigopt.trainer_access import trial_runs
+from lightning_bigopt.tuning.batch_measurement import BatchMeasurement
+from lightning_bigopt.tuning.critical_batch import CriticalBatchSize
+from lightning_bigopt.tuning.trial_callbacks import (
+    branch_callbacks,
     current_batch_size,
-    run_batch_branches,
+    new_copy,
     samples_of_batches,
-    scaling_rule_of,
-    updates_of_window,
 )
-from lightning_bigopt.tuning.critical_batch import CriticalBatchSize, check_multiples
-from lightning_bigopt.tuning.trial_callbacks import new_copy
 from lightning_bigopt.type_checks import check_instance
 
-__all__ = ["BatchMeasurement", "check_supported", "critical_batch_size"]
-
-_LEAST_UPDATES = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchMeasurement:
-    """How the critical batch size is measured; the arguments of :func:`critical_batch_size`."""
-
-    multiples: Sequence[int] = (1, 2, 4, 8)
-    tolerance: float = 0.01
-    window: DurationLike = "5%"
-    evaluate: int = 64
-    cooldown: bool = True
-    lr_scaling: ScalingRule | None = None
-
-    def __post_init__(self) -> None:
-        check_multiples(self.multiples)
-        check_positive("tolerance", self.tolerance, hint="write 0.01")
-        length = Duration.parse(self.window, name="window")
-        if not length.value or length.unit == "seconds":
-            raise ValueError(
-                f"window must be positive, and no time, got {shown(self.window)}; write '5%'"
-            )
-        check_count("evaluate", self.evaluate, minimum=2, of="batches", hint="write 64")
-        check_instance("cooldown", self.cooldown, bool, hint="write True")
-        check_choice("lr_scaling", self.lr_scaling, ("sqrt", "linear", None))
-
-    def run(self, fit: Fit, *, batch_size: int, seed: int | None = None) -> CriticalBatchSize:
-        """Measures at the current state of a fit, and restores all state.
-
-        Args:
-            fit: The fit, before its first update or between two accumulation windows.
-            batch_size: Global batch size of the current update.
-            seed: Seed of the random generators in the branches; None for their current states.
-
-        Raises:
-            ValueError: If the module, the strategy or the learning rate cannot be measured.
-        """
-        check_supported(fit)
-        multiples = tuple(self.multiples)
-        updates = updates_of_window(
-            fit, self.window, batch_size=batch_size, multiples=multiples, least=_LEAST_UPDATES
-        )
-        branches = run_batch_branches(
-            fit,
-            batch_size=batch_size,
-            multiples=multiples,
-            updates=updates,
-            rule=self.lr_scaling or scaling_rule_of(fit.groups.optimizers),
-            cooldown=self.cooldown,
-            evaluate=self.evaluate,
-            seed=seed,
-        )
-        window = updates * batch_size
-        evaluated = samples_of_batches(fit, self.evaluate)
-        return CriticalBatchSize(
-            batch_size=batch_size,
-            multiples=multiples,
-            losses=tuple(branch.evaluation for branch in branches),
-            tolerance=self.tolerance,
-            window=window,
-            samples=len(multiples) * (window + evaluated),
-            updates=sum(len(branch.losses) for branch in branches),
-        )
+__all__ = ["critical_batch_size"]
 
 
 def critical_batch_size(
@@ -215,30 +148,10 @@ class _Measures(Capability):
     def start(self, fit: Fit) -> None:
         """Measures after all other capabilities have started, and ends the fit."""
         fit.groups.write(fit.clock.progress())
-        self.result = self.measurement.run(fit, batch_size=current_batch_size(fit))
+        self.result = self.measurement.run(
+            fit,
+            batch_size=current_batch_size(fit),
+            micro_batch=samples_of_batches(fit, 1),
+            callbacks=branch_callbacks,
+        )
         raise trial_runs.exit_fit(fit.trainer)
-
-
-def check_supported(fit: Fit) -> None:
-    """Raises unless branches with other batch sizes can be trained and evaluated.
-
-    Raises:
-        ValueError: For manual optimization, DeepSpeed, and learning rates of 0.
-    """
-    if not fit.module.automatic_optimization:
-        raise ValueError(
-            "automatic_optimization must be True to measure the critical batch size, got False; "
-            "let Lightning optimize"
-        )
-    if strategies.is_deepspeed(fit.trainer):
-        raise ValueError(
-            "strategy must not be DeepSpeed to measure the critical batch size, got "
-            f"{type(fit.trainer.strategy).__name__}, which accumulates itself; use FSDP2"
-        )
-    field = GroupField("lr")
-    rates = [field.read(g) for _, optimizer in fit.groups for g in optimizer.param_groups]
-    if not any(rates):
-        raise ValueError(
-            f"the learning rate must be positive to measure the critical batch size, got {rates}; "
-            "pass ckpt_path= of a checkpoint behind the warm-up"
-        )

@@ -19,8 +19,9 @@ from lightning_bigopt.durations.duration import Duration, DurationLike
 from lightning_bigopt.durations.progress import Progress
 from lightning_bigopt.engine.batch_contents import BatchCount, BatchWeight
 from lightning_bigopt.engine.stage import Batch, Fit
+from lightning_bigopt.tuning.batch_measurement import BatchMeasurement
 from lightning_bigopt.tuning.critical_batch import CriticalBatchSize
-from lightning_bigopt.tuning.measure_critical_batch import BatchMeasurement
+from lightning_bigopt.tuning.trial_callbacks import branch_callbacks, samples_of_batches
 
 __all__ = ["MeasuredBatchSize"]
 
@@ -75,7 +76,8 @@ class MeasuredBatchSize(BatchSizeScheduler):
         window: Length of each branch, a share of the run or an amount. At least four updates of the
             doubled batch.
         tolerance: Largest difference of the losses that allows a larger batch, in units of the
-            loss.
+            loss. The difference after such a short branch is about two to four times that at the
+            end of the run.
         evaluate: Loader batches of each process on which a branch is evaluated.
         lr_scaling: Factor on the learning rate for κ times the first batch: ``"sqrt"`` for Adam and
             its variants, ``"linear"`` for SGD.
@@ -108,7 +110,7 @@ class MeasuredBatchSize(BatchSizeScheduler):
 
     Example:
         >>> from lightning_bigopt import MeasuredBatchSize
-        >>> MeasuredBatchSize(32, high=256, check_every="5%")
+        >>> MeasuredBatchSize(32, high=256, check_every="10%")
         MeasuredBatchSize(low=32, high=256)
 
     References:
@@ -120,10 +122,10 @@ class MeasuredBatchSize(BatchSizeScheduler):
         low: int,
         *,
         high: int,
-        check_every: DurationLike = "5%",
-        window: DurationLike = "1%",
-        tolerance: float = 0.005,
-        evaluate: int = 32,
+        check_every: DurationLike = "20%",
+        window: DurationLike = "0.5%",
+        tolerance: float = 0.015,
+        evaluate: int = 16,
         lr_scaling: ScalingRule = "sqrt",
         beta2_scaling: Literal["half-life"] | None = None,
         weight_decay_scaling: Literal["sqrt"] | None = None,
@@ -201,11 +203,17 @@ class MeasuredBatchSize(BatchSizeScheduler):
         progress = fit.clock.update_progress
         is_due = progress.fraction - self._last >= self._every - _ROUNDING
         assert self._planner is not None  # set in start
-        size = self._planner.plan_at(progress)[0]
+        size = self.size_at(progress)
         if not is_due or 2 * size > self.high:
             return
         self._last = progress.fraction
-        found = self.measurement.run(fit, batch_size=size, seed=mixed_seed(0, progress.steps))
+        found = self.measurement.run(
+            fit,
+            batch_size=size,
+            micro_batch=samples_of_batches(fit, 1),
+            callbacks=branch_callbacks,
+            seed=mixed_seed(0, progress.steps),
+        )
         self.measurements.append((progress.samples, found))
         self._branch_samples += found.samples
         self._cost = found.differences[-1]

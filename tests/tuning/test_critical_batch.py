@@ -29,7 +29,8 @@ from lightning_bigopt import (
 from lightning_bigopt.averaging import EMA
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.tuning import CriticalBatchSize, critical_batch_size
-from lightning_bigopt.tuning.measure_critical_batch import BatchMeasurement
+from lightning_bigopt.tuning.batch_measurement import BatchMeasurement
+from lightning_bigopt.tuning.trial_callbacks import branch_callbacks
 from tests.helpers import QUIET, ManualUpdates
 
 SIZE, LR, MICRO, UPDATES = 12_000, 0.05, 4, 48
@@ -229,7 +230,9 @@ class MeasuresAt(Capability):
     def begin_batch(self, batch: Any) -> None:
         trainer = batch.fit.trainer
         if trainer.global_step == self.update and batch.opens_window and self.result is None:
-            self.result = self.measurement.run(batch.fit, batch_size=8)
+            self.result = self.measurement.run(
+                batch.fit, batch_size=8, micro_batch=8, callbacks=branch_callbacks
+            )
 
 
 def test_a_checkpoint_measures_as_the_run_does(tmp_path: Path) -> None:
