@@ -129,7 +129,7 @@ def weighted_center(
         >>> weighted_center([0.0, 1.0, 2.0], [3.0, 1.0, 3.0], initial=5.0)
         1.0
         >>> round(weighted_center([0.0, 1.0, 2.0], [1.4, 1.0, 9.0], initial=5.0), 2)
-        0.67
+        0.83
     """
     lowest = min(losses)
     softness = SOFTNESS * (initial - lowest)
