@@ -305,6 +305,7 @@ HINTS: tuple[Hint, ...] = (
 
 EXAMPLES = {
     "BatchSizeScheduler": "BatchSizeScheduler(ConstantBatchSize(256))",
+    "MeasuredBatchSize": "MeasuredBatchSize(32, high=256)",
     "Chain": "Chain([('50%', Linear()), Cosine()])",
     "GlobalBatchLoader": "GlobalBatchLoader(loader.dataset, micro_batch_size=8)",
     "GradientCompression": "GradientCompression(PowerSGD(rank=1))",

@@ -211,7 +211,8 @@ def test_long_values_are_shown_by_their_class() -> None:
 # Base classes, and those that the package itself makes.
 NOT_MADE_BY_USERS = {
     *("Action", "Average", "BatchSizePolicy", "ClippingRule", "Compressor", "Detector", "Schedule"),
-    *("Duration", "Horizon", "Progress", "RangeTest", "TooManyRejectionsError"),
+    *("CriticalBatchSize", "Duration", "Horizon", "Progress", "RangeTest"),
+    "TooManyRejectionsError",
 }
 MADE_BY_USERS = [
     value

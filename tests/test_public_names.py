@@ -9,19 +9,20 @@ NAMES = """
     AGC Abort Action AdaGC AutoClip Average BF16 Backoff BatchSizePolicy BatchSizePolicyMixin
     BatchSizeRamp BatchSizeScheduler BatchSizeSteps Chain Clamp ClipToMedian ClippingRule
     CombinedOptimizer Compressor Constant ConstantBatchSize Cooldown Cosine CosineWithRestarts
-    Cyclic Detector Duration EMA Exponential FP16 FullBatch GlobalBatchFinder GlobalBatchLoader
-    GradientClipping GradientClippingMixin GradientCompression GradientCompressionMixin
-    GradientNoiseScale GradientNoiseScaleMixin Groups Horizon HyperparameterScheduleMixin
-    HyperparameterScheduler InfiniteSchedule InverseSquareRoot LearningRateRangeTest
-    LearningRateScheduleMixin LearningRateScheduler Linear LossSpike MaxUpdateRatio Merge
-    ModelAveraging ModelAveragingMixin MultiStep MuonAdamW Noam NoiseScaleBatchSize NonFinite
-    NormClip NormSpike OneCycle OptimizationMonitor OptimizationMonitorMixin ParameterGroup
-    PerParameterNormClip PiecewiseLinear Polynomial Power PowerSGD Product Progress REX RangeTest
-    ReduceOnPlateau ReduceOnPlateauMixin RollBack Schedule SchedulePolicy Seesaw SeesawBatchSize
-    SingleSample Skip StepDecay StepGuard StepGuardMixin TailMean TooManyRejectionsError TopK
-    TriStage UpdateClip ValueClip Warmup WarmupConstant WarmupCosine WarmupInverseSquareRoot
-    WarmupLinear WarmupStableDecay ZClip __version__ combine_optimizers learning_rate_range_test
-    muon_adamw parameter_groups plan replay
+    CriticalBatchSize Cyclic Detector Duration EMA Exponential FP16 FullBatch GlobalBatchFinder
+    GlobalBatchLoader GradientClipping GradientClippingMixin GradientCompression
+    GradientCompressionMixin GradientNoiseScale GradientNoiseScaleMixin Groups Horizon
+    HyperparameterScheduleMixin HyperparameterScheduler InfiniteSchedule InverseSquareRoot
+    LearningRateRangeTest LearningRateScheduleMixin LearningRateScheduler Linear LossSpike
+    MaxUpdateRatio MeasuredBatchSize Merge ModelAveraging ModelAveragingMixin MultiStep MuonAdamW
+    Noam NoiseScaleBatchSize NonFinite NormClip NormSpike OneCycle OptimizationMonitor
+    OptimizationMonitorMixin ParameterGroup PerParameterNormClip PiecewiseLinear Polynomial Power
+    PowerSGD Product Progress REX RangeTest ReduceOnPlateau ReduceOnPlateauMixin RollBack Schedule
+    SchedulePolicy Seesaw SeesawBatchSize SingleSample Skip StepDecay StepGuard StepGuardMixin
+    TailMean TooManyRejectionsError TopK TriStage UpdateClip ValueClip Warmup WarmupConstant
+    WarmupCosine WarmupInverseSquareRoot WarmupLinear WarmupStableDecay ZClip __version__
+    combine_optimizers critical_batch_size learning_rate_range_test muon_adamw parameter_groups plan
+    replay
 """
 
 

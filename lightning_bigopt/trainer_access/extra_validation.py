@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightning_bigopt.batching.randomness import preserve_random_state
 from lightning_bigopt.trainer_access.packages import own
-from lightning_bigopt.trainer_access.trial_runs import loaders_restored, silent_loggers
+from lightning_bigopt.trainer_access.separate_loop import loaders_restored
+from lightning_bigopt.trainer_access.trial_runs import silent_loggers
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

@@ -20,7 +20,7 @@ from lightning_bigopt.tuning.batch_branches import (
 from lightning_bigopt.tuning.critical_batch import CriticalBatchSize, check_multiples
 from lightning_bigopt.type_checks import check_instance
 
-__all__ = ["BatchMeasurement", "check_supported"]
+__all__ = ["BatchMeasurement", "check_supported", "learns"]
 
 _LEAST_UPDATES = 4
 
@@ -54,6 +54,26 @@ class BatchMeasurement:
         check_instance("cooldown", self.cooldown, bool, hint="write True")
         check_choice("lr_scaling", self.lr_scaling, ("sqrt", "linear", None))
 
+    def updates(self, fit: Fit, *, batch_size: int, micro_batch: int) -> int:
+        """Returns the updates of the branch with multiple 1.
+
+        Args:
+            fit: The fit, whose clock has started.
+            batch_size: Global batch size of the current update, in samples.
+            micro_batch: Samples in a loader batch of each process, over all processes.
+
+        Raises:
+            ValueError: If the window cannot be converted to samples.
+        """
+        return updates_of_window(
+            fit,
+            self.window,
+            batch_size=batch_size,
+            micro_batch=micro_batch,
+            multiples=tuple(self.multiples),
+            least=_LEAST_UPDATES,
+        )
+
     def run(
         self,
         fit: Fit,
@@ -77,14 +97,7 @@ class BatchMeasurement:
         """
         check_supported(fit)
         multiples = tuple(self.multiples)
-        updates = updates_of_window(
-            fit,
-            self.window,
-            batch_size=batch_size,
-            micro_batch=micro_batch,
-            multiples=multiples,
-            least=_LEAST_UPDATES,
-        )
+        updates = self.updates(fit, batch_size=batch_size, micro_batch=micro_batch)
         branches = run_batch_branches(
             fit,
             callbacks=lambda k: callbacks(fit, k * batch_size, cooldown=self.cooldown),
@@ -122,10 +135,14 @@ def check_supported(fit: Fit) -> None:
             "strategy must not be DeepSpeed to measure the critical batch size, got "
             f"{type(fit.trainer.strategy).__name__}, which accumulates itself; use FSDP2"
         )
-    field = GroupField("lr")
-    rates = [field.read(g) for _, optimizer in fit.groups for g in optimizer.param_groups]
-    if not any(rates):
+    if not learns(fit):
         raise ValueError(
-            f"the learning rate must be positive to measure the critical batch size, got {rates}; "
-            "pass ckpt_path= of a checkpoint behind the warm-up"
+            "the learning rate must be positive to measure the critical batch size, got 0 in every "
+            "parameter group; pass ckpt_path= of a checkpoint behind the warm-up"
         )
+
+
+def learns(fit: Fit) -> bool:
+    """Returns whether the next update has a learning rate above 0 in a parameter group."""
+    field = GroupField("lr")
+    return any(field.read(g) for _, optimizer in fit.groups for g in optimizer.param_groups)

@@ -19,7 +19,7 @@ from lightning_bigopt.engine.optimizer_modes import train_optimizers
 from lightning_bigopt.engine.stage import BATCH_SIZE
 from lightning_bigopt.optimizers.group_field import GroupField
 from lightning_bigopt.optimizers.object_snapshot import ObjectSnapshot
-from lightning_bigopt.trainer_access import loop, strategies, trial_runs
+from lightning_bigopt.trainer_access import loop, separate_loop, strategies, trial_runs
 
 __all__ = ["Branch", "RecordLosses", "run_branch", "state_restored"]
 
@@ -79,7 +79,7 @@ class RecordLosses(Callback):
         if self.should_stop():
             self.diverged = trainer.should_stop = True
         elif self.evaluate and trainer.global_step >= trainer.max_steps:
-            losses = trial_runs.next_losses(trainer, pl_module, self.evaluate)
+            losses = separate_loop.next_losses(trainer, pl_module, self.evaluate)
             mean_losses: Any = trainer.strategy.reduce(losses, reduce_op="mean")
             self.evaluation = mean_losses.tolist()
 
@@ -102,7 +102,7 @@ def state_restored(trainer: Trainer, module: LightningModule) -> Iterator[Object
     """
     with isolate_rng(include_cuda=torch.cuda.is_available()):
         strategies.reshard(module)
-        snapshot = ObjectSnapshot(*module.modules(), *trial_runs.objects_changed_by_fit(trainer))
+        snapshot = ObjectSnapshot(*module.modules(), *separate_loop.objects_changed_by_fit(trainer))
         try:
             yield snapshot
         finally:
@@ -152,7 +152,7 @@ def run_branch(
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 _scale_(group, lr_factor)
-        trial_runs.run_separate_loop(
+        separate_loop.run_separate_loop(
             trainer,
             module,
             callbacks=[*callbacks, Engine(), recorder],

@@ -19,7 +19,7 @@ from lightning_bigopt.durations.duration import Duration, DurationLike
 from lightning_bigopt.durations.progress import Progress
 from lightning_bigopt.engine.batch_contents import BatchCount, BatchWeight
 from lightning_bigopt.engine.stage import Batch, Fit
-from lightning_bigopt.tuning.batch_measurement import BatchMeasurement
+from lightning_bigopt.tuning.batch_measurement import BatchMeasurement, learns
 from lightning_bigopt.tuning.critical_batch import CriticalBatchSize
 from lightning_bigopt.tuning.trial_callbacks import branch_callbacks, samples_of_batches
 
@@ -124,7 +124,7 @@ class MeasuredBatchSize(BatchSizeScheduler):
         high: int,
         check_every: DurationLike = "20%",
         window: DurationLike = "0.5%",
-        tolerance: float = 0.015,
+        tolerance: float = 0.02,
         evaluate: int = 16,
         lr_scaling: ScalingRule = "sqrt",
         beta2_scaling: Literal["half-life"] | None = None,
@@ -191,6 +191,9 @@ class MeasuredBatchSize(BatchSizeScheduler):
         assert horizon is not None  # needs_horizon
         self._every = horizon.fraction(self.check_every, name="check_every")
         super().start(fit)
+        # Raises now, and not in the middle of the run.
+        micro_batch = samples_of_batches(fit, 1)
+        self.measurement.updates(fit, batch_size=self.low, micro_batch=micro_batch)
 
     def begin_batch(self, batch: Batch) -> None:
         """Measures if it is due, and begins the batch."""
@@ -204,7 +207,7 @@ class MeasuredBatchSize(BatchSizeScheduler):
         is_due = progress.fraction - self._last >= self._every - _ROUNDING
         assert self._planner is not None  # set in start
         size = self.size_at(progress)
-        if not is_due or 2 * size > self.high:
+        if not is_due or 2 * size > self.high or not learns(fit):
             return
         self._last = progress.fraction
         found = self.measurement.run(

@@ -20,7 +20,7 @@ from lightning_bigopt.fabric_hooks import TrainerOnly
 from lightning_bigopt.optimizers.private import check_not_private
 from lightning_bigopt.removed import RemovedAttribute
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
-from lightning_bigopt.trainer_access import loop, trial_runs
+from lightning_bigopt.trainer_access import loop, separate_loop, trial_runs
 from lightning_bigopt.tuning.base_rates import BaseRates
 from lightning_bigopt.tuning.branches import state_restored
 from lightning_bigopt.tuning.curve import RangeTest, exponential_rates
@@ -154,7 +154,7 @@ class LearningRateRangeTest(TrainerOnly, Callback):
         engine = [Engine()] if callbacks else []
         with state_restored(trainer, module):
             train_optimizers(trainer)
-            trial_runs.run_separate_loop(
+            separate_loop.run_separate_loop(
                 trainer,
                 module,
                 callbacks=[*callbacks, *engine, sweep],

@@ -34,6 +34,7 @@ from lightning_bigopt import (
     LearningRateScheduleMixin,
     LearningRateScheduler,
     Linear,
+    MeasuredBatchSize,
     Merge,
     ModelAveraging,
     ModelAveragingMixin,
@@ -127,6 +128,14 @@ CALLBACKS: dict[str, Case] = {
             GradientClipping(NormClip(max_norm=1.0)),
         ],
         loader=lambda: ResumableLoader(24, 12),
+    ),
+    "MeasuredBatchSize": Case(
+        callbacks=lambda _: [
+            MeasuredBatchSize(
+                2, high=4, check_every="25%", window="16 samples", evaluate=2, tolerance=1e9
+            ),
+            OptimizationMonitor(),
+        ],
     ),
     "GlobalBatchFinder": Case(
         callbacks=lambda _: [GlobalBatchFinder(global_batch_size=4, smallest=2)]

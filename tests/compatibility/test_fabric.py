@@ -49,7 +49,7 @@ def test_callback_raises_before_the_first_batch(package, name):
 
 def test_every_public_callback_is_tested_and_has_an_advice():
     assert CALLBACKS.keys() >= {"GlobalBatchFinder", "LearningRateRangeTest", "StepGuard"}
-    assert len(CALLBACKS) == 12
+    assert len(CALLBACKS) == 13
     for name, callback in CALLBACKS.items():
         with pytest.raises(ValueError) as caught:
             callback.on_after_setup()

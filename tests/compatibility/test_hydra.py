@@ -122,6 +122,7 @@ MORE = (
 # Arguments that are no list of a config: data, and the results of measurements.
 NOT_IN_CONFIGS = {
     *(("Horizon", "spans"), ("Horizon", "others")),
+    *(("CriticalBatchSize", "multiples"), ("CriticalBatchSize", "losses")),
     *(("RangeTest", "learning_rates"), ("RangeTest", "losses")),
     *(("GlobalBatchLoader", name) for name in ("dataset", "collate_fn", "options")),
 }

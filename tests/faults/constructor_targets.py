@@ -33,14 +33,22 @@ NOT_CALLED = {
     *("TAGS", "__version__"),
     # results and internal values, which the package makes
     *("ClipContext", "ClipDecision", "Verdict", "Replay", "TrainingPlan", "MicroBatch"),
-    *("NoiseScaleReport", "MicroBatchSearch", "Tag", "WindowLength", "GlobalWindow", "BatchPlan"),
+    *(
+        "CriticalBatchSize",
+        "NoiseScaleReport",
+        "MicroBatchSearch",
+        "Tag",
+        "WindowLength",
+        "GlobalWindow",
+        "BatchPlan",
+    ),
     "Progress",  # made at every update, where checks would cost time
     # the functional core, called with values that the package makes
     *("apply_", "inspect", "record", "scale_", "clear_", "after_step_once", "norms_of"),
     # mixins have no arguments; the methods of the module return callbacks or specifications
     *(name for name in bigopt.__all__ if name.endswith("Mixin")),
     # they train; their own tests call them with wrong arguments
-    *("learning_rate_range_test", "plan", "replay"),
+    *("critical_batch_size", "learning_rate_range_test", "plan", "replay"),
     "Muon",  # the class of torch, whose own errors pass through
     "TooManyRejectionsError",  # raised by the package
 }
@@ -207,6 +215,7 @@ VALID: dict[str, dict[str, Callable[[], Any]]] = {
     "LearningRateScheduler": _valid(schedule=bigopt.WarmupCosine()),
     "ReduceOnPlateau": _valid(monitor="val_loss"),
     "GlobalBatchFinder": _valid(global_batch_size=64),
+    "MeasuredBatchSize": _valid(low=8, high=32),
     # specifications
     "EMA": _valid(half_life="1%"),
     "Merge": _valid(over="20%"),

@@ -214,6 +214,14 @@ def test_branch_that_diverges_ends_early() -> None:
     assert all(bool(p.isfinite().all()) for p in module.parameters())
 
 
+def test_iterator_of_the_user_raises_before_a_batch_is_lost() -> None:
+    batches = (batch for batch in data())
+    test = LearningRateRangeTest(steps=20, on_result="report")
+    with pytest.raises(ValueError, match=r"loader must be iterable again .* a list of batches"):
+        fit(test, loader=batches, max_steps=5)
+    assert len(list(batches)) == 30
+
+
 def test_range_test_runs_with_a_batch_size_that_follows_the_noise_scale() -> None:
     test = LearningRateRangeTest(steps=20, on_result="report")
     fit(

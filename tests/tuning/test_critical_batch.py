@@ -340,7 +340,7 @@ class Frozen(Model):
         (Model, {"lr_scaling": "cubic"}, "lr_scaling must be 'sqrt', 'linear' or None"),
         (Manual, {}, "automatic_optimization must be True to measure the critical batch size"),
         (Unknown, {}, "lr_scaling must be given for Custom, got None; write 'sqrt' for Adam"),
-        (Frozen, {}, r"the learning rate must be positive .* got \[0.0\]; pass ckpt_path="),
+        (Frozen, {}, r"the learning rate must be positive .* got 0 in every .* ckpt_path="),
     ],
 )
 def test_errors_name_the_argument_and_the_way_out(

@@ -22,6 +22,7 @@ from lightning_bigopt import (
     LearningRateScheduler,
     MeasuredBatchSize,
     OptimizationMonitor,
+    PiecewiseLinear,
     StepGuard,
     WarmupStableDecay,
     ZClip,
@@ -200,6 +201,28 @@ def test_limit_in_updates_raises() -> None:
     """The samples of such a run are not known: they depend on the measured sizes."""
     with pytest.raises(ValueError, match="samples"):
         fit(measured(), max_steps=100, max_epochs=-1)
+
+
+def count(batch: Any) -> int:
+    return 5 * len(batch[0])
+
+
+def test_budget_without_known_samples_raises_before_training() -> None:
+    module, policy = Model(), measured(budget="5000 tokens", tokens=count)
+    with pytest.raises(ValueError, match="window must be '10000 samples' for a budget in tokens"):
+        fit(policy, module=module, max_epochs=-1)
+    assert not module.seen
+    ours = measured(budget="4800 tokens", tokens=count, window="48 samples")
+    assert fit(ours, max_epochs=-1).updates == 24 + 12 + 18
+
+
+def test_measurement_at_a_learning_rate_of_zero_waits() -> None:
+    policy, schedule = measured(), PiecewiseLinear([("0%", 0.0), ("50%", 0.0), ("60%", 1.0)])
+    trainer = L.Trainer(
+        **QUIET, max_epochs=EPOCHS, callbacks=[LearningRateScheduler(schedule), policy]
+    )
+    trainer.fit(Model(), data())
+    assert [samples for samples, _ in policy.measurements] == [488, 680]
 
 
 def test_exact_loader_raises() -> None:

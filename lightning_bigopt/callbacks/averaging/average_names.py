@@ -79,7 +79,8 @@ def checked_dtype(dtype: str | None) -> torch.dtype | None:
     """Returns a floating-point data type by its name; raises a ValueError for others."""
     if dtype is None:
         return None
-    name = str(dtype).removeprefix("torch.")
+    is_name = isinstance(dtype, str | torch.dtype)
+    name: Any = str(dtype).removeprefix("torch.") if is_name else dtype
     check_choice("dtype", name, _DTYPES, hint="write 'float32', or None")
     found: torch.dtype = getattr(torch, name)
     return found
