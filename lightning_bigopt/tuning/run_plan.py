@@ -24,7 +24,7 @@ from lightning_bigopt.engine.stage import Fit, Stages
 from lightning_bigopt.planning.outline import PlannedUpdate, planned_updates
 from lightning_bigopt.reporting.planned_run import Boundary, PlanRow, TrainingPlan
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
-from lightning_bigopt.trainer_access import loop, trial_runs
+from lightning_bigopt.trainer_access import loop, separate_loop, trial_runs
 from lightning_bigopt.trainer_access.packages import classes
 from lightning_bigopt.trainer_access.planning_strategy import planned_in_one_process
 from lightning_bigopt.type_checks import check_instance
@@ -106,7 +106,7 @@ def plan(
         planned_in_one_process(trainer),
         trial_runs.limits_kept(trainer),
         # Lightning makes the iterator before on_train_start; one with workers draws random numbers.
-        trial_runs.loaders_restored(trainer, train_dataloaders)
+        separate_loop.loaders_restored(trainer, train_dataloaders, with_states_of=())
         if train_dataloaders is not None
         else nullcontext(),
     ):
