@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,7 +24,7 @@ from lightning_bigopt.engine.stage import Fit, Stages
 from lightning_bigopt.planning.outline import PlannedUpdate, planned_updates
 from lightning_bigopt.reporting.planned_run import Boundary, PlanRow, TrainingPlan
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
-from lightning_bigopt.trainer_access import loop, trial_runs
+from lightning_bigopt.trainer_access import loop, separate_loop, trial_runs
 from lightning_bigopt.trainer_access.packages import classes
 from lightning_bigopt.trainer_access.planning_strategy import planned_in_one_process
 from lightning_bigopt.type_checks import check_instance
@@ -104,6 +105,10 @@ def plan(
         isolate_rng(include_cuda=torch.cuda.is_available()),
         planned_in_one_process(trainer),
         trial_runs.limits_kept(trainer),
+        # Lightning makes the iterator before on_train_start; one with workers draws random numbers.
+        separate_loop.loaders_restored(trainer, train_dataloaders, with_states_of=())
+        if train_dataloaders is not None
+        else nullcontext(),
     ):
         trial_runs.fit_quietly(
             trainer,

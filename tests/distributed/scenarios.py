@@ -363,7 +363,7 @@ def schedules(out: Path) -> Any:
     """Runs the scenarios of ``schedule_scenarios``, which imports this module."""
     from tests.distributed import schedule_scenarios
 
-    names = ("end_of_budget", "every_resume", "range_tests", "times", "changes")
+    names = ("end_of_budget", "every_resume", "range_tests", "found_rates", "times", "changes")
     return {name: getattr(schedule_scenarios, name)(out) for name in names}
 
 

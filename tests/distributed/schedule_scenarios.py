@@ -25,8 +25,9 @@ from lightning_bigopt import (
     ReduceOnPlateau,
     WarmupCosine,
 )
-from tests.distributed.scenarios import SaveAtSteps, Sharded, fit, module, weights
-from tests.helpers import Probe, Regression, ResumableLoader, loader
+from lightning_bigopt.tuning.find_learning_rate import find_learning_rate
+from tests.distributed.scenarios import SaveAtSteps, Sharded, fit, module, strategy, weights
+from tests.helpers import QUIET, Probe, Regression, ResumableLoader, loader
 
 DOWN = Linear(start=1.0, end=0.0)
 
@@ -174,6 +175,31 @@ def range_tests(out: Path) -> Any:
             "suggestion": test.result.suggestion,
         }
     return found
+
+
+def found_rates(out: Path) -> Any:
+    """Finds a learning rate, and compares the training after it with one without it."""
+    runs = []
+    for searches in (False, True):
+        model = module("ddp", lr=0.01, optimizer=torch.optim.AdamW)
+        trainer = L.Trainer(
+            **QUIET,
+            devices=2,
+            strategy=strategy("ddp"),
+            max_steps=12,
+            callbacks=[LearningRateScheduler(DOWN), GradientClipping(NormClip(max_norm=0.5))],
+        )
+        if searches:
+            found = find_learning_rate(trainer, model, loader(24, 2), budget=60)
+        trainer.fit(model, loader(24, 2))
+        runs.append([model.lrs[-12:], weights(model)])
+    return {
+        "plain": runs[0],
+        "searched": runs[1],
+        "losses": found.losses,
+        "suggestion": found.suggestion,
+        "updates": found.updates,
+    }
 
 
 class Slow(Probe):

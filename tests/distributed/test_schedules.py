@@ -55,6 +55,14 @@ def test_range_test_agrees_on_both_and_restores_everything(found: Any, name: str
     assert first["tested"] == first["plain"]
 
 
+def test_found_learning_rate_agrees_on_both_and_restores_everything(found: Any) -> None:
+    first, second = (result["found_rates"] for result in found)
+    assert first == second
+    assert len(first["losses"]) == 4
+    assert 40 < first["updates"] <= 60
+    assert first["searched"] == first["plain"]
+
+
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 def test_both_follow_the_time_of_process_0(found: Any, name: str) -> None:
     first, second = (result["times"][name] for result in found)

@@ -42,6 +42,15 @@ def callbacks() -> list[Any]:
     ]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_plan_leaves_the_generator_of_a_loader_as_it_was(workers: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    data = DataLoader(Regression(8), shuffle=True, generator=generator, num_workers=workers)
+    before = generator.get_state()
+    plan(L.Trainer(**QUIET, max_steps=3), Probe(lr=0.3), data)
+    assert torch.equal(generator.get_state(), before)
+
+
 @pytest.mark.parametrize(
     "limits", [{"max_epochs": 3}, {"max_steps": 17}, {"limit_train_batches": 9, "max_epochs": 2}]
 )

@@ -1,0 +1,115 @@
+"""The result of find_learning_rate: suggestion, interval, branches, cost and plot."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_bigopt.reporting.plots import axes_of
+from lightning_bigopt.tuning.curve import RangeTest
+
+__all__ = ["FoundLearningRate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundLearningRate:
+    """The result of :func:`find_learning_rate`.
+
+    The learning rates are those of the first parameter group; the other groups keep their ratios
+    to it.
+
+    Args:
+        suggestion: The learning rate for the whole run: ``branch_optimum`` times
+            ``horizon_factor``.
+        interval: 90 % interval of the suggestion. It includes the choice of the batches and the
+            uncertainty of the exponent of ``horizon_factor``, not the randomness of training.
+        branch_optimum: The best learning rate of a branch, see :func:`weighted_center`.
+        horizon_factor: (updates of a branch / updates of the run) to the power of the exponent.
+        learning_rates: The learning rate of each branch, ascending.
+        losses: For each branch its loss at the end, infinite if it diverged.
+        standard_errors: Standard error of the difference to the best branch, paired by batch; NaN
+            for a branch that diverged.
+        edge: ``"low"`` or ``"high"`` if the lowest or highest learning rate was significantly
+            better than the next one, so that the optimum may be beyond it; None otherwise.
+        sweep: The range test that placed the branches; None if they were placed by an argument.
+        branch_updates: Updates of one branch.
+        updates: Updates of the range test and all branches together.
+        run_updates: Updates of the whole run.
+
+    Attributes:
+        bracket: The lowest and the highest learning rate of the branches.
+        cost: The updates as a fraction of the whole run.
+    """
+
+    suggestion: float
+    interval: tuple[float, float]
+    branch_optimum: float
+    horizon_factor: float
+    learning_rates: tuple[float, ...]
+    losses: tuple[float, ...]
+    standard_errors: tuple[float, ...]
+    edge: str | None
+    sweep: RangeTest | None
+    branch_updates: int
+    updates: int
+    run_updates: int
+
+    @property
+    def bracket(self) -> tuple[float, float]:
+        """The lowest and the highest learning rate of the branches."""
+        return self.learning_rates[0], self.learning_rates[-1]
+
+    @property
+    def cost(self) -> float:
+        """The updates as a fraction of the whole run."""
+        return self.updates / self.run_updates
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        lines = [
+            f"Learning rate {self.suggestion:.3g} for {self.run_updates} updates",
+            f"  90 % interval: {low:.2g} to {high:.2g}",
+            f"  best for {self.branch_updates} updates: {self.branch_optimum:.3g}",
+            f"  factor for the longer run: {self.horizon_factor:.3g}",
+            f"  cost: {self.updates} updates, {self.cost:.1%} of the run",
+            "  learning rate  loss",
+        ]
+        for rate, loss, error in zip(
+            self.learning_rates, self.losses, self.standard_errors, strict=True
+        ):
+            shown = f"{loss:.4g} ± {error:.2g}" if math.isfinite(loss) else "diverged"
+            lines.append(f"  {rate:<13.3g}  {shown}")
+        if self.edge is not None:
+            lines.append(f"  the {self.edge}est was the best: the optimum may be past it")
+        return "\n".join(lines)
+
+    def plot(self, ax: Any = None) -> Any:
+        """Plots the losses of the branches over the learning rate, with the suggestion.
+
+        Args:
+            ax: Matplotlib axes to draw on; None for new ones.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        ax = axes_of(ax)
+        points = [
+            (rate, loss, 0.0 if math.isnan(error) else error)
+            for rate, loss, error in zip(
+                self.learning_rates, self.losses, self.standard_errors, strict=True
+            )
+            if math.isfinite(loss)
+        ]
+        if points:
+            rates, losses, errors = zip(*points, strict=True)
+            ax.errorbar(rates, losses, errors, fmt="o-", capsize=3, label="branches")
+        ax.axvline(self.branch_optimum, color="0.6", linestyle="--", label="best for a branch")
+        ax.axvline(self.suggestion, color="C1", label=f"suggestion {self.suggestion:.2g}")
+        ax.axvspan(*self.interval, color="C1", alpha=0.15, label="90 % interval")
+        ax.set(xscale="log", xlabel="learning rate", ylabel="training loss")
+        ax.legend()
+        return ax
