@@ -395,8 +395,8 @@ best of the 9 rates. The cost counts the updates of a method; none evaluates fur
 {chr(10).join(tables)}
 The estimator was developed on other seeds (100 to 103) of the same models. The models are small and
 their runs short: a branch of `find_learning_rate` has about 1/45 of the updates of a run, which is
-66 updates here. With the first seed nine rates were trained, with the others the five in the middle,
-because those outside of them were far worse.
+66 updates here. With the first seed nine rates were trained, with the others the five in the
+middle, because those outside of them were far worse.
 """
 
 

@@ -115,6 +115,8 @@ from lightning_bigopt.schedules import (
 from lightning_bigopt.tuning.batch_finder import GlobalBatchFinder
 from lightning_bigopt.tuning.critical_batch import CriticalBatchSize
 from lightning_bigopt.tuning.curve import RangeTest
+from lightning_bigopt.tuning.find_learning_rate import find_learning_rate
+from lightning_bigopt.tuning.found_learning_rate import FoundLearningRate
 from lightning_bigopt.tuning.hyperparameter_study import study
 from lightning_bigopt.tuning.measure_critical_batch import critical_batch_size
 from lightning_bigopt.tuning.measured_batch_size import MeasuredBatchSize
@@ -156,6 +158,7 @@ __all__ = [
     "Detector",
     "Duration",
     "Exponential",
+    "FoundLearningRate",
     "FullBatch",
     "GlobalBatchFinder",
     "GlobalBatchLoader",
@@ -229,6 +232,7 @@ __all__ = [
     "__version__",
     "combine_optimizers",
     "critical_batch_size",
+    "find_learning_rate",
     "learning_rate_range_test",
     "muon_adamw",
     "parameter_groups",

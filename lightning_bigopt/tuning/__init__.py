@@ -3,6 +3,8 @@
 from lightning_bigopt.tuning.batch_finder import GlobalBatchFinder
 from lightning_bigopt.tuning.critical_batch import CriticalBatchSize
 from lightning_bigopt.tuning.curve import RangeTest
+from lightning_bigopt.tuning.find_learning_rate import find_learning_rate
+from lightning_bigopt.tuning.found_learning_rate import FoundLearningRate
 from lightning_bigopt.tuning.hyperparameter_study import study
 from lightning_bigopt.tuning.measure_critical_batch import critical_batch_size
 from lightning_bigopt.tuning.measured_batch_size import MeasuredBatchSize
@@ -14,6 +16,7 @@ from lightning_bigopt.tuning.study_result import Study
 __all__ = [
     "Choice",
     "CriticalBatchSize",
+    "FoundLearningRate",
     "GlobalBatchFinder",
     "Integer",
     "LearningRateRangeTest",
@@ -23,6 +26,7 @@ __all__ = [
     "Study",
     "Uniform",
     "critical_batch_size",
+    "find_learning_rate",
     "learning_rate_range_test",
     "plan",
     "study",

@@ -123,6 +123,10 @@ MORE = (
 NOT_IN_CONFIGS = {
     *(("Horizon", "spans"), ("Horizon", "others")),
     *(("CriticalBatchSize", "multiples"), ("CriticalBatchSize", "losses")),
+    *(
+        ("FoundLearningRate", name)
+        for name in ("interval", "learning_rates", "losses", "standard_errors")
+    ),
     *(("Study", name) for name in ("axes", "best_values", "budgets", "importance", "trials")),
     *(("RangeTest", "learning_rates"), ("RangeTest", "losses")),
     *(("GlobalBatchLoader", name) for name in ("dataset", "collate_fn", "options")),
