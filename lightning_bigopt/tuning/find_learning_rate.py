@@ -24,16 +24,16 @@ from lightning_bigopt.optimizers.private import check_not_private
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 from lightning_bigopt.trainer_access import trial_runs
 from lightning_bigopt.tuning.base_rates import BaseRates
-from lightning_bigopt.tuning.curve import RangeTest
+from lightning_bigopt.tuning.curve import RangeTest, exponential_rates
 from lightning_bigopt.tuning.found_learning_rate import FoundLearningRate
 from lightning_bigopt.tuning.log_rate_fit import optimum_of, paired_errors
-from lightning_bigopt.tuning.range_test import LearningRateRangeTest
 from lightning_bigopt.tuning.rate_branches import (
     highest_useful_rate,
     run_rate_branches,
     scores,
 )
 from lightning_bigopt.tuning.run_plan import plan
+from lightning_bigopt.tuning.sweep import run_sweep
 from lightning_bigopt.tuning.trial_callbacks import callbacks_affecting_gradients
 from lightning_bigopt.type_checks import check_instance
 
@@ -43,6 +43,9 @@ OnResult: TypeAlias = Literal["use", "report"]
 
 SWEEP = 0.12
 """Share of the budget that the range test may use; it places the branches within a factor of 10."""
+
+STOP_SWEEP_AT = 4.0
+"""Multiple of the lowest loss at which the sweep ends, as in LearningRateRangeTest."""
 
 BELOW_RISE = 9.0
 """Divides the highest learning rate at which the loss does not rise in the sweep, for the first
@@ -237,10 +240,16 @@ class _Search(Callback):
         groups: BaseRates,
         callbacks: list[Callback],
     ) -> RangeTest:
-        test = LearningRateRangeTest(
-            start=1e-6, end=10.0, steps=_updates_of_sweep(self.budget), smoothing=0.0, skip=0
+        return run_sweep(
+            trainer,
+            module,
+            groups,
+            callbacks_affecting_gradients(callbacks),
+            rates=exponential_rates(1e-6, 10.0, _updates_of_sweep(self.budget)),
+            smoothing=0.0,
+            skip=0,
+            stop_at=STOP_SWEEP_AT,
         )
-        return test.sweep(trainer, module, groups, callbacks_affecting_gradients(callbacks))
 
 
 def _updates_of_run(

@@ -14,17 +14,14 @@ from torch import nn
 
 from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_between, check_choice, check_count, shown
-from lightning_bigopt.engine.engine import Engine
-from lightning_bigopt.engine.optimizer_modes import train_optimizers
 from lightning_bigopt.fabric_hooks import TrainerOnly
 from lightning_bigopt.optimizers.private import check_not_private
 from lightning_bigopt.removed import RemovedAttribute
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
-from lightning_bigopt.trainer_access import loop, separate_loop, trial_runs
+from lightning_bigopt.trainer_access import loop, trial_runs
 from lightning_bigopt.tuning.base_rates import BaseRates
-from lightning_bigopt.tuning.branches import state_restored
 from lightning_bigopt.tuning.curve import RangeTest, exponential_rates
-from lightning_bigopt.tuning.sweep import Sweep
+from lightning_bigopt.tuning.sweep import run_sweep
 from lightning_bigopt.tuning.trial_callbacks import callbacks_affecting_gradients
 from lightning_bigopt.type_checks import check_instance
 
@@ -148,25 +145,15 @@ class LearningRateRangeTest(TrainerOnly, Callback):
             "LearningRateRangeTest",
             "whose privacy budget the test would spend; set the learning rate by hand",
         )
-        sweep = Sweep(
-            self.rates, groups, smoothing=self.smoothing, stop_at=self.stop_at, skip=self.skip
-        )
-        engine = [Engine()] if callbacks else []
-        with state_restored(trainer, module):
-            train_optimizers(trainer)
-            separate_loop.run_separate_loop(
-                trainer,
-                module,
-                callbacks=[*callbacks, *engine, sweep],
-                max_steps=len(self.rates),
-            )
-        count = len(sweep.losses)
-        return RangeTest(
-            learning_rates=self.rates[:count],
-            losses=tuple(sweep.losses),
+        return run_sweep(
+            trainer,
+            module,
+            groups,
+            callbacks,
+            rates=self.rates,
             smoothing=self.smoothing,
             skip=self.skip,
-            diverged=sweep.diverged,
+            stop_at=self.stop_at,
         )
 
     def report(self) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import LightningModule, Trainer
+from collections.abc import Sequence
+
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
+from lightning_bigopt.engine.engine import Engine
+from lightning_bigopt.engine.optimizer_modes import train_optimizers
+from lightning_bigopt.trainer_access import separate_loop
 from lightning_bigopt.tuning.base_rates import BaseRates
-from lightning_bigopt.tuning.branches import RecordLosses
-from lightning_bigopt.tuning.curve import smooth
+from lightning_bigopt.tuning.branches import RecordLosses, state_restored
+from lightning_bigopt.tuning.curve import RangeTest, smooth
 
-__all__ = ["Sweep"]
+__all__ = ["Sweep", "run_sweep"]
 
 
 class Sweep(RecordLosses):
@@ -52,3 +57,45 @@ class Sweep(RecordLosses):
         settled = average[self.skip :]
         rose = bool(settled) and 0.0 < self.stop_at * min(settled) < average[-1]
         return rose or super().should_stop()
+
+
+def run_sweep(
+    trainer: Trainer,
+    module: LightningModule,
+    groups: BaseRates,
+    callbacks: Sequence[Callback],
+    *,
+    rates: tuple[float, ...],
+    smoothing: float,
+    skip: int,
+    stop_at: float,
+) -> RangeTest:
+    """Runs a sweep in a separate loop, and restores all state.
+
+    Args:
+        trainer: The Trainer, from ``on_fit_start`` on.
+        module: The module to train.
+        groups: Writes the learning rates.
+        callbacks: The callbacks that take part in the sweep.
+        rates: Learning rate of the reference group for each update.
+        smoothing: Decay of the moving average of the losses.
+        skip: Number of first points that the suggestion ignores.
+        stop_at: The sweep ends when the average exceeds this multiple of its minimum.
+
+    Returns:
+        The result of the sweep.
+    """
+    sweep = Sweep(rates, groups, smoothing=smoothing, stop_at=stop_at, skip=skip)
+    engine = [Engine()] if callbacks else []
+    with state_restored(trainer, module):
+        train_optimizers(trainer)
+        separate_loop.run_separate_loop(
+            trainer, module, callbacks=[*callbacks, *engine, sweep], max_steps=len(rates)
+        )
+    return RangeTest(
+        learning_rates=rates[: len(sweep.losses)],
+        losses=tuple(sweep.losses),
+        smoothing=smoothing,
+        skip=skip,
+        diverged=sweep.diverged,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from tests.lightning_contract.private_names import asserts
 from tests.lightning_contract.small import Small, batches, trainer
@@ -690,6 +692,23 @@ def test_a_batch_is_prepared_as_the_loop_prepares_it() -> None:
     trainer(Looks(), max_steps=1).fit(Small(), datamodule=Data())
     assert torch.equal(by_loop[0].unique(), torch.tensor([8.0]))
     assert torch.equal(by_hand[0], torch.full((3,), 8.0))
+
+
+@asserts("_initial_iter_for_state_dict")
+def test_a_stateful_loader_that_was_asked_for_its_state_has_an_iterator() -> None:
+    """A branch iterates a copy without this mark, which refers to the iterator of the original.
+
+    Without it the copy would fail, because it has no iterator.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "'set_vital' is deprecated")
+        loader = StatefulDataLoader(range(8), batch_size=2)
+    state = loader.state_dict()
+    assert loader._initial_iter_for_state_dict
+    copied = copy.copy(loader)
+    vars(copied).update(_iterator=None, next_iter_state=None, _initial_iter_for_state_dict=False)
+    assert [batch.tolist() for batch in copied] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert loader.state_dict() == state
 
 
 @asserts("_iterator")
