@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -15,6 +16,8 @@ from torch.utils.data import DataLoader
 from lightning_bigopt.batching.exact_loader import GlobalBatchLoader
 from lightning_bigopt.checks import shown
 from lightning_bigopt.optimizers.names import unwrapped
+from lightning_bigopt.optimizers.object_snapshot import ObjectSnapshot
+from lightning_bigopt.trainer_access.loaders import exact_loader
 from lightning_bigopt.trainer_access.packages import classes, own
 from lightning_bigopt.trainer_access.trial_runs import silent_loggers
 
@@ -32,7 +35,12 @@ _BEFORE_THE_FIRST_ITERATOR = {
 
 
 def run_separate_loop(
-    trainer: Trainer, module: LightningModule, *, callbacks: Sequence[Callback], max_steps: int
+    trainer: Trainer,
+    module: LightningModule,
+    *,
+    callbacks: Sequence[Callback],
+    max_steps: int,
+    whole_windows: int = 1,
 ) -> None:
     """Trains in a separate loop on the Trainer's data, without validation, loggers or schedulers.
 
@@ -46,9 +54,11 @@ def run_separate_loop(
         module: The module to train.
         callbacks: The only callbacks that run; they are set up and torn down here.
         max_steps: Number of updates.
+        whole_windows: Number of batches of which an epoch has a multiple, so that the accumulation
+            windows of different batch sizes end together; for loaders with a length.
 
     Raises:
-        ValueError: If a training loader can be iterated only once.
+        ValueError: If a training loader can be iterated only once, or an epoch is too short.
     """
     loop = own(trainer, "loops.fit_loop._FitLoop")(trainer, min_epochs=None, max_epochs=-1)
     epoch_loop = own(trainer, "loops.training_epoch_loop._TrainingEpochLoop")
@@ -58,10 +68,12 @@ def run_separate_loop(
     data = trainer.fit_loop._data_source.dataloader()
     if not isinstance(data, classes("utilities.CombinedLoader")):
         data = own(trainer, "utilities.CombinedLoader")(data, "max_size_cycle")  # as the fit loop
-    if any(hasattr(loader, "__next__") for loader in data.flattened):
+    sources = [source for loader in data.flattened for source in (loader, _dataset(loader))]
+    if any(hasattr(source, "__next__") for source in sources):
         raise ValueError(
-            f"the training loader must be iterable again for a trial run, got {shown(data)}, an "
-            "iterator whose batches the run would lose; pass a DataLoader or a list of batches"
+            "the training loader must be iterable again for a trial run, got an iterator in "
+            f"{shown(data.flattened)}, whose batches the run would lose; pass a DataLoader of a "
+            "dataset that is not its own iterator, or a list of batches"
         )
     copies = copy.copy(data)
     copies.flattened = [_copied_loader(loader) for loader in data.flattened]
@@ -69,6 +81,8 @@ def run_separate_loop(
     trainer.callbacks = list(callbacks)  # type: ignore[attr-defined]  # set by a connector
     trainer.loggers = silent_loggers(trainer)
     trainer.limit_val_batches = 0
+    if whole_windows > 1:
+        _limit_epoch(trainer, copies, whole_windows)
     trainer.should_stop = False
     trainer.strategy.lr_scheduler_configs = []
     pairs = zip(data.flattened, copies.flattened, strict=True)
@@ -84,6 +98,27 @@ def run_separate_loop(
             loop.teardown()
             for callback in callbacks:
                 callback.teardown(trainer, module, "fit")
+
+
+def _limit_epoch(trainer: Trainer, data: Any, windows: int) -> None:
+    """Limits an epoch to a multiple of a number of batches."""
+    if any(isinstance(loader, GlobalBatchLoader) for loader in data.flattened):
+        return  # it plans its windows itself
+    lengths = [length for loader in data.flattened if (length := sized_len(loader)) is not None]
+    if len(lengths) < len(data.flattened):
+        return
+    length, limit = max(lengths), trainer.limit_train_batches  # "max_size_cycle"
+    length = min(length, limit) if isinstance(limit, int) else int(length * limit)
+    if length < windows:
+        raise ValueError(
+            f"an epoch must have at least {windows} batches of each process for the largest batch "
+            f"of a trial run, got {length}; try smaller batches, or train on more data"
+        )
+    trainer.limit_train_batches = length // windows * windows
+
+
+def _dataset(loader: Any) -> Any:
+    return getattr(loader, "dataset", None)
 
 
 def objects_changed_by_fit(trainer: Trainer) -> list[object]:
@@ -103,28 +138,30 @@ def next_losses(trainer: Trainer, module: LightningModule, count: int) -> Tensor
     Args:
         trainer: The Trainer, in ``on_train_batch_end``.
         module: The module, with automatic optimization.
-        count: Number of batches; the epoch begins again if it has fewer.
+        count: Largest number of batches; the epoch begins again, and each batch is used once. With
+            a GlobalBatchLoader they have its micro-batch size.
 
     Returns:
-        The losses of this process, float32 of shape ``(count,)``.
-
-    Raises:
-        ValueError: If the epoch has no batch, or a loss is missing.
+        The losses of this process, float32 of shape ``(count,)``, or shorter. Batches for which
+        ``training_step`` returns no loss are left out.
     """
     fetcher: Any = trainer.fit_loop._data_fetcher
+    exact = exact_loader(trainer)
+    if exact is not None:  # its micro-batches depend on the sizes of the updates
+        exact.set_batch_sizes(None)
+        iter(fetcher)
+    if fetcher.length is not None:
+        count = min(count, fetcher.length)
     takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-    losses, is_new = list[Tensor](), False
+    losses, begins = list[Tensor](), 0
     vars(module).update(log=_ignore, log_dict=_ignore)
     try:
         while len(losses) < count:
             batch = next(fetcher, None)
-            if batch is None and is_new:
-                raise ValueError(
-                    "the training loader must have a batch to evaluate, got none; use a loader "
-                    "that can be iterated again"
-                )
-            is_new = batch is None
             if batch is None:
+                begins += 1
+                if begins > 1:
+                    break
                 iter(fetcher)
                 continue
             data = trainer.precision_plugin.convert_input(batch[0])
@@ -134,16 +171,12 @@ def next_losses(trainer: Trainer, module: LightningModule, count: int) -> Tensor
             with torch.no_grad():
                 output: Any = trainer.strategy.training_step(*arguments)
             loss = output.get("loss") if isinstance(output, dict) else output
-            if loss is None:
-                raise ValueError(
-                    "training_step must return the loss of every batch for a trial run, got "
-                    f"{output!r}; return it"
-                )
-            losses.append(loss.detach().float())
+            if loss is not None:
+                losses.append(loss.detach().float())
     finally:
         for name in ("log", "log_dict"):
             vars(module).pop(name, None)
-    return torch.stack(losses)
+    return torch.stack(losses) if losses else torch.empty(0, device=module.device)
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
@@ -159,6 +192,8 @@ def _copied_loader(loader: Any) -> Any:
     if not isinstance(loader, DataLoader | GlobalBatchLoader):
         return loader
     copied = copy.copy(loader)
+    if isinstance(copied, GlobalBatchLoader):
+        copied.position = copied.batches = 0
     for name, value in _BEFORE_THE_FIRST_ITERATOR.items():
         if name in vars(copied):
             vars(copied)[name] = value
@@ -180,13 +215,9 @@ def loaders_restored(
     is_combined = isinstance(data, classes("utilities.CombinedLoader"))
     combined = data if is_combined else own(trainer, "utilities.CombinedLoader")(data)
     loaders = list(combined.flattened)
-    samplers = [getattr(loader, "sampler", None) for loader in loaders]
-    # By id: a loader and its sampler often share one generator.
-    generators = {
-        id(generator): (generator, generator.get_state())
-        for holder in (*loaders, *samplers)
-        if (generator := getattr(holder, "generator", None)) is not None
-    }
+    generators = [getattr(loader, "generator", None) for loader in loaders]
+    samplers = [sampler for loader in loaders for sampler in _samplers(loader)]
+    snapshot = ObjectSnapshot([g for g in generators if g is not None], *samplers)
     states = [
         (loader, copy.deepcopy(loader.state_dict()))
         for loader in (loaders if with_states_of is None else with_states_of)
@@ -195,7 +226,15 @@ def loaders_restored(
     try:
         yield
     finally:
-        for generator, state in generators.values():
-            generator.set_state(state)
+        snapshot.restore()
         for loader, state in states:
             loader.load_state_dict(state)
+
+
+def _samplers(loader: Any) -> Iterator[Any]:
+    """Yields the samplers of a loader, also those within a batch sampler."""
+    for name in ("sampler", "batch_sampler"):
+        sampler = getattr(loader, name, None)
+        if hasattr(sampler, "__dict__"):
+            yield sampler
+            yield from _samplers(sampler)

@@ -16,7 +16,9 @@ from lightning_bigopt.batching.scaling_rules import (
 from lightning_bigopt.durations.duration import Duration, DurationLike
 from lightning_bigopt.engine.stage import Fit
 from lightning_bigopt.optimizers.names import part_optimizers
+from lightning_bigopt.trainer_access import loaders
 from lightning_bigopt.tuning.branches import Branch, run_branch
+from lightning_bigopt.tuning.critical_batch import MeasurementError
 
 __all__ = [
     "run_batch_branches",
@@ -32,6 +34,7 @@ def run_batch_branches(
     callbacks: Callable[[int], Sequence[Callback]],
     multiples: Sequence[int],
     updates: int,
+    batches: int,
     rule: ScalingRule,
     evaluate: int,
     seed: int | None = None,
@@ -46,14 +49,18 @@ def run_batch_branches(
         callbacks: Returns the callbacks of the branch of a multiple, which set its batch size.
         multiples: Multiples of the batch size.
         updates: Updates of the branch with multiple 1; a multiple of all ``multiples``.
+        batches: Loader batches of each process in an update of multiple 1.
         rule: Rule that scales the learning rate with the batch size.
         evaluate: Loader batches of each process on which a branch is evaluated.
         seed: Seed of the random generators in each branch; None for their current states.
 
     Returns:
         A branch for each multiple.
+
+    Raises:
+        MeasurementError: If the branches have not trained on the same batches.
     """
-    return [
+    branches = [
         run_branch(
             fit.trainer,
             fit.module,
@@ -62,9 +69,19 @@ def run_batch_branches(
             evaluate=evaluate,
             lr_factor=learning_rate_factor(multiple, rule=rule),
             seed=seed,
+            whole_windows=batches * math.lcm(*multiples),
         )
         for multiple in multiples
     ]
+    trained = {branch.batches for branch in branches if not branch.diverged}
+    # A GlobalBatchLoader makes other batches of the same samples.
+    if len(trained) > 1 and loaders.exact_loader(fit.trainer) is None:
+        raise MeasurementError(
+            "window must end before the epoch with a loader without a length, because accumulation "
+            f"windows end with an epoch, got branches of {sorted(trained)} batches; write a "
+            "shorter window="
+        )
+    return branches
 
 
 def run_samples(fit: Fit, *, micro_batch: int, name: str, hint: str) -> float:
@@ -112,7 +129,7 @@ def updates_of_window(
         least: Smallest number of updates with the largest multiple; a shorter window is lengthened.
 
     Raises:
-        ValueError: If the window cannot be converted to samples.
+        ValueError: If the window cannot be converted to samples, or is longer than an epoch.
     """
     length = Duration.parse(window, name="window")
     if length.unit == "samples":
@@ -123,9 +140,19 @@ def updates_of_window(
         fraction = horizon.fraction(length, start=fit.clock.fraction, name="window")
         hint = "'10000 samples'"
         samples = fraction * run_samples(fit, micro_batch=micro_batch, name="window", hint=hint)
+    exact = loaders.exact_loader(fit.trainer)
+    if exact is not None:  # its windows end with the epoch
+        samples = min(samples, exact.samples)
     whole = math.lcm(*multiples)
     largest = max(multiples)
-    return whole * max(round(samples / (batch_size * whole)), -(-least * largest // whole))
+    updates = whole * max(int(samples / (batch_size * whole)), -(-least * largest // whole))
+    if exact is not None and updates * batch_size > exact.samples:
+        raise ValueError(
+            f"an epoch must have at least {updates * batch_size} samples for {least} updates of "
+            f"{largest * batch_size} with a GlobalBatchLoader, got {exact.samples}; try smaller "
+            "multiples, or a DataLoader"
+        )
+    return updates
 
 
 def scaling_rule_of(optimizers: Sequence[tuple[str, Optimizer]]) -> ScalingRule:

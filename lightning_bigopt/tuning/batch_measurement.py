@@ -94,6 +94,7 @@ class BatchMeasurement:
 
         Raises:
             ValueError: If the module, the strategy or the learning rate cannot be measured.
+            MeasurementError: If the branches cannot be compared.
         """
         check_supported(fit)
         multiples = tuple(self.multiples)
@@ -103,6 +104,7 @@ class BatchMeasurement:
             callbacks=lambda k: callbacks(fit, k * batch_size, cooldown=self.cooldown),
             multiples=multiples,
             updates=updates,
+            batches=max(1, batch_size // micro_batch),
             rule=self.lr_scaling or scaling_rule_of(fit.groups.optimizers),
             evaluate=self.evaluate,
             seed=seed,
@@ -114,7 +116,10 @@ class BatchMeasurement:
             losses=tuple(branch.evaluation for branch in branches),
             tolerance=self.tolerance,
             window=window,
-            samples=len(multiples) * (window + self.evaluate * micro_batch),
+            samples=sum(
+                len(branch.losses) * multiple * batch_size + len(branch.evaluation) * micro_batch
+                for multiple, branch in zip(multiples, branches, strict=True)
+            ),
             updates=sum(len(branch.losses) for branch in branches),
         )
 

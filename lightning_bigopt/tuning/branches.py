@@ -33,11 +33,13 @@ class Branch:
         evaluation: Losses of the batches after the last update, with the final weights; empty if
             the branch has diverged.
         diverged: Whether the branch ended early, because a loss was not finite.
+        batches: Number of loader batches of each process that were trained.
     """
 
     losses: tuple[float, ...]
     evaluation: tuple[float, ...]
     diverged: bool
+    batches: int
 
 
 class RecordLosses(Callback):
@@ -50,6 +52,7 @@ class RecordLosses(Callback):
         losses: Loss of each update, averaged over its micro-batches and over all processes.
         evaluation: Losses of the batches after the last update, averaged over all processes.
         diverged: Whether the loop ended early.
+        batches: Number of loader batches of this process that were trained.
     """
 
     def __init__(self, *, evaluate: int = 0) -> None:
@@ -57,21 +60,25 @@ class RecordLosses(Callback):
         self.losses: list[float] = []
         self.evaluation: list[float] = []
         self.diverged = False
+        self.batches = 0
         self._window: list[Tensor] = []
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Records the mean loss when an accumulation window ends."""
-        if not isinstance(outputs, dict) or outputs.get("loss") is None:
+        self.batches += 1
+        loss = outputs.get("loss") if isinstance(outputs, dict) else None
+        if loss is not None:
+            # Lightning's outputs hold the loss divided by the accumulation.
+            parts = int(trainer.accumulate_grad_batches) if pl_module.automatic_optimization else 1
+            self._window.append(loss.detach() * parts)
+        elif not pl_module.automatic_optimization:
             raise ValueError(
-                f"training_step must return the loss for a trial run, got {outputs!r}; return it "
-                "with manual optimization too"
+                "training_step must return the loss for a trial run with manual optimization, got "
+                f"{outputs!r}; return it"
             )
-        # Lightning's outputs hold the loss divided by the accumulation.
-        parts = int(trainer.accumulate_grad_batches) if pl_module.automatic_optimization else 1
-        self._window.append(outputs["loss"].detach() * parts)
-        if not loop.closes_window(trainer):
+        if not loop.closes_window(trainer) or not self._window:
             return
         mean = torch.stack(self._window).mean()
         self._window = []
@@ -119,6 +126,7 @@ def run_branch(
     evaluate: int = 0,
     lr_factor: float = 1.0,
     seed: int | None = None,
+    whole_windows: int = 1,
 ) -> Branch:
     """Trains a branch from the current state, and restores all state.
 
@@ -137,6 +145,7 @@ def run_branch(
             base of a LearningRateScheduler among the callbacks.
         seed: Seed of the random generators, so that a branch after a resume, which does not restore
             them, is the same; None for their current states.
+        whole_windows: As for :func:`run_separate_loop`.
 
     Returns:
         The losses.
@@ -157,11 +166,13 @@ def run_branch(
             module,
             callbacks=[*callbacks, Engine(), recorder],
             max_steps=max_steps,
+            whole_windows=whole_windows,
         )
     return Branch(
         losses=tuple(recorder.losses),
         evaluation=tuple(recorder.evaluation),
         diverged=recorder.diverged,
+        batches=recorder.batches,
     )
 
 

@@ -11,11 +11,15 @@ from lightning_bigopt.checks import check_count, check_positive, shown
 from lightning_bigopt.reporting.plots import axes_of
 from lightning_bigopt.type_checks import check_instance
 
-__all__ = ["CriticalBatchSize", "Verdict"]
+__all__ = ["CriticalBatchSize", "MeasurementError", "Verdict", "check_multiples"]
 
 Verdict: TypeAlias = Literal["within", "above", "undecided"]
 
 _STANDARD_ERRORS = 2.0  # about 95 % of a normal distribution on both sides
+
+
+class MeasurementError(ValueError):
+    """Raised if the branches of a measurement cannot be compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +27,11 @@ class CriticalBatchSize:
     """The result of :func:`critical_batch_size`.
 
     The difference of a multiple is the mean difference of its evaluation losses from those of
-    multiple 1, batch by batch, and its standard error is that of the paired differences. Positive
-    differences are worse. A multiple is ``"within"`` the tolerance if the difference plus two
-    standard errors is, ``"above"`` it if the difference minus two standard errors is above it, and
-    ``"undecided"`` otherwise.
+    multiple 1, batch by batch; positive differences are worse. Its standard error is that of the
+    paired differences: it contains the noise of the evaluated batches, not that of the training of
+    the branches. Batches whose loss is not finite with multiple 1 are left out. A multiple is
+    ``"within"`` the tolerance if the difference plus two standard errors is, ``"above"`` it if the
+    difference minus two standard errors is above it, and ``"undecided"`` otherwise.
 
     Args:
         batch_size: Global batch size of multiple 1, in samples.
@@ -48,7 +53,9 @@ class CriticalBatchSize:
             samples: interpolated in the logarithm of the batch size between the last multiple whose
             difference is below the tolerance and the next one. If no multiple exceeds the
             tolerance, the largest one: see :attr:`is_lower_bound`.
-        is_lower_bound: Whether the critical batch size is larger than all that were tried.
+        is_lower_bound: Whether no difference is above the tolerance.
+        is_decided: Whether the verdicts on both sides of the critical batch size, or that of the
+            largest multiple, are ``"within"`` or ``"above"``.
 
     Raises:
         ValueError: If multiples and losses do not match, or an argument is out of range.
@@ -83,17 +90,29 @@ class CriticalBatchSize:
     largest_batch_size: int = field(init=False)
     critical_batch_size: float = field(init=False)
     is_lower_bound: bool = field(init=False)
+    is_decided: bool = field(init=False)
 
     def __post_init__(self) -> None:
         check_count("batch_size", self.batch_size, of="samples")
         check_multiples(self.multiples)
         check_positive("tolerance", self.tolerance, hint="write 0.01")
-        if len(self.losses) != len(self.multiples) or not self.losses[0]:
+        if len(self.losses) != len(self.multiples):
             raise ValueError(
-                "losses must contain the losses of each multiple, and at least one of multiple 1, "
-                f"got {len(self.losses)} for {len(self.multiples)} multiples; measure again"
+                f"losses must contain those of each of the {len(self.multiples)} multiples, got "
+                f"{len(self.losses)}; measure again"
             )
-        pairs = [_paired(branch, self.losses[0]) for branch in self.losses]
+        used = [index for index, loss in enumerate(self.losses[0]) if math.isfinite(loss)]
+        if len(used) < 2:
+            raise MeasurementError(
+                f"the branch with the current batch of {self.batch_size} must have two finite "
+                f"losses, got {list(self.losses[0][:3])}; measure at another update, or lower the "
+                "learning rate"
+            )
+        base = [self.losses[0][index] for index in used]
+        pairs = [
+            _paired([branch[index] for index in used] if branch else (), base)
+            for branch in self.losses
+        ]
         differences = tuple(difference for difference, _ in pairs)
         errors = tuple(error for _, error in pairs)
         verdicts = tuple(
@@ -106,7 +125,9 @@ class CriticalBatchSize:
         crossed = next(
             (i for i, difference in enumerate(differences) if difference > self.tolerance), None
         )
+        around = verdicts[-1:] if crossed is None else verdicts[crossed - 1 : crossed + 1]
         for name, value in (
+            ("is_decided", "undecided" not in around),
             ("differences", differences),
             ("standard_errors", errors),
             ("verdicts", verdicts),
@@ -141,6 +162,7 @@ class CriticalBatchSize:
             f"The critical batch size is {relation} {self.critical_batch_size:.0f} samples "
             f"(tolerance {self.tolerance:g}, {self.window} samples for each branch, "
             f"{self.updates} updates in all)."
+            + ("" if self.is_decided else " This is undecided: raise evaluate or window.")
         )
         return "\n".join(rows)
 

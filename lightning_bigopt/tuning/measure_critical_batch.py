@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -17,8 +18,9 @@ from lightning_bigopt.checks import shown
 from lightning_bigopt.durations.duration import DurationLike
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.stage import Fit
+from lightning_bigopt.optimizers.object_snapshot import ObjectSnapshot
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
-from lightning_bigopt.trainer_access import trial_runs
+from lightning_bigopt.trainer_access import loop_counters, trial_runs
 from lightning_bigopt.tuning.batch_measurement import BatchMeasurement
 from lightning_bigopt.tuning.critical_batch import CriticalBatchSize
 from lightning_bigopt.tuning.trial_callbacks import (
@@ -51,8 +53,13 @@ def critical_batch_size(
     From one state a branch is trained for each multiple of the current batch size, all on the same
     samples: the learning rate is multiplied by :math:`\sqrt k` or :math:`k`. The branches are
     evaluated on the same batches after them, without gradients. The critical batch size is where
-    the loss is ``tolerance`` above that of multiple 1. All state is restored: Trainer, module and
-    random states are as before.
+    the loss is ``tolerance`` above that of multiple 1. Afterwards weights, counters of the Trainer,
+    loaders and random states are as before, also with ``ckpt_path``.
+
+    In a branch the counters of the Trainer begin at 0, and the module's hooks of a fit are called.
+    A ``training_step`` that reads ``global_step`` or ``current_epoch`` is measured with other
+    values. State that a dataset changes when it is read, such as a generator of its own, is not
+    restored.
 
     By default the learning rate of each branch decays to 0. Without that, a larger batch lowers the
     noise of the weights at once, which hides that it makes less progress; Merrill et al. measure
@@ -69,9 +76,11 @@ def critical_batch_size(
         multiples: Multiples of the current global batch size, ascending from 1.
         tolerance: Largest difference from the loss of multiple 1 that is no loss, in units of the
             loss.
-        window: Length of each branch, a share of the run or an amount; rounded to whole updates of
-            all multiples, and at least four updates of the largest one.
-        evaluate: Loader batches of each process on which the branches are evaluated.
+        window: Length of each branch, in percent of the run, in samples, or in another unit that is
+            known in advance; rounded down to whole updates of all multiples, and at least four
+            updates of the largest one. With a GlobalBatchLoader at most an epoch.
+        evaluate: Loader batches of each process on which the branches are evaluated; at most those
+            of an epoch.
         cooldown: Whether the learning rate of each branch decays linearly to 0.
         lr_scaling: Factor on the learning rate of multiple k: ``"sqrt"`` or ``"linear"``; None for
             the rule of the optimizer.
@@ -107,11 +116,19 @@ def critical_batch_size(
             lr_scaling=lr_scaling,
         )
     )
+    averages = trainer_callbacks.find_lightning_callback(trainer, "WeightAveraging")
+    if ckpt_path is not None and averages is not None:
+        raise ValueError(
+            "callbacks must not contain WeightAveraging with ckpt_path, got "
+            f"{type(averages).__name__}, whose checkpoints hold the average and not the weights "
+            "that are trained; write ModelAveraging(EMA('1%')) instead of it"
+        )
     callbacks = trainer_callbacks.callbacks_of(trainer)
     copies = [new_copy(c) for c in callbacks if isinstance(c, Capability)]
     with (
         isolate_rng(include_cuda=torch.cuda.is_available()),
         trial_runs.limits_kept(trainer),
+        _before_checkpoint(trainer, module) if ckpt_path is not None else nullcontext(),
         warnings.catch_warnings(),
     ):
         # The other callbacks of the checkpoint, such as ModelCheckpoint, are not needed.
@@ -132,6 +149,17 @@ def critical_batch_size(
         )
     rank_zero_info(str(measures.result))
     return measures.result
+
+
+@contextmanager
+def _before_checkpoint(trainer: Trainer, module: nn.Module) -> Iterator[None]:
+    """Restores weights and counters, which a checkpoint replaces, when the block ends."""
+    snapshot, counters = ObjectSnapshot(*module.modules()), loop_counters.counters(trainer)
+    try:
+        yield
+    finally:
+        snapshot.restore()
+        loop_counters.restore_counters(trainer, counters)
 
 
 class _Measures(Capability):

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_bigopt.arguments import explain_arguments
+from lightning_bigopt.batching.exact_loader import GlobalBatchLoader
 from lightning_bigopt.batching.policies.batch_size_policy import BatchContext, BatchSizePolicy
 from lightning_bigopt.batching.randomness import mixed_seed
 from lightning_bigopt.batching.scaling_rules import ScalingRule
@@ -20,7 +21,7 @@ from lightning_bigopt.durations.progress import Progress
 from lightning_bigopt.engine.batch_contents import BatchCount, BatchWeight
 from lightning_bigopt.engine.stage import Batch, Fit
 from lightning_bigopt.tuning.batch_measurement import BatchMeasurement, learns
-from lightning_bigopt.tuning.critical_batch import CriticalBatchSize
+from lightning_bigopt.tuning.critical_batch import CriticalBatchSize, MeasurementError
 from lightning_bigopt.tuning.trial_callbacks import branch_callbacks, samples_of_batches
 
 __all__ = ["MeasuredBatchSize"]
@@ -72,13 +73,15 @@ class MeasuredBatchSize(BatchSizeScheduler):
     Args:
         low: Global batch size of the first update, in samples.
         high: Largest global batch size, in samples: ``low`` times a power of 2.
-        check_every: Part of the budget between two measurements; the first one is after it.
-        window: Length of each branch, a share of the run or an amount. At least four updates of the
-            doubled batch.
+        check_every: Part of the budget between two measurements, in percent or in the unit of the
+            budget; the first one is after it.
+        window: Length of each branch, in percent of the run, in samples, or in the unit of the
+            budget. At least four updates of the doubled batch.
         tolerance: Largest difference of the losses that allows a larger batch, in units of the
             loss. The difference after such a short branch is about two to four times that at the
             end of the run.
-        evaluate: Loader batches of each process on which a branch is evaluated.
+        evaluate: Loader batches of each process on which a branch is evaluated; at most those of an
+            epoch.
         lr_scaling: Factor on the learning rate for κ times the first batch: ``"sqrt"`` for Adam and
             its variants, ``"linear"`` for SGD.
         beta2_scaling: As for BatchSizeScheduler.
@@ -185,6 +188,16 @@ class MeasuredBatchSize(BatchSizeScheduler):
         self._branch_samples = 0
         self._cost: float | None = None
 
+    def loader_ready(self, fit: Fit, loader: Any) -> None:
+        """Raises for a GlobalBatchLoader, which needs the batch sizes in advance."""
+        if isinstance(loader, GlobalBatchLoader):
+            raise ValueError(
+                "the training loader must be a DataLoader with MeasuredBatchSize, got "
+                "GlobalBatchLoader, which plans the batches of an epoch in advance; pass a "
+                "DataLoader, or write the sizes in BatchSizeScheduler(BatchSizeSteps({...}))"
+            )
+        super().loader_ready(fit, loader)
+
     def start(self, fit: Fit) -> None:
         """Converts the interval to a fraction of the budget, and plans the first update."""
         horizon = fit.clock.horizon
@@ -210,13 +223,17 @@ class MeasuredBatchSize(BatchSizeScheduler):
         if not is_due or 2 * size > self.high or not learns(fit):
             return
         self._last = progress.fraction
-        found = self.measurement.run(
-            fit,
-            batch_size=size,
-            micro_batch=samples_of_batches(fit, 1),
-            callbacks=branch_callbacks,
-            seed=mixed_seed(0, progress.steps),
-        )
+        try:
+            found = self.measurement.run(
+                fit,
+                batch_size=size,
+                micro_batch=samples_of_batches(fit, 1),
+                callbacks=branch_callbacks,
+                seed=mixed_seed(0, progress.steps),
+            )
+        except MeasurementError as error:
+            rank_zero_warn(f"MeasuredBatchSize keeps the batch of {size}: {error}.")
+            return
         self.measurements.append((progress.samples, found))
         self._branch_samples += found.samples
         self._cost = found.differences[-1]

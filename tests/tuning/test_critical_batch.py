@@ -10,9 +10,15 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    TensorDataset,
+)
 
 from lightning_bigopt import (
     BatchSizeScheduler,
@@ -30,6 +36,7 @@ from lightning_bigopt.averaging import EMA
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.tuning import CriticalBatchSize, critical_batch_size
 from lightning_bigopt.tuning.batch_measurement import BatchMeasurement
+from lightning_bigopt.tuning.critical_batch import MeasurementError
 from lightning_bigopt.tuning.trial_callbacks import branch_callbacks
 from tests.helpers import QUIET, ManualUpdates
 
@@ -170,7 +177,9 @@ def test_training_afterwards_equals_training_without_it_to_the_bit(
         trainer = L.Trainer(**options, callbacks=all_callbacks())
         torch.manual_seed(3)
         if measured:
-            found = critical_batch_size(trainer, module, source, window="10%", evaluate=4)
+            found = critical_batch_size(
+                trainer, module, source, window="10%", evaluate=4, multiples=(1, 2, 4)
+            )
             assert found.batch_size == 16
             assert not module.seen
             assert trainer.global_step == trainer.current_epoch == 0
@@ -214,6 +223,130 @@ def test_all_branches_train_on_the_same_samples_and_are_evaluated_on_the_next(ho
     for branch in batches:
         assert len(branch) == 192 // 8 + 6
         assert all(torch.equal(x, y) for x, y in zip(branch, batches[0], strict=True))
+
+
+def records(batches: list[list[Tensor]]) -> Model:
+    class Records(Model):
+        def on_train_start(self) -> None:
+            batches.append([])
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            batches[-1].append(batch[0].clone())
+            return super().training_step(batch, batch_idx)
+
+    return Records()
+
+
+def all_equal(branches: list[list[Tensor]]) -> bool:
+    first = branches[0]
+    return all(
+        len(branch) == len(first) and all(map(torch.equal, branch, first)) for branch in branches
+    )
+
+
+def test_branches_over_the_end_of_an_epoch_train_on_the_same_batches() -> None:
+    """An epoch of 13 batches holds one window of the largest batch; the branches have 4 of them."""
+    batches: list[list[Tensor]] = []
+    loader = DataLoader(dataset(100), batch_size=8, shuffle=True)
+    trainer = L.Trainer(**QUIET, max_epochs=40)
+    found = critical_batch_size(trainer, records(batches), loader, evaluate=6)
+    assert found.window == 256  # four updates of 64
+    assert [len(branch) for branch in batches] == [32 + 6] * 4
+    assert all_equal(batches)
+    assert found.samples == 4 * (256 + 6 * 8)
+
+
+def test_evaluated_batches_are_counted_once() -> None:
+    batches: list[list[Tensor]] = []
+    loader = DataLoader(dataset(64), batch_size=8)
+    found = critical_batch_size(L.Trainer(**QUIET, max_epochs=40), records(batches), loader)
+    assert [len(losses) for losses in found.losses] == [8] * 4
+    assert len({float(x.sum()) for x in batches[0][-8:]}) == 8
+
+
+@pytest.mark.parametrize("size", [12, 20])
+def test_exact_loader_evaluates_the_same_batches_for_all_multiples(size: int) -> None:
+    batches: list[list[Tensor]] = []
+    trainer = L.Trainer(
+        **QUIET, max_epochs=4, callbacks=[BatchSizeScheduler(ConstantBatchSize(size))]
+    )
+    loader = GlobalBatchLoader(dataset(), micro_batch_size=8)
+    critical_batch_size(
+        trainer, records(batches), loader, multiples=(1, 2, 4), evaluate=8, window="240 samples"
+    )
+    evaluated = [branch[-8:] for branch in batches]
+    assert [len(x) for x in evaluated[0]] == [8] * 8
+    assert all_equal(evaluated)
+    trained = [torch.cat(branch[:-8]) for branch in batches]
+    assert all_equal([[x.sum(0)] for x in trained]) or all(
+        torch.allclose(x.sum(0), trained[0].sum(0)) for x in trained
+    )
+
+
+def test_epoch_that_is_too_short_raises() -> None:
+    loader = DataLoader(dataset(40), batch_size=8)
+    with pytest.raises(ValueError, match=r"an epoch must have at least 8 batches .* got 5"):
+        critical_batch_size(L.Trainer(**QUIET, max_epochs=40), Model(), loader)
+    exact = GlobalBatchLoader(dataset(40), micro_batch_size=8)
+    trainer = L.Trainer(
+        **QUIET, max_epochs=40, callbacks=[BatchSizeScheduler(ConstantBatchSize(8))]
+    )
+    with pytest.raises(ValueError, match=r"an epoch must have at least 256 samples .* got 40"):
+        critical_batch_size(trainer, Model(), exact)
+
+
+class Unsized(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(dataset(100))
+
+
+def test_loader_without_a_length_raises_if_the_branches_are_not_paired() -> None:
+    loader = DataLoader(Unsized(), batch_size=8)
+    trainer = L.Trainer(**QUIET, max_steps=1000)
+    with pytest.raises(ValueError, match=r"window must end before the epoch .* write a shorter"):
+        critical_batch_size(trainer, Model(), loader, window="640 samples")
+
+
+def test_generator_of_a_batch_sampler_is_restored() -> None:
+    orders = []
+    for measured in (False, True):
+        generator = torch.Generator().manual_seed(4)
+        sampler = RandomSampler(dataset(), generator=generator)
+        loader = DataLoader(dataset(), batch_sampler=BatchSampler(sampler, 8, drop_last=False))
+        batches: list[list[Tensor]] = []
+        if measured:
+            options = {"evaluate": 5, "multiples": (1, 2), "window": "64 samples"}
+            critical_batch_size(
+                L.Trainer(**QUIET, max_epochs=2), records(batches), loader, **options
+            )
+            assert all_equal(batches)
+        orders.append([x.clone() for x, _ in loader])
+    assert all_equal(orders)
+
+
+def test_checkpoint_leaves_module_and_trainer_as_they_were(tmp_path: Path) -> None:
+    saves = ModelCheckpoint(tmp_path, every_n_train_steps=20, save_top_k=-1, filename="{step}")
+    quiet = {**QUIET, "max_steps": 60, "enable_checkpointing": True}
+    L.Trainer(**quiet, callbacks=[saves]).fit(Model(), data())
+    runs = []
+    for measured in (False, True):
+        trainer, module = L.Trainer(**QUIET, max_steps=60), Model()
+        torch.manual_seed(3)
+        if measured:
+            critical_batch_size(
+                trainer, module, data(), ckpt_path=tmp_path / "step=20.ckpt", window="10%"
+            )
+            assert trainer.global_step == 0
+        trainer.fit(module, data())
+        assert trainer.global_step == 60
+        runs.append((module.state_dict(), trainer.optimizers[0].state_dict()))
+    torch.testing.assert_close(runs[1], runs[0], rtol=0, atol=0)
+
+
+def test_average_of_lightning_raises_with_a_checkpoint() -> None:
+    trainer = L.Trainer(**QUIET, max_steps=60, callbacks=[EMAWeightAveraging()])
+    with pytest.raises(ValueError, match=r"must not contain WeightAveraging with ckpt_path"):
+        critical_batch_size(trainer, Model(), data(), ckpt_path="some.ckpt")
 
 
 class MeasuresAt(Capability):
@@ -294,6 +427,24 @@ def test_branch_that_diverged_is_above_the_tolerance() -> None:
     assert found.critical_batch_size == found.largest_batch_size == 64
     assert "inf" in str(found)
     assert len(found.plot().lines[0].get_xdata()) == 2
+
+
+def test_base_that_diverged_raises() -> None:
+    with pytest.raises(MeasurementError, match="the branch with the current batch of 32 must have"):
+        result((math.nan, math.nan), (1.0, 2.0))
+
+
+def test_batches_without_a_finite_loss_are_left_out() -> None:
+    found = result((1.0, math.nan, 2.0), (1.5, 7.0, 2.5), (1.5, 7.0, math.inf))
+    assert found.differences == (0.0, 0.5, math.inf)
+    assert found.verdicts == ("within", "above", "above")
+    assert found.is_decided
+
+
+def test_undecided_result_says_so() -> None:
+    found = result((1.0, 2.0, 4.0), (1.2, 1.9, 4.3))
+    assert not found.is_decided
+    assert str(found).endswith("This is undecided: raise evaluate or window.")
 
 
 def test_larger_bound_is_said() -> None:

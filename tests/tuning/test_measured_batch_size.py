@@ -203,6 +203,38 @@ def test_limit_in_updates_raises() -> None:
         fit(measured(), max_steps=100, max_epochs=-1)
 
 
+class SometimesNaN(Model):
+    """Its loss is NaN for a sample that is in the branches of the first measurement."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        bad = bool((batch[0][:, 0] == dataset().tensors[0][5, 0]).any())
+        return super().training_step(batch, batch_idx) * (float("nan") if bad else 1.0)
+
+
+def test_measurement_with_a_loss_that_is_not_finite_keeps_the_batch() -> None:
+    """Branches begin with the first samples of a sequential loader; StepGuard skips the update."""
+    policy, module = measured(), SometimesNaN()
+    trainer = L.Trainer(**QUIET, max_epochs=EPOCHS, callbacks=[*others(), policy])
+    with pytest.warns(UserWarning, match=r"keeps the batch of 8: the branch with .* got \[\]"):
+        trainer.fit(module, data(shuffle=False))
+    assert not policy.measurements
+    assert trainer.global_step == 120
+    assert all(bool(p.isfinite().all()) for p in module.parameters())
+
+
+class SometimesNone(Model):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return None if batch_idx % 7 == 3 else loss
+
+
+@pytest.mark.filterwarnings("ignore:.*returned `None`")
+def test_module_that_leaves_out_batches_is_measured() -> None:
+    policy = measured()
+    fit(policy, module=SometimesNone())
+    assert [found.batch_size for _, found in policy.measurements] == [8, 16]
+
+
 def count(batch: Any) -> int:
     return 5 * len(batch[0])
 
@@ -227,5 +259,5 @@ def test_measurement_at_a_learning_rate_of_zero_waits() -> None:
 
 def test_exact_loader_raises() -> None:
     trainer = L.Trainer(**QUIET, max_epochs=1, callbacks=[measured()])
-    with pytest.raises(ValueError, match="policy must be known in advance with GlobalBatchLoader"):
+    with pytest.raises(ValueError, match="loader must be a DataLoader with MeasuredBatchSize"):
         trainer.fit(Model(), GlobalBatchLoader(dataset(), micro_batch_size=8))
