@@ -47,6 +47,7 @@ class ConfigTrainings(Trainings):
         self._parser.exit_on_error = False
         if self._config.get("seed_everything") is None or self._config["seed_everything"] is False:
             self._config["seed_everything"] = seed  # 0 is a seed, and equals False
+        self.seed = self._config["seed_everything"]
         self._places: dict[str, tuple[str, ...]] = {}
 
     def prepare(self, space: Mapping[str, Range]) -> Trainer:
@@ -71,6 +72,10 @@ class ConfigTrainings(Trainings):
         options = {name: built.config_init.get(name) for name in built.fit_arguments}
         data = {"datamodule": built.datamodule}
         return Training(trainer=built.trainer, module=built.model, data=data, options=options)
+
+    def unchanged(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns no values: the config has its own."""
+        return {}
 
     def _with(self, values: Mapping[str, Any]) -> dict[str, Any]:
         new = {self._places[path]: _plain(value) for path, value in values.items()}

@@ -175,6 +175,8 @@ def run_study(
             while trial_loop.run_next():
                 pass
         result = None if session is None else _result(session, ranges, trainings, monitor)
+        if session is not None:
+            session.discard_refused()
         found = processes.share(result and replace(result, budgets=lengths))
     assert found is not None  # process 0 has made it
     _check_some_trained(found)
@@ -216,6 +218,11 @@ def _check_some_trained(found: Study) -> None:
     if found.best is not None or any(_was_compared(trial) for trial in found.trials):
         return
     reasons = list(dict.fromkeys(trial.reason for trial in found.trials if trial.reason))
+    if len(reasons) == 1 and reasons[0].startswith("refused: "):
+        raise ValueError(
+            f"trainings must be built in at least one trial, got {len(found.trials)} refused with "
+            f"{reasons[0].removeprefix('refused: ')!r}; correct what it names, and start again"
+        )
     raise ValueError(
         f"space must contain values that can be trained, got {len(found.trials)} trials of which "
         f"none was trained to its end ({'; '.join(reasons[:3])}); change the ranges"

@@ -1,14 +1,12 @@
-"""Samplers, pruners and storages of Optuna by name."""
+"""Samplers and pruners of Optuna by name."""
 
 from __future__ import annotations
 
-import os
 import random
 import warnings
 from collections.abc import Callable
 from difflib import get_close_matches
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_bigopt.checks import shown
@@ -16,7 +14,7 @@ from lightning_bigopt.checks import shown
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-__all__ = ["make_pruner", "make_sampler", "make_storage"]
+__all__ = ["make_pruner", "make_sampler"]
 
 _PACKAGES = {"CmaEsSampler": "cmaes", "GPSampler": "scipy"}
 _STATIC = ("QMCSampler", "GridSampler", "BruteForceSampler")
@@ -85,43 +83,6 @@ def make_pruner(pruner: Any) -> Any:
         return optuna.pruners.NopPruner()
     kind = _find_class("pruner", pruner, optuna.pruners, suffix="Pruner")
     return _made("pruner", pruner, kind)
-
-
-def make_storage(storage: Any) -> Any:
-    """Returns a storage of Optuna.
-
-    Args:
-        storage: A file ``study.db`` (SQLite), a file ``study.journal`` or ``study.log`` (a journal,
-            also for processes that share a network drive), a URL, a storage of Optuna, or None for
-            the memory of this process.
-
-    Raises:
-        ValueError: If it is none of these.
-
-    Example:
-        >>> make_storage("study.txt")
-        Traceback (most recent call last):
-        ValueError: storage must be a file .db, .journal or .log, a URL or None, got 'study.txt';
-        write 'study.db'
-    """
-    import optuna
-
-    if storage is None or isinstance(storage, optuna.storages.BaseStorage):
-        return storage
-    if not isinstance(storage, (str, os.PathLike)):
-        raise _storage_error(storage)
-    text = os.fspath(storage)
-    if "://" in text:
-        return text
-    path = Path(text)
-    if path.suffix not in (".db", ".sqlite", ".sqlite3", ".journal", ".log"):
-        raise _storage_error(text)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix in (".journal", ".log"):
-        from optuna.storages.journal import JournalFileBackend
-
-        return optuna.storages.JournalStorage(JournalFileBackend(text))
-    return f"sqlite:///{text}"
 
 
 def _find_class(argument: str, name: Any, module: Any, *, suffix: str) -> Any:
@@ -203,10 +164,3 @@ def _seeded_sampler(make: Callable[[int], Any]) -> Any:
 def _mixed(seed: int, number: int) -> int:
     """Returns a 32-bit seed of a trial; Python mixes the text by a hash."""
     return random.Random(f"{seed}/{number}").getrandbits(32)  # noqa: S311  # no cryptography
-
-
-def _storage_error(storage: Any) -> ValueError:
-    return ValueError(
-        "storage must be a file .db, .journal or .log, a URL or None, got "
-        f"{shown(storage)}; write 'study.db'"
-    )

@@ -6,15 +6,17 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 from lightning_bigopt.reporting.study import Direction, StudyTrial, TrialState
-from lightning_bigopt.tuning.optuna_parts import make_pruner, make_sampler, make_storage
+from lightning_bigopt.tuning.optuna_parts import make_pruner, make_sampler
+from lightning_bigopt.tuning.optuna_storage import open_study, suggest
 from lightning_bigopt.tuning.trial import Outcome
 
 if TYPE_CHECKING:
     from optuna.study import Study as OptunaStudy
-    from optuna.trial import Trial
+    from optuna.trial import FrozenTrial, Trial
 
 __all__ = ["OptunaSession"]
 
@@ -24,6 +26,7 @@ _STATES: Mapping[str, TrialState] = {
     "FAIL": "failed",
     "RUNNING": "running",
 }
+_ID = "id"  # of the study: its name and its file may be those of a study that was deleted
 _ATTEMPTS = 3  # values with which the machine runs out of memory end their process every time
 _DIED = f"its process has ended {_ATTEMPTS} times with these values"
 _TRIALS_PER_FIELD = 5  # fewer complete ones say little about the importance of a field
@@ -36,7 +39,7 @@ class OptunaSession:
         distributions: The distribution of each field by path.
         trials: Number of trials after which the study has ended: complete and pruned ones, those
             of earlier starts and of other processes included.
-        storage: As for :func:`make_storage`.
+        storage: As for :func:`~lightning_bigopt.tuning.optuna_storage.make_storage`.
         name: Name of the study in the storage.
         direction: ``"minimize"`` or ``"maximize"``.
         sampler: As for :func:`make_sampler`.
@@ -59,23 +62,22 @@ class OptunaSession:
         pruner: Any,
         seed: int,
     ) -> None:
-        import optuna
-
         self.distributions, self.trials = dict(distributions), trials
         self._asked: dict[int, Trial] = {}
         self._has_ended = False
-        self.study: OptunaStudy = optuna.create_study(
-            storage=make_storage(storage),
+        self.study: OptunaStudy = open_study(
+            storage,
             sampler=make_sampler(sampler, seed=seed),
             pruner=make_pruner(pruner),
             study_name=name,
             direction=direction,
-            load_if_exists=True,
         )
         # A sampler of a finite grid calls it after its last point; Optuna's own raises outside of
         # Study.optimize.
         self.study.stop = self._stop  # type: ignore[method-assign]
         self._check_storage(direction)
+        if _ID not in self.study.user_attrs:
+            self.study.set_user_attr(_ID, token_hex(8))
 
     def _check_storage(self, direction: str) -> None:
         """Raises if the study in the storage is another one."""
@@ -92,23 +94,67 @@ class OptunaSession:
                 f"{sorted(self.distributions)} for {name!r}, which was made with {sorted(paths)}; "
                 "pass another name="
             )
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
+        """Raises if the trials in the storage were drawn from other ranges."""
+        for trial in self.study.get_trials(deepcopy=False):
+            for path, stored in trial.distributions.items():
+                if stored != self.distributions[path]:
+                    raise ValueError(
+                        f"space must be that of the stored study {self.study.study_name!r}, which "
+                        f"has {stored} for {path!r}, got {self.distributions[path]}; pass another "
+                        "name= or storage="
+                    )
 
     def _stop(self) -> None:
         self._has_ended = True
 
     def ask(self) -> Trial | None:
         """Returns the next trial, or None if there are enough finished and running ones."""
+        from optuna.trial import TrialState
+
         if self._has_ended:
             return None
         self.repeat_dead_trials()
-        states = [trial.state.name for trial in self.study.get_trials(deepcopy=False)]
+        discarded, trials = self._discarded(), self.study.get_trials(deepcopy=False)
+        states = [trial.state.name for trial in trials if trial.number not in discarded]
         if sum(state in ("COMPLETE", "PRUNED", "RUNNING") for state in states) >= self.trials:
             return None
-        trial = self.study.ask(self.distributions)
+        trial = self.study.ask()
+        try:
+            # First: a trial of which no process is known would count as running for ever.
+            for key, value in _this_process().items():
+                trial.set_user_attr(key, value)
+            for path, distribution in self.distributions.items():
+                suggest(trial, path, distribution)
+        except BaseException:
+            self.study.tell(trial.number, state=TrialState.FAIL)
+            raise
         self._asked[trial.number] = trial
-        for key, value in _this_process().items():
-            trial.set_user_attr(key, value)
         return trial
+
+    def folder_name(self, trial: Trial) -> str:
+        """Returns a name that only a trial and its repetitions have."""
+        first = trial.user_attrs.get("first", trial.number)
+        return f"{self.study.user_attrs[_ID]}-{first}"
+
+    def has_trained(self) -> bool:
+        """Returns whether any trial has trained an update."""
+        trials = self.study.get_trials(deepcopy=False)
+        return any(trial.user_attrs.get("updates", 0) for trial in trials)
+
+    def discard_refused(self) -> None:
+        """Lets no trial count if all were refused for one reason: their values are not it."""
+        trials = self.study.get_trials(deepcopy=False)
+        ended = [trial for trial in trials if trial.state.name not in ("FAIL", "WAITING")]
+        reasons = {str(trial.user_attrs.get("reason", "")) for trial in ended}
+        if len(reasons) == 1 and reasons.pop().startswith("refused: "):
+            # The state of a trial that has ended cannot be changed.
+            self.study.set_user_attr("discarded", [trial.number for trial in ended])
+
+    def _discarded(self) -> set[int]:
+        return set(self.study.user_attrs.get("discarded", ()))
 
     def repeat_dead_trials(self) -> None:
         """Marks the trials whose process has died as failed; their values are tried again first."""
@@ -135,7 +181,12 @@ class OptunaSession:
             return  # another process has found it at the same time, and repeats it
         attempts = int(trial.user_attrs.get("attempts", 0)) + 1
         if attempts < _ATTEMPTS:
-            attributes = {"repeats": number, "repeats_because": reason, "attempts": attempts}
+            attributes = {
+                "first": trial.user_attrs.get("first", number),
+                "repeats": number,
+                "repeats_because": reason,
+                "attempts": attempts,
+            }
             self.study.enqueue_trial(trial.params, user_attrs=attributes)
 
     def tell(self, number: int, outcome: Outcome) -> None:
@@ -166,9 +217,10 @@ class OptunaSession:
     def records(self) -> Iterator[StudyTrial]:
         """Returns all trials as plain data, without those that were repeated or wait."""
         all_trials = self.study.get_trials(deepcopy=False)
+        discarded = self._discarded()
         repeated = {trial.user_attrs.get("repeats") for trial in all_trials}
         for trial in all_trials:
-            state = _STATES.get(trial.state.name)
+            state = _STATES.get("FAIL" if trial.number in discarded else trial.state.name)
             if state is None or trial.number in repeated:
                 continue
             attributes, ended = trial.user_attrs, trial.datetime_complete
@@ -177,7 +229,7 @@ class OptunaSession:
                 number=trial.number,
                 state=state,
                 values=trial.params,
-                loss=trial.value,
+                loss=trial.value if _was_compared(trial) else None,
                 reason=attributes.get("reason", "" if state != "failed" else _DIED),
                 updates=attributes.get("updates", 0),
                 updates_saved=attributes.get("updates_saved", 0),
@@ -200,6 +252,12 @@ class OptunaSession:
                 self.study, evaluator=PedAnovaImportanceEvaluator(), params=searched
             )
         )
+
+
+def _was_compared(trial: FrozenTrial) -> bool:
+    """Returns whether the last value of a trial says how good it is; not if it has diverged."""
+    reason = str(trial.user_attrs.get("reason", ""))
+    return trial.state.name != "PRUNED" or not reason or reason.startswith("the pruner")
 
 
 def _this_process() -> dict[str, Any]:

@@ -7,6 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import ReferenceType, ref
+
+from torch import nn
 
 from lightning_bigopt.checks import shown
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
@@ -14,6 +17,7 @@ from lightning_bigopt.trainer_access.constructors import constructors_recorded
 from lightning_bigopt.trainer_access.packages import classes
 from lightning_bigopt.tuning.optimizer_fields import OptimizerFields, group_fields
 from lightning_bigopt.tuning.paths import FieldPaths, Place, changed
+from lightning_bigopt.tuning.refusals import SetupError
 from lightning_bigopt.tuning.space import Range
 from lightning_bigopt.tuning.trees import ObjectTree
 from lightning_bigopt.type_checks import check_callable
@@ -54,7 +58,13 @@ class Training:
 
 
 class Trainings(ABC):
-    """Builds trainings with values of a search space."""
+    """Builds trainings with values of a search space.
+
+    Attributes:
+        seed: Seed of every training.
+    """
+
+    seed: Any
 
     @abstractmethod
     def prepare(self, space: Mapping[str, Range]) -> Trainer:
@@ -74,6 +84,10 @@ class Trainings(ABC):
         Args:
             values: The value of each field by path.
         """
+
+    @abstractmethod
+    def unchanged(self, values: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Returns the values of a training without those of a trial; None if it needs them."""
 
     @abstractmethod
     def config(self, values: Mapping[str, Any]) -> str:
@@ -106,6 +120,11 @@ class MadeTrainings(Trainings):
         makers = {"make_module": make_module, "make_trainer": make_trainer}
         makers |= {} if make_data is None else {"make_data": make_data}
         for name, make in makers.items():
+            if isinstance(make, nn.Module):  # it is callable
+                raise ValueError(
+                    f"{name} must be a function, got a {type(make).__name__}; every trial needs a "
+                    f"new one: pass {name}=lambda: {type(make).__name__}(...)"
+                )
             check_callable(name, make, hint=f"pass a function, as {name}=lambda: ...")
         self._make: dict[str, Callable[..., Any]] = {
             name.removeprefix("make_"): make for name, make in makers.items()
@@ -113,6 +132,7 @@ class MadeTrainings(Trainings):
         self._make["model"] = self._make.pop("module")
         self.seed = seed
         self._places: dict[str, tuple[Place, ...]] = {}
+        self._last: dict[str, ReferenceType[Any]] = {}
 
     def prepare(self, space: Mapping[str, Range]) -> Trainer:
         """Finds the fields: arguments of the functions, and fields of the Trainer's callbacks."""
@@ -121,7 +141,7 @@ class MadeTrainings(Trainings):
         arguments = {root: found for root, (found, _) in signatures.items()}
         given = {n: examples[n] for n in arguments["trainer"] if n in examples}
         with constructors_recorded():
-            trainer: Any = self._make["trainer"](**given)
+            trainer: Any = self._new("trainer", given)
         if not isinstance(trainer, classes("Trainer")):
             raise ValueError(
                 f"make_trainer must return a Trainer, got {shown(trainer)}; write "
@@ -166,7 +186,7 @@ class MadeTrainings(Trainings):
         module = self._call("model", new)
         with constructors_recorded():
             trainer: Trainer = self._call("trainer", new)
-        data = self._call("data", new) if "data" in self._make else None
+        data = self._data(new)
         callbacks = trainer_callbacks.callbacks_of(trainer)
         if "callbacks" in new:
             callbacks[:] = changed(ObjectTree(), callbacks, new["callbacks"])
@@ -182,7 +202,40 @@ class MadeTrainings(Trainings):
         arguments = {keys[0]: value for keys, value in values.items() if len(keys) == 1}
         if inner:
             arguments |= {keys[0]: changed(ObjectTree(), names, inner)[keys[0]] for keys in inner}
-        return self._make[root](**arguments)
+        return self._make[root](**arguments) if root == "data" else self._new(root, arguments)
+
+    def _new(self, root: str, arguments: Mapping[str, Any]) -> Any:
+        """Calls a function, and raises if it returns the object of the last trial."""
+        made = self._make[root](**arguments)
+        if root in self._last and self._last[root]() is made:
+            name = {"model": "module"}.get(root, root)
+            raise SetupError(
+                f"make_{name} must return a new {name} for each trial, got the same one again; "
+                "create it inside the function"
+            )
+        self._last[root] = ref(made)
+        return made
+
+    def _data(self, new: Mapping[str, Mapping[tuple[str, ...], Any]]) -> Any:
+        """Makes the data; only a value that goes there can be what a ValueError refuses."""
+        if "data" not in self._make:
+            return None
+        try:
+            return self._call("data", new)
+        except ValueError as error:
+            if "data" in new:
+                raise
+            raise SetupError(f"make_data must return data, got an error: {error}") from error
+
+    def unchanged(self, values: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Returns no values; None if a function has no default for one of them."""
+        for place in (place for path in values for place in self._places[path]):
+            if place.root in self._make:
+                parameters = inspect.signature(self._make[place.root]).parameters
+                found = parameters.get(place.keys[0])
+                if found is None or found.default is found.empty:
+                    return None
+        return {}
 
     def config(self, values: Mapping[str, Any]) -> str:
         """Returns the values by path; objects as text."""

@@ -19,12 +19,18 @@ from lightning_bigopt.callbacks.step_guard.too_many_rejections import TooManyRej
 from lightning_bigopt.checks import shown
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 from lightning_bigopt.trainer_access import trial_runs
+from lightning_bigopt.tuning.refusals import (
+    PrunedError,
+    RefusedError,
+    SetupError,
+    refusals_pruned,
+)
 from lightning_bigopt.tuning.trainings import Training, Trainings
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["Outcome", "PrunedError", "Report", "Validations", "add_callback", "run_trial", "score"]
+__all__ = ["Outcome", "Report", "Validations", "add_callback", "run_trial", "score"]
 
 Report: TypeAlias = Callable[[int, float], bool]
 """Takes the updates and the monitored value of a validation; returns whether to prune."""
@@ -51,10 +57,6 @@ class Outcome:
     updates: int = 0
     updates_saved: int = 0
     seconds: float = 0.0
-
-
-class PrunedError(Exception):
-    """Ends a trial as a pruned one; its message is the reason."""
 
 
 @dataclass
@@ -172,6 +174,7 @@ def run_trial(
     monitor: str,
     report: Report | None,
     run: Callable[[Mapping[str, Any], Cost], float] | None = None,
+    check_setup: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> Outcome:
     """Runs one trial. Every process calls it with the same values.
 
@@ -182,6 +185,7 @@ def run_trial(
         report: Reports the value of every validation, in process 0.
         run: Runs the trial instead of one training; it is given values and cost, and returns the
             monitored value.
+        check_setup: Is given the values if they are refused, and raises if others would be, too.
 
     Returns:
         The outcome. A trial is pruned if the pruner stops it, a constructor refuses a value, the
@@ -204,6 +208,8 @@ def run_trial(
         loss = (run or train_once)(values, cost)
     except PrunedError as error:
         reason = str(error)
+        if isinstance(error, RefusedError) and check_setup is not None:
+            check_setup(values)
     gc.collect()  # a Trainer and its module refer to each other
     return Outcome(
         state="pruned" if loss is None else "complete",
@@ -213,15 +219,6 @@ def run_trial(
         updates_saved=cost.saved,
         seconds=perf_counter() - cost.start,
     )
-
-
-@contextmanager
-def refusals_pruned() -> Iterator[None]:
-    """Raises a PrunedError if a constructor in the block refuses a value."""
-    try:
-        yield
-    except ValueError as error:
-        raise PrunedError(f"refused: {error}") from error
 
 
 @contextmanager
@@ -235,9 +232,10 @@ def updates_counted(trainer: Trainer, cost: Cost) -> Iterator[None]:
         raise PrunedError(str(error)) from error
     except ValueError as error:
         # A schedule that does not fit into the run is refused when training starts.
-        if start.has_trained or not _is_of_package(error):
+        is_setup = start.has_trained or isinstance(error, SetupError)
+        if is_setup or not _is_of_package(error):
             raise
-        raise PrunedError(f"refused: {error}") from error
+        raise RefusedError(f"refused: {error}") from error
     except RuntimeError as error:
         if not trial_runs.is_out_of_memory(trainer, error):
             raise
@@ -274,9 +272,9 @@ def _is_of_package(error: BaseException) -> bool:
     return bool(modules) and modules[-1].partition(".")[0] == _PACKAGE
 
 
-def _not_logged(monitor: str, logged: list[str]) -> ValueError:
+def _not_logged(monitor: str, logged: list[str]) -> SetupError:
     similar = get_close_matches(monitor, logged, n=1)
     advice = f"did you mean {similar[0]!r}?" if similar else f"logged are {shown(sorted(logged))}"
-    return ValueError(
+    return SetupError(
         f"monitor must be the name of a value that the module logs, got {monitor!r}; {advice}"
     )

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_bigopt.trainer_access.processes import Processes
 from lightning_bigopt.tuning.optuna_session import OptunaSession
+from lightning_bigopt.tuning.setup_check import check_setup
 from lightning_bigopt.tuning.space import Range
 from lightning_bigopt.tuning.trainings import Trainings
 from lightning_bigopt.tuning.trial import Outcome, Report, run_trial
@@ -50,11 +51,14 @@ class TrialLoop:
     def run_next(self) -> bool:
         """Runs the next trial; returns False if there is none."""
         trial = None if self.session is None else self.session.ask()
-        request = None if trial is None else (trial.number, trial.params)
+        request = None
+        if trial is not None and self.session is not None:
+            name, has_trained = self.session.folder_name(trial), self.session.has_trained()
+            request = (trial.number, trial.params, name, has_trained)
         request = self.processes.share(request)
         if request is None:
             return False
-        number, stored = request
+        number, stored, folder_name, has_trained = request
         values = {path: self.ranges[path].decode(stored[path]) for path in self.ranges}
         report = None if trial is None else partial(_report, trial)
         try:
@@ -63,21 +67,27 @@ class TrialLoop:
                 values,
                 monitor=self.monitor,
                 report=report,
-                run=self._trunk(report).run if self.budgets else None,
+                run=self._trunk(report, folder_name).run if self.budgets else None,
+                check_setup=None if has_trained else self._check_setup,
             )
         except BaseException as error:
             self._record_error(number, stored, error)
+            if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from error  # Trainer.fit turns Ctrl-C into exit(1)
             raise
         if self.session is not None:
             self.session.tell(number, outcome)
             rank_zero_info(_line(number, stored, self.monitor, outcome))
         return True
 
-    def _trunk(self, report: Report | None) -> Trunk:
+    def _check_setup(self, values: Mapping[str, Any]) -> None:
+        check_setup(self.trainings, values, self.budgets)
+
+    def _trunk(self, report: Report | None, folder_name: str) -> Trunk:
         return Trunk(
             self.trainings,
             budgets=self.budgets,
-            folder=self.folder,
+            place=self.folder / folder_name,
             processes=self.processes,
             monitor=self.monitor,
             report=report,

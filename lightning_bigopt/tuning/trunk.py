@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import math
 import shutil
@@ -18,15 +17,8 @@ from lightning.pytorch import Callback
 from lightning_bigopt.batching.randomness import random_state, set_random_state
 from lightning_bigopt.trainer_access import trial_runs
 from lightning_bigopt.trainer_access.processes import Processes
-from lightning_bigopt.tuning.trial import (
-    Cost,
-    PrunedError,
-    Report,
-    add_callback,
-    refusals_pruned,
-    score,
-    updates_counted,
-)
+from lightning_bigopt.tuning.refusals import PrunedError, refusals_pruned
+from lightning_bigopt.tuning.trial import Cost, Report, add_callback, score, updates_counted
 from lightning_bigopt.tuning.trunk_files import (
     Progress,
     checkpoint_path,
@@ -55,7 +47,7 @@ class Trunk:
     Args:
         trainings: Builds the trainings.
         budgets: Budgets in updates, in ascending order.
-        folder: Folder for the checkpoints of all trials.
+        place: Folder for the checkpoints of this trial and its repetitions, of no other one.
         processes: The processes of the study.
         monitor: Name of the monitored value.
         report: Takes budget and value of a branch, in process 0, and returns whether to prune.
@@ -66,12 +58,12 @@ class Trunk:
         trainings: Trainings,
         *,
         budgets: Sequence[int],
-        folder: Path,
+        place: Path,
         processes: Processes,
         monitor: str,
         report: Report | None,
     ) -> None:
-        self.trainings, self.budgets, self.folder = trainings, budgets, folder
+        self.trainings, self.budgets, self.place = trainings, budgets, place
         self.processes, self.monitor, self.report = processes, monitor, report
 
     def run(self, values: Mapping[str, Any], cost: Cost) -> float:
@@ -87,18 +79,16 @@ class Trunk:
         Raises:
             PrunedError: If a branch is pruned.
         """
-        text = ", ".join(f"{path}={value!r}" for path, value in values.items())
-        place = self.folder / hashlib.sha256(text.encode()).hexdigest()[:16]
         try:
-            loss = self._run_branches(values, place, cost)
+            loss = self._run_branches(values, self.place, cost)
         except PrunedError:
-            self._remove(place)
+            self._remove(self.place)
             raise
-        self._remove(place)
+        self._remove(self.place)
         return loss
 
     def _run_branches(self, values: Mapping[str, Any], place: Path, cost: Cost) -> float:
-        progress = self.processes.share(read_progress(place))
+        progress = self._read(values, place)
         cost.updates = progress.updates
         last, start, loss = self.budgets[-1], 0, math.nan
         forks = self._forks(values)
@@ -106,7 +96,7 @@ class Trunk:
             fork = forks.get(budget, start)
             if budget not in progress.losses:
                 if budget < last:
-                    self._grow(values, place, start, fork, cost)
+                    self._grow(values, place, start, fork, cost, budget=budget)
                     self._write(place, progress, cost)
                 progress.losses[budget] = self._branch(values, place, fork, budget, cost)
                 self._write(place, progress, cost)
@@ -115,6 +105,20 @@ class Trunk:
             if self._is_pruned(budget, loss) and budget < last:
                 raise PrunedError(f"the pruner stopped it at the budget of {budget} updates")
         return loss
+
+    def _read(self, values: Mapping[str, Any], place: Path) -> Progress:
+        """Reads what an interrupted trial has finished under the same conditions."""
+        conditions = {
+            "values": ", ".join(f"{path}={value!r}" for path, value in values.items()),
+            "budgets": list(self.budgets),
+            "monitor": self.monitor,
+            "seed": repr(self.trainings.seed),
+        }
+        progress = Progress(conditions=conditions)
+        if self.processes.is_first:
+            progress = read_progress(place, conditions)
+            write_progress(place, progress)  # checkpoints without this file would be discarded
+        return self.processes.share(progress)
 
     def _write(self, place: Path, progress: Progress, cost: Cost) -> None:
         progress.updates = cost.updates
@@ -138,22 +142,37 @@ class Trunk:
             return {budget: fork_of_run(trainer, budget, largest) for budget in smaller}
 
     def _grow(
-        self, values: Mapping[str, Any], place: Path, start: int, fork: int, cost: Cost
+        self,
+        values: Mapping[str, Any],
+        place: Path,
+        start: int,
+        fork: int,
+        cost: Cost,
+        *,
+        budget: int,
     ) -> None:
         """Trains the trunk from one fork to the next one, unless that is saved already."""
-        if fork == 0 or self.processes.all(random_path(place, fork, self.processes).exists()):
+        if fork == 0 or self._is_saved(place, fork):
             return
         training = self._build(values, self.budgets[-1])
         add_callback(training.trainer, _Fork(fork, place, self.processes))
         with updates_counted(training.trainer, cost), _other_folders_allowed():
             training.fit(**self._resume(training, place, start))
+        if not self._is_saved(place, fork):
+            raise _ended_early(training, budget)
+
+    def _is_saved(self, place: Path, fork: int) -> bool:
+        return self.processes.all(random_path(place, fork, self.processes).exists())
 
     def _branch(
         self, values: Mapping[str, Any], place: Path, fork: int, budget: int, cost: Cost
     ) -> float:
         training = self._build(values, budget)
         with updates_counted(training.trainer, cost), _other_folders_allowed():
-            return score(training, self.monitor, None, **self._resume(training, place, fork))
+            loss = score(training, self.monitor, None, **self._resume(training, place, fork))
+        if training.trainer.global_step < budget:
+            raise _ended_early(training, budget)
+        return loss
 
     def _resume(self, training: Training, place: Path, fork: int) -> dict[str, Any]:
         if fork == 0:
@@ -170,6 +189,14 @@ class Trunk:
         if self.processes.is_first:
             shutil.rmtree(place, ignore_errors=True)
         self.processes.barrier()
+
+
+def _ended_early(training: Training, budget: int) -> PrunedError:
+    """Returns the error for a limit or a callback that has ended a training."""
+    return PrunedError(
+        f"training ended after {training.trainer.global_step} updates, before the budget of "
+        f"{budget}"
+    )
 
 
 @contextmanager

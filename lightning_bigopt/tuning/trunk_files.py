@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryFile, mkdtemp
 from typing import Any
 
 from lightning_bigopt.trainer_access.processes import Processes
@@ -49,6 +49,8 @@ def trunk_folder(
     is_temporary = chosen is None
     if chosen is None and processes.is_first:
         chosen = Path(mkdtemp(prefix="trunks"))
+    elif processes.is_first:
+        _check_writable(chosen)
     place = processes.share(chosen)
     assert place is not None  # process 0 has made it
     try:
@@ -58,6 +60,20 @@ def trunk_folder(
             shutil.rmtree(place, ignore_errors=True)
         elif processes.is_first and place.is_dir() and not any(place.iterdir()):
             place.rmdir()
+
+
+def _check_writable(place: Path | None) -> None:
+    """Raises before the first trial if nothing can be written into a folder."""
+    assert place is not None
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=place):
+            return
+    except OSError as error:
+        raise ValueError(
+            f"folder must be a folder that can be written, got {str(place)!r}: {error.strerror}; "
+            "pass another folder="
+        ) from error
 
 
 def checkpoint_path(place: Path, update: int) -> Path:
@@ -77,20 +93,32 @@ class Progress:
     Args:
         losses: Monitored value of each finished branch by budget.
         updates: Updates that were trained for it.
+        conditions: What the trial was trained with: values, budgets, monitor and seed.
     """
 
     losses: dict[int, float] = field(default_factory=dict)
     updates: int = 0
+    conditions: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_progress(place: Path) -> Progress:
-    """Reads what an interrupted trial has finished; nothing if there is no file."""
+def read_progress(place: Path, conditions: Mapping[str, Any]) -> Progress:
+    """Reads what an interrupted trial has finished; nothing if there is no file.
+
+    A folder of a training under other conditions is removed.
+
+    Args:
+        place: Folder of the trial.
+        conditions: Values, budgets, monitor and seed of the trial.
+    """
     path = place / _PROGRESS
-    if not path.exists():
-        return Progress()
-    read = json.loads(path.read_text(encoding="utf-8"))
-    losses = {int(budget): loss for budget, loss in read["losses"].items()}
-    return Progress(losses=losses, updates=read["updates"])
+    if path.exists():
+        read = json.loads(path.read_text(encoding="utf-8"))
+        if read.get("conditions") == conditions:
+            losses = {int(budget): loss for budget, loss in read["losses"].items()}
+            return Progress(losses=losses, updates=read["updates"], conditions=conditions)
+    if place.exists():
+        shutil.rmtree(place)
+    return Progress(conditions=conditions)
 
 
 def write_progress(place: Path, progress: Progress) -> None:

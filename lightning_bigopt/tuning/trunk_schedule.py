@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch import Callback
+
 from lightning_bigopt.checks import shown
 from lightning_bigopt.durations.duration import Duration
 from lightning_bigopt.durations.horizon import Horizon
@@ -14,10 +16,11 @@ from lightning_bigopt.schedules.base import Schedule
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 from lightning_bigopt.trainer_access import trial_runs
 from lightning_bigopt.tuning.paths import changed
+from lightning_bigopt.tuning.refusals import SetupError
 from lightning_bigopt.tuning.trees import ObjectTree
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import LightningModule, Trainer
 
 __all__ = [
     "adapt",
@@ -97,12 +100,7 @@ def adapt(trainer: Trainer, *, budget: int, largest: int) -> None:
     trial_runs.set_max_steps(trainer, budget)
     callbacks = trainer_callbacks.callbacks_of(trainer)
     scheduler = _scheduler(trainer)
-    for callback in callbacks:
-        if isinstance(callback, Stages) and callback is not scheduler and callback.needs_horizon:
-            raise ValueError(
-                "callbacks must not depend on the budget if trials share a trunk, got "
-                f"{callback!r}; write its lengths in updates, or leave budgets out"
-            )
+    _check_others(callbacks, scheduler)
     if scheduler.settings.budget is not None:
         raise ValueError(
             "budget must be None if trials share a trunk, got "
@@ -120,6 +118,41 @@ def adapt(trainer: Trainer, *, budget: int, largest: int) -> None:
     callbacks[:] = changed(
         ObjectTree(), callbacks, {(str(index), *keys): value for keys, value in values.items()}
     )
+    callbacks.append(_CheckOfModule(_scheduler(trainer)))
+
+
+class _CheckOfModule(Callback):
+    """Checks the callbacks of the module, which a Trainer has when its fit begins.
+
+    Args:
+        scheduler: The LearningRateScheduler of the trunk.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Raises if a callback of the module depends on the budget."""
+        callbacks = trainer_callbacks.callbacks_of(trainer)
+        found = [c for c in callbacks if isinstance(c, Stages) and c.owns == LEARNING_RATE]
+        if found != [self.scheduler]:
+            raise SetupError(
+                "callbacks of the Trainer must contain the LearningRateScheduler if trials share "
+                f"a trunk, got {found} from the module; write Trainer(callbacks=[...])"
+            )
+        _check_others(callbacks, self.scheduler, error=SetupError)
+
+
+def _check_others(
+    callbacks: Sequence[Any], scheduler: Any, *, error: type[ValueError] = ValueError
+) -> None:
+    """Raises if a callback other than the scheduler depends on the budget."""
+    for callback in callbacks:
+        if isinstance(callback, Stages) and callback is not scheduler and callback.needs_horizon:
+            raise error(
+                "callbacks must not depend on the budget if trials share a trunk, got "
+                f"{callback!r}; write its lengths in updates, or leave budgets out"
+            )
 
 
 def with_fixed_warmup(schedule: Schedule, largest: int) -> Schedule:

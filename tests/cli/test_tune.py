@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from lightning_bigopt import WarmupCosine, WarmupStableDecay
 from lightning_bigopt.cli import __main__ as cli
 from lightning_bigopt.cli.tune import read_space
 from lightning_bigopt.examples.comparison import read_scalars
@@ -195,11 +196,56 @@ def test_space_is_read_in_both_forms(tmp_path: Path):
     }
 
 
+def test_numbers_without_a_point_are_numbers(tmp_path: Path):
+    (tmp_path / "space.yaml").write_text(
+        "a: {class_path: Log, init_args: {low: 1e-4, high: 2E+1}}\n"
+        "b: {class_path: Choice, init_args: {options: [1e-3, 1e3, e-3, 1e-3x, -.5e1, '1e-3']}}\n"
+    )
+    assert read_space(tmp_path / "space.yaml") == {
+        "a": Log(1e-4, 20.0),
+        "b": Choice([0.001, 1000.0, "e-3", "1e-3x", -5.0, "1e-3"]),
+    }
+
+
+def test_schedules_are_options_of_a_choice():
+    from lightning_bigopt.cli.config_trainings import ConfigTrainings
+
+    write(
+        space="LearningRateScheduler.schedule:\n"
+        "  class_path: Choice\n"
+        "  init_args:\n"
+        "    options:\n"
+        "      - {class_path: WarmupCosine, init_args: {warmup: 2}}\n"
+        "      - {class_path: WarmupStableDecay, init_args: {warmup: 1, decay: 30%}}\n"
+    )
+    space = read_space("space.yaml")
+    trainings = ConfigTrainings("config.yaml", seed=0)
+    trainings.prepare(space)
+    ((path, choice),) = space.items()
+    wanted = [WarmupCosine(warmup=2), WarmupStableDecay(warmup=1, decay="30%")]
+    for label, schedule in zip(choice.distribution().choices, wanted, strict=True):
+        built = trainings.build({path: choice.decode(label)})
+        assert built.trainer.callbacks[0].schedule == schedule
+
+
+@pytest.mark.slow
+def test_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch):
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning_bigopt.examples.gpt.BytesGPT.training_step", interrupt)
+    assert cli.main([*write(), "--storage", "study.db"]) == 130
+    trials = optuna.load_study(study_name="study", storage="sqlite:///study.db").trials
+    assert [trial.state.name for trial in trials] == ["FAIL", "WAITING"]
+
+
 @pytest.mark.parametrize(
     ("space", "message"),
     [
         ("", "space must be ranges by path, got None"),
         ("lr: [0.1, 0.2]", r"got \[0.1, 0.2\] for 'lr'; write lr: Choice\(\[0.1, 0.2\]\)"),
+        ("lr: 1e-3", r"got 0.001 for 'lr'; write lr: Log"),
+        ("lr: [1e-3, 1e-2]", r"write lr: Choice\(\[0.001, 0.01\]\)"),
         ("lr: 0.1", r"got 0.1 for 'lr'; write lr: Log\(1e-4, 1e-1\)"),
         ("lr: Lg(1, 2)", "must be made of ranges and literals"),
         ("lr: Lgo", "space must be Log, Uniform, Integer or Choice, got 'Lgo'; did you mean Log"),

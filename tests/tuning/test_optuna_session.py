@@ -16,8 +16,9 @@ from optuna.distributions import (
 )
 
 from lightning_bigopt.tuning import Choice, Integer, Log, Uniform
-from lightning_bigopt.tuning.optuna_parts import make_pruner, make_sampler, make_storage
+from lightning_bigopt.tuning.optuna_parts import make_pruner, make_sampler
 from lightning_bigopt.tuning.optuna_session import OptunaSession
+from lightning_bigopt.tuning.optuna_storage import make_storage
 from lightning_bigopt.tuning.trial import Outcome
 
 
@@ -221,3 +222,74 @@ def test_other_study_in_the_storage_raises(tmp_path: Path, options: Any, message
     assert first.ask() is not None
     with pytest.raises(ValueError, match=message):
         session(storage=tmp_path / "study.db", **options)
+
+
+@pytest.mark.parametrize(
+    ("stored", "new"),
+    [
+        (FloatDistribution(0, 1), FloatDistribution(0, 2)),
+        (FloatDistribution(0.1, 1), FloatDistribution(0.1, 1, log=True)),
+        (FloatDistribution(0, 1), IntDistribution(0, 1)),
+        (CategoricalDistribution(("a", "b")), CategoricalDistribution(("a", "c"))),
+    ],
+)
+def test_other_ranges_on_the_same_storage_raise_before_a_trial(
+    tmp_path: Path, stored: Any, new: Any
+):
+    first = session(storage=tmp_path / "study.db", distributions={"x": stored})
+    assert first.ask() is not None
+    with pytest.raises(
+        ValueError, match=r"space must be that of the stored study .*; pass another"
+    ):
+        session(storage=tmp_path / "study.db", distributions={"x": new})
+    assert len(first.study.trials) == 1
+
+
+def test_trial_whose_values_cannot_be_drawn_fails_and_is_not_left_running():
+    class Faulty(optuna.samplers.RandomSampler):
+        def sample_independent(self, *arguments: Any) -> Any:
+            raise RuntimeError("a fault of the sampler")
+
+    part = session(sampler=Faulty())
+    with pytest.raises(RuntimeError, match="a fault of the sampler"):
+        part.ask()
+    assert [trial.state.name for trial in part.study.trials] == ["FAIL"]
+
+
+def test_last_value_of_a_diverged_trial_is_no_result():
+    part = session(direction="maximize")
+    for reason in ("val_acc was nan after 8 updates", "the pruner stopped it after 8 updates"):
+        trial = part.ask()
+        assert trial is not None
+        trial.report(0.75, 4)
+        part.tell(trial.number, Outcome(state="pruned", reason=reason))
+    assert [trial.loss for trial in part.records()] == [None, 0.75]
+
+
+def test_storage_that_cannot_be_used_raises_before_the_first_trial(tmp_path: Path):
+    (tmp_path / "text.db").write_text("no database, but a text that is longer than its header" * 9)
+    (tmp_path / "text.journal").write_text("no journal\n")
+    (tmp_path / "folder.db").mkdir()
+    names = ["text.db", "text.journal", "folder.db", "text.db/below.db"]
+    wrong = [str(tmp_path / name) for name in names]
+    for storage in [*wrong, "nothing://host/study", f"sqlite:////{tmp_path}/missing/study.db"]:
+        with pytest.raises(ValueError, match=r"storage must be .* got .*; pass another file"):
+            session(storage=storage)
+
+
+def test_folder_name_is_kept_by_repetitions_and_by_no_other_study(tmp_path: Path):
+    part = session(storage=tmp_path / "study.db")
+    first = part.ask()
+    assert first is not None
+    part.repeat(first.number, reason="interrupted")
+    again = session(storage=tmp_path / "study.db")
+    second, third = again.ask(), again.ask()
+    assert second is not None
+    assert third is not None
+    assert again.folder_name(second) == part.folder_name(first) != again.folder_name(third)
+    (tmp_path / "study.db").unlink()
+    other = session(storage=tmp_path / "study.db")
+    new = other.ask()
+    assert new is not None
+    assert new.params == first.params
+    assert other.folder_name(new) != part.folder_name(first)

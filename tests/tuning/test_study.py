@@ -400,3 +400,73 @@ def test_maximize_selects_the_largest_value():
     losses = [trial.loss for trial in found.trials]
     assert found.best_loss == max(losses)
     assert math.isfinite(found.best_loss)
+
+
+# ------------------------------------------------------------------------------ mistakes of setup
+
+
+def test_setup_that_is_refused_without_the_values_raises_at_the_first_trial(tmp_path: Path):
+    def refused(lr: float = 0.05, width: int = 8) -> Network:
+        raise ValueError("vocabulary must exist, got none")
+
+    with pytest.raises(ValueError, match=r"^vocabulary must exist, got none"):
+        run({"lr": Log(1e-3, 0.3)}, make_module=refused, storage=tmp_path / "study.db")
+    assert [trial.state.name for trial in stored(tmp_path).trials] == ["FAIL"]
+
+
+def test_schedule_that_is_refused_at_the_start_of_the_fit_raises_at_the_first_trial():
+    def too_long() -> L.Trainer:
+        trainer = make_trainer()
+        trainer.callbacks[0] = LearningRateScheduler(WarmupStableDecay(warmup=30, decay=10))
+        return trainer
+
+    with pytest.raises(ValueError, match="must") as caught:
+        run({"lr": Log(1e-3, 0.3)}, make_trainer=too_long)
+    assert "trials" not in str(caught.value)
+
+
+def test_missing_data_raises_also_after_a_trained_trial():
+    calls = []
+
+    def data() -> Any:
+        calls.append(len(calls))
+        if len(calls) > 1:
+            raise ValueError("the folder is not mounted")
+        return make_data()
+
+    with pytest.raises(ValueError, match="the folder is not mounted"):
+        study(make_trainer, Network, make_data=data, space={"lr": Log(1e-3, 0.3)}, trials=3)
+    assert calls == [0, 1]
+
+
+def test_trials_refused_for_one_reason_do_not_use_up_the_study(tmp_path: Path):
+    def refused(lr: float) -> Network:  # without a default it cannot be called without the value
+        raise ValueError("vocabulary must exist, got none")
+
+    space, storage = {"lr": Log(1e-3, 0.3)}, tmp_path / "study.db"
+    with pytest.raises(ValueError, match="vocabulary must exist") as caught:
+        run(space, make_module=refused, storage=storage, trials=2)
+    assert "change the ranges" not in str(caught.value)
+    found = run(space, storage=storage, trials=2)
+    assert [trial.state for trial in found.trials] == ["failed", "failed", "complete", "complete"]
+
+
+def test_module_and_trainer_must_be_new_for_each_trial():
+    kept, trainer = Network(), make_trainer()
+    with pytest.raises(ValueError, match="make_module must return a new module for each trial"):
+        run({"max_norm": Log(0.1, 1.0)}, make_module=lambda: kept)
+    with pytest.raises(ValueError, match="make_trainer must return a new trainer for each trial"):
+        run({"lr": Log(1e-3, 0.3)}, make_trainer=lambda: trainer)
+    with pytest.raises(ValueError, match="make_module must be a function, got a Network"):
+        run({"lr": Log(1e-3, 0.3)}, make_module=kept)
+
+
+def test_interrupt_ends_the_study_as_an_interrupt_and_is_repeated(tmp_path: Path):
+    class Interrupts(L.Callback):
+        def on_train_batch_start(self, *arguments: Any) -> None:
+            raise KeyboardInterrupt
+
+    space, storage = {"lr": Log(1e-3, 0.3)}, tmp_path / "study.db"
+    with pytest.raises(KeyboardInterrupt):
+        run(space, make_trainer=lambda: make_trainer(Interrupts()), storage=storage)
+    assert [trial.state.name for trial in stored(tmp_path).trials] == ["FAIL", "WAITING"]

@@ -24,6 +24,7 @@ from lightning_bigopt import (
     WarmupStableDecay,
 )
 from lightning_bigopt.tuning import Choice, Log, study
+from lightning_bigopt.tuning.trunk_files import Progress, read_progress, write_progress
 from lightning_bigopt.tuning.trunk_schedule import budgets_in_updates, fork_of, with_fixed_warmup
 from tests.tuning.study_helpers import Network, make_data, make_trainer
 
@@ -279,5 +280,107 @@ def test_training_that_cannot_share_a_trunk_raises(callback: Any, message: str):
             make_data=make_data,
             space={"lr": Choice([0.05])},
             trials=1,
+            budgets=BUDGETS,
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "more", "message"),
+    [
+        ({"max_epochs": 2}, [], "training ended after 16 updates, before the budget of 20"),
+        ({}, [9], "training ended after 9 updates, before the budget of 20"),
+    ],
+)
+def test_training_that_ends_before_a_budget_is_pruned(options: Any, more: Any, message: str):
+    class Stops(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any) -> None:
+            trainer.should_stop = trainer.should_stop or trainer.global_step in more
+
+    def trainer() -> L.Trainer:
+        made = trainer_of(**options)
+        made.callbacks.append(Stops())
+        return made
+
+    with pytest.raises(ValueError, match=message):
+        study(
+            trainer,
+            Network,
+            make_data=make_data,
+            space={"lr": Choice([0.05])},
+            trials=1,
+            budgets=[20, 40],
+        )
+
+
+def test_progress_under_other_conditions_is_discarded(tmp_path: Path):
+    conditions = {"values": "lr=0.1", "budgets": [10, 40], "monitor": "val_loss", "seed": "0"}
+    place = tmp_path / "trial"
+    write_progress(place, Progress(losses={10: 0.5}, updates=9, conditions=conditions))
+    assert read_progress(place, conditions).losses == {10: 0.5}
+    (place / "update=8.ckpt").touch()
+    for name, value in {"budgets": [10, 20], "seed": "1", "monitor": "loss"}.items():
+        write_progress(place, Progress(losses={10: 0.5}, updates=9, conditions=conditions))
+        assert read_progress(place, {**conditions, name: value}) == Progress(
+            conditions={**conditions, name: value}
+        )
+        assert not place.exists()
+
+
+@pytest.mark.slow
+def test_trunk_of_a_deleted_study_is_not_used(tmp_path: Path):
+    storage, space = tmp_path / "study.db", {"lr": Choice([0.05])}
+    options: dict[str, Any] = {"space": space, "trials": 1, "budgets": BUDGETS}
+
+    def interrupted() -> L.Trainer:
+        trainer = trainer_of()
+        trainer.callbacks.append(Interrupted())
+        return trainer
+
+    def other() -> Noisy:
+        return Noisy(lr=0.02)
+
+    with pytest.raises(SystemExit):
+        study(interrupted, Noisy, make_data=make_data, storage=storage, **options)
+    storage.unlink()
+    options["space"] = {"max_norm": Choice([1.0])}
+    found = study(trainer_of, other, make_data=make_data, storage=storage, **options)
+    assert found.updates == 46
+
+
+def test_folder_that_cannot_be_written_raises_before_training(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"folder must be a folder that can be written, got"):
+        study(
+            trainer_of,
+            Network,
+            make_data=make_data,
+            space={"lr": Choice([0.05])},
+            trials=1,
+            budgets=BUDGETS,
+            folder=tmp_path / "file" / "trunks",
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (ModelAveraging(TailMean(over="10%")), "must not depend on the budget .* ModelAveraging"),
+        (LearningRateScheduler(WarmupStableDecay()), "LearningRateScheduler .* from the module"),
+    ],
+)
+def test_callback_of_the_module_that_depends_on_the_budget_raises(callback: Any, message: str):
+    class WithCallback(Network):
+        def configure_callbacks(self) -> Any:
+            return [callback]
+
+    with pytest.raises(ValueError, match=message):
+        study(
+            trainer_of,
+            WithCallback,
+            make_data=make_data,
+            space={"lr": Log(1e-3, 0.1)},
+            trials=2,
             budgets=BUDGETS,
         )
