@@ -192,6 +192,12 @@ TAGS: tuple[Tag, ...] = (
         "Global batch that the policy planned; the last update of an epoch may hold fewer samples.",
     ),
     _tag("batch/lr_factor", "1", "Factor on the learning rate that follows the batch size."),
+    _tag("batch/branch_samples", "samples", "Samples of all branches of MeasuredBatchSize so far."),
+    _tag(
+        "batch/doubling_cost",
+        "loss",
+        "Difference of the loss with twice the batch, at the last measurement.",
+    ),
     _tag(
         "noise_scale/simple",
         "samples",

@@ -39,7 +39,7 @@ class Branch:
     losses: tuple[float, ...]
     evaluation: tuple[float, ...]
     diverged: bool
-    batches: int
+    batches: int = 0
 
 
 class RecordLosses(Callback):

@@ -40,6 +40,24 @@ class FoundLearningRate:
     Attributes:
         bracket: The lowest and the highest learning rate of the branches.
         cost: The updates as a fraction of the whole run.
+
+    Example:
+        >>> found = FoundLearningRate(
+        ...     suggestion=3e-3,
+        ...     interval=(2e-3, 5e-3),
+        ...     branch_optimum=1e-2,
+        ...     horizon_factor=0.3,
+        ...     learning_rates=(4e-3, 1e-2, 2.5e-2),
+        ...     losses=(2.4, 2.2, 2.5),
+        ...     standard_errors=(0.02, 0.0, 0.05),
+        ...     edge=None,
+        ...     sweep=None,
+        ...     branch_updates=25,
+        ...     updates=75,
+        ...     run_updates=1000,
+        ... )
+        >>> found.bracket, found.cost
+        ((0.004, 0.025), 0.075)
     """
 
     suggestion: float

@@ -19,6 +19,7 @@ from lightning_bigopt import (
     HyperparameterScheduler,
     LearningRateScheduler,
     Linear,
+    MeasuredBatchSize,
     OptimizationMonitor,
 )
 from lightning_bigopt.engine.batch_contents import count, named_function, weigh
@@ -50,7 +51,13 @@ def test_missing_field_raises() -> None:
 
 # ------------------------------------------------------------------------------- dotted names
 
+
 # Every argument that takes the dotted name of a function.
+def partial_measured(**options: Any) -> MeasuredBatchSize:
+    return MeasuredBatchSize(4, high=8, **options)
+
+
+partial_measured.__name__ = "MeasuredBatchSize"
 ARGUMENTS: dict[str, Callable[[Any], Any]] = {
     f"{make.__name__}({name}=)": lambda value, make=make, name=name, more=more: make(
         *more, **{name: value}
@@ -59,6 +66,7 @@ ARGUMENTS: dict[str, Callable[[Any], Any]] = {
         (LearningRateScheduler, [Linear()], ("samples", "tokens")),
         (HyperparameterScheduler, ["weight_decay", Linear()], ("samples", "tokens")),
         (BatchSizeScheduler, [ConstantBatchSize(4)], ("samples", "tokens", "weight")),
+        (partial_measured, [], ("samples", "tokens", "weight")),
         (OptimizationMonitor, [], ("samples", "tokens")),
     )
     for name in names

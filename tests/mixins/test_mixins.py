@@ -116,6 +116,8 @@ def test_module_returns_the_callback_with_its_arguments() -> None:
 
 def test_every_capability_has_a_mixin() -> None:
     capabilities = {c for c in vars(bigopt).values() if is_capability(c)}
+    # BatchSizePolicyMixin accepts it as a BatchSizeScheduler.
+    capabilities.remove(bigopt.MeasuredBatchSize)
     owned = {mixin.owns[0] for name, mixin in vars(bigopt).items() if name.endswith("Mixin")}
     assert owned == capabilities
     assert len(capabilities) == 10
@@ -123,6 +125,17 @@ def test_every_capability_has_a_mixin() -> None:
 
 def is_capability(value: object) -> bool:
     return isinstance(value, type) and issubclass(value, Capability)
+
+
+def test_batch_size_mixin_accepts_a_measured_batch_size() -> None:
+    class Measured(bigopt.BatchSizePolicyMixin, L.LightningModule):
+        def configure_batch_size_policy(self) -> Any:
+            return bigopt.MeasuredBatchSize(8, high=32)
+
+    module = Measured()
+    module.trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    (callback,) = module.configure_callbacks()
+    assert isinstance(callback, bigopt.MeasuredBatchSize)
 
 
 class OtherMixins(
