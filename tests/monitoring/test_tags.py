@@ -25,7 +25,10 @@ from lightning_bigopt.monitoring.tags import TAGS, find_tag
 from tests.helpers import Probe, fit, loader
 from tests.monitoring.helpers import TAG_PREFIXES, Blocks, batch_tokens, curves
 
-OTHERS = ("memory/", "noise_scale/", "communication/", "rollback/", "stability/")
+OTHERS = (
+    *("memory/", "noise_scale/", "communication/", "rollback/", "stability/"),
+    *("batch/branch_samples", "batch/doubling_cost"),
+)
 
 
 def test_tags_of_groups_have_their_names_and_the_used_values(tmp_path: Path) -> None:
