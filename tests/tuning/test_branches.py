@@ -153,6 +153,7 @@ CASES = [(loader, "32-true") for loader in LOADERS]
 CASES += [("shuffled", "bf16-mixed"), ("shuffled", "16-mixed")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [0, -1], ids=["before the engine", "after it"])
 @pytest.mark.parametrize("update", [0, 7, 14, 15])
 @pytest.mark.parametrize(("loader", "precision"), CASES)

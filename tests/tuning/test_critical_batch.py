@@ -81,6 +81,7 @@ def expected_loss(multiple: int, start: float, *, cooldown: bool) -> float:
     return float((curvature * (mean.square() + variance)).sum() / 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cooldown", "start"), [(False, 0.2), (True, 1.0), (True, 0.2)])
 def test_differences_and_critical_batch_equal_those_of_the_noisy_quadratic(
     cooldown: bool, start: float
@@ -166,6 +167,7 @@ LOADERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader", LOADERS)
 def test_training_afterwards_equals_training_without_it_to_the_bit(
     loader: str, tmp_path: Path

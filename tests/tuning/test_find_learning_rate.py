@@ -171,6 +171,7 @@ def test_suggestion_follows_the_lengths_of_branch_and_run() -> None:
     assert flat.suggestion == flat.branch_optimum
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [1e-3, 0.1, 10.0])
 def test_grid_grows_toward_the_lower_loss(start: float) -> None:
     """Eight branches span a factor of 610; those above 0.2 diverge."""
@@ -185,6 +186,7 @@ def test_grid_grows_toward_the_lower_loss(start: float) -> None:
 # -------------------------------------------------------------------------------------- the cost
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("branches", [3, 4, 7])
 @pytest.mark.parametrize("steps", [1000, 1234])
 def test_cost_is_counted_and_within_the_budget(steps: int, branches: int) -> None:
@@ -208,6 +210,7 @@ def test_run_of_epochs_with_a_batch_size_has_the_updates_of_the_plan() -> None:
 # --------------------------------------------------------------------------------- restored state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_training_after_it_equals_training_without_it_to_the_bit(workers: int) -> None:
     runs: list[Any] = []
@@ -259,6 +262,7 @@ def test_search_that_raises_restores_everything() -> None:
 # ---------------------------------------------------------------------------- all ways of training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_mixed_precision_and_accumulation_find_about_the_same(
@@ -272,6 +276,7 @@ def test_mixed_precision_and_accumulation_find_about_the_same(
     assert mixed.updates == plain.updates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [Manual, Scheduled])
 def test_own_updates_and_own_scheduler_find_the_same_as_plain_training(make: Any) -> None:
     plain = find_learning_rate(trainer(), Model(), data())

@@ -90,6 +90,7 @@ def fit(*callbacks: Any, module: Any = None, **options: Any) -> Model:
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed"])
 @pytest.mark.parametrize("budget", [None, "960 samples"])
 def test_equals_the_same_sizes_written_in_advance_to_the_bit(
@@ -146,6 +147,7 @@ class Dies(L.Callback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("update", [10, 23, 24, 30, 36, 40])
 def test_killed_and_resumed_run_equals_an_uninterrupted_one(update: int, tmp_path: Path) -> None:
     """Updates 24 and 36 are those before the measurements."""
