@@ -29,7 +29,6 @@ from tests.tuning.study_helpers import Network, make_data, make_trainer, plain_r
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:BruteForceSampler is experimental"),
 ]
 
