@@ -37,10 +37,6 @@ class FoundLearningRate:
         updates: Updates of the range test and all branches together.
         run_updates: Updates of the whole run.
 
-    Attributes:
-        bracket: The lowest and the highest learning rate of the branches.
-        cost: The updates as a fraction of the whole run.
-
     Example:
         >>> found = FoundLearningRate(
         ...     suggestion=3e-3,
