@@ -15,31 +15,15 @@ from typing import Any
 from lightning_bigopt.monitoring.tags import TAGS, find_tag
 from lightning_bigopt.reporting.charts import CHARTS, is_loss
 from lightning_bigopt.reporting.drawing import describe, draw
+from lightning_bigopt.reporting.page_style import page_head
 from lightning_bigopt.reporting.runs import Curve, Run, read_run
 from lightning_bigopt.trainer_access.output_paths import file_error
 
 __all__ = ["clip_audit", "render_report", "write_report"]
 
 _MAX_REJECTIONS = 20
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a202c; margin: 2rem auto; max-width: 68rem;
-       padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .2rem; }
-p.note { color: #4a5568; margin: .1rem 0 .6rem; }
-table { border-collapse: collapse; } td, th { padding: .25rem .9rem .25rem 0; text-align: left;
-       border-bottom: 1px solid #e2e8f0; vertical-align: top; }
-figure { margin: 0; overflow-x: auto; } svg { max-width: 100%; height: auto; }
-figure.beside svg { min-width: 48rem; } code { overflow-wrap: anywhere; }
-</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
+_STYLES = "figure.beside svg { min-width: 48rem; } code { overflow-wrap: anywhere; }"
+_PAGE = """\
 <table>
 <tr><th></th>{% for run in runs %}<th>{{ run.name }}</th>{% endfor %}</tr>
 {% for label, cells in summary %}
@@ -105,7 +89,8 @@ def render_report(runs: Sequence[Run]) -> str:
 
     logged = {find_tag(tag) for run in runs for tag in run.curves}
     pictures = [(chart.title, describe(chart, runs), draw(chart, runs)) for chart in CHARTS]
-    template = Environment(autoescape=True, trim_blocks=True).from_string(_PAGE)
+    environment = Environment(autoescape=True, trim_blocks=True)
+    template = environment.from_string(page_head(_STYLES) + _PAGE)
     return template.render(
         title="Optimization report: " + " beside ".join(run.name for run in runs),
         runs=runs,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_bigopt.reporting.page_style import page_head
 from lightning_bigopt.reporting.picture import to_svg
 from lightning_bigopt.reporting.study_picture import draw_basin, draw_importance
 from lightning_bigopt.trainer_access.output_paths import file_error
@@ -14,28 +15,12 @@ if TYPE_CHECKING:
 
 __all__ = ["render_study", "write_study_report"]
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a202c; margin: 2rem auto; max-width: 68rem;
-       padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .2rem; }
-p.note { color: #4a5568; margin: .1rem 0 .6rem; }
-div.wide { overflow-x: auto; } table { border-collapse: collapse; }
-td, th { padding: .25rem .9rem .25rem 0; text-align: left; border-bottom: 1px solid #e2e8f0;
-         vertical-align: top; }
+_STYLES = """\
+div.wide { overflow-x: auto; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 td.reason { min-width: 16rem; } tr.best td { font-weight: 600; } tr.pruned td { color: #718096; }
-figure { margin: 0; overflow-x: auto; } svg { max-width: 100%; height: auto; }
-pre { background: #f7fafc; padding: .7rem 1rem; overflow-x: auto; }
-</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
+pre { background: #f7fafc; padding: .7rem 1rem; overflow-x: auto; }"""
+_PAGE = """\
 <table>
 {% for label, text in summary %}
 <tr><td>{{ label }}</td><td>{{ text }}</td></tr>
@@ -106,7 +91,7 @@ def render_study(study: StudyRecord) -> str:
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True)
-    return environment.from_string(_PAGE).render(
+    return environment.from_string(page_head(_STYLES) + _PAGE).render(
         title=f"Study: {study.name}",
         study=study,
         summary=_summary(study),

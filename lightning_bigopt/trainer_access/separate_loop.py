@@ -33,6 +33,9 @@ _BEFORE_THE_FIRST_ITERATOR = {
     "_initial_iter_for_state_dict": False,
 }
 
+# The attributes of torch's samplers that refer to the data, which would be copied.
+_DATA_OF_SAMPLERS = ("data_source", "dataset")
+
 
 def run_separate_loop(
     trainer: Trainer,
@@ -215,9 +218,13 @@ def loaders_restored(
     is_combined = isinstance(data, classes("utilities.CombinedLoader"))
     combined = data if is_combined else own(trainer, "utilities.CombinedLoader")(data)
     loaders = list(combined.flattened)
-    generators = [getattr(loader, "generator", None) for loader in loaders]
     samplers = [sampler for loader in loaders for sampler in _samplers(loader)]
-    snapshot = ObjectSnapshot([g for g in generators if g is not None], *samplers)
+    generators = [getattr(loader, "generator", None) for loader in loaders]
+    snapshot = ObjectSnapshot(
+        [generator for generator in generators if generator is not None],
+        *samplers,
+        ignore=lambda name: name in _DATA_OF_SAMPLERS,
+    )
     states = [
         (loader, copy.deepcopy(loader.state_dict()))
         for loader in (loaders if with_states_of is None else with_states_of)

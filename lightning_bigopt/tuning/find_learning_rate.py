@@ -54,7 +54,7 @@ branch. A branch was best at 1/4 to 1/25 of it, with Adam and SGD."""
 LEAST_SWEEP, LEAST_BRANCH = 12, 10
 """Updates below which a sweep of seven decades, or a branch with warm-up and cooldown, is noise."""
 
-EXPONENT_DEVIATION = 0.1
+EXPONENT_DEVIATION = 0.15
 """Standard deviation of the exponent between tasks, for the interval of the suggestion."""
 
 
@@ -65,7 +65,7 @@ def find_learning_rate(
     *,
     datamodule: Any = None,
     budget: DurationLike = "10%",
-    branches: int = 4,
+    branches: int = 5,
     start: float | None = None,
     horizon_exponent: float = 0.32,
     on_result: OnResult = "report",
@@ -117,13 +117,14 @@ def find_learning_rate(
         >>> found.suggestion, found.interval, found.cost  # doctest: +SKIP
 
     References:
-        Bjorck et al., "Scaling Optimal LR Across Token Horizons", ICLR 2025, Sec. 4.
+        Bjorck et al., "Scaling Optimal LR Across Token Horizons", ICLR 2025,
+        https://arxiv.org/abs/2409.19913.
     """
     hint = "write find_learning_rate(trainer, module)"
     if not hasattr(trainer, "fit_loop"):
         raise ValueError(f"trainer must be a Trainer, got {shown(trainer)}; {hint}")
     check_instance("module", module, nn.Module, hint=hint)  # perhaps a compiled one
-    check_count("branches", branches, minimum=3, of="branches", hint="write 4")
+    check_count("branches", branches, minimum=3, of="branches", hint="write 5")
     if start is not None:
         check_positive("start", start, hint="write 1e-3, or None for a range test")
     check_between("horizon_exponent", horizon_exponent, 0, 1, ends="[]", hint="write 0.32")

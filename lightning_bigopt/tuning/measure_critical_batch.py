@@ -142,10 +142,12 @@ def critical_batch_size(
             ckpt_path=ckpt_path,
         )
     if measures.result is None:  # Lightning has ended the fit before its start
+        made = f"one that has made {trainer.global_step} updates"
         raise ValueError(
-            "trainer must have updates left to measure the critical batch size, got one that has "
-            f"made {trainer.global_step} updates with max_steps={trainer.max_steps}; use a new "
-            "Trainer, or raise its limit"
+            "trainer must have updates left to measure the critical batch size, got "
+            f"{made if ckpt_path is None else f'the checkpoint {str(ckpt_path)!r} at the end'} "
+            f"with max_steps={trainer.max_steps}; use an earlier checkpoint or a new Trainer, or "
+            "raise its limit"
         )
     rank_zero_info(str(measures.result))
     return measures.result

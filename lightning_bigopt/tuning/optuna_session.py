@@ -121,7 +121,7 @@ class OptunaSession:
         states = [trial.state.name for trial in trials if trial.number not in discarded]
         if sum(state in ("COMPLETE", "PRUNED", "RUNNING") for state in states) >= self.trials:
             return None
-        trial = self.study.ask()
+        trial = self._next_trial()
         try:
             # First: a trial of which no process is known would count as running for ever.
             for key, value in _this_process().items():
@@ -133,6 +133,20 @@ class OptunaSession:
             raise
         self._asked[trial.number] = trial
         return trial
+
+    def _next_trial(self) -> Trial:
+        """Asks Optuna for a trial, which fails if the sampler raises; Optuna leaves it running."""
+        from optuna.trial import TrialState
+
+        known = {trial.number for trial in self.study.get_trials(deepcopy=False)}
+        try:
+            return self.study.ask()
+        except BaseException:
+            for trial in self.study.get_trials(deepcopy=False):
+                is_new = trial.number not in known and "pid" not in trial.user_attrs
+                if is_new and trial.state == TrialState.RUNNING:
+                    self.study.tell(trial.number, state=TrialState.FAIL)
+            raise
 
     def folder_name(self, trial: Trial) -> str:
         """Returns a name that only a trial and its repetitions have."""

@@ -34,7 +34,7 @@ The scored losses are computed during the cooldown, on batches that no update ha
 """
 
 RATIO = 2.5
-"""Ratio of neighboring learning rates; four branches span a factor of 16."""
+"""Ratio of neighboring learning rates; five branches span a factor of 39."""
 
 
 def branch_factor(fraction: float) -> float:
@@ -118,10 +118,9 @@ def run_rate_branches(
 def next_step(found: Mapping[int, Branch]) -> int:
     """Returns the next step of a grid of learning rates, on which branches search the lowest loss.
 
-    While the best branch is at an end of the grid, the next one is two steps beyond it. Then gaps
-    next to the best branch are filled. Without gaps, the grid grows at the end with the lower loss.
-    After two branches the grid grows upward unless the lower learning rate is significantly better:
-    branches that have learned nothing yet differ by noise only.
+    The grid grows at the end with the lower loss. It has no gaps: they would shift the weighted
+    center of the branches. After two branches it grows upward unless the lower learning rate is
+    significantly better: branches that have learned nothing yet differ by noise only.
 
     Args:
         found: The branches by step.
@@ -132,15 +131,11 @@ def next_step(found: Mapping[int, Branch]) -> int:
     if len(found) < 2:
         return -len(found)
     low, high = min(found), max(found)
-    best = min(sorted(found), key=lambda step: _score(found[step]))
     if len(found) == 2:
-        best = low if _is_better(found[low], found[high]) else high
-    if best in {low, high}:
-        return low - 2 if best == low else high + 2
-    gaps = [best + side for side in (-1, 1) if best + side not in found]
-    if gaps:
-        return min(gaps, key=lambda step: _score(found[2 * step - best]))
-    return low - 1 if _score(found[low]) < _score(found[high]) else high + 1
+        grows_down = _is_better(found[low], found[high])
+    else:
+        grows_down = _score(found[low]) < _score(found[high])
+    return low - 1 if grows_down else high + 1
 
 
 def scores(branch: Branch) -> tuple[float, ...]:

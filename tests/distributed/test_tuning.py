@@ -1,4 +1,4 @@
-"""Branches on two processes: equal decisions, and a run that they leave as it was."""
+"""Branches on two processes: equal decisions, and a run that they do not change."""
 
 from __future__ import annotations
 

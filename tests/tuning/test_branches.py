@@ -1,15 +1,17 @@
-"""Branches train as a plain loop does, and leave everything as it was, at any update of a fit."""
+"""Branches train as a plain loop does, at any update of a fit, which they do not change."""
 
 from __future__ import annotations
 
 import copy
+import random
+from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Sampler, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_bigopt import (
@@ -24,6 +26,8 @@ from lightning_bigopt import (
     NoiseScaleBatchSize,
     NormClip,
 )
+from lightning_bigopt.optimizers import object_snapshot
+from lightning_bigopt.trainer_access import separate_loop
 from lightning_bigopt.tuning.branches import Branch, run_branch
 from tests.helpers import QUIET, cpu_precision
 
@@ -213,6 +217,41 @@ def test_branch_that_diverges_ends_early() -> None:
     assert len(branch.losses) < 10
     assert not branch.evaluation
     assert all(bool(p.isfinite().all()) for p in module.parameters())
+
+
+class OwnOrder(Sampler[int]):
+    """Shuffles a list of its own in place, with a generator of its own."""
+
+    def __init__(self, data_source: list[Tensor]) -> None:
+        self.data_source = data_source
+        self.order = list(range(len(data_source)))
+        self.random = random.Random(3)
+
+    def __iter__(self) -> Iterator[int]:
+        self.random.shuffle(self.order)
+        return iter(self.order)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+
+def test_state_of_a_sampler_is_restored_without_a_copy_of_the_data() -> None:
+    items = [torch.full((2,), float(index)) for index in range(8)]
+    sampler = OwnOrder(items)
+    loader = DataLoader(items, sampler=sampler)
+    expected = [list(iter(copy.deepcopy(sampler)))]
+    cloned: list[Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        clone = object_snapshot.copy_to
+        patch.setattr(
+            object_snapshot,
+            "copy_to",
+            lambda tensor, *args, **kwargs: cloned.append(tensor) or clone(tensor, *args, **kwargs),
+        )
+        with separate_loop.loaders_restored(L.Trainer(logger=False), loader):
+            assert len(list(loader)) == len(items)
+    assert [list(sampler)] == expected
+    assert cloned == []
 
 
 def test_iterator_of_the_user_raises_before_a_batch_is_lost() -> None:

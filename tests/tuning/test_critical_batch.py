@@ -504,9 +504,13 @@ def test_errors_name_the_argument_and_the_way_out(
         critical_batch_size(trainer, module(), data(), **options)
 
 
-def test_trainer_at_its_limit_raises() -> None:
+def test_trainer_at_its_limit_raises(tmp_path: Path) -> None:
     trainer, module = L.Trainer(**QUIET, max_steps=5), Model()
     trainer.fit(module, data())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    new = L.Trainer(**QUIET, max_steps=5)
+    with pytest.raises(ValueError, match=r"updates left .*, got the checkpoint '.*last.ckpt' at"):
+        critical_batch_size(new, Model(), data(), ckpt_path=tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match=r"trainer must have updates left .* 5 updates"):
         critical_batch_size(trainer, module, data())
 

@@ -132,7 +132,7 @@ def losses_of_bowl(peak: float, updates: int) -> np.ndarray:
 
 
 def test_losses_of_the_branches_have_their_closed_form() -> None:
-    found = find_learning_rate(trainer(), Bowl(), data(), branches=5)
+    found = find_learning_rate(trainer(), Bowl(), data())
     n = found.branch_updates
     expected = [losses_of_bowl(rate, n) for rate in found.learning_rates]
     means = [losses[-round(0.2 * n) :].mean() for losses in expected]
@@ -143,7 +143,7 @@ def test_losses_of_the_branches_have_their_closed_form() -> None:
 
 def test_best_rate_of_a_branch_is_at_the_bottom_of_the_closed_form() -> None:
     """The loss there is at most 5 % of the gain above the minimum over a fine grid."""
-    found = find_learning_rate(trainer(), Bowl(), data(), branches=5)
+    found = find_learning_rate(trainer(), Bowl(), data())
     ends = [losses_of_bowl(rate, found.branch_updates)[-1] for rate in np.geomspace(1e-3, 1, 400)]
     start = 0.5 * float(CURVATURES.sum())
     at_optimum = losses_of_bowl(found.branch_optimum, found.branch_updates)[-1]
@@ -164,8 +164,8 @@ def test_suggestion_follows_the_lengths_of_branch_and_run() -> None:
         assert run.suggestion == pytest.approx(run.branch_optimum * factor)
         low, high = run.interval
         assert low * high == pytest.approx(run.suggestion**2)
-        # The losses have no noise: the interval is that of the exponent, 0.32 ± 0.1.
-        spread = math.exp(1.645 * 0.1 * math.log(run.run_updates / run.branch_updates))
+        # The losses have no noise: the interval is that of the exponent, 0.32 ± 0.15.
+        spread = math.exp(1.645 * 0.15 * math.log(run.run_updates / run.branch_updates))
         assert high / run.suggestion == pytest.approx(spread, rel=0.1)
     flat = find_learning_rate(trainer(), Bowl(), data(), horizon_exponent=0.0)
     assert flat.suggestion == flat.branch_optimum
@@ -187,7 +187,7 @@ def test_grid_grows_toward_the_lower_loss(start: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("branches", [3, 4, 7])
+@pytest.mark.parametrize("branches", [3, 5, 7])
 @pytest.mark.parametrize("steps", [1000, 1234])
 def test_cost_is_counted_and_within_the_budget(steps: int, branches: int) -> None:
     module = Model()
@@ -227,7 +227,7 @@ def test_training_after_it_equals_training_without_it_to_the_bit(workers: int) -
             steps=60,
         )
         if searches:
-            found = find_learning_rate(fitted, module, loader, budget="52 steps")
+            found = find_learning_rate(fitted, module, loader, budget="52 steps", branches=4)
             assert found.updates > 40
             assert fitted.global_step == fitted.current_epoch == 0
             assert module.lr == 0.01
@@ -285,10 +285,8 @@ def test_own_updates_and_own_scheduler_find_the_same_as_plain_training(make: Any
 
 def test_clipping_takes_part() -> None:
     """The norm of the first gradient is 10, and each weight is 1 away from the minimum."""
-    plain = find_learning_rate(trainer(), Bowl(), data(), branches=5)
-    clipped = find_learning_rate(
-        trainer(GradientClipping(NormClip(max_norm=0.1))), Bowl(), data(), branches=5
-    )
+    plain = find_learning_rate(trainer(), Bowl(), data())
+    clipped = find_learning_rate(trainer(GradientClipping(NormClip(max_norm=0.1))), Bowl(), data())
     assert clipped.branch_optimum > 3 * plain.branch_optimum
 
 
@@ -336,10 +334,10 @@ def test_report_says_learning_rate_interval_and_cost(caplog: pytest.LogCaptureFi
 
 
 def test_optimum_at_the_edge_warns_and_names_a_start() -> None:
-    with pytest.warns(UserWarning, match=r"The highest learning rate .* Pass start=0\.0004, or"):
+    with pytest.warns(UserWarning, match=r"The highest learning rate .* Pass start=0\.0002, or"):
         found = find_learning_rate(trainer(), Bowl(), data(), start=1e-5)
     assert found.edge == "high"
-    assert found.bracket == (pytest.approx(4e-6), pytest.approx(1e-5 * 2.5**4))
+    assert found.bracket == (pytest.approx(4e-6), pytest.approx(1e-5 * 2.5**3))
 
 
 def result(**changes: Any) -> FoundLearningRate:
@@ -398,27 +396,26 @@ def branches_of(losses: dict[int, float]) -> dict[int, Branch]:
     [
         ({}, 0),
         ({0: 2.0}, -1),
-        ({0: 2.0, -1: 1.0}, -3),
-        ({0: 1.0, -1: 2.0}, 2),
-        ({0: 1.0, -1: 1.0}, 2),  # has learned nothing yet
-        ({0: math.nan, -1: 2.0}, -3),
-        ({0: math.nan, -1: math.nan}, -3),
-        ({0: 2.0, -1: 1.0, -3: 1.5}, -2),
-        ({0: 2.0, -1: 1.5, -3: 1.0}, -5),
-        ({0: 1.0, -1: 2.0, 2: math.nan}, 1),
-        ({0: 1.0, -1: 2.0, 2: math.nan, 1: 1.5}, -2),
-        ({-2: 2.0, 0: 1.0, 2: 1.5}, 1),
+        ({0: 2.0, -1: 1.0}, -2),
+        ({0: 1.0, -1: 2.0}, 1),
+        ({0: 1.0, -1: 1.0}, 1),  # has learned nothing yet
+        ({0: math.nan, -1: 2.0}, -2),
+        ({0: math.nan, -1: math.nan}, -2),
+        ({0: 2.0, -1: 1.0, -2: 1.5}, -3),
+        ({0: 1.5, -1: 1.0, -2: 2.0}, 1),
+        ({0: 1.0, -1: 2.0, 1: math.nan}, -2),
+        ({0: 1.0, -1: 2.0, 1: 2.0}, 2),
     ],
 )
-def test_next_branch_is_beyond_the_best_end_or_beside_the_best(
+def test_next_branch_is_beyond_the_end_with_the_lower_loss(
     losses: dict[int, float], step: int
 ) -> None:
     assert next_step(branches_of(losses)) == step
 
 
 def test_search_of_many_branches_finds_any_minimum() -> None:
-    """A parabola with its minimum at each step within 30 of the start."""
-    for minimum in range(-30, 31):
+    """A parabola with its minimum at each step within 15 of the start."""
+    for minimum in range(-15, 16):
         found: dict[int, Branch] = {}
         for _ in range(20):
             step = next_step(found)
@@ -442,8 +439,8 @@ def test_highest_useful_rate_ignores_noise_of_the_start() -> None:
     ("options", "message"),
     [
         ({"budget": "3 epochs"}, r"budget must be a share or a number .* got '3 epochs'"),
-        ({"budget": "4%"}, r"budget must be at least 52 updates for 4 branches, .* which is 40"),
-        ({"budget": 39, "start": 1e-3}, "budget must be at least 40 updates"),
+        ({"budget": "4%"}, r"budget must be at least 62 updates for 5 branches, .* which is 40"),
+        ({"budget": 49, "start": 1e-3}, "budget must be at least 50 updates"),
         ({"budget": "ten"}, "budget must be"),
         ({"branches": 2}, "branches must be a number of branches of at least 3, got 2"),
         ({"start": 0.0}, "start must be positive and finite, got 0.0; write 1e-3, or None"),

@@ -245,15 +245,18 @@ def test_other_ranges_on_the_same_storage_raise_before_a_trial(
     assert len(first.study.trials) == 1
 
 
-def test_trial_whose_values_cannot_be_drawn_fails_and_is_not_left_running():
-    class Faulty(optuna.samplers.RandomSampler):
-        def sample_independent(self, *arguments: Any) -> Any:
-            raise RuntimeError("a fault of the sampler")
+@pytest.mark.parametrize("method", ["sample_independent", "infer_relative_search_space"])
+def test_trial_whose_values_cannot_be_drawn_fails_and_is_not_left_running(method: str):
+    def raises(*arguments: Any) -> Any:
+        raise RuntimeError("a fault of the sampler")
 
-    part = session(sampler=Faulty())
+    part = session(sampler=optuna.samplers.RandomSampler())
+    other = part.study.ask()  # of a process that is about to say that it runs it
+    setattr(part.study.sampler, method, raises)
     with pytest.raises(RuntimeError, match="a fault of the sampler"):
         part.ask()
-    assert [trial.state.name for trial in part.study.trials] == ["FAIL"]
+    assert [trial.state.name for trial in part.study.trials] == ["RUNNING", "FAIL"]
+    assert other.number == 0
 
 
 def test_last_value_of_a_diverged_trial_is_no_result():

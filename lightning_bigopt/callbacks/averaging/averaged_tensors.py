@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from lightning_bigopt.averaging.weights import Weights
 from lightning_bigopt.gradients.sharding import to_local
 from lightning_bigopt.optimizers.stored_training import sharded_like
+from lightning_bigopt.trainer_access.strategies import sharded_modules
 
 __all__ = ["AveragedTensors"]
 
@@ -37,7 +38,7 @@ class AveragedTensors:
         self._names: list[str] = []  # of the averaged ones
         self._waiting: dict[str, nn.Parameter] = {}  # frozen or lazy parameters
         self._aliases: dict[str, list[str]] = {}  # further names of tied tensors
-        self._sharding = [part for part in module.modules() if hasattr(part, "reshard")]
+        self._sharding = sharded_modules(module)
         self.find()
 
     @torch.no_grad()
@@ -81,7 +82,7 @@ class AveragedTensors:
     def _live(self) -> dict[str, Tensor]:
         # A forward pass without gradients leaves whole parameters registered in a root module.
         for part in self._sharding:
-            part.reshard()  # type: ignore[operator]  # FSDP2, whose import takes 60 ms
+            part.reshard()
         owners = self._owners
         return {key: getattr(*owners[key]) for key in self._names}
 
