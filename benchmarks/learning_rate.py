@@ -390,17 +390,17 @@ best of the 9 rates. The cost counts the updates of a method; none evaluates fur
 
 {chr(10).join(tables)}
 The number of branches and the ratio of their learning rates were chosen on other seeds (100 to 211)
-of the same models. A branch of `find_learning_rate` has about 1/58 of the updates of a run, which is
-52 updates here.
+of the same models. A branch of `find_learning_rate` has about 1/58 of the updates of a run, which
+is 52 updates here.
 
 ## Where it fails
 
 The exponent 0.32 of the correction for the length of the run is an average over models and lengths.
 Between the branches and the runs above it was 0.37 for the GPT, 0.35 for the CNN and 0.28 for the
 LSTM. In shorter runs the best learning rate depends less on the length: for a small network on
-bytes (notebook 04) with 1,500 updates the best of seven rates is 0.008 with a loss of 2.40, and four
-suggestions are 0.0018 to 0.0032, with losses of 2.5 to 2.6. The interval of the suggestion assumes
-0.32 ± 0.15.
+bytes (notebook 04) with 1,500 updates the best of seven rates is 0.008 with a loss of 2.40, and
+four suggestions are 0.0018 to 0.0032, with losses of 2.5 to 2.6. The interval of the suggestion
+assumes 0.32 ± 0.15.
 """
 
 
