@@ -175,6 +175,25 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(update: int, tmp_pat
     assert resumed[2] == straight[2][update:]
 
 
+class Noisy(Model):
+    """Its losses are random; its gradients are not."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + torch.rand(())
+
+
+def test_measurements_do_not_depend_on_the_random_states_which_a_resume_does_not_restore() -> None:
+    results = []
+    for seed in (3, 4):
+        module, policy = Noisy(), measured(0.5)
+        torch.manual_seed(seed)
+        callbacks = [*others()[:2], policy]
+        L.Trainer(**QUIET, max_epochs=EPOCHS, callbacks=callbacks).fit(module, data(shuffle=False))
+        results.append([result.losses for _, result in policy.measurements])
+    assert results[0] == results[1]
+    assert len(results[0]) == 2
+
+
 def sequential_loader() -> Any:
     """A DataLoader of a fixed order, which continues where the checkpoint was saved."""
     from torchdata.stateful_dataloader import StatefulDataLoader
