@@ -1,7 +1,7 @@
 """The search space of a study on Ray Tune, two trials at a time.
 
-``to_ray`` converts a space. A trial builds its training as a trial of ``study`` does: the same
-paths reach the same fields.
+``to_ray`` converts a space. A trial is a ``study`` of one trial whose values Ray Tune has chosen:
+the same paths reach the same fields.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from ray import tune
 from ray.tune.integration.pytorch_lightning import TuneReportCheckpointCallback
 
-from lightning_bigopt.tuning import Choice, Integer, Log, Uniform
+from lightning_bigopt.tuning import Choice, Integer, Log, Uniform, study
 from lightning_bigopt.tuning.space import Range
-from lightning_bigopt.tuning.trainings import MadeTrainings
 from tests.tuning.study_helpers import Network, make_data, make_trainer
 
 SPACE: dict[str, Range] = {
@@ -47,25 +47,27 @@ def to_ray(space: Mapping[str, Range]) -> dict[str, Any]:
     return found
 
 
-def trainings(*more: Any) -> MadeTrainings:
-    """Builds trainings for values of the space."""
-    made = MadeTrainings(lambda: make_trainer(*more), Network, make_data, seed=0)
-    made.prepare(SPACE)
-    return made
+def reporting_trainer() -> Trainer:
+    """Returns the Trainer of a trial, which reports every validation to Ray Tune."""
+    return make_trainer(TuneReportCheckpointCallback({"loss": "val_loss"}, save_checkpoints=False))
+
+
+def loss_of(values: Mapping[str, Any], *, trainer: Any = make_trainer) -> float:
+    """Trains with given values of the fields; returns the last loss of the validation."""
+    fixed: dict[str, Range] = {path: Choice([value]) for path, value in values.items()}
+    found = study(trainer, Network, make_data=make_data, space=fixed, trials=1, pruner=None)
+    assert found.best_loss is not None
+    return found.best_loss
 
 
 def trial(config: dict[str, Any]) -> None:
     """Trains a trial of Tune."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    folder = Path(config["folder"])
     values = {path: config[path] for path in SPACE}
-    report = TuneReportCheckpointCallback({"loss": "val_loss"}, save_checkpoints=False)
-    training = trainings(report).build(values)
-    training.fit()
-    loss = repr(float(training.trainer.callback_metrics["val_loss"]))
+    record = {"values": values, "loss": repr(loss_of(values, trainer=reporting_trainer))}
     name = tune.get_context().get_trial_id()
-    (folder / f"{name}.json").write_text(json.dumps({"values": values, "loss": loss}))
+    Path(config["folder"], f"{name}.json").write_text(json.dumps(record))
 
 
 def search(folder: Path, *, samples: int = 4) -> tune.ResultGrid:
@@ -82,13 +84,11 @@ def search(folder: Path, *, samples: int = 4) -> tune.ResultGrid:
 
 
 def study_on_ray(folder: Path) -> list[str]:
-    """Compares every trial on Ray with the same values as a trial of ``study``, to the bit.
+    """Compares every trial on Ray with the same values trained without Ray, to the bit.
 
     Returns:
         The differences.
     """
-    from lightning_bigopt.tuning import study
-
     results = search(folder)
     found = [f"a trial failed: {result.error}" for result in results if result.error]
     files = sorted(folder.glob("*.json"))
@@ -96,8 +96,7 @@ def study_on_ray(folder: Path) -> list[str]:
         found.append(f"{len(files)} trials instead of {len(results)}")
     for file in files:
         record = json.loads(file.read_text())
-        fixed: dict[str, Range] = {path: Choice([v]) for path, v in record["values"].items()}
-        alone = study(make_trainer, Network, make_data=make_data, space=fixed, trials=1)
-        if repr(alone.best_loss) != record["loss"]:
-            found.append(f"{record['loss']} instead of {alone.best_loss!r} in {file.name}")
+        alone = loss_of(record["values"])
+        if repr(alone) != record["loss"]:
+            found.append(f"{record['loss']} instead of {alone!r} in {file.name}")
     return found
