@@ -16,6 +16,7 @@ __all__ = [
     "batch_is_processed",
     "batches_that_stepped",
     "begin_next_epoch",
+    "check_has_limit",
     "closes_window",
     "continues_ended_epoch",
     "current_hook",
@@ -51,6 +52,19 @@ def is_unlimited(trainer: Trainer) -> bool:
     """Returns whether the Trainer has no limit; Lightning then sets ``max_epochs=1000``."""
     timers = _timers(trainer)
     return trainer.fit_loop.max_epochs is None and trainer.max_steps == -1 and not timers
+
+
+def check_has_limit(trainer: Trainer, user: str) -> None:
+    """Raises if the Trainer has no limit: what the user computes from it would be arbitrary.
+
+    Raises:
+        ValueError: If Lightning would set ``max_epochs=1000``.
+    """
+    if is_unlimited(trainer):
+        raise ValueError(
+            f"trainer must have a limit for {user}, got one without max_steps, max_epochs and "
+            "max_time, which Lightning ends after 1000 epochs; write Trainer(max_steps=...)"
+        )
 
 
 def max_seconds(trainer: Trainer) -> float | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_bigopt.batching.randomness import preserve_random_state
 from lightning_bigopt.trainer_access.loop import is_last_batch, is_unlimited
 from lightning_bigopt.trainer_access.packages import own
 
@@ -70,8 +71,11 @@ def fit_quietly(
 ) -> None:
     """Runs ``trainer.fit`` with other callbacks, and without loggers and Lightning's advice.
 
+    Callbacks, loggers and limits of the Trainer and the random states are restored, also after an
+    error.
+
     Args:
-        trainer: The Trainer; its callbacks and loggers are restored.
+        trainer: The Trainer.
         module: As for ``Trainer.fit``.
         train_dataloaders: As for ``Trainer.fit``.
         datamodule: As for ``Trainer.fit``.
@@ -83,7 +87,11 @@ def fit_quietly(
     # Not an empty list: a module may call self.logger.log_metrics.
     trainer.loggers = silent_loggers(trainer)
     try:
-        with warnings.catch_warnings():
+        with (
+            preserve_random_state(trainer.strategy.root_device),
+            limits_kept(trainer),
+            warnings.catch_warnings(),
+        ):
             advice = own(trainer, "fabric.utilities.warnings.PossibleUserWarning")
             warnings.simplefilter("ignore", advice)  # the user's own fit repeats it
             trainer.fit(module, train_dataloaders, datamodule=datamodule, ckpt_path=ckpt_path)

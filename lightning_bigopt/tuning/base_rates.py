@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_bigopt.durations.progress import Progress
 from lightning_bigopt.engine.lr_scheduler import LightningLRScheduler
@@ -49,7 +50,19 @@ class BaseRates:
         self._rate = rate
         self._groups.write(Progress(fraction=0.0))
 
-    def use(self, rate: float, trainer: Trainer, module: LightningModule) -> None:
+    def use_in_next_fit(self, rate: float, trainer: Trainer, module: LightningModule) -> None:
+        """Does :meth:`use` in a fit that ends now, and warns if the next fit will not notice it.
+
+        The next fit makes new optimizers, from the attributes of the module.
+        """
+        if not self.use(rate, trainer, module):
+            rank_zero_warn(
+                "on_result='use' needs an attribute or hyperparameter lr or learning_rate of the "
+                f"module that equals its learning rate, {self.reference:.3g}, and found none: the "
+                f"learning rate is not changed. Multiply it by {rate / self.reference:.3g}."
+            )
+
+    def use(self, rate: float, trainer: Trainer, module: LightningModule) -> bool:
         """Makes ``rate`` the base learning rate of optimizers, schedulers and module.
 
         Args:
@@ -57,8 +70,11 @@ class BaseRates:
             trainer: The Trainer with its schedulers.
             module: Its attributes and hyperparameters ``lr`` and ``learning_rate`` are replaced if
                 they equal the old base.
+
+        Returns:
+            Whether an attribute or a hyperparameter of the module was replaced.
         """
-        self._rate = rate
+        self._rate, is_replaced = rate, False
         for _, optimizer in self._groups:
             for group in optimizer.param_groups:
                 for key in ("lr", "initial_lr", "max_lr", "min_lr"):
@@ -69,8 +85,11 @@ class BaseRates:
         for name in ("lr", "learning_rate"):
             if vars(module).get(name) == self.reference:
                 setattr(module, name, rate)
+                is_replaced = True
             if module.hparams.get(name) == self.reference:
                 module.hparams[name] = rate
+                is_replaced = True
+        return is_replaced
 
 
 def _scale_bases(scheduler: Any, scaled: Callable[[float], float]) -> None:

@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.utils.data import default_collate
 
@@ -18,6 +17,7 @@ from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.batching.batch_plan import plan_update
 from lightning_bigopt.batching.exact_loader import GlobalBatchLoader
 from lightning_bigopt.batching.micro_batch_search import MicroBatchSearch, search_micro_batch_size
+from lightning_bigopt.batching.randomness import preserve_random_state
 from lightning_bigopt.checks import check_between, check_choice, check_count, shown
 from lightning_bigopt.engine.optimizer_modes import train_optimizers
 from lightning_bigopt.fabric_hooks import TrainerOnly
@@ -217,7 +217,7 @@ def state_restored(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     optimizers = [unwrapped(optimizer) for optimizer in trainer.optimizers]
     snapshot = ObjectSnapshot(*module.modules(), *optimizers, device="cpu")
     try:
-        with isolate_rng():
+        with preserve_random_state(trainer.strategy.root_device):
             # LightningModule.log raises in on_fit_start; these attributes shadow the method.
             module.__dict__.update(log=_ignore, log_dict=_ignore)
             module.train()

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lightning_bigopt.batching.randomness import seed_generators
+from lightning_bigopt.batching.randomness import preserve_random_state, seed_generators
 from lightning_bigopt.engine.engine import Engine
 from lightning_bigopt.engine.optimizer_modes import train_optimizers
 from lightning_bigopt.engine.stage import BATCH_SIZE
@@ -34,12 +33,14 @@ class Branch:
             the branch has diverged.
         diverged: Whether the branch ended early, because a loss was not finite.
         batches: Number of loader batches of each process that were trained.
+        steps: Number of optimizer steps; several for each loss with several optimizers.
     """
 
     losses: tuple[float, ...]
     evaluation: tuple[float, ...]
     diverged: bool
     batches: int = 0
+    steps: int = 0
 
 
 class RecordLosses(Callback):
@@ -53,6 +54,7 @@ class RecordLosses(Callback):
         evaluation: Losses of the batches after the last update, averaged over all processes.
         diverged: Whether the loop ended early.
         batches: Number of loader batches of this process that were trained.
+        steps: Number of optimizer steps.
     """
 
     def __init__(self, *, evaluate: int = 0) -> None:
@@ -60,7 +62,7 @@ class RecordLosses(Callback):
         self.losses: list[float] = []
         self.evaluation: list[float] = []
         self.diverged = False
-        self.batches = 0
+        self.batches = self.steps = 0
         self._window: list[Tensor] = []
 
     def on_train_batch_end(
@@ -68,6 +70,7 @@ class RecordLosses(Callback):
     ) -> None:
         """Records the mean loss when an accumulation window ends."""
         self.batches += 1
+        self.steps = trainer.global_step
         loss = outputs.get("loss") if isinstance(outputs, dict) else None
         if loss is not None:
             # Lightning's outputs hold the loss divided by the accumulation.
@@ -107,7 +110,7 @@ def state_restored(trainer: Trainer, module: LightningModule) -> Iterator[Object
     Yields:
         The snapshot, which may be restored within the block, too; random states are not.
     """
-    with isolate_rng(include_cuda=torch.cuda.is_available()):
+    with preserve_random_state(trainer.strategy.root_device):
         strategies.reshard(module)
         snapshot = ObjectSnapshot(*module.modules(), *separate_loop.objects_changed_by_fit(trainer))
         try:
@@ -173,6 +176,7 @@ def run_branch(
         evaluation=tuple(recorder.evaluation),
         diverged=recorder.diverged,
         batches=recorder.batches,
+        steps=recorder.steps,
     )
 
 

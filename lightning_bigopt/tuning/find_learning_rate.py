@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from statistics import fmean
 from typing import Any, Literal, TypeAlias
 
-import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_bigopt.checks import (
@@ -20,42 +16,16 @@ from lightning_bigopt.checks import (
     shown,
 )
 from lightning_bigopt.durations.duration import Duration, DurationLike
-from lightning_bigopt.optimizers.private import check_not_private
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
-from lightning_bigopt.trainer_access import trial_runs
-from lightning_bigopt.tuning.base_rates import BaseRates
-from lightning_bigopt.tuning.curve import RangeTest, exponential_rates
+from lightning_bigopt.trainer_access import loop, trial_runs
 from lightning_bigopt.tuning.found_learning_rate import FoundLearningRate
-from lightning_bigopt.tuning.log_rate_fit import optimum_of, paired_errors
-from lightning_bigopt.tuning.rate_branches import (
-    highest_useful_rate,
-    run_rate_branches,
-    scores,
-)
+from lightning_bigopt.tuning.rate_search import LEAST_BRANCH, LEAST_SWEEP, RateSearch
 from lightning_bigopt.tuning.run_plan import plan
-from lightning_bigopt.tuning.sweep import run_sweep
-from lightning_bigopt.tuning.trial_callbacks import callbacks_affecting_gradients
 from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["find_learning_rate"]
 
 OnResult: TypeAlias = Literal["use", "report"]
-
-SWEEP = 0.12
-"""Share of the budget that the range test may use; it places the branches within a factor of 10."""
-
-STOP_SWEEP_AT = 4.0
-"""Multiple of the lowest loss at which the sweep ends, as in LearningRateRangeTest."""
-
-BELOW_RISE = 9.0
-"""Divides the highest learning rate at which the loss does not rise in the sweep, for the first
-branch. A branch was best at 1/4 to 1/25 of it, with Adam and SGD."""
-
-LEAST_SWEEP, LEAST_BRANCH = 12, 10
-"""Updates below which a sweep of seven decades, or a branch with warm-up and cooldown, is noise."""
-
-EXPONENT_DEVIATION = 0.15
-"""Standard deviation of the exponent between tasks, for the interval of the suggestion."""
 
 
 def find_learning_rate(
@@ -87,8 +57,8 @@ def find_learning_rate(
     other callbacks take no part, and nothing is logged. Afterwards the state of Trainer and module
     is restored bit for bit.
 
-    The losses are training losses, so that the method does not notice overfitting; regularization
-    changes the best learning rate of a long run, and a branch is too short to show it.
+    The method compares training losses, so it does not measure overfitting. It does not measure the
+    effect of regularization on a long run, either.
 
     Args:
         trainer: The Trainer of the run, whose number of updates must be known.
@@ -100,21 +70,23 @@ def find_learning_rate(
         branches: Number of branches, three or more. More branches are shorter.
         start: Learning rate of the first branch, instead of the range test.
         horizon_exponent: Exponent of the ratio of the lengths of branch and run; 0 for none.
-        on_result: ``"report"`` changes nothing; ``"use"`` sets ``lr`` or ``learning_rate`` of the
-            module where it equals its learning rate.
+        on_result: ``"report"`` changes nothing; ``"use"`` sets the attribute or hyperparameter
+            ``lr`` or ``learning_rate`` of the module if it equals its learning rate, and warns if
+            there is none.
 
     Returns:
         The suggestion, with its interval and the losses of the branches.
 
     Raises:
         ValueError: If an argument is out of range, the number of updates is unknown, the budget is
-            too small, or the training step returns no loss.
+            too small, the training step returns no finite loss, or no branch lowers the loss.
 
     Example:
         >>> from lightning_bigopt.examples.gpt import BytesGPT
         >>> trainer = Trainer(accelerator="cpu", max_steps=5000)  # doctest: +SKIP
         >>> found = find_learning_rate(trainer, BytesGPT(), loader)  # doctest: +SKIP
         >>> found.suggestion, found.interval, found.cost  # doctest: +SKIP
+        >>> module.lr *= found.factor  # doctest: +SKIP
 
     References:
         Bjorck et al., "Scaling Optimal LR Across Token Horizons", ICLR 2025,
@@ -131,131 +103,27 @@ def find_learning_rate(
     check_choice("on_result", on_result, OnResult)
     length = Duration.parse(budget, name="budget")
     run_updates = _updates_of_run(trainer, module, train_dataloaders, datamodule)
-    search = _Search(
+    search = RateSearch(
         run_updates=run_updates,
-        budget=_updates_of_budget(length, run_updates, branches=branches, sweeps=start is None),
+        budget=_updates_of_budget(length, run_updates, branches=branches),
         branches=branches,
         start=start,
         exponent=horizon_exponent,
-        on_result=on_result,
+        uses_result=on_result == "use",
         trainer_callbacks=trainer_callbacks.callbacks_of(trainer),
     )
-    with isolate_rng(include_cuda=torch.cuda.is_available()):
-        trial_runs.fit_quietly(
-            trainer, module, train_dataloaders, datamodule=datamodule, callbacks=[search]
-        )
+    trial_runs.fit_quietly(
+        trainer, module, train_dataloaders, datamodule=datamodule, callbacks=[search]
+    )
     assert search.found is not None
     _report(search.found)
     return search.found
 
 
-class _Search(Callback):
-    """Searches when a fit starts, and ends the fit."""
-
-    def __init__(
-        self,
-        *,
-        run_updates: int,
-        budget: int,
-        branches: int,
-        start: float | None,
-        exponent: float,
-        on_result: OnResult,
-        trainer_callbacks: list[Callback],
-    ) -> None:
-        self.run_updates, self.budget, self.branches = run_updates, budget, branches
-        self.start, self.exponent, self.on_result = start, exponent, on_result
-        # Copied before the fit, which replaces the Trainer's callbacks.
-        self.trainer_callbacks = trainer_callbacks
-        self.found: FoundLearningRate | None = None
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Runs range test and branches, and ends the fit."""
-        check_not_private(
-            trainer.optimizers,
-            "find_learning_rate",
-            "whose privacy budget the branches would spend; set the learning rate by hand",
-        )
-        groups = BaseRates(trainer)
-        of_module = [c for c in trainer_callbacks.callbacks_of(trainer) if c is not self]
-        callbacks = [*self.trainer_callbacks, *of_module]
-        self.found = self._search(trainer, pl_module, groups, callbacks)
-        if self.on_result == "use":
-            groups.use(self.found.suggestion, trainer, pl_module)
-        raise trial_runs.exit_fit(trainer)
-
-    def _search(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        groups: BaseRates,
-        callbacks: list[Callback],
-    ) -> FoundLearningRate:
-        sweep, start = None, self.start
-        if start is None:
-            sweep = self._sweep(trainer, module, groups, callbacks)
-            start = highest_useful_rate(sweep) / BELOW_RISE
-        swept = 0 if sweep is None else len(sweep.losses)
-        updates = (self.budget - swept) // self.branches
-        found = run_rate_branches(
-            trainer,
-            module,
-            groups,
-            callbacks=lambda: callbacks_affecting_gradients(callbacks),
-            start=start,
-            count=self.branches,
-            updates=updates,
-        )
-        rates, losses = tuple(found), [scores(branch) for branch in found.values()]
-        means = [fmean(each) if each else math.inf for each in losses]
-        if not any(map(math.isfinite, means)):
-            raise ValueError(
-                f"start must be a learning rate at which the loss stays finite, got {start:.3g}, "
-                "and every branch diverged; pass a smaller start="
-            )
-        initial = fmean(branch.losses[0] for branch in found.values())
-        optimum = optimum_of(rates, losses, initial=initial)
-        ratio = updates / self.run_updates
-        factor = ratio**self.exponent
-        deviation = math.hypot(optimum.deviation, EXPONENT_DEVIATION * math.log(ratio))
-        suggestion, spread = optimum.learning_rate * factor, math.exp(1.645 * deviation)
-        return FoundLearningRate(
-            suggestion=suggestion,
-            interval=(suggestion / spread, suggestion * spread),
-            branch_optimum=optimum.learning_rate,
-            horizon_factor=factor,
-            learning_rates=rates,
-            losses=tuple(means),
-            standard_errors=paired_errors(losses, means.index(min(means))),
-            edge=optimum.edge,
-            sweep=sweep,
-            branch_updates=updates,
-            updates=swept + sum(len(branch.losses) for branch in found.values()),
-            run_updates=self.run_updates,
-        )
-
-    def _sweep(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        groups: BaseRates,
-        callbacks: list[Callback],
-    ) -> RangeTest:
-        return run_sweep(
-            trainer,
-            module,
-            groups,
-            callbacks_affecting_gradients(callbacks),
-            rates=exponential_rates(1e-6, 10.0, _updates_of_sweep(self.budget)),
-            smoothing=0.0,
-            skip=0,
-            stop_at=STOP_SWEEP_AT,
-        )
-
-
 def _updates_of_run(
     trainer: Trainer, module: LightningModule, train_dataloaders: Any, datamodule: Any
 ) -> int:
+    loop.check_has_limit(trainer, "find_learning_rate")
     planned = plan(trainer, module, train_dataloaders, datamodule=datamodule, points=2)
     updates = planned.totals.get("updates")
     if updates is None:
@@ -266,11 +134,7 @@ def _updates_of_run(
     return int(updates)
 
 
-def _updates_of_sweep(budget: int) -> int:
-    return max(LEAST_SWEEP, int(SWEEP * budget))
-
-
-def _updates_of_budget(length: Duration, run: int, *, branches: int, sweeps: bool) -> int:
+def _updates_of_budget(length: Duration, run: int, *, branches: int) -> int:
     """Returns the updates of the budget; raises if they are too few."""
     if length.unit not in {"fraction", "steps"}:
         raise ValueError(
@@ -278,7 +142,7 @@ def _updates_of_budget(length: Duration, run: int, *, branches: int, sweeps: boo
             "'500 steps'"
         )
     updates = int(length.value * run if length.unit == "fraction" else length.value)
-    least = branches * LEAST_BRANCH + (LEAST_SWEEP if sweeps else 0)
+    least = branches * LEAST_BRANCH + LEAST_SWEEP
     if updates < least:
         raise ValueError(
             f"budget must be at least {least} updates for {branches} branches, got "
@@ -298,6 +162,6 @@ def _report(found: FoundLearningRate) -> None:
         tried = found.bracket[0] if found.edge == "low" else found.bracket[1]
         rank_zero_warn(
             f"The {found.edge}est learning rate that find_learning_rate tried, {tried:.3g}, was "
-            f"the best; the optimum may be past it. Pass start={tried:.1g}, or raise branches and "
-            "budget."
+            f"the best; the best one may be {found.edge}er. Pass start={tried:.1g}, or raise "
+            "branches and budget."
         )

@@ -22,8 +22,9 @@ class FoundLearningRate:
     Args:
         suggestion: The learning rate for the whole run: ``branch_optimum`` times
             ``horizon_factor``.
-        interval: 90 % interval of the suggestion. It includes the choice of the batches and the
-            uncertainty of the exponent of ``horizon_factor``, not the randomness of training.
+        interval: 90 % interval of the suggestion, from the deviations of the best learning rate of
+            branches between batches and initial weights, and of the exponent of
+            ``horizon_factor`` between tasks.
         branch_optimum: The best learning rate of a branch, see :func:`weighted_center`.
         horizon_factor: (updates of a branch / updates of the run) to the power of the exponent.
         learning_rates: The learning rate of each branch, ascending.
@@ -33,6 +34,7 @@ class FoundLearningRate:
         edge: ``"low"`` or ``"high"`` if the lowest or highest learning rate was significantly
             better than the next one, so that the optimum may be beyond it; None otherwise.
         sweep: The range test that placed the branches; None if they were placed by an argument.
+        current: The learning rate of the first parameter group before the search.
         branch_updates: Updates of one branch.
         updates: Updates of the range test and all branches together.
         run_updates: Updates of the whole run.
@@ -48,12 +50,13 @@ class FoundLearningRate:
         ...     standard_errors=(0.02, 0.0, 0.05),
         ...     edge=None,
         ...     sweep=None,
+        ...     current=1e-3,
         ...     branch_updates=25,
         ...     updates=75,
         ...     run_updates=1000,
         ... )
-        >>> found.bracket, found.cost
-        ((0.004, 0.025), 0.075)
+        >>> found.bracket, found.cost, found.factor
+        ((0.004, 0.025), 0.075, 3.0)
     """
 
     suggestion: float
@@ -65,6 +68,7 @@ class FoundLearningRate:
     standard_errors: tuple[float, ...]
     edge: str | None
     sweep: RangeTest | None
+    current: float
     branch_updates: int
     updates: int
     run_updates: int
@@ -75,6 +79,11 @@ class FoundLearningRate:
         return self.learning_rates[0], self.learning_rates[-1]
 
     @property
+    def factor(self) -> float:
+        """The suggestion divided by the current learning rate, for all parameter groups."""
+        return self.suggestion / self.current
+
+    @property
     def cost(self) -> float:
         """The updates as a fraction of the whole run."""
         return self.updates / self.run_updates
@@ -83,6 +92,7 @@ class FoundLearningRate:
         low, high = self.interval
         lines = [
             f"Learning rate {self.suggestion:.3g} for {self.run_updates} updates",
+            f"  factor on the current one: {self.factor:.3g}",
             f"  90 % interval: {low:.2g} to {high:.2g}",
             f"  best for {self.branch_updates} updates: {self.branch_optimum:.3g}",
             f"  factor for the longer run: {self.horizon_factor:.3g}",
@@ -95,7 +105,7 @@ class FoundLearningRate:
             shown = f"{loss:.4g} ± {error:.2g}" if math.isfinite(loss) else "diverged"
             lines.append(f"  {rate:<13.3g}  {shown}")
         if self.edge is not None:
-            lines.append(f"  the {self.edge}est was the best: the optimum may be past it")
+            lines.append(f"  the {self.edge}est was the best: the best one may be {self.edge}er")
         return "\n".join(lines)
 
     def plot(self, ax: Any = None) -> Any:

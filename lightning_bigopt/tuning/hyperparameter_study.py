@@ -10,8 +10,8 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 
+from lightning_bigopt.batching.randomness import preserve_random_state
 from lightning_bigopt.checks import check_choice, check_count
 from lightning_bigopt.durations.duration import DurationLike
 from lightning_bigopt.reporting.study import Direction, StudyTrial
@@ -238,7 +238,8 @@ def _no_trace() -> Iterator[None]:
     """Restores the random states and the variables of ``seed_everything`` when the block ends."""
     kept = {name: os.environ.get(name) for name in _SEED_VARIABLES}
     try:
-        with isolate_rng(include_cuda=torch.cuda.is_available()):
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        with preserve_random_state(device):
             yield
     finally:
         for name, value in kept.items():

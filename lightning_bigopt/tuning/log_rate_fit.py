@@ -54,8 +54,7 @@ def optimum_of(
     Args:
         learning_rates: At least two learning rates, ascending.
         losses: For each learning rate its losses on the same batches; empty if it diverged.
-        initial: The loss before the first update, which is the loss of a branch that diverged or
-            ended higher.
+        initial: The loss before the first update; a branch that ended higher has the weight of it.
 
     Returns:
         The optimum.
@@ -67,14 +66,15 @@ def optimum_of(
     """
     logs = [math.log(rate) for rate in learning_rates]
     batches = max(map(len, losses))
-    table = [list(each) or [initial] * batches for each in losses]
-    means = [min(fmean(each), initial) for each in table]
+    highest = max(initial, *(fmean(each) for each in losses if each))
+    table = [list(each) or [highest] * batches for each in losses]
+    means = [fmean(each) for each in table]
     best = min(range(len(means)), key=means.__getitem__)
     generator = random.Random(0)  # noqa: S311 - every process resamples alike
     resampled = []
     for _ in range(RESAMPLES):
         chosen = [generator.randrange(batches) for _ in range(batches)]
-        again = [min(fmean(each[index] for index in chosen), initial) for each in table]
+        again = [fmean(each[index] for index in chosen) for each in table]
         resampled.append(weighted_center(logs, again, initial=initial))
     return Optimum(
         learning_rate=math.exp(weighted_center(logs, means, initial=initial)),
@@ -114,8 +114,9 @@ def weighted_center(
 
     A loss that is :math:`d` above the smallest loss :math:`l` has the weight
     :math:`1 / (1 + (d / s)^2)`, where :math:`s` is :data:`SOFTNESS` times the gain
-    :math:`initial - l`. The mean uses all branches at the bottom of the basin, and is less noisy
-    than the minimum of a parabola; a steep side of the basin does not shift it.
+    :math:`initial - l`, and :math:`d` is at most the gain. The mean uses all branches at the bottom
+    of the basin, and is less noisy than the minimum of a parabola; a steep side of the basin does
+    not shift it.
 
     Args:
         positions: The positions.
@@ -129,13 +130,13 @@ def weighted_center(
         >>> weighted_center([0.0, 1.0, 2.0], [3.0, 1.0, 3.0], initial=5.0)
         1.0
         >>> round(weighted_center([0.0, 1.0, 2.0], [1.4, 1.0, 9.0], initial=5.0), 2)
-        0.83
+        0.84
     """
     lowest = min(losses)
     softness = SOFTNESS * (initial - lowest)
     if softness <= 0.0:
         return positions[losses.index(lowest)]
-    weights = [1.0 / (1.0 + ((loss - lowest) / softness) ** 2) for loss in losses]
+    weights = [1.0 / (1.0 + ((min(loss, initial) - lowest) / softness) ** 2) for loss in losses]
     products = (weight * position for weight, position in zip(weights, positions, strict=True))
     return sum(products) / sum(weights)
 

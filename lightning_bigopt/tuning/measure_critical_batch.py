@@ -7,10 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_bigopt.batching.scaling_rules import ScalingRule
@@ -20,7 +18,7 @@ from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.stage import Fit
 from lightning_bigopt.optimizers.object_snapshot import ObjectSnapshot
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
-from lightning_bigopt.trainer_access import loop_counters, trial_runs
+from lightning_bigopt.trainer_access import loop, loop_counters, trial_runs
 from lightning_bigopt.tuning.batch_measurement import BatchMeasurement
 from lightning_bigopt.tuning.critical_batch import CriticalBatchSize
 from lightning_bigopt.tuning.trial_callbacks import (
@@ -117,6 +115,7 @@ def critical_batch_size(
         )
     )
     averages = trainer_callbacks.find_lightning_callback(trainer, "WeightAveraging")
+    loop.check_has_limit(trainer, "critical_batch_size")
     if ckpt_path is not None and averages is not None:
         raise ValueError(
             "callbacks must not contain WeightAveraging with ckpt_path, got "
@@ -126,8 +125,6 @@ def critical_batch_size(
     callbacks = trainer_callbacks.callbacks_of(trainer)
     copies = [new_copy(c) for c in callbacks if isinstance(c, Capability)]
     with (
-        isolate_rng(include_cuda=torch.cuda.is_available()),
-        trial_runs.limits_kept(trainer),
         _before_checkpoint(trainer, module) if ckpt_path is not None else nullcontext(),
         warnings.catch_warnings(),
     ):

@@ -6,10 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_deprecation, rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_bigopt.arguments import explain_arguments
@@ -154,7 +152,7 @@ class LearningRateRangeTest(TrainerOnly, Callback):
             smoothing=self.smoothing,
             skip=self.skip,
             stop_at=self.stop_at,
-        )
+        ).result()
 
     def report(self) -> None:
         """Logs the suggestion and the two further ones, or a warning if there is none."""
@@ -230,10 +228,9 @@ def learning_rate_range_test(
         raise ValueError(f"trainer must be a Trainer, got {shown(trainer)}; {hint}")
     check_instance("module", module, nn.Module, hint=hint)  # perhaps a compiled one
     callback.trainer_callbacks = trainer_callbacks.callbacks_of(trainer)
-    with isolate_rng(include_cuda=torch.cuda.is_available()):
-        trial_runs.fit_quietly(
-            trainer, module, train_dataloaders, datamodule=datamodule, callbacks=[callback]
-        )
+    trial_runs.fit_quietly(
+        trainer, module, train_dataloaders, datamodule=datamodule, callbacks=[callback]
+    )
     assert callback.result is not None
     return callback.result
 
@@ -254,5 +251,5 @@ class _RangeTestOnly(LearningRateRangeTest):
         self.result = self.sweep(trainer, pl_module, groups, copies)
         self.report()
         if self.on_result == "use" and self.result.suggestion is not None:
-            groups.use(self.result.suggestion, trainer, pl_module)
+            groups.use_in_next_fit(self.result.suggestion, trainer, pl_module)
         raise trial_runs.exit_fit(trainer)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from statistics import fmean
-from typing import Any
+from statistics import fmean, pstdev
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
@@ -20,6 +19,7 @@ __all__ = [
     "FollowRate",
     "branch_factor",
     "highest_useful_rate",
+    "initial_losses",
     "next_step",
     "run_rate_branches",
     "scores",
@@ -163,23 +163,34 @@ def _is_better(branch: Branch, other: Branch) -> bool:
 def highest_useful_rate(sweep: RangeTest) -> float:
     """Returns the highest learning rate of a sweep at which the loss is not above its start.
 
-    The start is the first third of the sweep, in which nothing is learned yet; the loss may be
-    three of its standard deviations higher.
+    The loss is averaged over three neighboring learning rates, and may be three standard deviations
+    of its :func:`initial_losses` higher than their mean.
 
     Args:
         sweep: The range test.
 
     Example:
-        >>> losses = (2.0, 2.0, 2.0, 1.9, 1.8, 1.7, 2.1, 2.2, 9.0)
+        >>> losses = (2.0, 2.0, 2.0, 1.9, 1.8, 1.7, 2.1, 4.2, 9.0)
         >>> rates = tuple(10.0**power for power in range(-9, 0))
         >>> highest_useful_rate(RangeTest(learning_rates=rates, losses=losses, skip=0))
         0.0001
     """
-    losses: Any = sweep.losses
-    start = losses[: max(3, len(sweep.losses) // 3)]
-    mean = fmean(start)
-    limit = mean + 3.0 * math.sqrt(fmean((loss - mean) ** 2 for loss in start))
+    losses, start = sweep.losses, initial_losses(sweep)
+    limit = fmean(start) + 3.0 * pstdev(start)
+    averages = [fmean(losses[max(0, i - 1) : i + 2]) for i in range(len(losses))]
     useful = [
-        rate for rate, loss in zip(sweep.learning_rates, losses, strict=True) if loss <= limit
+        rate for rate, loss in zip(sweep.learning_rates, averages, strict=True) if loss <= limit
     ]
     return max(useful, default=sweep.learning_rates[0])
+
+
+def initial_losses(sweep: RangeTest) -> tuple[float, ...]:
+    """Returns the losses of the first third of a sweep, in which nothing is learned yet.
+
+    Example:
+        >>> rates = tuple(10.0**power for power in range(-9, 0))
+        >>> losses = (2.0, 2.1, 1.9, 1.8, 1.7, 1.6, 1.6, 1.9, 9.0)
+        >>> initial_losses(RangeTest(learning_rates=rates, losses=losses, skip=0))
+        (2.0, 2.1, 1.9)
+    """
+    return sweep.losses[: max(3, len(sweep.losses) // 3)]

@@ -9,8 +9,6 @@ from contextlib import nullcontext
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim import Optimizer
 
@@ -102,9 +100,7 @@ def plan(
     of_lightning = classes("callbacks.GradientAccumulationScheduler", "callbacks.Timer")
     copies += [copy.deepcopy(c) for c in callbacks if isinstance(c, of_lightning)]
     with (
-        isolate_rng(include_cuda=torch.cuda.is_available()),
         planned_in_one_process(trainer),
-        trial_runs.limits_kept(trainer),
         # Lightning makes the iterator before on_train_start; one with workers draws random numbers.
         separate_loop.loaders_restored(trainer, train_dataloaders, with_states_of=())
         if train_dataloaders is not None

@@ -29,6 +29,7 @@ class Sweep(RecordLosses):
 
     Attributes:
         losses: Loss of each update, averaged over its micro-batches and over all processes.
+        used: Learning rate of each of these updates.
         diverged: Whether the sweep ended early.
     """
 
@@ -44,15 +45,30 @@ class Sweep(RecordLosses):
         super().__init__()
         self.rates, self.groups = rates, groups
         self.smoothing, self.stop_at, self.skip = smoothing, stop_at, skip
+        self.used: list[float] = []
+        self._rate = rates[0]
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Sets the learning rate of the update; the sweep is the last callback."""
-        self.groups.write(self.rates[min(len(self.losses), len(self.rates) - 1)])
+        # By optimizer steps, which are more than the losses with several optimizers.
+        self._rate = self.rates[min(trainer.global_step, len(self.rates) - 1)]
+        self.groups.write(self._rate)
+
+    def result(self) -> RangeTest:
+        """Returns learning rates and losses."""
+        return RangeTest(
+            learning_rates=tuple(self.used),
+            losses=tuple(self.losses),
+            smoothing=self.smoothing,
+            skip=self.skip,
+            diverged=self.diverged,
+        )
 
     def should_stop(self) -> bool:
         """Returns whether the smoothed loss has risen, or the last loss is not finite."""
+        self.used.append(self._rate)  # of the loss that was recorded just now
         average = smooth(self.losses, self.smoothing)
         settled = average[self.skip :]
         rose = bool(settled) and 0.0 < self.stop_at * min(settled) < average[-1]
@@ -69,7 +85,7 @@ def run_sweep(
     smoothing: float,
     skip: int,
     stop_at: float,
-) -> RangeTest:
+) -> Sweep:
     """Runs a sweep in a separate loop, and restores all state.
 
     Args:
@@ -83,7 +99,7 @@ def run_sweep(
         stop_at: The sweep ends when the average exceeds this multiple of its minimum.
 
     Returns:
-        The result of the sweep.
+        The sweep after its end.
     """
     sweep = Sweep(rates, groups, smoothing=smoothing, stop_at=stop_at, skip=skip)
     engine = [Engine()] if callbacks else []
@@ -92,10 +108,4 @@ def run_sweep(
         separate_loop.run_separate_loop(
             trainer, module, callbacks=[*callbacks, *engine, sweep], max_steps=len(rates)
         )
-    return RangeTest(
-        learning_rates=rates[: len(sweep.losses)],
-        losses=tuple(sweep.losses),
-        smoothing=smoothing,
-        skip=skip,
-        diverged=sweep.diverged,
-    )
+    return sweep

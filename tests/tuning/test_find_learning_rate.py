@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import random
+import warnings
+from contextlib import suppress
 from typing import Any
 
 import lightning as L
@@ -164,8 +166,10 @@ def test_suggestion_follows_the_lengths_of_branch_and_run() -> None:
         assert run.suggestion == pytest.approx(run.branch_optimum * factor)
         low, high = run.interval
         assert low * high == pytest.approx(run.suggestion**2)
-        # The losses have no noise: the interval is that of the exponent, 0.32 ± 0.15.
-        spread = math.exp(1.645 * 0.15 * math.log(run.run_updates / run.branch_updates))
+        # The losses have no noise: the interval is that of the exponent, 0.32 ± 0.15, and of the
+        # initial weights.
+        exponent = 0.15 * math.log(run.run_updates / run.branch_updates)
+        spread = math.exp(1.645 * math.hypot(exponent, 0.25))
         assert high / run.suggestion == pytest.approx(spread, rel=0.1)
     flat = find_learning_rate(trainer(), Bowl(), data(), horizon_exponent=0.0)
     assert flat.suggestion == flat.branch_optimum
@@ -351,6 +355,7 @@ def result(**changes: Any) -> FoundLearningRate:
         "standard_errors": (0.05, 0.0, math.nan),
         "edge": None,
         "sweep": None,
+        "current": 0.001,
         "branch_updates": 25,
         "updates": 75,
         "run_updates": 1000,
@@ -361,6 +366,7 @@ def result(**changes: Any) -> FoundLearningRate:
 def test_text_shows_every_branch() -> None:
     assert str(result(edge="high")).splitlines() == [
         "Learning rate 0.004 for 1000 updates",
+        "  factor on the current one: 4",
         "  90 % interval: 0.002 to 0.008",
         "  best for 25 updates: 0.012",
         "  factor for the longer run: 0.333",
@@ -369,7 +375,7 @@ def test_text_shows_every_branch() -> None:
         "  0.004          2.5 ± 0.05",
         "  0.01           2.25 ± 0",
         "  0.025          diverged",
-        "  the highest was the best: the optimum may be past it",
+        "  the highest was the best: the best one may be higher",
     ]
 
 
@@ -440,18 +446,144 @@ def test_highest_useful_rate_ignores_noise_of_the_start() -> None:
     [
         ({"budget": "3 epochs"}, r"budget must be a share or a number .* got '3 epochs'"),
         ({"budget": "4%"}, r"budget must be at least 62 updates for 5 branches, .* which is 40"),
-        ({"budget": 49, "start": 1e-3}, "budget must be at least 50 updates"),
+        ({"budget": 61, "start": 1e-3}, "budget must be at least 62 updates"),
         ({"budget": "ten"}, "budget must be"),
         ({"branches": 2}, "branches must be a number of branches of at least 3, got 2"),
         ({"start": 0.0}, "start must be positive and finite, got 0.0; write 1e-3, or None"),
         ({"horizon_exponent": 2.0}, r"horizon_exponent must be in \[0, 1\], got 2.0"),
         ({"on_result": "train"}, "on_result must be 'report' or 'use'|on_result must be 'use'"),
-        ({"start": 1e300}, "start must be a learning rate at which the loss stays finite"),
+        (
+            {"start": 1e300},
+            r"budget and start must let .* that diverged after an initial loss of 7;",
+        ),
     ],
 )
 def test_invalid_arguments_raise_with_their_names(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         find_learning_rate(trainer(), Bowl(), data(), **options)
+
+
+class Stuck(Bowl):
+    """Its loss does not depend on its weights; ``noise`` makes it random."""
+
+    noise = 0.0
+
+    def training_step(self, batch: Any) -> Tensor:
+        return 0.0 * super().training_step(batch) + 2.0 + self.noise * torch.rand(())
+
+
+@pytest.mark.parametrize("start", [None, 1e-3])
+def test_branches_that_do_not_learn_raise(start: float | None) -> None:
+    with pytest.raises(ValueError, match=r"budget and start must let a branch lower the loss, got"):
+        find_learning_rate(trainer(), Stuck(), data(), start=start)
+
+
+def test_branches_that_do_not_learn_raise_or_warn_in_spite_of_noise() -> None:
+    silent, module = 0, Stuck()
+    module.noise = 1.0
+    for seed in range(10):
+        torch.manual_seed(seed)
+        with warnings.catch_warnings(record=True) as caught, suppress(ValueError):
+            warnings.simplefilter("always")
+            find_learning_rate(trainer(), module, data())
+            silent += not any("suggestion may be arbitrary" in str(w.message) for w in caught)
+    assert silent <= 3
+
+
+def test_start_at_which_every_branch_explodes_raises() -> None:
+    with pytest.raises(ValueError, match=r"budget and start must let .* initial loss of 7;"):
+        find_learning_rate(trainer(), Bowl(), data(), start=1e3, branches=3)
+
+
+def test_loss_that_is_never_finite_raises_without_an_advice_on_start() -> None:
+    class Broken(Bowl):
+        def training_step(self, batch: Any) -> Tensor:
+            return super().training_step(batch) * math.nan
+
+    with pytest.raises(ValueError, match=r"training_step must return a finite loss, got nan"):
+        find_learning_rate(trainer(), Broken(), data())
+
+
+class Outliers(Bowl):
+    """Every fifth batch has a loss and a gradient of nearly zero, as batches of one sample may."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # type: ignore[override]
+        return super().training_step(batch) * (1e-3 if batch_idx % 5 == 0 else 1.0)
+
+
+def test_batches_of_very_different_losses_do_not_end_the_sweep() -> None:
+    found = find_learning_rate(trainer(), Outliers(), data())
+    assert found.sweep is not None
+    assert found.sweep.learning_rates[-1] > 0.2  # at which the bowl diverges
+    assert 0.01 < found.branch_optimum < 0.2
+
+
+def test_trainer_without_a_limit_raises() -> None:
+    with pytest.raises(ValueError, match="trainer must have a limit for find_learning_rate, got"):
+        find_learning_rate(L.Trainer(**QUIET), Bowl(), data())
+
+
+class TwoOptimizers(Manual):
+    """Steps two optimizers for each batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        halves = (self.net[0].parameters(), self.net[4].parameters())
+        return [torch.optim.Adam(half, lr=self.lr) for half in halves]
+
+
+def test_sweep_and_cost_of_two_optimizers_count_their_steps() -> None:
+    module = TwoOptimizers()
+    counted: list[int] = []
+    module.net[0].register_forward_hook(lambda *_: counted.append(1))
+    found = find_learning_rate(trainer(), module, data())
+    assert found.updates == 2 * len(counted)
+    assert found.sweep is not None
+    assert found.sweep.learning_rates[-1] > 1.0 or found.sweep.diverged
+
+
+def test_random_states_are_restored_after_an_error() -> None:
+    class Fails(Bowl):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # type: ignore[override]
+            if torch.rand(()) < 2.0 and self.trainer.global_step == 5:
+                raise RuntimeError("a fault of the module")
+            return super().training_step(batch)
+
+    states = random.getstate(), torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="a fault of the module"):
+        find_learning_rate(trainer(), Fails(), data())
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.get_rng_state(), states[1])
+
+
+def test_limits_of_the_trainer_are_restored() -> None:
+    fitted = trainer()
+    before = fitted.max_epochs, fitted.min_epochs, fitted.max_steps
+    find_learning_rate(fitted, Bowl(), data())
+    assert (fitted.max_epochs, fitted.min_epochs, fitted.max_steps) == before
+
+
+class Scaled(Bowl):
+    """Gives its optimizer another learning rate than its attribute."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.5 * self.lr)
+
+
+def test_use_warns_if_the_next_fit_would_not_notice_it() -> None:
+    module = Scaled()
+    with pytest.warns(UserWarning, match="on_result='use' needs an attribute .* Multiply it by"):
+        found = find_learning_rate(trainer(), module, data(), on_result="use")
+    assert module.lr == 1e-3
+    assert found.current == 5e-4
+    assert found.factor * found.current == pytest.approx(found.suggestion)
 
 
 def test_run_of_unknown_length_raises() -> None:

@@ -68,6 +68,11 @@ def test_diverged_branch_counts_as_one_that_learned_nothing() -> None:
     assert diverged == optimum_of(RATES, [*losses, [500.0, 700.0]], initial=5.0)
 
 
+def test_lowest_loss_is_the_best_if_none_is_below_the_initial_one() -> None:
+    losses = [[2.0, 2.1], [1.2, 1.3], [1.5, 1.6]]
+    assert optimum_of(RATES[:3], losses, initial=1.0).learning_rate == pytest.approx(RATES[1])
+
+
 @pytest.mark.parametrize(("best", "edge"), [(0, "low"), (1, None), (2, None), (3, "high")])
 def test_edge_names_the_end_at_which_the_best_branch_is(best: int, edge: str | None) -> None:
     losses = [[2.0 + abs(index - best)] for index in range(4)]
