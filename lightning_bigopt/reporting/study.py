@@ -13,6 +13,7 @@ Direction: TypeAlias = Literal["minimize", "maximize"]
 TrialState: TypeAlias = Literal["complete", "pruned", "failed", "running"]
 
 _EDGE = 0.05  # share of an axis at each of its ends
+_TRIALS_FOR_ADVICE = 6  # the best of fewer ones is often at an end by chance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,8 +200,11 @@ class StudyRecord:
         return sum(trial.seconds for trial in self.trials)
 
     def edges(self) -> list[str]:
-        """Returns one sentence for each best value at an end of its range, with what to do."""
-        if self.best is None:
+        """Returns one sentence for each best value at an end of its range, with what to do.
+
+        None with fewer than six complete trials, whose best values are at an end by chance.
+        """
+        if self.best is None or self.count("complete") < _TRIALS_FOR_ADVICE:
             return []
         found = [axis.advice_at_edge(self.best.values[axis.name]) for axis in self.axes]
         return [advice for advice in found if advice]

@@ -34,7 +34,8 @@ than the best ones are drawn at the edge.</p>
 {% if edges %}
 <ul>{% for line in edges %}<li>{{ line }}</li>{% endfor %}</ul>
 {% else %}
-<p class="note">None: the best values are inside their ranges.</p>
+<p class="note">None: the best values are inside their ranges, or fewer than six trials are
+complete.</p>
 {% endif %}
 <h2>Importance</h2>
 {% if importance %}

@@ -143,7 +143,7 @@ def check_supported(fit: Fit) -> None:
     if not learns(fit):
         raise ValueError(
             "the learning rate must be positive to measure the critical batch size, got 0 in every "
-            "parameter group; pass ckpt_path= of a checkpoint behind the warm-up"
+            "parameter group; pass ckpt_path= of a checkpoint after the warm-up"
         )
 
 

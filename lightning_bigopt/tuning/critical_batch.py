@@ -105,8 +105,8 @@ class CriticalBatchSize:
         if len(used) < 2:
             raise MeasurementError(
                 f"the branch with the current batch of {self.batch_size} must have two finite "
-                f"losses, got {list(self.losses[0][:3])}; measure at another update, or lower the "
-                "learning rate"
+                f"losses, got {list(self.losses[0][:3]) or 'none, because it diverged'}; measure "
+                "at another update, or lower the learning rate"
             )
         base = [self.losses[0][index] for index in used]
         pairs = [

@@ -129,7 +129,8 @@ def _updates_of_run(
     if updates is None:
         raise ValueError(
             "trainer must have a known number of updates for find_learning_rate, got one whose "
-            "budget is in another unit or whose batch size adapts; pass a Trainer with max_steps"
+            "budget is in another unit or whose batch size adapts; pass a Trainer with max_steps, "
+            "and BatchSizeScheduler(ConstantBatchSize(...)) in place of a batch size that adapts"
         )
     return int(updates)
 

@@ -72,7 +72,7 @@ def critical_batch_size(
         ckpt_path: Checkpoint of the run at which to measure; None for its start. At the start the
             learning rate must not be 0, as in a warm-up.
         multiples: Multiples of the current global batch size, ascending from 1.
-        tolerance: Largest difference from the loss of multiple 1 that is no loss, in units of the
+        tolerance: Largest accepted increase of the loss over that of multiple 1, in units of the
             loss.
         window: Length of each branch, in percent of the run, in samples, or in another unit that is
             known in advance; rounded down to whole updates of all multiples, and at least four

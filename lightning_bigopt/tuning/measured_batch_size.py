@@ -20,6 +20,7 @@ from lightning_bigopt.durations.duration import Duration, DurationLike
 from lightning_bigopt.durations.progress import Progress
 from lightning_bigopt.engine.batch_contents import BatchCount, BatchWeight
 from lightning_bigopt.engine.stage import Batch, Fit
+from lightning_bigopt.tuning.batch_branches import scaling_rule_of
 from lightning_bigopt.tuning.batch_measurement import BatchMeasurement, learns
 from lightning_bigopt.tuning.critical_batch import CriticalBatchSize, MeasurementError
 from lightning_bigopt.tuning.trial_callbacks import branch_callbacks, samples_of_batches
@@ -204,6 +205,7 @@ class MeasuredBatchSize(BatchSizeScheduler):
         assert horizon is not None  # needs_horizon
         self._every = horizon.fraction(self.check_every, name="check_every")
         super().start(fit)
+        self._check_rule(fit)
         # Raises now, and not in the middle of the run.
         micro_batch = samples_of_batches(fit, 1)
         self.measurement.updates(fit, batch_size=self.low, micro_batch=micro_batch)
@@ -245,6 +247,18 @@ class MeasuredBatchSize(BatchSizeScheduler):
             f"{found.standard_errors[-1]:.4f} of loss over {found.window} samples: the batch is "
             + (f"doubled to {2 * size}." if found.verdicts[-1] == "within" else "kept.")
         )
+
+    def _check_rule(self, fit: Fit) -> None:
+        """Warns if another rule is recommended for the optimizers."""
+        try:
+            recommended = scaling_rule_of(fit.groups.optimizers)
+        except ValueError:  # none is known, or several are
+            return
+        if recommended != self.measurement.lr_scaling:
+            rank_zero_warn(
+                f"MeasuredBatchSize has lr_scaling={self.measurement.lr_scaling!r}, and "
+                f"{recommended!r} is recommended for {type(fit.groups.optimizers[0][1]).__name__}."
+            )
 
     def metrics(self, fit: Fit) -> Mapping[str, float | Tensor]:
         """Returns batch size, factor on the learning rate, and cost and samples of the branches."""

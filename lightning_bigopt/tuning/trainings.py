@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, ref
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_bigopt.checks import shown
@@ -156,8 +157,20 @@ class MadeTrainings(Trainings):
         )
         self._places = {path: paths.find(path) for path in space}
         self._find_in_optimizer(paths, examples)
+        self._warn_of_any_others(arguments)
         found: Trainer = trainer
         return found
+
+    def _warn_of_any_others(self, arguments: Mapping[str, Mapping[str, Any]]) -> None:
+        """Warns of paths that only ``**kwargs`` take: a misspelled one would change nothing."""
+        for path, places in self._places.items():
+            root = places[0].root
+            if root in self._make and path == places[0].keys[-1] not in arguments[root]:
+                name = "make_module" if root == "model" else f"make_{root}"
+                rank_zero_warn(
+                    f"{path!r} of the space is no field that is known: {name} gets it among its "
+                    "**kwargs. Name it among the arguments of the function to avoid this warning."
+                )
 
     def _find_in_optimizer(self, paths: FieldPaths, examples: Mapping[str, Any]) -> None:
         missing = [path for path, places in self._places.items() if not places]

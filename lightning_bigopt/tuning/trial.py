@@ -160,7 +160,7 @@ def score(training: Training, monitor: str, report: Report | None, **options: An
         training.validate()
         metrics |= trainer.callback_metrics
     if monitor not in metrics:
-        raise _not_logged(monitor, list(metrics))
+        raise _not_logged(monitor, list(metrics), is_validated=validations.is_enabled)
     value = float(trainer.strategy.broadcast(float(metrics[monitor])))
     if not math.isfinite(value):
         raise PrunedError(f"{monitor} was {value} after {trainer.global_step} updates")
@@ -272,7 +272,12 @@ def _is_of_package(error: BaseException) -> bool:
     return bool(modules) and modules[-1].partition(".")[0] == _PACKAGE
 
 
-def _not_logged(monitor: str, logged: list[str]) -> SetupError:
+def _not_logged(monitor: str, logged: list[str], *, is_validated: bool) -> SetupError:
+    if not is_validated:
+        return SetupError(
+            f"make_data must return validation data for monitor={monitor!r}, got none; return "
+            "(train_loader, val_loader), or pass the name of a value that training logs"
+        )
     similar = get_close_matches(monitor, logged, n=1)
     advice = f"did you mean {similar[0]!r}?" if similar else f"logged are {shown(sorted(logged))}"
     return SetupError(

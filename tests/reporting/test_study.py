@@ -130,7 +130,7 @@ def test_page_shows_everything(tmp_path: Path):
     assert page.count("<svg") == 2
     for text in (
         "Study: a$b$",
-        "lr = 0.09 is at the upper end of its range; search again from 0.01 to 10",
+        "None: the best values are inside their ranges, or fewer than six trials are",
         "val_loss was nan &amp; &lt;bad&gt; after 4 updates",
         "model:\n  lr: 0.09",
         "saved 10 of the 74 updates",
@@ -140,6 +140,24 @@ def test_page_shows_everything(tmp_path: Path):
         assert text in page
     path = study().report(tmp_path / "new" / "study.html")
     assert "Not enough complete trials" in path.read_text()
+
+
+def test_advice_needs_six_complete_trials():
+    def trials(count: int) -> Any:
+        return tuple(
+            StudyTrial(
+                number=n,
+                state="complete",
+                values={"lr": 0.09, "schedule.decay": "20%"},
+                loss=2.0 + n,
+            )
+            for n in range(count)
+        )
+
+    assert study(trials=trials(5)).edges() == []
+    advice = "lr = 0.09 is at the upper end of its range; search again from 0.01 to 10"
+    assert study(trials=trials(6)).edges() == [advice]
+    assert advice in render_study(study(trials=trials(6)))
 
 
 def test_study_without_a_complete_trial_is_drawn():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +237,9 @@ def test_measurement_with_a_loss_that_is_not_finite_keeps_the_batch() -> None:
     """Branches begin with the first samples of a sequential loader; StepGuard skips the update."""
     policy, module = measured(), SometimesNaN()
     trainer = L.Trainer(**QUIET, max_epochs=EPOCHS, callbacks=[*others(), policy])
-    with pytest.warns(UserWarning, match=r"keeps the batch of 8: the branch with .* got \[\]"):
+    with pytest.warns(
+        UserWarning, match=r"keeps the batch of 8: .* got none, because it"
+    ):
         trainer.fit(module, data(shuffle=False))
     assert not policy.measurements
     assert trainer.global_step == 120
@@ -276,6 +279,20 @@ def test_measurement_at_a_learning_rate_of_zero_waits() -> None:
     )
     trainer.fit(Model(), data())
     assert [samples for samples, _ in policy.measurements] == [488, 680]
+
+
+class WithSGD(Model):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def test_rule_of_another_optimizer_warns() -> None:
+    with pytest.warns(UserWarning, match="lr_scaling='sqrt', and 'linear' is recommended for SGD"):
+        fit(measured(), module=WithSGD())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", ".*(LeafSpec|set_vital|workers)")
+        fit(measured(lr_scaling="linear"), module=WithSGD())
 
 
 def test_exact_loader_raises() -> None:

@@ -470,3 +470,29 @@ def test_interrupt_ends_the_study_as_an_interrupt_and_is_repeated(tmp_path: Path
     with pytest.raises(KeyboardInterrupt):
         run(space, make_trainer=lambda: make_trainer(Interrupts()), storage=storage)
     assert [trial.state.name for trial in stored(tmp_path).trials] == ["FAIL", "WAITING"]
+
+
+class AnyArguments(Network):
+    """Accepts any argument."""
+
+    def __init__(self, lr: float = 0.01, **others: Any) -> None:
+        super().__init__(lr=lr)
+
+
+def test_path_that_only_any_arguments_take_warns() -> None:
+    def closed_trainer() -> L.Trainer:
+        return make_trainer()
+
+    space = {"learning_rat": Log(1e-3, 0.3)}
+    with pytest.warns(UserWarning, match=r"'learning_rat' of the space is no field .* make_module"):
+        study(closed_trainer, AnyArguments, make_data=make_data, space=space, trials=1)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_data_without_validation_raises_with_the_way_out() -> None:
+    def data() -> Any:
+        return make_data()[0]
+
+    message = r"make_data must return validation data for monitor='val_loss', got none; return \("
+    with pytest.raises(ValueError, match=message):
+        study(make_trainer, Network, make_data=data, space={"lr": Log(1e-3, 0.3)}, trials=1)
