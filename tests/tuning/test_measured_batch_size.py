@@ -237,9 +237,7 @@ def test_measurement_with_a_loss_that_is_not_finite_keeps_the_batch() -> None:
     """Branches begin with the first samples of a sequential loader; StepGuard skips the update."""
     policy, module = measured(), SometimesNaN()
     trainer = L.Trainer(**QUIET, max_epochs=EPOCHS, callbacks=[*others(), policy])
-    with pytest.warns(
-        UserWarning, match=r"keeps the batch of 8: .* got none, because it"
-    ):
+    with pytest.warns(UserWarning, match=r"keeps the batch of 8: .* got none, because it"):
         trainer.fit(module, data(shuffle=False))
     assert not policy.measurements
     assert trainer.global_step == 120
