@@ -396,10 +396,10 @@ is 52 updates here.
 ## Where it fails
 
 The exponent 0.32 of the correction for the length of the run is an average over models and lengths.
-Between the branches and the runs above it was 0.37 for the GPT, 0.35 for the CNN and 0.28 for the
+Between the branches and the runs above it was 0.38 for the GPT, 0.34 for the CNN and 0.31 for the
 LSTM. In shorter runs the best learning rate depends less on the length: for a small network on
 bytes (notebook 04) with 1,500 updates the best of seven rates is 0.008 with a loss of 2.40, and
-four suggestions are 0.0018 to 0.0032, with losses of 2.5 to 2.6. The interval of the suggestion
+four suggestions are 0.0017 to 0.0031, with losses of 2.5 to 2.6. The interval of the suggestion
 assumes 0.32 ± 0.15.
 """
 

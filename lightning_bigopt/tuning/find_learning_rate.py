@@ -21,6 +21,7 @@ from lightning_bigopt.trainer_access import loop, trial_runs
 from lightning_bigopt.tuning.found_learning_rate import FoundLearningRate
 from lightning_bigopt.tuning.rate_search import LEAST_BRANCH, LEAST_SWEEP, RateSearch
 from lightning_bigopt.tuning.run_plan import plan
+from lightning_bigopt.tuning.trial_callbacks import callbacks_affecting_gradients
 from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["find_learning_rate"]
@@ -111,6 +112,7 @@ def find_learning_rate(
         exponent=horizon_exponent,
         uses_result=on_result == "use",
         trainer_callbacks=trainer_callbacks.callbacks_of(trainer),
+        copies=callbacks_affecting_gradients,
     )
     trial_runs.fit_quietly(
         trainer, module, train_dataloaders, datamodule=datamodule, callbacks=[search]

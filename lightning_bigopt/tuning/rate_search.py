@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -23,7 +23,6 @@ from lightning_bigopt.tuning.rate_branches import (
     scores,
 )
 from lightning_bigopt.tuning.sweep import Sweep, run_sweep
-from lightning_bigopt.tuning.trial_callbacks import callbacks_affecting_gradients
 
 __all__ = ["LEAST_BRANCH", "LEAST_SWEEP", "RateSearch"]
 
@@ -53,6 +52,7 @@ class RateSearch(Callback):
         exponent: Exponent of the ratio of the lengths of branch and run.
         uses_result: Whether the module gets the suggestion.
         trainer_callbacks: The callbacks of the Trainer, which the fit replaces.
+        copies: Returns new copies of the callbacks that take part in a branch.
 
     Attributes:
         found: The result; None before the fit.
@@ -68,10 +68,11 @@ class RateSearch(Callback):
         exponent: float,
         uses_result: bool,
         trainer_callbacks: list[Callback],
+        copies: Callable[[Sequence[Callback]], list[Callback]],
     ) -> None:
         self.run_updates, self.budget, self.branches = run_updates, budget, branches
         self.start, self.exponent, self.uses_result = start, exponent, uses_result
-        self.trainer_callbacks = trainer_callbacks
+        self.trainer_callbacks, self.copies = trainer_callbacks, copies
         self.found: FoundLearningRate | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -111,7 +112,7 @@ class RateSearch(Callback):
             trainer,
             module,
             groups,
-            callbacks=lambda: callbacks_affecting_gradients(callbacks),
+            callbacks=lambda: self.copies(callbacks),
             start=start,
             count=self.branches,
             updates=updates,
@@ -156,7 +157,7 @@ class RateSearch(Callback):
             trainer,
             module,
             groups,
-            callbacks_affecting_gradients(callbacks),
+            self.copies(callbacks),
             rates=exponential_rates(1e-6, 10.0 if self.start is None else 1e-5, count),
             smoothing=0.0,
             skip=0,
