@@ -194,6 +194,7 @@ class ModelOfParts(Model):
         return nn.functional.mse_loss(self.net(self.hidden(batch[0])), batch[1])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from LightningCLI
 def test_parts_and_groups_by_pattern_train_from_the_saved_config(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
+import time
+from collections.abc import Mapping
 from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["make_storage", "open_study", "suggest"]
 
+_ATTEMPTS = 6
+_RACES = ("already exists", "unique constraint", "duplicate", "database is locked")
+
 
 def open_study(storage: Any, **options: Any) -> OptunaStudy:
     """Returns a study of a storage, which is made if it does not exist.
@@ -26,16 +32,32 @@ def open_study(storage: Any, **options: Any) -> OptunaStudy:
     Raises:
         ValueError: If the storage cannot be used.
     """
-    import optuna
-
     try:
         made = make_storage(storage)
     except (OSError, JSONDecodeError) as error:
         raise _unusable(storage, error) from error
     try:
-        return optuna.create_study(storage=made, load_if_exists=True, **options)
+        return _create_study(made, options, attempts=_ATTEMPTS)
     except Exception as error:  # each database has errors of its own
         raise _unusable(storage, error.__cause__ or error) from error
+
+
+def _create_study(storage: Any, options: Mapping[str, Any], *, attempts: int) -> OptunaStudy:
+    import optuna
+
+    try:
+        return optuna.create_study(storage=storage, load_if_exists=True, **options)
+    except Exception as error:
+        if attempts == 1 or not _is_race(error):
+            raise
+        time.sleep(random.uniform(0.1, 0.5))  # noqa: S311 - lets the other process finish
+        return _create_study(storage, options, attempts=attempts - 1)
+
+
+def _is_race(error: BaseException) -> bool:
+    """Returns whether another process has made the tables of a database at the same time."""
+    text = str(error).lower()
+    return any(words in text for words in _RACES)
 
 
 def suggest(trial: Trial, path: str, distribution: Any) -> None:

@@ -140,6 +140,7 @@ def run_settings(draw):
     return Setting(policy, clock, budget, micro, world, each, last)
 
 
+@pytest.mark.slow
 @given(run_settings())
 @settings(max_examples=200, deadline=None)
 def test_simulation_equals_the_loop_over_batches(setting):

@@ -305,6 +305,7 @@ def test_validate_without_fit_runs(tmp_path: Path) -> None:
     assert trainer.validate(Validating(), loader(8, 4), verbose=False)
 
 
+@pytest.mark.slow
 @fault_of_2_5_0("RichProgressBar fails with rich 15", strict=False)
 @pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
 def test_progress_bars_show_the_used_values(
@@ -334,6 +335,7 @@ def test_progress_bars_show_the_used_values(
     assert "grad_norm" in shown
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_steps(tmp_path: Path) -> None:
     sizes = []
     for epochs in (10, 25):

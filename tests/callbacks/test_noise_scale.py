@@ -53,6 +53,7 @@ def test_estimate_from_the_first_micro_batch_of_a_window(precision: str) -> None
     check_estimate(measure(planned, **cpu_precision(precision)))
 
 
+@pytest.mark.slow
 def test_estimate_with_accumulate_grad_batches_and_with_clipping() -> None:
     check_estimate(measure(accumulate_grad_batches=4))
     clipped = [BatchSizeScheduler(ConstantBatchSize(8)), GradientClipping(NormClip(max_norm=0.1))]

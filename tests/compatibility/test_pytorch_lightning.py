@@ -69,6 +69,7 @@ def test_every_public_callback_and_mixin_is_run() -> None:
     assert (set(CALLBACKS), set(MIXINS)) == public()
 
 
+@pytest.mark.slow
 def test_the_runs_do_what_their_callbacks_are_for() -> None:
     name = "pytorch_lightning"
     bare = {"loss", "epoch", "val_loss", "falling", "lr-AdamW"}

@@ -97,6 +97,7 @@ def weights(folder: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_fit_and_plan_take_a_module_of_either_package(capsys: pytest.CaptureFixture[str]) -> None:
     trained, printed = [], []
     for name in NAMES:

@@ -190,7 +190,7 @@ def found_rates(out: Path) -> Any:
             callbacks=[LearningRateScheduler(DOWN), GradientClipping(NormClip(max_norm=0.5))],
         )
         if searches:
-            found = find_learning_rate(trainer, model, loader(24, 2), budget=60)
+            found = find_learning_rate(trainer, model, loader(24, 2), budget=60, branches=4)
         trainer.fit(model, loader(24, 2))
         runs.append([model.lrs[-12:], weights(model)])
     return {

@@ -126,6 +126,7 @@ def check(name: str, how: str, **options: Any) -> None:
     assert 1 <= compilations() <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["schedule", "all"])
 def test_run_with_a_compiled_step_equals_the_run_without(name: str) -> None:
     check(name, "method")

@@ -580,6 +580,7 @@ def test_a_range_test_runs_and_changes_nothing(optimizer: Any, as_callback: bool
     assert same(copies(tested), copies(straight))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [AdamW, SwappingSGD])
 def test_a_batch_finder_runs_and_changes_nothing(optimizer: Any) -> None:
     def fit(*finder: L.Callback) -> Free:

@@ -63,6 +63,7 @@ def test_groups_hold_every_parameter_once_and_only_matrices_decay(model: BytesGP
     assert (decay["weight_decay"], no_decay["weight_decay"]) == (0.1, 0.0)
 
 
+@pytest.mark.slow
 def test_model_memorizes_a_sentence(model: BytesGPT):
     optimizer = model.configure_optimizers()
     batch = torch.tensor(list(b"hello, world!")).expand(4, -1)

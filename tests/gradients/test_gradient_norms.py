@@ -113,6 +113,7 @@ def test_one_non_finite_entry_is_found(order, bad, size, dtype):
     assert not norms.per_tensor[1].isfinite()
 
 
+@pytest.mark.slow
 def test_norm_of_a_large_tensor_of_equal_numbers_is_exact():
     # A plain float32 sum is wrong by 0.3 %.
     gradient = torch.full((25_000_000,), 0.1)

@@ -45,6 +45,7 @@ def test_one_of_a_thousand_good_updates_and_nearly_all_spikes_are_rejected(task)
     assert recall(NormSpike(), task) >= 0.95
 
 
+@pytest.mark.slow
 def test_spikes_in_swinging_norms_are_rejected_more_often_than_by_version_0_1():
     assert recall(RuleOf01(), PERCEPTRON) < 0.85 < recall(NormSpike(), PERCEPTRON)
 

@@ -160,6 +160,7 @@ def test_step_that_did_not_run_is_not_corrected_later():
     torch.testing.assert_close(ours[0].detach(), before - 0.001)
 
 
+@pytest.mark.slow
 def test_replaced_parameters_leave_no_copies():
     """As when the points of Gaussian splatting are split and removed every hundred updates."""
     optimizer = torch.optim.SGD(parameters(shapes=((),)), lr=0.1)

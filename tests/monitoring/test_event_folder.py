@@ -139,6 +139,7 @@ def test_report_without_logs_names_event_folder(tmp_path: Path) -> None:
         read_run(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", ["updates", "samples"])
 def test_resumed_run_replaces_the_values_after_its_checkpoint(axis: Any, tmp_path: Path) -> None:
     def run(name: str, *more: Any, **options: Any) -> Any:

@@ -115,6 +115,7 @@ def test_report_is_one_file_with_every_chart(logged_run: Any) -> None:
     assert not re.search(r"url\((?!#)", page)
 
 
+@pytest.mark.slow
 def test_command_shows_two_runs_side_by_side(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -185,6 +186,7 @@ def test_error_in_the_first_batch_is_raised(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])
 def test_prefix_of_the_logger_does_not_change_the_report(kind: Any, logged_run: Any) -> None:
     plain, prefixed = logged_run(kind), logged_run(kind, "my-model")
@@ -273,6 +275,7 @@ def test_fraction_of_clipped_updates_is_that_of_the_run(tmp_path: Path) -> None:
     assert line.startswith(f"clip: {100 * share:.1f} % of the updates")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
 @pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])
 def test_interrupted_run_is_logged_up_to_its_last_logging_step(
@@ -357,6 +360,7 @@ def test_folder_of_several_runs_raises_and_lists_them(tmp_path: Path) -> None:
         read_run(tmp_path)
 
 
+@pytest.mark.slow
 def test_names_are_escaped_and_non_finite_values_are_counted() -> None:
     curve = [(0, 1.0), (1, float("nan")), (2, float("inf")), (3, 2.0)]
     run = Run(name="<b>&", curves={"grad_norm/total": curve, "loss<script>": curve})
@@ -410,6 +414,7 @@ def test_run_without_clipping_says_so() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_two_runs_share_one_chart_of_the_loss(logged_run: Any) -> None:
     with_clipping = logged_run()
     curves = {

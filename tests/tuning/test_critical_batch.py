@@ -326,6 +326,7 @@ def test_generator_of_a_batch_sampler_is_restored() -> None:
     assert all_equal(orders)
 
 
+@pytest.mark.slow
 def test_checkpoint_leaves_module_and_trainer_as_they_were(tmp_path: Path) -> None:
     saves = ModelCheckpoint(tmp_path, every_n_train_steps=20, save_top_k=-1, filename="{step}")
     quiet = {**QUIET, "max_steps": 60, "enable_checkpointing": True}
@@ -370,6 +371,7 @@ class MeasuresAt(Capability):
             )
 
 
+@pytest.mark.slow
 def test_a_checkpoint_measures_as_the_run_does(tmp_path: Path) -> None:
     options: dict[str, Any] = {"window": "10%", "evaluate": 6, "tolerance": 0.001}
     within = MeasuresAt(20, BatchMeasurement(**options))

@@ -318,6 +318,7 @@ def test_groups_keep_their_ratios() -> None:
 # ------------------------------------------------------------------------------ use of the result
 
 
+@pytest.mark.slow
 def test_use_sets_the_lr_of_the_module() -> None:
     module, fitted = Model(), trainer(LearningRateScheduler(Linear()), steps=500)
     found = find_learning_rate(fitted, module, data(), on_result="use", budget="15%")
@@ -478,6 +479,7 @@ def test_branches_that_do_not_learn_raise(start: float | None) -> None:
         find_learning_rate(trainer(), Stuck(), data(), start=start)
 
 
+@pytest.mark.slow
 def test_branches_that_do_not_learn_raise_or_warn_in_spite_of_noise() -> None:
     silent, module = 0, Stuck()
     module.noise = 1.0

@@ -46,6 +46,7 @@ def test_optimum_does_not_depend_on_the_units_of_loss_and_learning_rate() -> Non
     assert RATES[1] < plain.learning_rate < RATES[2]
 
 
+@pytest.mark.slow
 def test_deviation_equals_that_of_new_batches() -> None:
     """Simulates fits on new batches; the losses of one batch are correlated over the branches."""
     generator = np.random.default_rng(1)

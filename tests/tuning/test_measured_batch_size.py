@@ -284,6 +284,7 @@ class WithSGD(Model):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
+@pytest.mark.slow
 def test_rule_of_another_optimizer_warns() -> None:
     with pytest.warns(UserWarning, match="lr_scaling='sqrt', and 'linear' is recommended for SGD"):
         fit(measured(), module=WithSGD())

@@ -74,6 +74,7 @@ def test_sampler_draws_what_optuna_draws_with_the_seed_of_the_trial(name: str, k
             study.tell(trial, (trial.params["x"] - 0.1) ** 2 + trial.params["n"])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:QMCSampler is experimental")
 def test_quasi_random_points_of_two_starts_continue_one_sequence(tmp_path: Path):
     whole = optuna.create_study(sampler=optuna.samplers.QMCSampler(seed=5))
@@ -267,6 +268,24 @@ def test_last_value_of_a_diverged_trial_is_no_result():
         trial.report(0.75, 4)
         part.tell(trial.number, Outcome(state="pruned", reason=reason))
     assert [trial.loss for trial in part.records()] == [None, 0.75]
+
+
+def test_tables_made_by_another_process_at_the_same_time_are_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    errors = ["table trials already exists", "UNIQUE constraint failed: alembic_version"]
+    create = optuna.create_study
+
+    def meets_another_process(**options: Any) -> Any:
+        if errors:
+            raise RuntimeError(errors.pop())
+        return create(**options)
+
+    monkeypatch.setattr(optuna, "create_study", meets_another_process)
+    assert session(storage=tmp_path / "study.db").ask() is not None
+    errors += ["table trials already exists"] * 100
+    with pytest.raises(ValueError, match=r"storage must be a database .* table trials already"):
+        session(storage=tmp_path / "study.db")
 
 
 def test_storage_that_cannot_be_used_raises_before_the_first_trial(tmp_path: Path):

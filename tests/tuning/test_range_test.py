@@ -254,6 +254,7 @@ def test_resumed_run_is_not_tested_again(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------- restored state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["callback", "function"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_training_after_the_test_equals_training_without_it_to_the_bit(

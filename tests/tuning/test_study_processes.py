@@ -104,14 +104,14 @@ def test_killed_study_goes_on_with_the_values_of_the_killed_trial(tmp_path: Path
 
 def test_two_processes_share_one_study(tmp_path: Path):
     path = tmp_path / "study.db"
-    both = [start(tmp_path, str(path), "run", "6") for _ in range(2)]
+    both = [start(tmp_path, str(path), "run", "24") for _ in range(2)]
     ends = [process.communicate(timeout=250) for process in both]
     assert [process.returncode for process in both] == [0, 0], ends
     trials = stored(path)
     complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
     assert len(trials) == len(complete)
     # Two processes may ask for the last trial at the same time.
-    assert len(complete) in (6, 7)
+    assert len(complete) in (24, 25)
     assert len({trial.params["lr"] for trial in complete}) == len(complete)
     assert {trial.user_attrs["pid"] for trial in complete} == {process.pid for process in both}
     first = min(complete, key=lambda trial: trial.number)

@@ -853,6 +853,7 @@ def test_a_tail_that_does_not_fit_raises_before_the_first_update() -> None:
         assert module.trained == []
 
 
+@pytest.mark.slow
 def test_a_merge_in_percent_needs_no_budget() -> None:
     module, averaging = Looked(), ModelAveraging(Merge("50%", checkpoints=2))
     trainer_with(averaging, max_steps=-1, max_epochs=-1, max_time="00:00:00:02").fit(

@@ -268,6 +268,7 @@ def test_synchronized_statistics_accept_one_sample_on_each_process(
     assert uses_statistics_of_process(layer)
 
 
+@pytest.mark.slow
 def test_compiled_layers_train() -> None:
     module = Normalizes(nn.BatchNorm1d(6))
     module.net.compile(backend="eager")

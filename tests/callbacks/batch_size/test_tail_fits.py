@@ -150,6 +150,7 @@ def test_weights_are_those_of_a_plain_loop(tail: Any) -> None:
         torch.testing.assert_close(mine.double(), plain, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tail", ["merge", "drop"])
 def test_resume_at_every_micro_batch_gives_the_same_bits(tmp_path: Path, tail: str) -> None:
     straight = train_tail_recorder(tail, SaveEvery(tmp_path))

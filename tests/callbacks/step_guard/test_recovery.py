@@ -203,6 +203,7 @@ class Configured(L.LightningModule):
         return DataLoader(Regression(60), batch_size=2)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from LightningCLI
 def test_a_saved_config_rolls_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["train.py"])

@@ -302,6 +302,7 @@ def test_another_place_for_snapshots_is_reported(before: str, tmp_path: Path, ca
     assert re.search(r"step guard roll_back: RollBack\(.*to='.*'.*→ RollBack", caplog.text)
 
 
+@pytest.mark.slow
 def test_files_do_not_accumulate(tmp_path: Path) -> None:
     """Three of the run and three of each of the last two checkpoints, which are far apart."""
     own = guard(to=str(tmp_path / "s"), snapshot_every=1)
