@@ -377,14 +377,15 @@ def page(cases: list[Case]) -> str:
 Run with `python benchmarks/learning_rate.py --write`. Measured on {time.strftime("%Y-%m-%d")} on an
 {platform.machine()} CPU, one thread, with torch {torch.__version__}.
 
-`find_learning_rate` suggests a learning rate before a run, in at most 10 % of its updates. Beside
-it stand `learning_rate_range_test` of this package and `LearningRateFinder` of Lightning, with
-their defaults. Each suggestion is trained in full, and so are 9 learning rates a factor of two
-apart. All runs of a seed have the same initial weights and data, and use
+`find_learning_rate` suggests a learning rate before a run, in at most 10 % of its updates. This
+page compares it with `learning_rate_range_test` of this package and `LearningRateFinder` of
+Lightning, with their defaults. Each suggestion is trained in full, and so are 9 learning rates a
+factor of two apart. All runs of a seed have the same initial weights and data, and use
 `WarmupStableDecay(warmup="5%", decay="20%")` and `NormClip(max_norm=1.0)`.
 
-Within the bar are {counts[FIND]} of {len(cases)} suggestions of `find_learning_rate`,
-{counts[RANGE]} of the range test, and {counts[THEIRS]} of Lightning's finder. A cell shows the
+{counts[FIND]} of {len(cases)} suggestions of `find_learning_rate` are at most 0.01 nats, or 0.3
+points of error, worse than the best of the 9 rates; {counts[RANGE]} of the range test are, and
+{counts[THEIRS]} of Lightning's finder. A cell shows the
 learning rate, its score after the run in full, and in parentheses how much worse this is than the
 best of the 9 rates. The cost counts the updates of a method; none evaluates further batches.
 
