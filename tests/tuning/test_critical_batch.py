@@ -506,6 +506,11 @@ def test_errors_name_the_argument_and_the_way_out(
         critical_batch_size(trainer, module(), data(), **options)
 
 
+def test_trainer_without_a_limit_raises() -> None:
+    with pytest.raises(ValueError, match="trainer must have a limit for critical_batch_size, got"):
+        critical_batch_size(L.Trainer(**QUIET), Model(), data())
+
+
 def test_trainer_at_its_limit_raises(tmp_path: Path) -> None:
     trainer, module = L.Trainer(**QUIET, max_steps=5), Model()
     trainer.fit(module, data())

@@ -31,7 +31,12 @@ from lightning_bigopt.tuning.branches import Branch
 from lightning_bigopt.tuning.curve import RangeTest
 from lightning_bigopt.tuning.find_learning_rate import find_learning_rate
 from lightning_bigopt.tuning.found_learning_rate import FoundLearningRate
-from lightning_bigopt.tuning.rate_branches import highest_useful_rate, next_step, scores
+from lightning_bigopt.tuning.rate_branches import (
+    highest_useful_rate,
+    initial_losses,
+    next_step,
+    scores,
+)
 from tests.helpers import QUIET, cpu_precision
 
 WEIGHTS = torch.randn(6, 1, generator=torch.Generator().manual_seed(3))
@@ -437,6 +442,14 @@ def test_highest_useful_rate_ignores_noise_of_the_start() -> None:
     sweep = RangeTest(learning_rates=rates, losses=losses, skip=0, smoothing=0.0)
     assert highest_useful_rate(sweep) == rates[6]  # 2 + 3 * 0.0816
     assert scores(Branch(losses=(1.0, math.nan), evaluation=(), diverged=True)) == ()
+
+
+def test_highest_useful_rate_ignores_a_low_loss_of_one_batch_after_the_rise() -> None:
+    rates = tuple(10.0**power for power in range(-12, 0))
+    losses = (2.0, 2.1, 1.9, 2.0, 1.5, 1.4, 2.2, 9.0, 9.0, 2.0, 9.0, 9.0)
+    sweep = RangeTest(learning_rates=rates, losses=losses, skip=0, smoothing=0.0)
+    assert highest_useful_rate(sweep) == rates[5]
+    assert initial_losses(sweep) == losses[:4]
 
 
 # ----------------------------------------------------------------------------------------- errors
