@@ -175,7 +175,7 @@ def test_suggestion_follows_the_lengths_of_branch_and_run() -> None:
         # initial weights.
         exponent = 0.15 * math.log(run.run_updates / run.branch_updates)
         spread = math.exp(1.645 * math.hypot(exponent, 0.25))
-        assert high / run.suggestion == pytest.approx(spread, rel=0.1)
+        assert high / run.suggestion == pytest.approx(spread, rel=0.01)
     flat = find_learning_rate(trainer(), Bowl(), data(), horizon_exponent=0.0)
     assert flat.suggestion == flat.branch_optimum
 
