@@ -49,7 +49,7 @@ def reshard(module: torch.nn.Module) -> None:
 
 
 def sharded_modules(module: torch.nn.Module) -> list[Any]:
-    """Returns the modules of FSDP2; their class is not asked for, whose import takes 60 ms."""
+    """Returns the modules of FSDP2, by their method: the import of their class takes 60 ms."""
     return [part for part in module.modules() if hasattr(part, "reshard")]
 
 

@@ -69,7 +69,8 @@ def find_learning_rate(
         budget: Updates of range test and branches together, as a share of the run (``"10%"``) or a
             number (``"500 steps"``).
         branches: Number of branches, three or more. More branches are shorter.
-        start: Learning rate of the first branch, instead of the range test.
+        start: Learning rate of the first branch, instead of the range test. The initial loss is
+            then measured in 12 updates with learning rates near 0.
         horizon_exponent: Exponent of the ratio of the lengths of branch and run; 0 for none.
         on_result: ``"report"`` changes nothing; ``"use"`` sets the attribute or hyperparameter
             ``lr`` or ``learning_rate`` of the module if it equals its learning rate, and warns if

@@ -99,11 +99,11 @@ class RateSearch(Callback):
     ) -> FoundLearningRate:
         sweep = self._sweep(trainer, module, groups, callbacks)
         tested, start = sweep.result(), self.start
-        if not tested.losses or not math.isfinite(tested.losses[0]):
+        initial = initial_losses(tested)
+        if len(initial) < 2 or not all(map(math.isfinite, initial)):
             raise ValueError(
-                "training_step must return a finite loss, got "
-                f"{tested.losses[0] if tested.losses else None} in the first update; check the "
-                "data and the loss"
+                "training_step must return finite losses at learning rates near 0, got "
+                f"{list(initial)} in the first updates; check the data and the loss"
             )
         if start is None:
             start = highest_useful_rate(tested) / BELOW_RISE
@@ -119,7 +119,6 @@ class RateSearch(Callback):
         )
         rates, losses = tuple(found), [scores(branch) for branch in found.values()]
         means = [fmean(each) if each else math.inf for each in losses]
-        initial = initial_losses(tested)
         _check_progress(rates, losses, initial, updates=updates)
         optimum = optimum_of(rates, losses, initial=fmean(initial))
         ratio = updates / self.run_updates

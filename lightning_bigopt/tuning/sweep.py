@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
@@ -56,6 +57,14 @@ class Sweep(RecordLosses):
         self._rate = self.rates[min(trainer.global_step, len(self.rates) - 1)]
         self.groups.write(self._rate)
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Records the loss with its learning rate when an accumulation window ends."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if len(self.losses) > len(self.used):
+            self.used.append(self._rate)
+
     def result(self) -> RangeTest:
         """Returns learning rates and losses."""
         return RangeTest(
@@ -68,7 +77,6 @@ class Sweep(RecordLosses):
 
     def should_stop(self) -> bool:
         """Returns whether the smoothed loss has risen, or the last loss is not finite."""
-        self.used.append(self._rate)  # of the loss that was recorded just now
         average = smooth(self.losses, self.smoothing)
         settled = average[self.skip :]
         rose = bool(settled) and 0.0 < self.stop_at * min(settled) < average[-1]

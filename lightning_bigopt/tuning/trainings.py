@@ -164,8 +164,9 @@ class MadeTrainings(Trainings):
     def _warn_of_any_others(self, arguments: Mapping[str, Mapping[str, Any]]) -> None:
         """Warns of paths that only ``**kwargs`` take: a misspelled one would change nothing."""
         for path, places in self._places.items():
-            root = places[0].root
-            if root in self._make and path == places[0].keys[-1] not in arguments[root]:
+            root, keys = places[0].root, places[0].keys
+            is_argument = root in self._make and keys == (path,)
+            if is_argument and path not in arguments[root]:
                 name = "make_module" if root == "model" else f"make_{root}"
                 rank_zero_warn(
                     f"{path!r} of the space is no field that is known: {name} gets it among its "

@@ -515,8 +515,22 @@ def test_loss_that_is_never_finite_raises_without_an_advice_on_start() -> None:
         def training_step(self, batch: Any) -> Tensor:
             return super().training_step(batch) * math.nan
 
-    with pytest.raises(ValueError, match=r"training_step must return a finite loss, got nan"):
+    with pytest.raises(ValueError, match=r"training_step must return finite losses at .*\[nan\]"):
         find_learning_rate(trainer(), Broken(), data())
+
+
+@pytest.mark.parametrize("start", [None, 1e-3])
+@pytest.mark.parametrize("update", [1, 2])
+def test_loss_that_is_not_finite_after_some_updates_raises(
+    update: int, start: float | None
+) -> None:
+    class BreaksLater(Bowl):
+        def training_step(self, batch: Any) -> Tensor:
+            loss = super().training_step(batch)
+            return loss * math.nan if self.trainer.global_step == update else loss
+
+    with pytest.raises(ValueError, match=r"training_step must return finite losses at .* nan\]"):
+        find_learning_rate(trainer(), BreaksLater(), data(), start=start)
 
 
 class Outliers(Bowl):
