@@ -25,7 +25,10 @@ LIGHTNING = TORCH | {"lightning", "torchmetrics", "tensorboard"}
 FOR_TYPES = frozenset({"typing_extensions"})
 # Only inside functions: optional packages.
 ON_DEMAND = frozenset(
-    {"jinja2", "jsonargparse", "matplotlib", "optuna", "rich", "shtab", "transformers", "yaml"}
+    {
+        *("jinja2", "jsonargparse", "matplotlib", "optuna"),
+        *("rich", "scipy", "shtab", "transformers", "yaml"),
+    }
 )
 
 # From the lowest layer to the highest, each with the distributions that it may import.
@@ -46,7 +49,7 @@ LAYERS: tuple[tuple[frozenset[str], frozenset[str]], ...] = (
     (frozenset({"gradients"}), TORCH),
     (frozenset({"batching"}), TORCH),
     (frozenset({"averaging"}), TORCH),
-    (frozenset({"planning"}), TORCH),
+    (frozenset({"planning"}), TORCH | {"numpy"}),  # which scipy needs
     (frozenset({"trainer_access"}), LIGHTNING),
     (frozenset({"engine"}), LIGHTNING),
     (frozenset({"monitoring"}), LIGHTNING | {"numpy"}),  # which tensorboard needs
