@@ -1,0 +1,156 @@
+"""The measured loss of one run, with the learning rate of each of its updates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lightning_bigopt.checks import check_count, shown
+from lightning_bigopt.planning.multi_power_law import Array, check_rates
+
+__all__ = ["LossCurve"]
+
+_STEP = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossCurve:
+    """The losses of one run, and the learning rate of each of its updates.
+
+    Args:
+        learning_rates: Learning rate of each update, from the first on, of one parameter group.
+        updates: Numbers of updates after which the losses were measured, ascending.
+        losses: The losses, as many as ``updates``.
+        name: Name of the run in messages.
+
+    Raises:
+        ValueError: If lengths differ, updates do not ascend or lie outside the run, or a value is
+            not finite.
+
+    Example:
+        >>> curve = LossCurve(learning_rates=[1e-3, 1e-3, 5e-4], updates=[1, 3], losses=[4.0, 3.5])
+        >>> curve.peak, curve.warmup
+        (0.001, 1)
+    """
+
+    learning_rates: Sequence[float]
+    updates: Sequence[int]
+    losses: Sequence[float]
+    name: str = "run"
+
+    def __post_init__(self) -> None:
+        rates = check_rates(self.learning_rates)
+        updates, losses = np.asarray(self.updates), np.asarray(self.losses, dtype=np.float64)
+        if updates.ndim != 1 or updates.shape != losses.shape or not updates.size:
+            raise ValueError(
+                f"losses must be as many as updates, at least one, got {losses.size} losses and "
+                f"{updates.size} updates in {self.name}; pass one loss for each"
+            )
+        if not np.isfinite(losses).all():
+            raise ValueError(
+                f"losses must be finite, got {shown(float(losses[~np.isfinite(losses)][0]))} in "
+                f"{self.name}; leave out a run that has diverged"
+            )
+        if (np.diff(updates) <= 0).any() or updates[0] < 1 or updates[-1] > rates.size:
+            raise ValueError(
+                f"updates must ascend from 1 to at most {rates.size}, the number of learning "
+                f"rates, got {shown(updates[:3].tolist())} … {updates[-1]} in {self.name}; pass the "
+                "number of updates before each loss"
+            )
+        for name, values in {"learning_rates": rates, "losses": losses}.items():
+            object.__setattr__(self, name, tuple(map(float, values)))
+        object.__setattr__(self, "updates", tuple(map(int, updates)))
+
+    @classmethod
+    def from_points(
+        cls,
+        *,
+        steps: Sequence[int],
+        learning_rates: Sequence[float],
+        updates: Sequence[int],
+        losses: Sequence[float],
+        warmup: int = 0,
+        name: str = "run",
+    ) -> LossCurve:
+        """Makes a curve from learning rates that are known at some updates only.
+
+        Between two known updates the learning rate is interpolated linearly. A single large change,
+        of more than 10 % of the peak and 4 times the changes beside it, counts as a step of the
+        schedule at the later of the two updates.
+
+        Args:
+            steps: Indices, from 0, of the updates with a known learning rate, ascending.
+            learning_rates: Their learning rates.
+            updates: As for the class.
+            losses: As for the class.
+            warmup: Updates of a linear warm-up from 0 to the first learning rate, which ends at the
+                first of ``steps``; 0 if the first learning rate holds before it.
+            name: As for the class.
+        """
+        known = check_rates(learning_rates)
+        places = np.asarray(steps, dtype=np.int64)
+        if places.shape != known.shape or (np.diff(places) <= 0).any() or places[0] < 0:
+            raise ValueError(
+                "steps must ascend from 0, one for each learning rate, got "
+                f"{shown(places[:3].tolist())} for {known.size} learning rates; pass them in order"
+            )
+        check_count("warmup", warmup, minimum=0, of="updates", hint="write 0")
+        ends = np.asarray(updates, dtype=np.int64)
+        length = max(int(places[-1]) + 1, int(ends.max()) if ends.size else 0)
+        rates = _interpolated(places, known, length)
+        if warmup:
+            start = max(int(places[0]) - warmup, 0)
+            rise = np.arange(start, places[0])
+            rates[:start] = 0.0
+            rates[rise] = known[0] * (rise - start) / max(int(places[0]) - start, 1)
+        return cls(
+            learning_rates=rates.tolist(), updates=ends.tolist(), losses=list(losses), name=name
+        )
+
+    @property
+    def peak(self) -> float:
+        """The highest learning rate."""
+        return max(self.learning_rates)
+
+    @property
+    def warmup(self) -> int:
+        """Number of updates up to the first with the highest learning rate, included."""
+        return self.learning_rates.index(self.peak) + 1
+
+    def binned(self, points: int) -> tuple[Array, Array]:
+        """Returns the losses after the warm-up as means over bins of equal numbers of losses.
+
+        Args:
+            points: Largest number of bins.
+
+        Returns:
+            The mean of the updates of each bin, rounded, and the mean of its losses.
+
+        Raises:
+            ValueError: If fewer than 8 losses lie after the warm-up.
+        """
+        updates, losses = np.asarray(self.updates), np.asarray(self.losses)
+        kept = updates >= self.warmup
+        updates, losses = updates[kept], losses[kept]
+        if updates.size < 8:
+            raise ValueError(
+                f"runs must have at least 8 losses after the warm-up, got {updates.size} in "
+                f"{self.name}, whose learning rate is highest at update {self.warmup - 1:,}; log "
+                "the loss more often, or train longer"
+            )
+        bins = np.array_split(np.arange(updates.size), min(points, updates.size))
+        means = [(updates[members].mean(), losses[members].mean()) for members in bins]
+        found = np.asarray(means)
+        return np.rint(found[:, 0]).astype(np.int64), found[:, 1]
+
+
+def _interpolated(places: Array, known: Array, length: int) -> Array:
+    rates = np.asarray(np.interp(np.arange(length), places, known), dtype=np.float64)
+    changes = np.abs(np.diff(known))
+    around = np.concatenate([[0.0], changes, [0.0]])
+    neighbors = np.maximum(around[:-2], around[2:])
+    for index in np.flatnonzero((changes > _STEP * known.max()) & (changes > 4 * neighbors)):
+        rates[places[index] + 1 : places[index + 1]] = known[index]
+    return rates

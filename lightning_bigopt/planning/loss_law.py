@@ -1,0 +1,289 @@
+"""LossLaw: predicts the loss of a run from its schedule, fitted to a few short runs."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lightning_bigopt.checks import check_count, check_non_negative, check_positive, shown
+from lightning_bigopt.planning.expected_loss import ExpectedLoss
+from lightning_bigopt.planning.loss_curve import LossCurve
+from lightning_bigopt.planning.loss_law_fit import LawFit
+from lightning_bigopt.planning.multi_power_law import (
+    Array,
+    MultiPowerLaw,
+    RateHistory,
+    check_rates,
+)
+from lightning_bigopt.schedules.base import Schedule, check_schedule
+from lightning_bigopt.type_checks import check_instance, checked_tuple
+
+__all__ = ["LossLaw"]
+
+_POINTS = 200
+_QUANTILES = (0.05, 0.95)
+_SAME = 1e-3  # relative difference of learning rates that are equal in a log of float32
+_DECAYED = 0.9  # the lowest factor after the peak of a run that counts as constant
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossLaw:
+    """The loss of a model as a function of its learning rates, and how well it is known.
+
+    A law is fitted to pilots: runs of the same model, data, batch size and optimizer that are
+    shorter than the run to predict, or have another schedule. The Multi-Power Law then gives the
+    loss of any schedule. It says nothing about the instability of a high learning rate, about
+    overfitting, or about a batch size that changes.
+
+    The band of 90 % contains four kinds of error: the noise of the losses (the blocks of the runs
+    are weighted at random, Bayesian bootstrap); the exponents of the drop, which a few runs do not
+    determine (drawn at random between their bounds); twice the error for an unseen schedule, which
+    is measured by predicting each pilot from the others; and the error of extrapolation to more
+    updates, which is measured by predicting the second halves of the pilots from their first
+    halves, and counts once for each doubling.
+
+    Args:
+        law: The law that fits best.
+        draws: Other laws that fit as well, for the band.
+        unseen: Mean absolute error for a pilot that the fit does not see, the largest of all, in
+            units of the loss; at least the residual of the fit.
+        extrapolation: Error of a prediction for twice the updates, in units of the loss.
+        peaks: Lowest and highest peak learning rate of the pilots.
+        total: Largest sum of the learning rates of a pilot.
+
+    Example:
+        >>> from lightning_bigopt.schedules import WarmupCosine, WarmupLinear
+        >>> law = MultiPowerLaw(
+        ...     floor=3.0, scale=0.5, alpha=0.5, drop=400, drop_speed=2.0, beta=0.6, gamma=0.65
+        ... )
+        >>> known = LossLaw(law=law, peaks=(3e-4, 3e-4), total=6.0)
+        >>> schedules = {"cosine": WarmupCosine(end=0.1), "linear": WarmupLinear(end=0.0)}
+        >>> [e.name for e in known.rank(schedules, learning_rate=3e-4, updates=20_000)]
+        ['cosine', 'linear']
+
+    References:
+        Luo et al., "A Multi-Power Law for Loss Curve Prediction Across Learning Rate Schedules",
+        ICLR 2025; Rubin, "The Bayesian Bootstrap", Annals of Statistics, 1981.
+    """
+
+    law: MultiPowerLaw
+    draws: tuple[MultiPowerLaw, ...] = ()
+    unseen: float = 0.0
+    extrapolation: float = 0.0
+    peaks: tuple[float, float]
+    total: float
+
+    def __post_init__(self) -> None:
+        check_instance("law", self.law, MultiPowerLaw, hint="write LossLaw.fit(runs)")
+        draws = checked_tuple("draws", self.draws, MultiPowerLaw) if self.draws else ()
+        for name in ("unseen", "extrapolation"):
+            check_non_negative(name, getattr(self, name))
+        low, high = map(float, self.peaks)
+        for name, value in {"peaks[0]": low, "peaks[1]": high, "total": self.total}.items():
+            check_positive(name, value)
+        object.__setattr__(self, "draws", draws)
+        object.__setattr__(self, "peaks", (low, high))
+
+    @classmethod
+    def fit(cls, runs: Sequence[LossCurve], *, draws: int = 60, seed: int = 0) -> LossLaw:
+        """Fits the law to runs; it takes seconds.
+
+        Args:
+            runs: The losses of at least two runs, at least one of which decays its learning rate.
+                Losses during the warm-up are left out; a loss of single batches is averaged over
+                up to 80 bins. Take all losses of one kind, such as validation losses.
+            draws: Number of other laws for the band, at least 20.
+            seed: Seed of the draws.
+
+        Returns:
+            The law.
+
+        Raises:
+            ValueError: If there are too few runs or losses, no run decays, or a loss is not
+                positive.
+            ImportError: If scipy is not installed.
+        """
+        curves = checked_tuple("runs", runs, LossCurve, hint="write [read_loss_curve('runs/a'), …]")
+        check_count("draws", draws, minimum=20, hint="write 60")
+        check_count("seed", seed, minimum=0, hint="write 0")
+        _check_runs(curves)
+        _require_scipy()
+        fit = LawFit(curves)
+        law, residual = fit.best()
+        generator = np.random.default_rng(seed)
+        peaks = [curve.peak for curve in curves]
+        return cls(
+            law=law,
+            draws=tuple(fit.draw(generator) for _ in range(draws)),
+            unseen=max(residual, *_errors_of_unseen(curves, law)),
+            extrapolation=fit.extrapolation_error(),
+            peaks=(min(peaks), max(peaks)),
+            total=max(sum(curve.learning_rates) for curve in curves),
+        )
+
+    def predict(
+        self, schedule: Schedule, *, learning_rate: float, updates: int, name: str = ""
+    ) -> ExpectedLoss:
+        """Predicts the loss of a run after its warm-up.
+
+        Args:
+            schedule: The schedule of the run.
+            learning_rate: Base learning rate, at which the schedule has the factor 1.
+            updates: Number of updates of the run.
+            name: Name of the result; "" for the class of the schedule.
+
+        Returns:
+            Expected losses with a band. Reasons to doubt them, such as a learning rate that no
+            pilot had, are warnings and ``notes`` of the result.
+
+        Raises:
+            ValueError: If an argument is invalid.
+        """
+        check_schedule("schedule", schedule)
+        check_positive("learning_rate", learning_rate)
+        check_count("updates", updates, hint="write 10_000")
+        found = self.predict_learning_rates(
+            schedule.values(updates, base=learning_rate), name=name or type(schedule).__name__
+        )
+        for note in found.notes:
+            warnings.warn(f"The prediction for {found.name}: {note}.", UserWarning, stacklevel=2)
+        return found
+
+    def predict_learning_rates(
+        self, learning_rates: Sequence[float], *, name: str = ""
+    ) -> ExpectedLoss:
+        """Predicts the loss of a run from the learning rate of each of its updates.
+
+        Args:
+            learning_rates: Learning rate of each update, from the first on.
+            name: Name of the result.
+        """
+        rates = check_rates(learning_rates)
+        first = int(np.argmax(rates)) + 1
+        count = min(_POINTS, rates.size - first + 1)
+        ends = np.unique(np.linspace(first, rates.size, count).round().astype(np.int64))
+        history = RateHistory(rates, [int(end) for end in ends])
+        losses = self.law.losses_of(history)
+        low, high = self._band(history, losses)
+        return ExpectedLoss(
+            name=name,
+            updates=tuple(map(int, ends)),
+            losses=tuple(map(float, losses)),
+            low=tuple(map(float, low)),
+            high=tuple(map(float, high)),
+            notes=tuple(self._notes(rates, first)),
+        )
+
+    def rank(
+        self,
+        schedules: Mapping[str, Schedule],
+        *,
+        learning_rate: float | Mapping[str, float],
+        updates: int,
+    ) -> list[ExpectedLoss]:
+        """Predicts several schedules, and returns them with the lowest final loss first.
+
+        Args:
+            schedules: The schedules by name.
+            learning_rate: Base learning rate of all, or of each by name.
+            updates: Number of updates of each run.
+        """
+        if not isinstance(schedules, Mapping) or not schedules:
+            raise ValueError(
+                f"schedules must be a dict from names to schedules, got {shown(schedules)}; write "
+                "{'cosine': WarmupCosine()}"
+            )
+        rates = learning_rate
+        if isinstance(rates, Mapping) and (missing := sorted(set(schedules) - set(rates))):
+            raise ValueError(
+                f"learning_rate must have an entry for each schedule, got none for {missing}; add it"
+            )
+        found = [
+            self.predict(
+                schedule,
+                learning_rate=rates[name] if isinstance(rates, Mapping) else rates,
+                updates=updates,
+                name=name,
+            )
+            for name, schedule in schedules.items()
+        ]
+        return sorted(found, key=lambda expected: expected.final)
+
+    def _band(self, history: RateHistory, losses: Array) -> tuple[Array, Array]:
+        drawn = [losses, *(law.losses_of(history) for law in self.draws)]
+        low, high = np.quantile(np.asarray(drawn), _QUANTILES, axis=0)
+        doublings = np.log2(np.maximum(history.sums / self.total, 1.0))
+        margin = 2.0 * self.unseen + self.extrapolation * doublings
+        return np.minimum(low, losses) - margin, np.maximum(high, losses) + margin
+
+    def _notes(self, rates: Array, first: int) -> list[str]:
+        notes = []
+        peak, (low, high) = float(rates.max()), self.peaks
+        if not low * (1 - _SAME) <= peak <= high * (1 + _SAME):
+            of_pilots = f"{low:.3g}" if math.isclose(low, high) else f"{low:.3g} to {high:.3g}"
+            notes.append(
+                f"its peak learning rate {peak:.3g} is outside those of the pilots, {of_pilots}, "
+                "and the law does not know when training becomes unstable; train a pilot with it"
+            )
+        after = rates[first - 1 :]
+        if (np.diff(after) > _SAME * peak).any():
+            notes.append(
+                "its learning rate rises again after the warm-up, and the law was measured for "
+                "schedules that only decay"
+            )
+        return notes
+
+
+def _check_runs(curves: Sequence[LossCurve]) -> None:
+    if len(curves) < 2:
+        raise ValueError(
+            f"runs must be at least two, got {len(curves)}; train one with a constant learning "
+            "rate and one whose learning rate decays"
+        )
+    for curve in curves:
+        if min(curve.losses) <= 0:
+            raise ValueError(
+                f"runs must have positive losses, got {min(curve.losses)} in {curve.name}; the law "
+                "describes a loss such as the cross-entropy"
+            )
+    if not any(map(_decays, curves)):
+        raise ValueError(
+            "runs must contain at least one whose learning rate decays, got "
+            f"{', '.join(curve.name for curve in curves)} with constant learning rates; train one "
+            "with WarmupCosine(end=0.0)"
+        )
+
+
+def _decays(curve: LossCurve) -> bool:
+    """Returns whether the learning rate decays between the peak and the last loss."""
+    return min(curve.learning_rates[curve.warmup - 1 : curve.updates[-1]]) < _DECAYED * curve.peak
+
+
+def _errors_of_unseen(curves: Sequence[LossCurve], best: MultiPowerLaw) -> list[float]:
+    """Returns the mean absolute error of each run as predicted from the others.
+
+    A run is left out only if another one decays: the drop would be unknown without it.
+    """
+    errors = []
+    # From the parameters of all runs: their neighborhood contains the best ones of most runs.
+    for unseen in curves:
+        others = [curve for curve in curves if curve is not unseen]
+        if any(map(_decays, others)):
+            law, _ = LawFit(others).best(near=best)
+            ends, losses = unseen.binned(_POINTS)
+            predicted = law.losses(unseen.learning_rates, [int(end) for end in ends])
+            errors.append(float(np.abs(predicted - losses).mean()))
+    return errors
+
+
+def _require_scipy() -> None:
+    try:
+        import scipy  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "scipy must be installed to fit a law; run pip install 'lightning-bigopt[laws]'"
+        ) from error
