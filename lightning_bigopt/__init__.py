@@ -81,6 +81,8 @@ from lightning_bigopt.optimizers import (
     muon_adamw,
     parameter_groups,
 )
+from lightning_bigopt.planning import ExpectedLoss, LossCurve, LossLaw, MultiPowerLaw
+from lightning_bigopt.reporting.loss_runs import read_loss_curve, read_loss_curves
 from lightning_bigopt.schedules import (
     REX,
     Chain,
@@ -111,6 +113,9 @@ from lightning_bigopt.schedules import (
     WarmupInverseSquareRoot,
     WarmupLinear,
     WarmupStableDecay,
+    convex_bound,
+    cooldown_for_extension,
+    learning_rate_ratio,
 )
 from lightning_bigopt.tuning.batch_finder import GlobalBatchFinder
 from lightning_bigopt.tuning.critical_batch import CriticalBatchSize
@@ -157,6 +162,7 @@ __all__ = [
     "Cyclic",
     "Detector",
     "Duration",
+    "ExpectedLoss",
     "Exponential",
     "FoundLearningRate",
     "FullBatch",
@@ -178,12 +184,15 @@ __all__ = [
     "LearningRateScheduleMixin",
     "LearningRateScheduler",
     "Linear",
+    "LossCurve",
+    "LossLaw",
     "LossSpike",
     "MaxUpdateRatio",
     "MeasuredBatchSize",
     "Merge",
     "ModelAveraging",
     "ModelAveragingMixin",
+    "MultiPowerLaw",
     "MultiStep",
     "MuonAdamW",
     "Noam",
@@ -231,12 +240,17 @@ __all__ = [
     "ZClip",
     "__version__",
     "combine_optimizers",
+    "convex_bound",
+    "cooldown_for_extension",
     "critical_batch_size",
     "find_learning_rate",
     "learning_rate_range_test",
+    "learning_rate_ratio",
     "muon_adamw",
     "parameter_groups",
     "plan",
+    "read_loss_curve",
+    "read_loss_curves",
     "replay",
     "study",
 ]

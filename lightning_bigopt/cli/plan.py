@@ -23,6 +23,15 @@ def make_parser(**texts: Any) -> ArgumentParser:
     parser.add_argument(
         "--picture", type=str, default=None, help="File for a picture, such as plan.png."
     )
+    parser.add_argument(
+        "--pilots",
+        type=str | None,
+        default=None,
+        help="Folder with logs of short runs, from which the loss is predicted.",
+    )
+    parser.add_argument(
+        "--loss", type=str, default="val_loss", help="Name of the loss in the logs of the pilots."
+    )
     return parser
 
 
@@ -30,12 +39,19 @@ def run(options: Namespace) -> None:
     """Prints the plan of a run without training, and draws it with ``--picture``."""
     if options.picture is not None:
         require("matplotlib", extra="plot")
+    if options.pilots is not None:
+        require("scipy", extra="laws")
     from lightning_bigopt.cli.package_of_config import model_path, training_class
+    from lightning_bigopt.planning.loss_law import LossLaw
+    from lightning_bigopt.reporting.loss_runs import read_loss_curves
     from lightning_bigopt.tuning.run_plan import plan
 
+    law = None
+    if options.pilots is not None:
+        law = LossLaw.fit(read_loss_curves(options.pilots, loss=options.loss))
     training = training_class(model_path(["--config", options.config]))
     configured = training.read(options.config)
-    planned = plan(configured.trainer, configured.model, datamodule=configured.datamodule)
+    planned = plan(configured.trainer, configured.model, datamodule=configured.datamodule, law=law)
     print(planned)
     if options.picture is not None:
         print(f"picture: {planned.picture(options.picture)}")
@@ -46,6 +62,7 @@ PLAN = Command(
     examples=[
         ("bigopt plan examples/gpt.yaml", ""),
         ("bigopt plan examples/gpt.yaml --picture plan.png", "also draws it"),
+        ("bigopt plan examples/gpt.yaml --pilots runs/pilots", "also predicts the loss"),
     ],
     parser=make_parser,
     run=run,

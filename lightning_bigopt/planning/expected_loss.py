@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["ExpectedLoss"]
+__all__ = ["ExpectedLoss", "ranking"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +48,33 @@ class ExpectedLoss:
     def __str__(self) -> str:
         low, high = self.final_band
         of = f" of {self.name}" if self.name else ""
-        lines = [
-            f"expected loss{of} {self.final:.3f} (90 % band {low:.3f} to {high:.3f}) after "
-            f"{self.updates[-1]:,} updates"
-        ]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        band = f"90 % band {low:.3f} to {high:.3f}"
+        line = f"expected loss{of} {self.final:.3f} ({band}) after {self.updates[-1]:,} updates"
+        return "\n".join([line, *(f"note: {note}" for note in self.notes)])
+
+
+def ranking(expected: Sequence[ExpectedLoss]) -> list[str]:
+    r"""Formats the expected losses of several runs as a table, the lowest first.
+
+    Args:
+        expected: The predictions; the first is marked as that of this run.
+
+    Example:
+        >>> runs = [
+        ...     ExpectedLoss(
+        ...         name=name, updates=(9,), losses=(loss,), low=(loss - 0.1,), high=(4.0,)
+        ...     )
+        ...     for name, loss in (("this run", 3.2), ("WarmupLinear", 3.1))
+        ... ]
+        >>> print("\n".join(ranking(runs)))
+        schedule      expected loss  90 % band
+        WarmupLinear  3.100          3.000 to 4.000
+        this run      3.200          3.100 to 4.000
+    """
+    width = max(len(run.name) for run in expected)
+    width = max(width, len("schedule"))
+    lines = [f"{'schedule':<{width}}  expected loss  90 % band"]
+    for run in sorted(expected, key=lambda run: run.final):
+        low, high = run.final_band
+        lines.append(f"{run.name:<{width}}  {run.final:<13.3f}  {low:.3f} to {high:.3f}")
+    return lines

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lightning_bigopt.checks import check_count, shown
 from lightning_bigopt.planning.multi_power_law import Array, check_rates
@@ -56,8 +57,8 @@ class LossCurve:
         if (np.diff(updates) <= 0).any() or updates[0] < 1 or updates[-1] > rates.size:
             raise ValueError(
                 f"updates must ascend from 1 to at most {rates.size}, the number of learning "
-                f"rates, got {shown(updates[:3].tolist())} … {updates[-1]} in {self.name}; pass the "
-                "number of updates before each loss"
+                f"rates, got {shown(updates[:3].tolist())} … {updates[-1]} in {self.name}; pass "
+                "the number of updates before each loss"
             )
         for name, values in {"learning_rates": rates, "losses": losses}.items():
             object.__setattr__(self, name, tuple(map(float, values)))
@@ -146,7 +147,7 @@ class LossCurve:
         return np.rint(found[:, 0]).astype(np.int64), found[:, 1]
 
 
-def _interpolated(places: Array, known: Array, length: int) -> Array:
+def _interpolated(places: NDArray[np.int64], known: Array, length: int) -> Array:
     rates = np.asarray(np.interp(np.arange(length), places, known), dtype=np.float64)
     changes = np.abs(np.diff(known))
     around = np.concatenate([[0.0], changes, [0.0]])

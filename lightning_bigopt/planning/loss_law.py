@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lightning_bigopt.checks import check_count, check_non_negative, check_positive, shown
+from lightning_bigopt.checks import check_count, check_non_negative, check_positive
 from lightning_bigopt.planning.expected_loss import ExpectedLoss
 from lightning_bigopt.planning.loss_curve import LossCurve
 from lightning_bigopt.planning.loss_law_fit import LawFit
@@ -192,15 +192,16 @@ class LossLaw:
             learning_rate: Base learning rate of all, or of each by name.
             updates: Number of updates of each run.
         """
-        if not isinstance(schedules, Mapping) or not schedules:
+        check_instance("schedules", schedules, Mapping, hint="write {'cosine': WarmupCosine()}")
+        if not schedules:
             raise ValueError(
-                f"schedules must be a dict from names to schedules, got {shown(schedules)}; write "
-                "{'cosine': WarmupCosine()}"
+                "schedules must not be empty, got {}; write {'cosine': WarmupCosine()}"
             )
         rates = learning_rate
         if isinstance(rates, Mapping) and (missing := sorted(set(schedules) - set(rates))):
             raise ValueError(
-                f"learning_rate must have an entry for each schedule, got none for {missing}; add it"
+                f"learning_rate must have an entry for each schedule, got none for {missing}; "
+                "add it"
             )
         found = [
             self.predict(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_bigopt.planning.expected_loss import ExpectedLoss, ranking
 from lightning_bigopt.trainer_access.output_paths import file_error
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class TrainingPlan:
         boundaries: Beginnings and ends of the stages of the learning-rate schedule.
         checkpoints: One line for each checkpoint callback.
         warnings: One sentence for each likely mistake.
+        expected_losses: What a loss law expects: of this run first, then of the same run with other
+            schedules. Empty without a law.
 
     Example:
         >>> row = PlanRow(
@@ -102,6 +105,12 @@ class TrainingPlan:
     boundaries: tuple[Boundary, ...] = ()
     checkpoints: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    expected_losses: tuple[ExpectedLoss, ...] = ()
+
+    @property
+    def expected_loss(self) -> ExpectedLoss | None:
+        """The expected loss of this run; None without a law."""
+        return self.expected_losses[0] if self.expected_losses else None
 
     def __str__(self) -> str:
         lines = [f"{unit}: {_number(total)}" for unit, total in self.totals.items()]
@@ -118,6 +127,8 @@ class TrainingPlan:
             else:
                 lines += ["", head + "learning rate" if groups else head.rstrip()]
             lines += [_line(row, columns) for row in rows]
+        if self.expected_losses:
+            lines += ["", *ranking(self.expected_losses)]
         if self.warnings:
             lines += ["", *(f"warning: {text}" for text in self.warnings)]
         return "\n".join(lines)
@@ -142,9 +153,14 @@ class TrainingPlan:
         if error := file_error("path", target, example="plan.png"):
             raise error
         # Imported late, because drawing is rare.
+        from lightning_bigopt.reporting.loss_picture import plan_with_loss
         from lightning_bigopt.reporting.picture import new_picture, save_picture
 
-        save_picture(new_picture(lambda axes: self._paint(axes[0])), target)
+        if self.expected_loss is None:
+            figure = new_picture(lambda axes: self._paint(axes[0]))
+        else:
+            figure = plan_with_loss(self._paint, self.expected_losses)
+        save_picture(figure, target)
         return target
 
     def _paint(self, axis: Axes) -> int:

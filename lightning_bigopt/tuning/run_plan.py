@@ -19,12 +19,15 @@ from lightning_bigopt.engine.budget import several_optimizers
 from lightning_bigopt.engine.capability import Capability
 from lightning_bigopt.engine.engine import Engine
 from lightning_bigopt.engine.stage import Fit, Stages
+from lightning_bigopt.planning.expected_loss import ExpectedLoss
+from lightning_bigopt.planning.loss_law import LossLaw
 from lightning_bigopt.planning.outline import PlannedUpdate, planned_updates
 from lightning_bigopt.reporting.planned_run import Boundary, PlanRow, TrainingPlan
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 from lightning_bigopt.trainer_access import loop, separate_loop, trial_runs
 from lightning_bigopt.trainer_access.packages import classes
 from lightning_bigopt.trainer_access.planning_strategy import planned_in_one_process
+from lightning_bigopt.tuning.plan_losses import losses_of_plan
 from lightning_bigopt.type_checks import check_instance
 
 if TYPE_CHECKING:
@@ -45,6 +48,7 @@ def plan(
     *,
     datamodule: LightningDataModule | None = None,
     points: int = 200,
+    law: LossLaw | None = None,
 ) -> TrainingPlan:
     """Computes the plan of a run without training.
 
@@ -60,6 +64,9 @@ def plan(
         train_dataloaders: As for ``Trainer.fit``; None for the module's own.
         datamodule: As for ``Trainer.fit``.
         points: Approximate number of updates in the plan.
+        law: A law of the loss, fitted to pilots with the batch size of this run: the plan then
+            contains the expected loss with its band, and that of the same run with the usual
+            schedules at the same peak learning rate.
 
     Returns:
         The plan; ``print`` shows it as a table.
@@ -92,10 +99,12 @@ def plan(
         )
     check_instance("module", module, nn.Module, hint="write plan(trainer, module)")
     check_count("points", points, of="updates", hint="try 200")
+    if law is not None:
+        check_instance("law", law, LossLaw, hint="write LossLaw.fit(runs)")
     unlimited = loop.is_unlimited(trainer)
     callbacks = list(trainer_callbacks.callbacks_of(trainer))
     checkpoints = trainer_callbacks.checkpoint_descriptions(callbacks)
-    planner = _Planner(points, [_UNLIMITED] if unlimited else [], checkpoints)
+    planner = _Planner(points, [_UNLIMITED] if unlimited else [], checkpoints, law)
     copies: list[Any] = [_fresh_copy(c) for c in callbacks if isinstance(c, Capability)]
     of_lightning = classes("callbacks.GradientAccumulationScheduler", "callbacks.Timer")
     copies += [copy.deepcopy(c) for c in callbacks if isinstance(c, of_lightning)]
@@ -128,10 +137,15 @@ class _Planner(Engine):
     needs_horizon = True
 
     def __init__(
-        self, points: int = 200, warnings: Sequence[str] = (), checkpoints: Sequence[str] = ()
+        self,
+        points: int = 200,
+        warnings: Sequence[str] = (),
+        checkpoints: Sequence[str] = (),
+        law: LossLaw | None = None,
     ) -> None:
         super().__init__()
         self._points, self._warnings, self._checkpoints = points, warnings, checkpoints
+        self._law = law
         self.plan: TrainingPlan | None = None
 
     def _collect(self, trainer: Trainer) -> list[Stages]:
@@ -158,7 +172,9 @@ class _Planner(Engine):
         checkpoints = trainer_callbacks.checkpoint_descriptions(
             trainer_callbacks.callbacks_of(trainer)
         )
-        self.plan = _plan_of(self._fit, self._points, warnings, checkpoints or self._checkpoints)
+        self.plan = _plan_of(
+            self._fit, self._points, warnings, checkpoints or self._checkpoints, self._law
+        )
         raise trial_runs.exit_fit(trainer)
 
 
@@ -170,7 +186,7 @@ def _fresh_copy(capability: StagesT) -> StagesT:
 
 
 def _plan_of(
-    fit: Fit, points: int, warnings: list[str], checkpoints: Sequence[str]
+    fit: Fit, points: int, warnings: list[str], checkpoints: Sequence[str], law: LossLaw | None
 ) -> TrainingPlan:
     horizon = fit.clock.horizon
     assert horizon is not None  # the planner sets needs_horizon
@@ -181,12 +197,17 @@ def _plan_of(
     warnings += _warnings([optimizer for _, optimizer in fit.groups], horizon, scheduler)
     if scheduler is not None:
         warnings += _rate_warnings(rows)
+    losses: tuple[ExpectedLoss, ...] = ()
+    if law is not None:
+        losses, doubts = losses_of_plan(law, horizon, fit.groups, scheduler)
+        warnings += doubts
     return TrainingPlan(
         totals=_totals(horizon),
         rows=tuple(rows),
         boundaries=() if scheduler is None else tuple(_boundaries(scheduler, horizon)),
         checkpoints=tuple(checkpoints),
         warnings=tuple(warnings),
+        expected_losses=losses,
     )
 
 

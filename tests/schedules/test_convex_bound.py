@@ -1,4 +1,4 @@
-"""The bound of convex optimization: figures of the paper, a direct sum, and a real convex problem."""
+"""The convex bound: figures of the paper, its sums, and a real convex problem."""
 
 from __future__ import annotations
 

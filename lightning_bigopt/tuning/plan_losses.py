@@ -1,0 +1,75 @@
+"""The losses that a law expects of a planned run, and of the run with other schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from lightning_bigopt.callbacks.learning_rate import LearningRateScheduler
+from lightning_bigopt.durations.horizon import Horizon
+from lightning_bigopt.optimizers.group_schedule import GroupSchedule
+from lightning_bigopt.planning.expected_loss import ExpectedLoss
+from lightning_bigopt.planning.loss_law import LossLaw
+from lightning_bigopt.planning.outline import PlannedUpdate, planned_updates
+from lightning_bigopt.schedules.base import Schedule
+from lightning_bigopt.schedules.plateaus import WarmupStableDecay
+from lightning_bigopt.schedules.recipes import WarmupConstant, WarmupCosine, WarmupLinear
+
+__all__ = ["losses_of_plan"]
+
+THIS_RUN = "this run"
+
+
+def losses_of_plan(
+    law: LossLaw, horizon: Horizon, groups: GroupSchedule, scheduler: LearningRateScheduler | None
+) -> tuple[tuple[ExpectedLoss, ...], list[str]]:
+    """Predicts the loss of a planned run, and of the run with the usual schedules.
+
+    The learning rate is that of the parameter group with the highest one. The other schedules have
+    the warm-up and the peak of the run.
+
+    Args:
+        law: The law.
+        horizon: The horizon of the run.
+        groups: The schedules of the learning rates.
+        scheduler: The scheduler of the run; None without one.
+
+    Returns:
+        The predictions, that of the run first, and warnings.
+    """
+    total = horizon.total("steps")
+    if total is None:
+        return (), ["the loss cannot be predicted: the number of updates is not known in advance"]
+    updates = list(planned_updates(horizon, groups, points=round(total)))
+    rates = _highest(updates)
+    if not rates or not max(rates) > 0:
+        return (), ["the loss cannot be predicted: no parameter group has a learning rate"]
+    first = law.predict_learning_rates(rates, name=THIS_RUN)
+    warnings = [f"expected loss: {note}" for note in first.notes]
+    if len({update.global_batch_size for update in updates}) > 1:
+        warnings.append(
+            "expected loss: the batch size changes, and the law describes runs with the batch size "
+            "of the pilots"
+        )
+    others = [
+        law.predict_learning_rates(schedule.values(len(rates), base=max(rates)), name=name)
+        for name, schedule in _alternatives(scheduler)
+    ]
+    found = tuple(replace(expected, notes=()) for expected in others)
+    return (first, *found), warnings
+
+
+def _highest(updates: list[PlannedUpdate]) -> list[float]:
+    """Returns the learning rate of each update of the group with the highest one."""
+    columns = list(zip(*([r.value for r in u.learning_rates] for u in updates), strict=True))
+    return list(max(columns, key=max)) if columns else []
+
+
+def _alternatives(scheduler: LearningRateScheduler | None) -> Iterator[tuple[str, Schedule]]:
+    share = 0.0 if scheduler is None else scheduler.schedule_of(None).warmup_end()
+    warmup = f"{100 * share:.6g}%" if share else 0
+    yield "WarmupConstant()", WarmupConstant(warmup=warmup)
+    yield "WarmupCosine(end=0.1)", WarmupCosine(warmup=warmup, end=0.1)
+    yield "WarmupLinear(end=0)", WarmupLinear(warmup=warmup, end=0.0)
+    if share < 0.8:
+        yield "WarmupStableDecay(decay='20%')", WarmupStableDecay(warmup=warmup, decay="20%")
