@@ -81,6 +81,7 @@ from lightning_bigopt.optimizers import (
     muon_adamw,
     parameter_groups,
 )
+from lightning_bigopt.planning import HyperparameterLaw, Suggestion, suggest
 from lightning_bigopt.schedules import (
     REX,
     Chain,
@@ -170,6 +171,7 @@ __all__ = [
     "GradientNoiseScaleMixin",
     "Groups",
     "Horizon",
+    "HyperparameterLaw",
     "HyperparameterScheduleMixin",
     "HyperparameterScheduler",
     "InfiniteSchedule",
@@ -216,6 +218,7 @@ __all__ = [
     "StepGuard",
     "StepGuardMixin",
     "Study",
+    "Suggestion",
     "TailMean",
     "TooManyRejectionsError",
     "TopK",
@@ -239,4 +242,5 @@ __all__ = [
     "plan",
     "replay",
     "study",
+    "suggest",
 ]
