@@ -81,7 +81,15 @@ from lightning_bigopt.optimizers import (
     muon_adamw,
     parameter_groups,
 )
-from lightning_bigopt.planning import ExpectedLoss, LossCurve, LossLaw, MultiPowerLaw
+from lightning_bigopt.planning import (
+    ExpectedLoss,
+    HyperparameterLaw,
+    LossCurve,
+    LossLaw,
+    MultiPowerLaw,
+    Suggestion,
+    suggest,
+)
 from lightning_bigopt.reporting.loss_runs import read_loss_curve, read_loss_curves
 from lightning_bigopt.schedules import (
     REX,
@@ -176,6 +184,7 @@ __all__ = [
     "GradientNoiseScaleMixin",
     "Groups",
     "Horizon",
+    "HyperparameterLaw",
     "HyperparameterScheduleMixin",
     "HyperparameterScheduler",
     "InfiniteSchedule",
@@ -225,6 +234,7 @@ __all__ = [
     "StepGuard",
     "StepGuardMixin",
     "Study",
+    "Suggestion",
     "TailMean",
     "TooManyRejectionsError",
     "TopK",
@@ -253,4 +263,5 @@ __all__ = [
     "read_loss_curves",
     "replay",
     "study",
+    "suggest",
 ]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_bigopt.arguments import explain_arguments
+from lightning_bigopt.callbacks.extended_cooldown import BEST, ExtendedCooldown
+from lightning_bigopt.callbacks.mode_advice import advise_on_modes
 from lightning_bigopt.callbacks.resume_report import (
     is_resumed,
     report_changes,
@@ -24,8 +25,6 @@ from lightning_bigopt.engine.clock_settings import ClockSettings, OnResume
 from lightning_bigopt.engine.lr_scheduler import LightningLRScheduler
 from lightning_bigopt.engine.stage import LEARNING_RATE, Fit
 from lightning_bigopt.optimizers.field_claim import BaseOwner
-from lightning_bigopt.optimizers.modes import has_modes
-from lightning_bigopt.optimizers.names import group_names, part_optimizers
 from lightning_bigopt.schedules.base import Schedule
 from lightning_bigopt.schedules.shapes import CooldownShape
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
@@ -81,6 +80,9 @@ class LearningRateScheduler(Capability):
             ends the training, unless the Trainer's limit ends it earlier; a checkpoint saved in
             such a cooldown continues it.
         cooldown: Length of that cooldown; a percentage refers to the budget of the checkpoint.
+            ``"best"`` with ``on_resume="extend"``: the decay of a WarmupStableDecay becomes so much
+            longer that the learning rate stays the best for the longer run
+            (:func:`~lightning_bigopt.schedules.cooldown_for_extension`).
         cooldown_shape: Shape of that cooldown: ``"linear"``, ``"cosine"``, ``"1-sqrt"`` or
             ``"exponential"``.
         cooldown_end: Factor at the end of that cooldown, in [0, 1].
@@ -93,7 +95,8 @@ class LearningRateScheduler(Capability):
 
     State:
         ``schedule``, ``groups`` and ``optimizers`` as code, so that a resumed run can report
-        changes. The base learning rates are in the checkpoint's ``lr_schedulers``.
+        changes, and the chosen lengths of cooldowns. The base learning rates are in the
+        checkpoint's ``lr_schedulers``.
 
     Example:
         >>> from lightning_bigopt import LearningRateScheduler, WarmupStableDecay
@@ -142,6 +145,10 @@ class LearningRateScheduler(Capability):
         self.module_scheduler = module_scheduler
         self.base_lr = base_lr
         self.cooldown_shape, self.cooldown_end = cooldown_shape, cooldown_end
+        self._extended = ExtendedCooldown(
+            self._schedules.by_argument, on_resume=on_resume, is_best=cooldown == BEST
+        )
+        cooldown = None if cooldown == BEST else cooldown
         self.settings = ClockSettings(
             budget=budget, samples=samples, tokens=tokens, on_resume=on_resume, cooldown=cooldown
         )
@@ -203,6 +210,7 @@ class LearningRateScheduler(Capability):
         # On a resume these are the learning rates of the checkpoint: Lightning has restored the
         # optimizers, and the engine has not written the groups yet.
         self._before = _learning_rates(fit)
+        self._extended.apply(self._schedules.by_argument.values(), fit)
         bases = [base for each in fit.groups.bases("lr") for base in each]
         if bases and not any(bases):
             rank_zero_warn(
@@ -213,7 +221,10 @@ class LearningRateScheduler(Capability):
 
     def _follow(self, fit: Fit) -> None:
         self._schedules.resolve(
-            fit, cooldown_shape=self.cooldown_shape, cooldown_end=self.cooldown_end
+            fit,
+            cooldown_shape=self.cooldown_shape,
+            cooldown_end=self.cooldown_end,
+            change=self._extended.of,
         )
         fit.groups.follow(
             "lr",
@@ -225,7 +236,7 @@ class LearningRateScheduler(Capability):
 
     def announce(self, fit: Fit) -> None:
         """Logs advice, and the differences between a resumed run and its checkpoint."""
-        self._advise_on_modes(fit)
+        advise_on_modes(fit, lambda group, label: self.schedule_of(group, optimizer=label))
         saved, self._saved = self._saved, None
         if not is_resumed(fit):
             return
@@ -247,23 +258,6 @@ class LearningRateScheduler(Capability):
             factors = [self.schedule_of(name)(start) for name in (None, *self.groups)]
             warn_of_flat_cooldown(factors, end=self.cooldown_end)
 
-    def _advise_on_modes(self, fit: Fit) -> None:
-        """Logs that an optimizer with an evaluation mode needs no decay, if its schedule decays."""
-        parts = [
-            (label, part)
-            for label, optimizer in fit.groups
-            for part in part_optimizers(optimizer).values() or (optimizer,)
-            if has_modes(part)
-        ]
-        for label, part in parts:
-            names = group_names(part.param_groups)
-            if any(_decays(self.schedule_of(name, optimizer=label)) for name in names):
-                rank_zero_info(
-                    f"{type(part).__name__} evaluates an average of its weights, which "
-                    "replaces the decay of the learning rate: it needs no schedule, or a warm-up "
-                    "only, as LearningRateScheduler(WarmupConstant())."
-                )
-
     @property
     def is_resolved(self) -> bool:
         """Whether the schedules have been resolved on the horizon of the current fit."""
@@ -282,27 +276,25 @@ class LearningRateScheduler(Capability):
         return {name: as_code(getattr(self, name)) for name in _ARGUMENTS}
 
     def saved_state(self) -> dict[str, Any]:
-        """Returns the schedules as code."""
+        """Returns the schedules as code, and the chosen lengths of cooldowns."""
+        lengths = self._extended.lengths
         return {
             "schedule": repr(self.schedule),
             "groups": {name: repr(schedule) for name, schedule in self.groups.items()},
             "optimizers": {name: repr(schedule) for name, schedule in self.optimizers.items()},
+            **({"cooldown_lengths": dict(lengths)} if lengths else {}),
         }
 
     def load_saved_state(self, state: dict[str, Any]) -> None:
-        """Stores the schedules of the checkpoint for the report in :meth:`announce`."""
+        """Restores the lengths, and stores the schedules for the report in :meth:`announce`."""
         self._saved = dict(state)
+        self._extended.lengths = dict(self._saved.pop("cooldown_lengths", {}))
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Does nothing: the schedules do not change within a fit."""
 
     def __repr__(self) -> str:
         return f"LearningRateScheduler({type(self.schedule).__name__}(...))"
-
-
-def _decays(schedule: Schedule) -> bool:
-    factors = [schedule(step / 100) for step in range(101)]
-    return any(later < before for before, later in pairwise(factors))
 
 
 def _learning_rates(fit: Fit) -> dict[tuple[int, int], float]:

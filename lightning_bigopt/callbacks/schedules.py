@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 
 from lightning_bigopt.checks import shown
@@ -47,10 +47,20 @@ class GroupSchedules:
         self._of_part: dict[str, Schedule] = {}
 
     @property
+    def by_argument(self) -> dict[str, Schedule]:
+        """All schedules by the argument that holds them, such as ``"groups['head']"``."""
+        named = {"groups": self._groups, "optimizers": self._optimizers}
+        others = {
+            f"{argument}[{name!r}]": schedule
+            for argument, schedules in named.items()
+            for name, schedule in schedules.items()
+        }
+        return {"schedule": self._schedule, **others}
+
+    @property
     def need_horizon(self) -> bool:
         """Whether the factor of a schedule depends on the fraction of the budget."""
-        schedules = (self._schedule, *self._groups.values(), *self._optimizers.values())
-        return not all(schedule.is_constant for schedule in schedules)
+        return not all(schedule.is_constant for schedule in self.by_argument.values())
 
     def resolve(
         self,
@@ -58,6 +68,7 @@ class GroupSchedules:
         *,
         cooldown_shape: CooldownShape = "1-sqrt",
         cooldown_end: float = 0.0,
+        change: Callable[[Schedule], Schedule] | None = None,
     ) -> None:
         """Resolves all schedules on the horizon, and adds the cooldown that a resume starts.
 
@@ -65,6 +76,7 @@ class GroupSchedules:
             fit: The fit, after the clock has started.
             cooldown_shape: Shape of the cooldown.
             cooldown_end: Factor at the end of the cooldown.
+            change: Changes each schedule before it is resolved; None to change none.
 
         Raises:
             ValueError: If a name is unknown, or a duration does not fit into the horizon.
@@ -81,7 +93,7 @@ class GroupSchedules:
         def resolved(schedule: Schedule) -> Schedule:
             if horizon is None:  # all schedules are constant, see need_horizon
                 return schedule
-            result = schedule.resolve(horizon)
+            result = (schedule if change is None else change(schedule)).resolve(horizon)
             if cooldown is None:
                 return result
             at, over = cooldown

@@ -34,7 +34,7 @@ NOT_CALLED = {
     # results and internal values, which the package makes
     *("ClipContext", "ClipDecision", "Verdict", "Replay", "TrainingPlan", "MicroBatch"),
     *(
-        *("CriticalBatchSize", "FoundLearningRate", "Study"),
+        *("CriticalBatchSize", "FoundLearningRate", "Study", "Suggestion"),
         "NoiseScaleReport",
         "MicroBatchSearch",
         "Tag",
@@ -243,7 +243,14 @@ VALID: dict[str, dict[str, Callable[[], Any]]] = {
     "Log": _valid(low=1e-4, high=1e-1),
     "Uniform": _valid(low=0.0, high=1.0),
     "RangeTest": _valid(learning_rates=(0.1, 0.2), losses=(1.0, 2.0)),
+    "HyperparameterLaw": _valid(
+        name="mine",
+        learning_rate=(1.0, -0.5, 0.1),
+        batch_tokens=(10.0, 0.0, 0.5),
+        parameters=(1e7, 1e9),
+    ),
     # functions
+    "suggest": _valid(parameters=1e9, tokens=2e10),
     "parameter_groups": _valid(module=model, weight_decay=0.1),
     "ParameterGroup": _valid(pattern="*", name="all"),
     "CombinedOptimizer": _valid(module=model, optimizers={"*": torch.optim.AdamW}),
