@@ -120,11 +120,12 @@ class LossCurve:
         """Number of updates up to the first with the highest learning rate, included."""
         return self.learning_rates.index(self.peak) + 1
 
-    def binned(self, points: int) -> tuple[Array, Array]:
+    def binned(self, points: int, *, start: int = 0) -> tuple[Array, Array]:
         """Returns the losses after the warm-up as means over bins of equal numbers of losses.
 
         Args:
             points: Largest number of bins.
+            start: Number of updates before the first loss that counts, if the warm-up is shorter.
 
         Returns:
             The mean of the updates of each bin, rounded, and the mean of its losses.
@@ -133,13 +134,13 @@ class LossCurve:
             ValueError: If fewer than 8 losses lie after the warm-up.
         """
         updates, losses = np.asarray(self.updates), np.asarray(self.losses)
-        kept = updates >= self.warmup
+        kept = updates >= max(self.warmup, start)
         updates, losses = updates[kept], losses[kept]
         if updates.size < 8:
             raise ValueError(
                 f"runs must have at least 8 losses after the warm-up, got {updates.size} in "
-                f"{self.name}, whose learning rate is highest at update {self.warmup - 1:,}; log "
-                "the loss more often, or train longer"
+                f"{self.name} after update {max(self.warmup, start) - 1:,}; log the loss more "
+                "often, or train longer"
             )
         bins = np.array_split(np.arange(updates.size), min(points, updates.size))
         means = [(updates[members].mean(), losses[members].mean()) for members in bins]

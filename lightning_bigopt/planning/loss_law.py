@@ -89,13 +89,17 @@ class LossLaw:
         object.__setattr__(self, "peaks", (low, high))
 
     @classmethod
-    def fit(cls, runs: Sequence[LossCurve], *, draws: int = 60, seed: int = 0) -> LossLaw:
+    def fit(
+        cls, runs: Sequence[LossCurve], *, start: int = 0, draws: int = 60, seed: int = 0
+    ) -> LossLaw:
         """Fits the law to runs; it takes seconds.
 
         Args:
             runs: The losses of at least two runs, at least one of which decays its learning rate.
                 Losses during the warm-up are left out; a loss of single batches is averaged over
                 up to 80 bins. Take all losses of one kind, such as validation losses.
+            start: Number of updates before the first loss that counts, if the warm-up is shorter.
+                The loss of a very short run falls faster than the law at first.
             draws: Number of other laws for the band, at least 20.
             seed: Seed of the draws.
 
@@ -108,18 +112,19 @@ class LossLaw:
             ImportError: If scipy is not installed.
         """
         curves = checked_tuple("runs", runs, LossCurve, hint="write [read_loss_curve('runs/a'), …]")
+        check_count("start", start, minimum=0, of="updates", hint="write 0")
         check_count("draws", draws, minimum=20, hint="write 60")
         check_count("seed", seed, minimum=0, hint="write 0")
         _check_runs(curves)
         _require_scipy()
-        fit = LawFit(curves)
+        fit = LawFit(curves, start=start)
         law, residual = fit.best()
         generator = np.random.default_rng(seed)
         peaks = [curve.peak for curve in curves]
         return cls(
             law=law,
             draws=tuple(fit.draw(generator) for _ in range(draws)),
-            unseen=max(residual, *_errors_of_unseen(curves, law)),
+            unseen=max(residual, *_errors_of_unseen(curves, law, start)),
             extrapolation=fit.extrapolation_error(),
             peaks=(min(peaks), max(peaks)),
             total=max(sum(curve.learning_rates) for curve in curves),
@@ -264,7 +269,7 @@ def _decays(curve: LossCurve) -> bool:
     return min(curve.learning_rates[curve.warmup - 1 : curve.updates[-1]]) < _DECAYED * curve.peak
 
 
-def _errors_of_unseen(curves: Sequence[LossCurve], best: MultiPowerLaw) -> list[float]:
+def _errors_of_unseen(curves: Sequence[LossCurve], best: MultiPowerLaw, start: int) -> list[float]:
     """Returns the mean absolute error of each run as predicted from the others.
 
     A run is left out only if another one decays: the drop would be unknown without it.
@@ -274,8 +279,8 @@ def _errors_of_unseen(curves: Sequence[LossCurve], best: MultiPowerLaw) -> list[
     for unseen in curves:
         others = [curve for curve in curves if curve is not unseen]
         if any(map(_decays, others)):
-            law, _ = LawFit(others).best(near=best)
-            ends, losses = unseen.binned(_POINTS)
+            law, _ = LawFit(others, start=start).best(near=best)
+            ends, losses = unseen.binned(_POINTS, start=start)
             predicted = law.losses(unseen.learning_rates, [int(end) for end in ends])
             errors.append(float(np.abs(predicted - losses).mean()))
     return errors

@@ -31,11 +31,12 @@ class LawFit:
 
     Args:
         curves: The runs.
+        start: Number of updates before the first loss that counts.
     """
 
-    def __init__(self, curves: Sequence[LossCurve]) -> None:
+    def __init__(self, curves: Sequence[LossCurve], *, start: int = 0) -> None:
         self.unit = max(curve.peak for curve in curves)
-        binned = [curve.binned(_POINTS) for curve in curves]
+        binned = [curve.binned(_POINTS, start=start) for curve in curves]
         self.losses = np.concatenate([losses for _, losses in binned])
         histories = [
             RateHistory(

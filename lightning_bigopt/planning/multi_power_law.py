@@ -100,7 +100,8 @@ class MultiPowerLaw:
             reached = np.zeros_like(history.since)
             np.multiply(history.since, speeds, out=reached, where=history.since > 0)
             drops = -np.expm1(-self.beta * np.log1p(reached))
-        return self.floor + self.scale * history.sums**-self.alpha - self.drop * (drops @ falls)
+            found: Array = self.floor + self.scale * history.sums**-self.alpha
+        return found - self.drop * (drops @ falls)
 
 
 class RateHistory:
