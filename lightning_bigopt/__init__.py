@@ -121,6 +121,8 @@ from lightning_bigopt.schedules import (
     WarmupInverseSquareRoot,
     WarmupLinear,
     WarmupStableDecay,
+)
+from lightning_bigopt.schedules.convex_bound import (
     convex_bound,
     cooldown_for_extension,
     learning_rate_ratio,

@@ -205,8 +205,9 @@ def _section(results: Sequence[_Result], truth: dict[str, float], order: float, 
     return f"""\
 Run with `python benchmarks/loss_law.py --gpt DIR --seeds {seeds} --write`; measured on
 {time.strftime("%Y-%m-%d")} on a CPU, one thread. The GPT of the demo
-(0.4M parameters, AdamW, `NormClip()`, learning rate {LEARNING_RATE:g}, warm-up of {WARMUP} updates) trains {UPDATES:,}
-updates with six schedules. Two pilots, `WarmupConstant` and `WarmupCosine(end=0.0)`, train a share of these updates,
+(0.4M parameters, AdamW, `NormClip()`, learning rate {LEARNING_RATE:g}, warm-up of {WARMUP} updates)
+trains {UPDATES:,} updates with six schedules. Two pilots, `WarmupConstant` and
+`WarmupCosine(end=0.0)`, train a share of these updates,
 and predict the final validation loss of all six. "From" is the first update whose loss is fitted
 (`start=`).
 

@@ -25,7 +25,7 @@ BEST = "best"
 class ExtendedCooldown:
     """Replaces the cooldown of schedules when a resume extends their run.
 
-    The length is that of :func:`~lightning_bigopt.schedules.cooldown_for_extension`, at most what
+    The length is that of :func:`~lightning_bigopt.cooldown_for_extension`, at most what
     is left of the run. A run that is resumed again keeps it.
 
     Args:

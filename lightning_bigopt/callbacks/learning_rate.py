@@ -82,7 +82,7 @@ class LearningRateScheduler(Capability):
         cooldown: Length of that cooldown; a percentage refers to the budget of the checkpoint.
             ``"best"`` with ``on_resume="extend"``: the decay of a WarmupStableDecay becomes so much
             longer that the learning rate stays the best for the longer run
-            (:func:`~lightning_bigopt.schedules.cooldown_for_extension`).
+            (:func:`~lightning_bigopt.cooldown_for_extension`).
         cooldown_shape: Shape of that cooldown: ``"linear"``, ``"cosine"``, ``"1-sqrt"`` or
             ``"exponential"``.
         cooldown_end: Factor at the end of that cooldown, in [0, 1].

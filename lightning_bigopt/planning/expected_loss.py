@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lightning_bigopt.arguments import explain_arguments
+
 __all__ = ["ExpectedLoss", "ranking"]
 
 
+@explain_arguments
 @dataclass(frozen=True, kw_only=True)
 class ExpectedLoss:
     """The expected loss of a run after several numbers of updates, with a band of 90 %.

@@ -194,6 +194,7 @@ class HyperparameterLaw:
                 run within ``within``, or if there are only as many sweeps as coefficients.
 
         Example:
+            >>> import math
             >>> table = [
             ...     dict(
             ...         parameters=n,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_count, shown
 from lightning_bigopt.planning.multi_power_law import Array, check_rates
 
@@ -16,6 +17,7 @@ __all__ = ["LossCurve"]
 _STEP = 0.1
 
 
+@explain_arguments
 @dataclass(frozen=True, kw_only=True)
 class LossCurve:
     """The losses of one run, and the learning rate of each of its updates.

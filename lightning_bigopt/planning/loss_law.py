@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_count, check_non_negative, check_positive
 from lightning_bigopt.planning.expected_loss import ExpectedLoss
 from lightning_bigopt.planning.loss_curve import LossCurve
@@ -30,6 +31,7 @@ _SAME = 1e-3  # relative difference of learning rates that are equal in a log of
 _DECAYED = 0.9  # the lowest factor after the peak of a run that counts as constant
 
 
+@explain_arguments
 @dataclass(frozen=True, kw_only=True)
 class LossLaw:
     """The loss of a model as a function of its learning rates, and how well it is known.

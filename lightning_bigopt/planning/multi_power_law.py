@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_non_negative, check_number, check_positive, shown
 
 __all__ = ["Array", "MultiPowerLaw", "RateHistory", "check_rates"]
@@ -15,6 +16,7 @@ __all__ = ["Array", "MultiPowerLaw", "RateHistory", "check_rates"]
 Array = NDArray[np.float64]
 
 
+@explain_arguments
 @dataclass(frozen=True, kw_only=True)
 class MultiPowerLaw:
     r"""The loss after any update, from the learning rates of the updates before.

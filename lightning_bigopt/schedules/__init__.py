@@ -3,11 +3,6 @@
 from lightning_bigopt.schedules.base import Schedule
 from lightning_bigopt.schedules.chain import Chain
 from lightning_bigopt.schedules.composition import Clamp, Product, Warmup
-from lightning_bigopt.schedules.convex_bound import (
-    convex_bound,
-    cooldown_for_extension,
-    learning_rate_ratio,
-)
 from lightning_bigopt.schedules.cycles import CosineWithRestarts, Cyclic, OneCycle
 from lightning_bigopt.schedules.decays import REX, Constant, Cooldown, Cosine, Linear, Polynomial
 from lightning_bigopt.schedules.milestones import MultiStep, PiecewiseLinear
@@ -52,7 +47,4 @@ __all__ = [
     "WarmupInverseSquareRoot",
     "WarmupLinear",
     "WarmupStableDecay",
-    "convex_bound",
-    "cooldown_for_extension",
-    "learning_rate_ratio",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from lightning_bigopt.checks import check_between, check_choice, check_count, check_number, shown
 from lightning_bigopt.schedules.base import Schedule, check_schedule
-from lightning_bigopt.schedules.plateaus import WarmupStableDecay
+from lightning_bigopt.schedules.decays import Constant
 from lightning_bigopt.schedules.shapes import CooldownShape
 
 __all__ = ["best_decay", "convex_bound", "cooldown_for_extension", "learning_rate_ratio"]
@@ -124,8 +124,8 @@ def cooldown_for_extension(
     check_choice("cooldown", cooldown, CooldownShape)
 
     def factors(length: float, updates: int) -> list[float]:
-        schedule = WarmupStableDecay(warmup=0, decay=float(length), cooldown=cooldown)
-        return schedule.values(updates)
+        trapezoid = Constant().with_cooldown(1.0 - length, over=length, shape=cooldown)
+        return trapezoid.values(updates)
 
     found, ratio = best_decay(factors, factor, decay=decay)
     if ratio < 1.0:

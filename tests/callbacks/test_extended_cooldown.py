@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_bigopt import LearningRateScheduler, WarmupCosine, WarmupStableDecay
-from lightning_bigopt.schedules import cooldown_for_extension
+from lightning_bigopt import (
+    LearningRateScheduler,
+    WarmupCosine,
+    WarmupStableDecay,
+    cooldown_for_extension,
+)
 from tests.callbacks.resume_helpers import fit, save_every_update
 from tests.helpers import Probe
 

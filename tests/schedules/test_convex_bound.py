@@ -13,11 +13,13 @@ from lightning_bigopt.schedules import (
     Linear,
     Schedule,
     WarmupStableDecay,
+)
+from lightning_bigopt.schedules.convex_bound import (
+    best_decay,
     convex_bound,
     cooldown_for_extension,
     learning_rate_ratio,
 )
-from lightning_bigopt.schedules.convex_bound import best_decay
 from lightning_bigopt.schedules.milestones import PiecewiseLinear
 
 

@@ -49,7 +49,7 @@ LAYERS: tuple[tuple[frozenset[str], frozenset[str]], ...] = (
     (frozenset({"gradients"}), TORCH),
     (frozenset({"batching"}), TORCH),
     (frozenset({"averaging"}), TORCH),
-    (frozenset({"planning"}), TORCH | {"numpy"}),  # which scipy needs
+    (frozenset({"planning"}), TORCH | {"numpy", "scipy"}),  # scipy in functions only
     (frozenset({"trainer_access"}), LIGHTNING),
     (frozenset({"engine"}), LIGHTNING),
     (frozenset({"monitoring"}), LIGHTNING | {"numpy"}),  # which tensorboard needs
