@@ -113,6 +113,8 @@ from lightning_bigopt.schedules import (
     WarmupStableDecay,
 )
 from lightning_bigopt.tuning.batch_finder import GlobalBatchFinder
+from lightning_bigopt.tuning.compare import compare
+from lightning_bigopt.tuning.comparison_result import Comparison
 from lightning_bigopt.tuning.critical_batch import CriticalBatchSize
 from lightning_bigopt.tuning.curve import RangeTest
 from lightning_bigopt.tuning.find_learning_rate import find_learning_rate
@@ -122,6 +124,7 @@ from lightning_bigopt.tuning.measure_critical_batch import critical_batch_size
 from lightning_bigopt.tuning.measured_batch_size import MeasuredBatchSize
 from lightning_bigopt.tuning.range_test import LearningRateRangeTest, learning_rate_range_test
 from lightning_bigopt.tuning.run_plan import plan
+from lightning_bigopt.tuning.side import Side
 from lightning_bigopt.tuning.study_result import Study
 from lightning_bigopt.version import __version__
 
@@ -147,6 +150,7 @@ __all__ = [
     "ClipToMedian",
     "ClippingRule",
     "CombinedOptimizer",
+    "Comparison",
     "Compressor",
     "Constant",
     "ConstantBatchSize",
@@ -210,6 +214,7 @@ __all__ = [
     "SchedulePolicy",
     "Seesaw",
     "SeesawBatchSize",
+    "Side",
     "SingleSample",
     "Skip",
     "StepDecay",
@@ -231,6 +236,7 @@ __all__ = [
     "ZClip",
     "__version__",
     "combine_optimizers",
+    "compare",
     "critical_batch_size",
     "find_learning_rate",
     "learning_rate_range_test",

@@ -11,11 +11,11 @@ from lightning_bigopt.checks import check_choice, check_count
 from lightning_bigopt.durations.duration import DurationLike
 from lightning_bigopt.reporting.study import Direction, StudyTrial
 from lightning_bigopt.trainer_access.processes import Processes
+from lightning_bigopt.tuning.made_trainings import MadeTrainings
 from lightning_bigopt.tuning.optuna_session import OptunaSession
 from lightning_bigopt.tuning.random_states import random_states_kept
 from lightning_bigopt.tuning.space import Range, Space, checked_space
 from lightning_bigopt.tuning.study_result import Study
-from lightning_bigopt.tuning.made_trainings import MadeTrainings
 from lightning_bigopt.tuning.trainings import Trainings
 from lightning_bigopt.tuning.trial_loop import TrialLoop
 from lightning_bigopt.tuning.trunk_files import trunk_folder
