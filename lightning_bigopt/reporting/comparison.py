@@ -3,79 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from lightning_bigopt.reporting.compared_side import ComparedSide
 from lightning_bigopt.reporting.paired_test import PairedTest, pairs_needed
-from lightning_bigopt.reporting.study import Direction, StudyRecord
+from lightning_bigopt.reporting.study import Direction
 
-__all__ = ["ComparedSide", "ComparisonRecord", "SeedRun"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SeedRun:
-    """One training of a side.
-
-    Args:
-        seed: Seed of the weights and of the order of the samples.
-        loss: Monitored value at the end; None if the training has diverged.
-        reason: Why it has no loss; "" if it has one.
-        updates: Updates that were trained.
-        seconds: Duration.
-    """
-
-    seed: int
-    loss: float | None
-    reason: str = ""
-    updates: int = 0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComparedSide:
-    """One side of a comparison.
-
-    Args:
-        name: Name of the side, such as that of its config file.
-        runs: One training for each seed.
-        best_values: The tuned values by path; empty without a search.
-        config: The config with these values, as YAML; of a side made by functions the values only.
-        study: The search; None without one.
-    """
-
-    name: str
-    runs: tuple[SeedRun, ...]
-    best_values: Mapping[str, Any] = field(default_factory=dict)
-    config: str = ""
-    study: StudyRecord | None = None
-
-    @property
-    def losses(self) -> tuple[float | None, ...]:
-        """The monitored value of each seed; None for a training that has diverged."""
-        return tuple(run.loss for run in self.runs)
-
-    @property
-    def updates(self) -> float:
-        """Mean updates of the trainings that have not diverged; NaN without one."""
-        found = [run.updates for run in self.runs if run.loss is not None]
-        return fmean(found) if found else math.nan
-
-    @property
-    def seconds(self) -> float:
-        """Duration of the trainings of all seeds together, without the search."""
-        return sum(run.seconds for run in self.runs)
-
-    @property
-    def mean(self) -> float:
-        """Mean of the monitored value over the seeds that have not diverged; NaN without one."""
-        found = [loss for loss in self.losses if loss is not None]
-        return fmean(found) if found else math.nan
-
-    def diverged(self) -> list[int]:
-        """Returns the seeds at which the training has diverged."""
-        return [run.seed for run in self.runs if run.loss is None]
+__all__ = ["ComparisonRecord"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +39,20 @@ class ComparisonRecord:
     def seeds(self) -> tuple[int, ...]:
         """The seeds."""
         return tuple(run.seed for run in self.a.runs)
+
+    @property
+    def pairs(self) -> list[tuple[float, float]]:
+        """The values of a and b at each seed at which neither side has diverged."""
+        found = zip(self.a.losses, self.b.losses, strict=True)
+        return [(a, b) for a, b in found if a is not None and b is not None]
+
+    @property
+    def means(self) -> tuple[float, float]:
+        """Means of the values of a and b over the complete pairs; NaN without one."""
+        if not self.pairs:
+            return math.nan, math.nan
+        first, second = zip(*self.pairs, strict=True)
+        return fmean(first), fmean(second)
 
     @property
     def difference(self) -> float:
@@ -142,18 +92,14 @@ class ComparisonRecord:
         """The result in words."""
         divergences = self._divergences()
         if self.test is None:
-            complete = sum(None not in pair for pair in self._pairs())
             return (
                 f"no verdict: {divergences}; a test needs two seeds without divergence on both "
-                f"sides, got {complete}"
+                f"sides, got {len(self.pairs)}"
             )
         words = self._verdict_of(self.test)
         if not divergences:
             return words
         return f"{divergences}; at the other {self.test.count} seeds: {words}"
-
-    def _pairs(self) -> list[tuple[float | None, float | None]]:
-        return list(zip(self.a.losses, self.b.losses, strict=True))
 
     def _better(self, difference: float) -> ComparedSide:
         is_lower_better = self.direction == "minimize"
@@ -191,12 +137,12 @@ class ComparisonRecord:
                 f"is smaller than the smallest that {test.count} seeds could have shown, "
                 f"{_short(test.detectable)}"
                 if self.relevant is None
-                else f"is not significant, and one of {_short(limit)} is outside the interval"
+                else f"is not significant, and the interval does not contain {_short(limit)}"
             )
             return f"noise: the difference {size} {reason} ({statistics}){self._with_updates()}"
         return (
-            f"inconclusive: the difference {size} is not significant, but one of {_short(limit)} "
-            f"is inside the interval ({statistics}){self._seeds_needed(test)}"
+            f"inconclusive: the difference {size} is not significant, but the interval contains "
+            f"{_short(limit)} ({statistics}){self._seeds_needed(test)}"
             f"{self._with_updates()}"
         )
 
@@ -221,7 +167,7 @@ class ComparisonRecord:
         return f"; {self.b.name} has trained {ratio:.2f} × the updates of {self.a.name}"
 
     def _seeds_needed(self, test: PairedTest) -> str:
-        wanted = max(abs(test.difference), 0.0) if self.relevant is None else self.relevant
+        wanted = abs(test.difference) if self.relevant is None else self.relevant
         try:
             return (
                 f"; about {pairs_needed(test.deviation, wanted)} seeds would show {_short(wanted)}"
@@ -261,20 +207,30 @@ class ComparisonRecord:
         return f"{text}, and {searched:,} updates in {spent:,.0f} s of search"
 
     def rows(self) -> list[tuple[str, ...]]:
-        """Returns the table of losses as text: a head, one row per seed, and the mean."""
-        head = ("seed", self.a.name, self.b.name, "b - a")
+        """Returns the table as text: a head, one row per seed, means of the pairs, and updates."""
+        losses = zip(self.seeds, self.a.losses, self.b.losses, strict=True)
+        digits = self._decimals()
         rows = [
             (
                 str(seed),
-                _loss(first),
-                _loss(second),
-                "" if first is None or second is None else _short(second - first),
+                *("diverged" if x is None else f"{x:.{digits}f}" for x in (first, second)),
+                "" if first is None or second is None else f"{second - first:.{digits + 1}f}",
             )
-            for seed, (first, second) in zip(self.seeds, self._pairs(), strict=True)
+            for seed, first, second in losses
         ]
-        means = ("mean", _loss(self.a.mean), _loss(self.b.mean), _loss(self.difference))
-        updates = ("updates", *(f"{side.updates:,.6g}" for side in (self.a, self.b)), "")
-        return [head, *rows, means, updates]
+        first, second = self.means
+        means = ("mean", f"{first:.{digits}f}", f"{second:.{digits}f}")
+        return [
+            ("seed", self.a.name, self.b.name, "b - a"),
+            *rows,
+            (*means, f"{second - first:.{digits + 1}f}"),
+            ("updates", *(f"{side.updates:,.6g}" for side in (self.a, self.b)), ""),
+        ]
+
+    def _decimals(self) -> int:
+        """Returns the decimals with which the largest value has five digits."""
+        largest = max((abs(x) for pair in self.pairs for x in pair), default=1.0) or 1.0
+        return min(max(4 - math.floor(math.log10(largest)), 0), 15)
 
     def __str__(self) -> str:
         rows = self.rows()
@@ -304,8 +260,3 @@ class ComparisonRecord:
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _loss(value: float | None) -> str:
-    """Returns a loss with five decimals, so that differences between seeds can be seen."""
-    return "diverged" if value is None else f"{value:.5g}"

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_bigopt.checks import as_code
-from lightning_bigopt.reporting.comparison import ComparedSide, SeedRun
+from lightning_bigopt.reporting.compared_side import ComparedSide, SeedRun
 from lightning_bigopt.reporting.paired_test import PairedTest, paired_test
 from lightning_bigopt.reporting.study import Direction
 from lightning_bigopt.trainer_access.processes import Processes

@@ -13,7 +13,7 @@ from typing import Any
 import lightning
 import torch
 
-from lightning_bigopt.reporting.comparison import SeedRun
+from lightning_bigopt.reporting.compared_side import SeedRun
 from lightning_bigopt.trainer_access.output_paths import folder_problem
 from lightning_bigopt.version import __version__
 

@@ -21,7 +21,7 @@ class Comparison(ComparisonRecord):
     them.
 
     Example:
-        >>> from lightning_bigopt.reporting.comparison import ComparedSide, SeedRun
+        >>> from lightning_bigopt.reporting.compared_side import ComparedSide, SeedRun
         >>> from lightning_bigopt.reporting.paired_test import paired_test
         >>> losses = [2.0, 2.1, 2.2, 2.3], [1.9, 2.02, 2.09, 2.21]
         >>> sides = [

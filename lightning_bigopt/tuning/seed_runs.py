@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_bigopt.reporting.comparison import SeedRun
+from lightning_bigopt.reporting.compared_side import SeedRun
 from lightning_bigopt.trainer_access.processes import Processes
 from lightning_bigopt.tuning.comparison_folder import ComparisonFolder, fingerprint
 from lightning_bigopt.tuning.trainings import Trainings
