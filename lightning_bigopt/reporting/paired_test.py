@@ -175,21 +175,19 @@ def pairs_needed(deviation: float, difference: float) -> int:
         >>> pairs_needed(0.01, 0.005)
         34
     """
+    check_positive("deviation", deviation, hint="pass the standard deviation of the differences")
     check_positive("difference", difference, hint="pass its absolute value")
-    high = 2
-    while detectable_difference(deviation, high) > difference:
-        high *= 2
-        if high > _MOST_PAIRS:
-            raise ValueError(
-                f"difference must be one that {_MOST_PAIRS:,} pairs can show, got "
-                f"{shown(difference)} with the standard deviation {shown(deviation)}; pass a "
-                "larger difference"
-            )
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        if detectable_difference(deviation, middle) > difference:
-            low = middle
-        else:
-            high = middle
-    return high
+    from scipy.stats import norm
+
+    # A known deviation would take so many pairs; the t-test takes a few more.
+    count = ((norm.ppf(1 - ALPHA / 2) + norm.ppf(POWER)) * deviation / difference) ** 2
+    if count > _MOST_PAIRS:
+        raise ValueError(
+            f"difference must be one that {_MOST_PAIRS:,} pairs can show, got "
+            f"{shown(difference)} with the standard deviation {shown(deviation)}; pass a larger "
+            "difference"
+        )
+    pairs = max(2, math.floor(count))
+    while detectable_difference(deviation, pairs) > difference:
+        pairs += 1
+    return pairs
