@@ -107,41 +107,50 @@ def answer(found: Comparison) -> str:
 
 def page(found: Comparison) -> str:
     """Returns the page."""
-    test = found.test
+    test, search = found.test, found.a.study
     assert test is not None
+    assert search is not None
+    table, searches = "\n".join(losses(found)), "\n".join(searched(found))
+    edges = "".join(f"- {text}.\n" for text in found.edges())
     return f"""\
 # Half the updates
 
-Run with `python benchmarks/half_the_updates.py --share {found.updates_ratio:.2f} --write`. Measured on
-{time.strftime("%Y-%m-%d")} on an {platform.machine()} CPU, one thread, with torch
+Run with `python benchmarks/half_the_updates.py --share {found.updates_ratio:.2f} --write`. Measured
+on {time.strftime("%Y-%m-%d")} on an {platform.machine()} CPU, one thread, with torch
 {torch.__version__}.
 
-Does a config with the defaults of this package reach the loss of a tuned bare AdamW in fewer updates? Both sides train
-the GPT of the demo (0.4M parameters) on 32 windows of 64 bytes in every update. `{BARE}` is AdamW at a constant
-learning rate with a bare Trainer, for {found.a.updates:.0f} updates. `{OURS}` is `MuonAdamW` with `WarmupLinear`,
-`GradientClipping(ZClip())` and `StepGuard`, all with their defaults, for {found.b.updates:.0f} updates. Both files are in
-`examples/`. Only the learning rate is tuned: on both sides {len(found.a.study.trials) if found.a.study else 0} trials of
-TPE from {RATES.low:g} to {RATES.high:g} at seed 0. Then each side trains at its best learning rate at
-{test.count} other seeds, which set the initial weights and the order of the samples on both sides.
+Does a config with the defaults of this package reach the loss of a tuned bare AdamW in fewer
+updates? Both sides train the GPT of the demo (0.4M parameters) on 32 windows of 64 bytes in every
+update. `{BARE}` is AdamW at a constant learning rate with a bare Trainer, for
+{found.a.updates:.0f} updates. `{OURS}` is `MuonAdamW` with `WarmupLinear`,
+`GradientClipping(ZClip())` and `StepGuard`, all with their defaults, for
+{found.b.updates:.0f} updates. Both files are in `examples/`. Only the learning rate is tuned, on
+both sides with {len(search.trials)} trials of TPE from {RATES.low:g} to {RATES.high:g} at seed 0.
+Then each side trains at its best learning rate at {len(found.seeds)} other seeds, which set the
+initial weights and the order of the samples on both sides ({{py:func}}`~lightning_bigopt.compare`).
 
-{answer(found)} The claim asks for a lower loss with p < {P_VALUE}, in a two-sided paired t-test.
+{answer(found)} The claim asks for a lower loss with p < {P_VALUE} in a two-sided paired t-test.
 
-The loss is the validation loss in nats per byte on 1,024 windows after the last update, the same ones on both sides.
+The loss is the validation loss in nats per byte on 1,024 windows after the last update, the same
+windows on both sides.
 
-{chr(10).join(losses(found))}
+{table}
 
-- Mean difference b - a: {test.difference:.4f}, 95 % interval {test.interval[0]:.4f} to {test.interval[1]:.4f},
-  t = {test.statistic:.2f}, p = {test.p_value:.2g}.
+- Mean difference b - a: {test.difference:.4f}, 95 % interval {test.interval[0]:.4f} to
+  {test.interval[1]:.4f}, t = {test.statistic:.2f}, p = {test.p_value:.2g}.
 - The smallest difference that these seeds show with a probability of 0.8: {test.detectable:.4f}.
-- Seconds of the {test.count} trainings: {found.a.seconds:,.0f} and {found.b.seconds:,.0f}. An update with Muon takes longer
-  on a CPU, and in so small a model the more: fewer updates are not fewer seconds here.
+- Seconds of these trainings: {found.a.seconds:,.0f} and {found.b.seconds:,.0f}. An update with Muon
+  takes longer, in a model as small as this one much longer: on a CPU, fewer updates are not fewer
+  seconds here.
 
 | side | best learning rate | trials | loss of each trial by learning rate |
 |---|---|---|---|
-{chr(10).join(searched(found))}
-{"".join(f"{chr(10)}- {text}." for text in found.edges())}
-The bare side is AdamW as many scripts have it: constant, without warm-up and clipping. The comparison says what the
-defaults together are worth for this model, these data and this length of run. It does not say which of them is.
+{searches}
+
+{edges}
+The bare side is AdamW as many scripts have it: a constant learning rate, no warm-up, no clipping.
+The comparison says what the defaults together are worth for this model, these data and this length
+of run. It does not say which of them is.
 """
 
 

@@ -8,21 +8,21 @@ from lightning_bigopt import schedules
 NAMES = """
     AGC Abort Action AdaGC AutoClip Average BF16 Backoff BatchSizePolicy BatchSizePolicyMixin
     BatchSizeRamp BatchSizeScheduler BatchSizeSteps Chain Clamp ClipToMedian ClippingRule
-    CombinedOptimizer Compressor Constant ConstantBatchSize Cooldown Cosine CosineWithRestarts
-    CriticalBatchSize Cyclic Detector Duration EMA Exponential FP16 FoundLearningRate FullBatch
-    GlobalBatchFinder GlobalBatchLoader GradientClipping GradientClippingMixin GradientCompression
-    GradientCompressionMixin GradientNoiseScale GradientNoiseScaleMixin Groups Horizon
-    HyperparameterScheduleMixin HyperparameterScheduler InfiniteSchedule InverseSquareRoot
-    LearningRateRangeTest LearningRateScheduleMixin LearningRateScheduler Linear LossSpike
-    MaxUpdateRatio MeasuredBatchSize Merge ModelAveraging ModelAveragingMixin MultiStep MuonAdamW
-    Noam NoiseScaleBatchSize NonFinite NormClip NormSpike OneCycle OptimizationMonitor
-    OptimizationMonitorMixin ParameterGroup PerParameterNormClip PiecewiseLinear Polynomial Power
-    PowerSGD Product Progress REX RangeTest ReduceOnPlateau ReduceOnPlateauMixin RollBack Schedule
-    SchedulePolicy Seesaw SeesawBatchSize SingleSample Skip StepDecay StepGuard StepGuardMixin Study
-    TailMean TooManyRejectionsError TopK TriStage UpdateClip ValueClip Warmup WarmupConstant
-    WarmupCosine WarmupInverseSquareRoot WarmupLinear WarmupStableDecay ZClip __version__
-    combine_optimizers critical_batch_size find_learning_rate learning_rate_range_test muon_adamw
-    parameter_groups plan replay study
+    CombinedOptimizer Comparison Compressor Constant ConstantBatchSize Cooldown Cosine
+    CosineWithRestarts CriticalBatchSize Cyclic Detector Duration EMA Exponential FP16
+    FoundLearningRate FullBatch GlobalBatchFinder GlobalBatchLoader GradientClipping
+    GradientClippingMixin GradientCompression GradientCompressionMixin GradientNoiseScale
+    GradientNoiseScaleMixin Groups Horizon HyperparameterScheduleMixin HyperparameterScheduler
+    InfiniteSchedule InverseSquareRoot LearningRateRangeTest LearningRateScheduleMixin
+    LearningRateScheduler Linear LossSpike MaxUpdateRatio MeasuredBatchSize Merge ModelAveraging
+    ModelAveragingMixin MultiStep MuonAdamW Noam NoiseScaleBatchSize NonFinite NormClip NormSpike
+    OneCycle OptimizationMonitor OptimizationMonitorMixin ParameterGroup PerParameterNormClip
+    PiecewiseLinear Polynomial Power PowerSGD Product Progress REX RangeTest ReduceOnPlateau
+    ReduceOnPlateauMixin RollBack Schedule SchedulePolicy Seesaw SeesawBatchSize Side SingleSample
+    Skip StepDecay StepGuard StepGuardMixin Study TailMean TooManyRejectionsError TopK TriStage
+    UpdateClip ValueClip Warmup WarmupConstant WarmupCosine WarmupInverseSquareRoot WarmupLinear
+    WarmupStableDecay ZClip __version__ combine_optimizers compare critical_batch_size
+    find_learning_rate learning_rate_range_test muon_adamw parameter_groups plan replay study
 """
 
 

@@ -180,8 +180,8 @@ def run_comparison(
         test=_test(pairs),
         relevant=plan.relevant,
     )
-    for advice in result.edges():
-        rank_zero_warn(f"{advice}. The side is not at its best before.")
+    if edges := result.edges():
+        rank_zero_warn(f"{'; '.join(edges)}. Until then such a side is not at its best.")
     return result
 
 

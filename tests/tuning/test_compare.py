@@ -219,10 +219,7 @@ def test_diverged_seed_is_said_and_its_pair_is_not_dropped_in_silence():
     assert found.b.runs[1].updates == 4
     assert found.verdict.startswith("b has diverged at 1 of 3 seeds (2); at the other 2 seeds: ")
     assert found.test is not None
-    kept = [index for index in (0, 2)]
-    oracle = ttest_rel([found.b.losses[n] for n in kept], [found.a.losses[n] for n in kept])
     # The weights and the order are equal: so are the losses, and there is no test.
-    assert math.isnan(oracle.pvalue)
     assert math.isnan(found.p_value)
     assert "the sides are equal at every seed (n = 2)" in found.verdict
 
@@ -317,7 +314,7 @@ def test_broken_record_raises(tmp_path: Path):
     assert json.loads(path.read_text())["run"]["seed"] == 1
     path.write_text("{")
     with pytest.raises(
-        ValueError, match="folder must contain records of trainings, got .* no JSON"
+        ValueError, match=r"folder must contain records of trainings, got .* no JSON"
     ):
         compare(side(), side(), seeds=2, folder=tmp_path)
 
@@ -334,8 +331,8 @@ def test_field_without_an_effect_raises():
         compare(side(), side(make_module=Ignores), tune="lr", trials=2, seeds=2)
 
 
-def test_search_without_a_complete_trial_raises():
-    with pytest.raises(ValueError, match="trials must be enough for one that completes|none was"):
+def test_search_whose_trials_all_diverge_raises():
+    with pytest.raises(ValueError, match="none was trained to its end"):
         compare(side(), side(), tune="lr", space={"lr": Log(1e20, 1e21)}, trials=2, seeds=2)
 
 
