@@ -23,8 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import optuna
 import torch
@@ -36,6 +35,7 @@ from lightning_bigopt.tuning.comparison_plan import ComparisonPlan
 from lightning_bigopt.tuning.comparison_result import Comparison
 from lightning_bigopt.tuning.space import Log
 
+ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks" / "half_the_updates.md"
 BARE, OURS = "bare_adamw.yaml", "half_the_updates.yaml"
 PATHS = ("lr", "model.optimizer.lr")

@@ -180,7 +180,8 @@ def pairs_needed(deviation: float, difference: float) -> int:
     from scipy.stats import norm
 
     # A known deviation would take so many pairs; the t-test takes a few more.
-    count = ((norm.ppf(1 - ALPHA / 2) + norm.ppf(POWER)) * deviation / difference) ** 2
+    shift = float(norm.ppf(1 - ALPHA / 2) + norm.ppf(POWER))
+    count = (shift * deviation / difference) ** 2
     if count > _MOST_PAIRS:
         raise ValueError(
             f"difference must be one that {_MOST_PAIRS:,} pairs can show, got "
