@@ -6,8 +6,9 @@
     python benchmarks/half_the_updates.py --folder /tmp/half --share 0.6  # reuses the bare runs
 
 The sides are the configs examples/bare_adamw.yaml and examples/half_the_updates.yaml. Only the
-learning rate is tuned, on both sides in the same range, with as many trials. Then each side trains
-with its best learning rate at eight seeds, which are not that of the search.
+learning rate is tuned, on both sides from a tenth to ten times its value in the config, with as
+many trials. Then each side trains with its best learning rate at eight seeds, which are not that of
+the search.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks" / "half_the_updates.md"
 BARE, OURS = "bare_adamw.yaml", "half_the_updates.yaml"
 PATHS = ("lr", "model.optimizer.lr")
-RATES = Log(1e-3, 1e-1)
+# From a tenth to ten times the learning rate in each config.
+RATES = (Log(3e-4, 3e-2), Log(1e-3, 1e-1))
 P_VALUE = 0.01
 
 
@@ -60,7 +62,7 @@ def compared(arguments: argparse.Namespace) -> Comparison:
         seeds=2 if quick else arguments.seeds,
         tune=PATHS[0],
         tune_b=PATHS[1],
-        space=dict.fromkeys(PATHS, RATES),
+        space=dict(zip(PATHS, RATES, strict=True)),
         trials=2 if quick else arguments.trials,
         pruner=None,
         folder=arguments.folder,
@@ -125,7 +127,8 @@ update. `{BARE}` is AdamW at a constant learning rate with a bare Trainer, for
 {found.a.updates:.0f} updates. `{OURS}` is `MuonAdamW` with `WarmupLinear`,
 `GradientClipping(ZClip())` and `StepGuard`, all with their defaults, for
 {found.b.updates:.0f} updates. Both files are in `examples/`. Only the learning rate is tuned, on
-both sides with {len(search.trials)} trials of TPE from {RATES.low:g} to {RATES.high:g} at seed 0.
+both sides with {len(search.trials)} trials of TPE at seed 0, from a tenth to ten times the value in
+the config: {RATES[0].low:g} to {RATES[0].high:g}, and {RATES[1].low:g} to {RATES[1].high:g}.
 Then each side trains at its best learning rate at {len(found.seeds)} other seeds, which set the
 initial weights and the order of the samples on both sides ({{py:func}}`~lightning_bigopt.compare`).
 
