@@ -128,6 +128,8 @@ from lightning_bigopt.schedules.convex_bound import (
     learning_rate_ratio,
 )
 from lightning_bigopt.tuning.batch_finder import GlobalBatchFinder
+from lightning_bigopt.tuning.compare import compare
+from lightning_bigopt.tuning.comparison_result import Comparison
 from lightning_bigopt.tuning.critical_batch import CriticalBatchSize
 from lightning_bigopt.tuning.curve import RangeTest
 from lightning_bigopt.tuning.find_learning_rate import find_learning_rate
@@ -137,6 +139,7 @@ from lightning_bigopt.tuning.measure_critical_batch import critical_batch_size
 from lightning_bigopt.tuning.measured_batch_size import MeasuredBatchSize
 from lightning_bigopt.tuning.range_test import LearningRateRangeTest, learning_rate_range_test
 from lightning_bigopt.tuning.run_plan import plan
+from lightning_bigopt.tuning.side import Side
 from lightning_bigopt.tuning.study_result import Study
 from lightning_bigopt.version import __version__
 
@@ -162,6 +165,7 @@ __all__ = [
     "ClipToMedian",
     "ClippingRule",
     "CombinedOptimizer",
+    "Comparison",
     "Compressor",
     "Constant",
     "ConstantBatchSize",
@@ -230,6 +234,7 @@ __all__ = [
     "SchedulePolicy",
     "Seesaw",
     "SeesawBatchSize",
+    "Side",
     "SingleSample",
     "Skip",
     "StepDecay",
@@ -252,6 +257,7 @@ __all__ = [
     "ZClip",
     "__version__",
     "combine_optimizers",
+    "compare",
     "convex_bound",
     "cooldown_for_extension",
     "critical_batch_size",

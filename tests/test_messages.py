@@ -212,7 +212,7 @@ def test_long_values_are_shown_by_their_class() -> None:
 NOT_MADE_BY_USERS = {
     *("Action", "Average", "BatchSizePolicy", "ClippingRule", "Compressor", "Detector", "Schedule"),
     *("CriticalBatchSize", "Duration", "Horizon", "Progress", "RangeTest", "Study"),
-    *("FoundLearningRate", "Suggestion"),
+    *("Comparison", "ExpectedLoss", "FoundLearningRate", "Suggestion"),
     "TooManyRejectionsError",
 }
 MADE_BY_USERS = [

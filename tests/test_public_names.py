@@ -8,9 +8,9 @@ from lightning_bigopt import schedules
 NAMES = """
     AGC Abort Action AdaGC AutoClip Average BF16 Backoff BatchSizePolicy BatchSizePolicyMixin
     BatchSizeRamp BatchSizeScheduler BatchSizeSteps Chain Clamp ClipToMedian ClippingRule
-    CombinedOptimizer Compressor Constant ConstantBatchSize Cooldown Cosine CosineWithRestarts
-    CriticalBatchSize Cyclic Detector Duration EMA ExpectedLoss Exponential FP16
-    FoundLearningRate FullBatch GlobalBatchFinder GlobalBatchLoader GradientClipping
+    CombinedOptimizer Comparison Compressor Constant ConstantBatchSize Cooldown Cosine
+    CosineWithRestarts CriticalBatchSize Cyclic Detector Duration EMA ExpectedLoss Exponential
+    FP16 FoundLearningRate FullBatch GlobalBatchFinder GlobalBatchLoader GradientClipping
     GradientClippingMixin GradientCompression GradientCompressionMixin GradientNoiseScale
     GradientNoiseScaleMixin Groups Horizon HyperparameterLaw HyperparameterScheduleMixin
     HyperparameterScheduler InfiniteSchedule InverseSquareRoot LearningRateRangeTest
@@ -19,11 +19,11 @@ NAMES = """
     MultiStep MuonAdamW Noam NoiseScaleBatchSize NonFinite NormClip NormSpike OneCycle
     OptimizationMonitor OptimizationMonitorMixin ParameterGroup PerParameterNormClip
     PiecewiseLinear Polynomial Power PowerSGD Product Progress REX RangeTest ReduceOnPlateau
-    ReduceOnPlateauMixin RollBack Schedule SchedulePolicy Seesaw SeesawBatchSize SingleSample
-    Skip StepDecay StepGuard StepGuardMixin Study Suggestion TailMean TooManyRejectionsError
-    TopK TriStage UpdateClip ValueClip Warmup WarmupConstant WarmupCosine
+    ReduceOnPlateauMixin RollBack Schedule SchedulePolicy Seesaw SeesawBatchSize Side
+    SingleSample Skip StepDecay StepGuard StepGuardMixin Study Suggestion TailMean
+    TooManyRejectionsError TopK TriStage UpdateClip ValueClip Warmup WarmupConstant WarmupCosine
     WarmupInverseSquareRoot WarmupLinear WarmupStableDecay ZClip __version__ combine_optimizers
-    convex_bound cooldown_for_extension critical_batch_size find_learning_rate
+    compare convex_bound cooldown_for_extension critical_batch_size find_learning_rate
     learning_rate_range_test learning_rate_ratio muon_adamw parameter_groups plan
     read_loss_curve read_loss_curves replay study suggest
 """

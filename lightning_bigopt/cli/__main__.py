@@ -11,6 +11,7 @@ from traceback import walk_tb
 from typing import TYPE_CHECKING
 
 from lightning_bigopt.cli.command import Command, MissingExtraError, require
+from lightning_bigopt.cli.compare import COMPARE
 from lightning_bigopt.cli.completion import completion_command
 from lightning_bigopt.cli.demo import DEMO
 from lightning_bigopt.cli.fit import FIT
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["COMMANDS", "main", "make_parser"]
 
 COMMANDS: Mapping[str, Command] = {
+    "compare": COMPARE,
     "demo": DEMO,
     "fit": FIT,
     "merge": MERGE,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_bigopt.cli.package_of_config import model_path, training_class
-from lightning_bigopt.tuning.paths import FieldPaths, Place, changed
+from lightning_bigopt.tuning.paths import FieldPaths, changed
 from lightning_bigopt.tuning.trainings import Training, Trainings
 from lightning_bigopt.tuning.trees import ConfigTree
 
@@ -52,6 +52,30 @@ class ConfigTrainings(Trainings):
 
     def prepare(self, space: Mapping[str, Range]) -> Trainer:
         """Finds the fields in the config."""
+        self._places = {path: self._keys(path) for path in space}
+        return self._started(self._config).trainer
+
+    def reseed(self, seed: int) -> None:
+        """Sets the seed in place of that of the config."""
+        self.seed = self._config["seed_everything"] = seed
+
+    def value(self, path: str) -> Any:
+        """Returns the value in the config, or the default of its class."""
+        node: Any = self._config
+        for key in self._keys(path):
+            node = _child(node, key)
+        return node
+
+    def identity(self) -> str:
+        """Returns the config with the defaults of all classes in it, without the seed."""
+        import yaml
+
+        kept = {name: value for name, value in self._config.items() if name != "seed_everything"}
+        text: str = yaml.safe_dump(kept, sort_keys=True, allow_unicode=True)
+        return text
+
+    def _keys(self, path: str) -> tuple[str, ...]:
+        """Returns the keys of a field in the config."""
         tree = ConfigTree()
         trainer = dict(self._config["trainer"])
         callbacks = trainer.pop("callbacks", None) or []
@@ -59,12 +83,12 @@ class ConfigTrainings(Trainings):
         paths = FieldPaths(
             tree, arguments={**roots, "trainer": trainer}, callbacks=callbacks, is_shared=False
         )
-        for path in space:
-            places = paths.find(path)
-            if not places:
-                raise paths.unknown(path)
-            self._places[path] = _keys(places[0])
-        return self._started(self._config).trainer
+        places = paths.find(path)
+        if not places:
+            raise paths.unknown(path)
+        place = places[0]
+        start = ("trainer", "callbacks") if place.root == "callbacks" else (place.root,)
+        return (*start, *place.keys)
 
     def build(self, values: Mapping[str, Any]) -> Training:
         """Parses the config with the values, and builds its objects as ``bigopt fit`` does."""
@@ -97,9 +121,10 @@ class ConfigTrainings(Trainings):
         return text
 
 
-def _keys(place: Place) -> tuple[str, ...]:
-    start = ("trainer", "callbacks") if place.root == "callbacks" else (place.root,)
-    return (*start, *place.keys)
+def _child(node: Any, key: str) -> Any:
+    if isinstance(node, (list, tuple)):
+        return node[int(key)]
+    return ((ConfigTree().fields(node)) or {}).get(key)
 
 
 def _plain(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_bigopt.trainer_access.packages import classes
@@ -72,3 +73,26 @@ class Processes:
             return value
         shared: ValueT = self._strategy.broadcast(value, src=0)
         return shared
+
+    def from_first(self, make: Callable[[], ValueT]) -> ValueT:
+        """Calls a function in process 0, and returns its result on every process; a collective.
+
+        Args:
+            make: The function. Its result is sent to the other processes.
+
+        Raises:
+            ValueError: If the function raises one, on every process.
+        """
+        if self.count == 1:
+            return make()
+        made: ValueT | None = None
+        problem = ""
+        if self.is_first:
+            try:
+                made = make()
+            except ValueError as error:
+                problem = str(error)
+        made, problem = self.share((made, problem))
+        if problem:
+            raise ValueError(problem)
+        return made  # type: ignore[return-value]  # process 0 has made it

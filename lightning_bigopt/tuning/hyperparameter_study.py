@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from lightning_bigopt.batching.randomness import preserve_random_state
 from lightning_bigopt.checks import check_choice, check_count
 from lightning_bigopt.durations.duration import DurationLike
 from lightning_bigopt.reporting.study import Direction, StudyTrial
 from lightning_bigopt.trainer_access.processes import Processes
+from lightning_bigopt.tuning.made_trainings import MadeTrainings
 from lightning_bigopt.tuning.optuna_session import OptunaSession
+from lightning_bigopt.tuning.random_states import random_states_kept
 from lightning_bigopt.tuning.space import Range, Space, checked_space
 from lightning_bigopt.tuning.study_result import Study
-from lightning_bigopt.tuning.trainings import MadeTrainings, Trainings
+from lightning_bigopt.tuning.trainings import Trainings
 from lightning_bigopt.tuning.trial_loop import TrialLoop
 from lightning_bigopt.tuning.trunk_files import trunk_folder
 from lightning_bigopt.tuning.trunk_schedule import budgets_in_updates, check_trunk
@@ -29,8 +26,6 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 __all__ = ["run_study", "study"]
-
-_SEED_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
 
 
 def study(
@@ -148,7 +143,7 @@ def run_study(
     check_choice("direction", direction, Direction)
     for argument, text in {"monitor": monitor, "name": name}.items():
         check_instance(argument, text, str, hint=f"write {argument}='val_loss'")
-    with _no_trace():
+    with random_states_kept():
         trainer = trainings.prepare(ranges)
         lengths: tuple[int, ...] = ()
         if budgets is not None:
@@ -231,19 +226,3 @@ def _check_some_trained(found: Study) -> None:
 
 def _was_compared(trial: StudyTrial) -> bool:
     return trial.reason.startswith("the pruner") or trial.state == "running"
-
-
-@contextmanager
-def _no_trace() -> Iterator[None]:
-    """Restores the random states and the variables of ``seed_everything`` when the block ends."""
-    kept = {name: os.environ.get(name) for name in _SEED_VARIABLES}
-    try:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        with preserve_random_state(device):
-            yield
-    finally:
-        for name, value in kept.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -14,7 +14,7 @@ import optuna
 import torch
 
 from lightning_bigopt import LearningRateScheduler, WarmupStableDecay
-from lightning_bigopt.tuning import Choice, study
+from lightning_bigopt.tuning import Choice, Side, compare, study
 from tests.tuning.study_helpers import Network, make_data, make_trainer
 
 # One that completes, one that is pruned and one that diverges.
@@ -55,6 +55,10 @@ def distributed_trainer(*more: Any, **options: Any) -> L.Trainer:
     return trainer
 
 
+def wide(lr: float = 0.05) -> Network:
+    return Network(lr, width=16)
+
+
 def described(found: Any) -> list[Any]:
     return [
         [t.state, t.values["lr"], repr(t.loss), t.reason, t.updates, t.updates_saved, len(t.curve)]
@@ -86,6 +90,24 @@ def run(out: Path) -> None:
         pruner=None,
         storage=out / "trunks.journal",
     )
+    seeds = Records()
+    sides = [
+        Side(make_trainer=lambda: distributed_trainer(seeds), make_module=make, make_data=make_data)
+        for make in (Network, wide)
+    ]
+    first, second = (
+        compare(
+            *sides,
+            tune="lr",
+            space={"lr": Choice([0.05, 0.02])},
+            trials=2,
+            seeds=2,
+            sampler=optuna.samplers.BruteForceSampler(seed=0),
+            pruner=None,
+            folder=out / "compared",
+        )
+        for _ in range(2)
+    )
     rank = torch.distributed.get_rank()
     result = {
         "trials": described(found),
@@ -96,6 +118,10 @@ def run(out: Path) -> None:
         "plain": plain_run(0.05),
         "plain budgets": [[n, plain_run(0.05, max_steps=n)] for n in (12, 24)],
         "left": sorted(path.name for path in out.glob("*.trunks")),
+        "compared": str(first),
+        "compared again": str(second),
+        "losses": [[repr(loss) for loss in side.losses] for side in (first.a, first.b)],
+        "seeds": [[fit["lr"], fit["updates"], fit["weights"]] for fit in seeds.fits],
         "rank": int(os.environ["LOCAL_RANK"]),
     }
     (out / f"rank{rank}.json").write_text(json.dumps(result))

@@ -75,6 +75,15 @@ def test_branches_of_a_trunk_equal_plain_runs_of_two_processes(processes: Any):
         assert result["left"] == []
 
 
+def test_sides_are_compared_on_two_processes(processes: Any):
+    for result in processes:  # whose values are equal, as the first test asserts
+        assert result["compared"] == result["compared again"]
+        # Two trials and two seeds on each side; the second comparison trains nothing.
+        assert [updates for _, updates, _ in result["seeds"]] == [24] * 8
+        assert len({weights for _, _, weights in result["seeds"]}) == 8
+        assert len({loss for losses in result["losses"] for loss in losses}) == 4
+
+
 SPAWNS = """
 import sys
 from lightning_bigopt.tuning import Choice, study

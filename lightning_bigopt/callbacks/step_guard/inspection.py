@@ -10,7 +10,8 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_bigopt.callbacks.step_guard.guard_state import GuardState
-from lightning_bigopt.callbacks.step_guard.rejection_report import RejectedUpdate, WindowRecorder
+from lightning_bigopt.callbacks.step_guard.rejected_update import RejectedUpdate
+from lightning_bigopt.callbacks.step_guard.rejection_report import WindowRecorder
 from lightning_bigopt.callbacks.step_guard.rollbacks import Rollbacks
 from lightning_bigopt.callbacks.step_guard.too_many_rejections import too_many_rejections
 from lightning_bigopt.engine.stage import Fit

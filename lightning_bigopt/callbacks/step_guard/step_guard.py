@@ -13,8 +13,9 @@ from lightning_bigopt.callbacks.step_guard.conflicts import check_conflicts
 from lightning_bigopt.callbacks.step_guard.guard_state import GuardState
 from lightning_bigopt.callbacks.step_guard.inspection import Inspection
 from lightning_bigopt.callbacks.step_guard.readings import read
+from lightning_bigopt.callbacks.step_guard.rejected_update import RejectedUpdate
 from lightning_bigopt.callbacks.step_guard.rejection_files import RejectionFiles
-from lightning_bigopt.callbacks.step_guard.rejection_report import RejectedUpdate, WindowRecorder
+from lightning_bigopt.callbacks.step_guard.rejection_report import WindowRecorder
 from lightning_bigopt.callbacks.step_guard.rollback_report import RolledBack
 from lightning_bigopt.callbacks.step_guard.rollbacks import Rollbacks
 from lightning_bigopt.checks import check_count

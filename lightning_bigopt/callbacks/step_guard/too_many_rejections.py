@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_bigopt.callbacks.step_guard.rejection_report import RejectedUpdate
+from lightning_bigopt.callbacks.step_guard.rejected_update import RejectedUpdate
 from lightning_bigopt.gradients.sharding import to_local
 from lightning_bigopt.parameters import plain_name
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
