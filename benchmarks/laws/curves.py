@@ -50,9 +50,9 @@ def curves(
         missing = sorted(set(fitted) - set(known))
         if missing:
             raise SystemExit(f"the file has no schedule {missing} of {model}; pass --fit NAMES")
-        start = time.perf_counter()
+        start = time.process_time()
         law = LossLaw.fit([known[name] for name in fitted])
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         errors = {name: _errors(law, c) for name, c in known.items() if name not in fitted}
         inside = {name: _inside(law, known[name]) for name in errors}
         error = mean(float(np.abs(each).mean()) for each in errors.values())
@@ -174,7 +174,7 @@ Run with `python benchmarks/loss_law.py --curves FILE --write`; measured on
 published with the Multi-Power Law (Luo et al., ICLR 2025). `LossLaw.fit` sees
 {", ".join(f"`{name}`" for name in fitted)} and predicts the others, three times as long in part.
 
-| model | mean absolute error | over all points | plain fit | in the band | unseen pilot | time |
+| model | mean absolute error | over all points | plain fit | in the band | unseen pilot | CPU time |
 |---|---|---|---|---|---|---|
 {chr(10).join(lines)}
 
@@ -182,7 +182,7 @@ The error is in nats: the mean over the schedules of the mean over their points.
 weights a schedule by its number of points, so that the longest runs dominate. "In the band" is the
 share of points in the band of 90 %, "unseen pilot" the error that the law reports for a pilot as
 predicted from the others. The authors report
-0.0038 (25M) and 0.0044 (100M). The plain fit is scipy's `least_squares` for all seven parameters
+0.0038 (25M) and 0.0044 (100M); how they average over schedules was not checked. The plain fit is scipy's `least_squares` for all seven parameters
 without bounds: it is closer to the curves that it sees and farther from the others, because three
 runs do not determine both exponents of the drop. The package ties them (`beta = gamma`) and bounds
 them by 0.4 and 0.8.
