@@ -174,7 +174,7 @@ Run with `python benchmarks/loss_law.py --curves FILE --write`; measured on
 published with the Multi-Power Law (Luo et al., ICLR 2025). `LossLaw.fit` sees
 {", ".join(f"`{name}`" for name in fitted)} and predicts the others, three times as long in part.
 
-| model | mean absolute error | over all points | plain fit | in the band | unseen pilot | CPU time |
+| model | mean absolute error | over all points | plain fit | in band | unseen pilot | CPU time |
 |---|---|---|---|---|---|---|
 {chr(10).join(lines)}
 
