@@ -181,8 +181,8 @@ published with the Multi-Power Law (Luo et al., ICLR 2025). `LossLaw.fit` sees
 The error is in nats: the mean over the schedules of the mean over their points. "Over all points"
 weights a schedule by its number of points, so that the longest runs dominate. "In the band" is the
 share of points in the band of 90 %, "unseen pilot" the error that the law reports for a pilot as
-predicted from the others. The authors report
-0.0038 (25M) and 0.0044 (100M); how they average over schedules was not checked. The plain fit is scipy's `least_squares` for all seven parameters
+predicted from the others. The authors report 0.0038 (25M) and 0.0044 (100M); how they average over
+schedules was not checked. The plain fit is scipy's `least_squares` for all seven parameters
 without bounds: it is closer to the curves that it sees and farther from the others, because three
 runs do not determine both exponents of the drop. The package ties them (`beta = gamma`) and bounds
 them by 0.4 and 0.8.
