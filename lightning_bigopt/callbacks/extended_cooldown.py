@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from lightning_bigopt.schedules.plateaus import WarmupStableDecay
 __all__ = ["BEST", "ExtendedCooldown"]
 
 BEST = "best"
+_ENOUGH = 0.99  # ratio of best learning rates that counts as 1
 
 
 class ExtendedCooldown:
@@ -34,7 +35,7 @@ class ExtendedCooldown:
         is_best: Whether to choose lengths; without it, only those of a checkpoint are kept.
 
     Attributes:
-        lengths: Chosen lengths as fractions of the budget, by schedule as code.
+        lengths: Chosen lengths as fractions of the budget, by argument and configured length.
 
     Raises:
         ValueError: If ``is_best`` without ``on_resume="extend"``, or a schedule that changes is no
@@ -61,42 +62,36 @@ class ExtendedCooldown:
                     f"{type(schedule).__name__}; write WarmupStableDecay(decay='20%')"
                 )
 
-    def apply(self, schedules: Iterable[Schedule], fit: Fit) -> None:
+    def apply(self, schedules: Mapping[str, Schedule], fit: Fit) -> None:
         """Chooses the length of the cooldown of each schedule, if a resume extends the run."""
         horizon, before = fit.clock.horizon, fit.clock.checkpoint_horizon
-        if not is_resumed(fit) or horizon is None or before is None:
+        if fit.trainer.global_step == 0:  # a new run with a callback that has trained another
+            self.lengths = {}
+        if not is_resumed(fit) or horizon is None or before is None or not self.extends:
             return
-        if not self.is_best:
-            self.lengths = {} if self.extends else self.lengths
-            return
-        factor = _ratio(horizon, before)
-        if factor <= 1.0:  # resumed within the extended run, or shortened
-            self.lengths = self.lengths if factor == 1.0 else {}
+        if not (self.is_best or self.lengths) or (factor := _ratio(horizon, before)) <= 1.0:
             return
         self.lengths = {
-            repr(schedule): self._chosen(schedule, fit, horizon, before, factor)
-            for schedule in schedules
-            if isinstance(schedule, WarmupStableDecay)
+            _key(name, schedule): self._chosen(_key(name, schedule), schedule, fit, factor)
+            for name, schedule in schedules.items()
+            if self.is_best and isinstance(schedule, WarmupStableDecay)
         }
 
-    def of(self, schedule: Schedule) -> Schedule:
-        """Returns the schedule with the chosen cooldown; others unchanged."""
-        length = self.lengths.get(repr(schedule))
+    def of(self, name: str, schedule: Schedule) -> Schedule:
+        """Returns the schedule of an argument with the chosen cooldown; others unchanged."""
+        if not isinstance(schedule, WarmupStableDecay):
+            return schedule
+        length = self.lengths.get(_key(name, schedule))
         if length is None:
             return schedule
-        changed: Any = schedule
-        found: Schedule = replace(changed, decay=Duration(length, "fraction"))
+        found: Schedule = replace(schedule, decay=Duration(length, "fraction"))
         return found
 
-    def _chosen(
-        self,
-        schedule: WarmupStableDecay,
-        fit: Fit,
-        horizon: Horizon,
-        before: Horizon,
-        factor: float,
-    ) -> float:
-        known = self.lengths.get(repr(schedule))
+    def _chosen(self, key: str, schedule: WarmupStableDecay, fit: Fit, factor: float) -> float:
+        horizon, before = fit.clock.horizon, fit.clock.checkpoint_horizon
+        assert horizon is not None  # checked by apply
+        assert before is not None
+        known = self.lengths.get(key)
         decay = before.fraction(schedule.decay, stop=1.0) if known is None else known
         if not decay:
             return 0.0
@@ -108,11 +103,12 @@ class ExtendedCooldown:
             return found
 
         length, ratio = best_decay(factors, factor, decay=decay, longest=left)
+        reason = ", so that the learning rate stays the best" if ratio >= _ENOUGH else ""
         rank_zero_info(
             f"The run is {factor:.3g} times as long as that of the checkpoint: its cooldown takes "
-            f"{length:.1%} of it instead of {decay:.1%}, so that the learning rate stays the best."
+            f"{length:.1%} of it instead of {decay:.1%}{reason}."
         )
-        if ratio < 0.99:
+        if ratio < _ENOUGH:
             rank_zero_warn(
                 f"The cooldown of {length:.1%} is all that is left of the run, and less than an "
                 f"extension by {factor:.3g} needs: by the convex bound the best learning rate is "
@@ -120,6 +116,11 @@ class ExtendedCooldown:
                 "checkpoint, or lower the learning rate with base_lr='config'."
             )
         return length
+
+
+def _key(argument: str, schedule: WarmupStableDecay) -> str:
+    """Returns the key of a length: another configured decay replaces the chosen one."""
+    return f"{argument} with decay={str(schedule.decay)!r}"
 
 
 def _ratio(horizon: Horizon, before: Horizon) -> float:

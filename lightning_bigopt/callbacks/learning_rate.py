@@ -210,7 +210,7 @@ class LearningRateScheduler(Capability):
         # On a resume these are the learning rates of the checkpoint: Lightning has restored the
         # optimizers, and the engine has not written the groups yet.
         self._before = _learning_rates(fit)
-        self._extended.apply(self._schedules.by_argument.values(), fit)
+        self._extended.apply(self._schedules.by_argument, fit)
         bases = [base for each in fit.groups.bases("lr") for base in each]
         if bases and not any(bases):
             rank_zero_warn(
@@ -288,7 +288,7 @@ class LearningRateScheduler(Capability):
     def load_saved_state(self, state: dict[str, Any]) -> None:
         """Restores the lengths, and stores the schedules for the report in :meth:`announce`."""
         self._saved = dict(state)
-        self._extended.lengths = dict(self._saved.pop("cooldown_lengths", {}))
+        self._extended.lengths = dict(self._saved.get("cooldown_lengths", {}))
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Does nothing: the schedules do not change within a fit."""

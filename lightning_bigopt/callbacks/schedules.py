@@ -68,7 +68,7 @@ class GroupSchedules:
         *,
         cooldown_shape: CooldownShape = "1-sqrt",
         cooldown_end: float = 0.0,
-        change: Callable[[Schedule], Schedule] | None = None,
+        change: Callable[[str, Schedule], Schedule] | None = None,
     ) -> None:
         """Resolves all schedules on the horizon, and adds the cooldown that a resume starts.
 
@@ -76,7 +76,8 @@ class GroupSchedules:
             fit: The fit, after the clock has started.
             cooldown_shape: Shape of the cooldown.
             cooldown_end: Factor at the end of the cooldown.
-            change: Changes each schedule before it is resolved; None to change none.
+            change: Is given the argument and the schedule, and returns the schedule to resolve;
+                None to change none.
 
         Raises:
             ValueError: If a name is unknown, or a duration does not fit into the horizon.
@@ -90,18 +91,19 @@ class GroupSchedules:
         self._check_optimizers(labels, is_replaced=fit.has_started)
         horizon, cooldown = fit.clock.horizon, fit.clock.cooldown
 
-        def resolved(schedule: Schedule) -> Schedule:
+        def resolved(argument: str, schedule: Schedule) -> Schedule:
             if horizon is None:  # all schedules are constant, see need_horizon
                 return schedule
-            result = (schedule if change is None else change(schedule)).resolve(horizon)
+            result = (schedule if change is None else change(argument, schedule)).resolve(horizon)
             if cooldown is None:
                 return result
             at, over = cooldown
             return result.with_cooldown(at, over=over, shape=cooldown_shape, end=cooldown_end)
 
-        self._of_all = resolved(self._schedule)
-        self._of_group = {name: resolved(schedule) for name, schedule in self._groups.items()}
-        schedules = {labels[n]: resolved(s) for n, s in self._optimizers.items()}
+        found = {name: resolved(name, s) for name, s in self.by_argument.items()}
+        self._of_all = found["schedule"]
+        self._of_group = {name: found[f"groups[{name!r}]"] for name in self._groups}
+        schedules = {labels[n]: found[f"optimizers[{n!r}]"] for n in self._optimizers}
         self._of_part = {part: schedules[part] for part in parts if part in schedules}
         self._of_optimizer = {n: s for n, s in schedules.items() if n not in self._of_part}
         self.is_resolved = True

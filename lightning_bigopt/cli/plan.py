@@ -32,6 +32,9 @@ def make_parser(**texts: Any) -> ArgumentParser:
     parser.add_argument(
         "--loss", type=str, default="val_loss", help="Name of the loss in the logs of the pilots."
     )
+    parser.add_argument(
+        "--start", type=int, default=0, help="Update from which the losses of the pilots count."
+    )
     return parser
 
 
@@ -48,7 +51,8 @@ def run(options: Namespace) -> None:
 
     law = None
     if options.pilots is not None:
-        law = LossLaw.fit(read_loss_curves(options.pilots, loss=options.loss))
+        curves = read_loss_curves(options.pilots, loss=options.loss)
+        law = LossLaw.fit(curves, start=options.start)
     training = training_class(model_path(["--config", options.config]))
     configured = training.read(options.config)
     planned = plan(configured.trainer, configured.model, datamodule=configured.datamodule, law=law)

@@ -14,7 +14,7 @@ from lightning_bigopt.planning.multi_power_law import Array, check_rates
 
 __all__ = ["LossCurve"]
 
-_STEP = 0.1
+_STEP, _CONSTANT = 0.1, 1e-3  # changes of the learning rate as fractions of its peak
 
 
 @explain_arguments
@@ -44,7 +44,7 @@ class LossCurve:
     name: str = "run"
 
     def __post_init__(self) -> None:
-        rates = check_rates(self.learning_rates)
+        rates = check_rates(self.learning_rates, of=f" of {self.name}")
         updates, losses = np.asarray(self.updates), np.asarray(self.losses, dtype=np.float64)
         if updates.ndim != 1 or updates.shape != losses.shape or not updates.size:
             raise ValueError(
@@ -55,6 +55,11 @@ class LossCurve:
             raise ValueError(
                 f"losses must be finite, got {shown(float(losses[~np.isfinite(losses)][0]))} in "
                 f"{self.name}; leave out a run that has diverged"
+            )
+        if (updates != np.rint(updates)).any():
+            raise ValueError(
+                f"updates must be whole numbers, got {shown(updates[:3].tolist())} in {self.name}; "
+                "pass the number of updates before each loss"
             )
         if (np.diff(updates) <= 0).any() or updates[0] < 1 or updates[-1] > rates.size:
             raise ValueError(
@@ -79,9 +84,9 @@ class LossCurve:
     ) -> LossCurve:
         """Makes a curve from learning rates that are known at some updates only.
 
-        Between two known updates the learning rate is interpolated linearly. A single large change,
-        of more than 10 % of the peak and 4 times the changes beside it, counts as a step of the
-        schedule at the later of the two updates.
+        Between two known updates the learning rate is interpolated linearly. A change of more than
+        10 % of the peak between two constant parts counts as a step of the schedule at the later of
+        the two updates.
 
         Args:
             steps: Indices, from 0, of the updates with a known learning rate, ascending.
@@ -92,7 +97,7 @@ class LossCurve:
                 first of ``steps``; 0 if the first learning rate holds before it.
             name: As for the class.
         """
-        known = check_rates(learning_rates)
+        known = check_rates(learning_rates, of=f" of {name}")
         places = np.asarray(steps, dtype=np.int64)
         if places.shape != known.shape or (np.diff(places) <= 0).any() or places[0] < 0:
             raise ValueError(
@@ -152,9 +157,9 @@ class LossCurve:
 
 def _interpolated(places: NDArray[np.int64], known: Array, length: int) -> Array:
     rates = np.asarray(np.interp(np.arange(length), places, known), dtype=np.float64)
-    changes = np.abs(np.diff(known))
-    around = np.concatenate([[0.0], changes, [0.0]])
-    neighbors = np.maximum(around[:-2], around[2:])
-    for index in np.flatnonzero((changes > _STEP * known.max()) & (changes > 4 * neighbors)):
+    changes = np.abs(np.diff(known)) / known.max()
+    around = np.concatenate([[np.inf], changes, [np.inf]])  # the ends are no constant parts
+    is_between = np.maximum(around[:-2], around[2:]) < _CONSTANT
+    for index in np.flatnonzero((changes > _STEP) & is_between):
         rates[places[index] + 1 : places[index + 1]] = known[index]
     return rates

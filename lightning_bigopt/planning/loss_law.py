@@ -84,6 +84,12 @@ class LossLaw:
         draws = checked_tuple("draws", self.draws, MultiPowerLaw) if self.draws else ()
         for name in ("unseen", "extrapolation"):
             check_non_negative(name, getattr(self, name))
+        check_instance("peaks", self.peaks, Sequence, hint="write (3e-4, 3e-4)")
+        if len(self.peaks) != 2:
+            raise ValueError(
+                f"peaks must be the lowest and the highest peak, got {self.peaks}; write "
+                "(3e-4, 3e-4)"
+            )
         low, high = map(float, self.peaks)
         for name, value in {"peaks[0]": low, "peaks[1]": high, "total": self.total}.items():
             check_positive(name, value)
@@ -99,7 +105,7 @@ class LossLaw:
         Args:
             runs: The losses of at least two runs, at least one of which decays its learning rate.
                 Losses during the warm-up are left out; a loss of single batches is averaged over
-                up to 80 bins. Take all losses of one kind, such as validation losses.
+                up to 64 bins. Take all losses of one kind, such as validation losses.
             start: Number of updates before the first loss that counts, if the warm-up is shorter.
                 The loss of a very short run falls faster than the law at first.
             draws: Number of other laws for the band, at least 20.
@@ -257,6 +263,16 @@ def _check_runs(curves: Sequence[LossCurve]) -> None:
             raise ValueError(
                 f"runs must have positive losses, got {min(curve.losses)} in {curve.name}; the law "
                 "describes a loss such as the cross-entropy"
+            )
+        if not max(curve.losses) > min(curve.losses):
+            raise ValueError(
+                f"runs must have a loss that falls, got {curve.losses[0]} throughout in "
+                f"{curve.name}; check what it logs"
+            )
+    for number, curve in enumerate(curves):
+        if any(curve.losses == other.losses for other in curves[:number]):
+            raise ValueError(
+                f"runs must be different runs, got the losses of {curve.name} twice; pass each once"
             )
     if not any(map(_decays, curves)):
         raise ValueError(

@@ -89,8 +89,8 @@ class MultiPowerLaw:
             Losses, float64, as many as ``updates``.
 
         Raises:
-            ValueError: If a learning rate is negative or not finite, the first is the only one
-                above 0, or a number of updates is outside the run.
+            ValueError: If a learning rate is negative or not finite, all up to one of ``updates``
+                are 0, or a number of updates is outside the run.
         """
         return self.losses_of(RateHistory(learning_rates, updates))
 
@@ -169,17 +169,22 @@ class RateHistory:
             )
 
 
-def check_rates(learning_rates: Sequence[float] | Array) -> Array:
-    """Returns learning rates as an array; raises unless they are finite and not negative."""
+def check_rates(learning_rates: Sequence[float] | Array, *, of: str = "") -> Array:
+    """Returns learning rates as an array; raises unless they are finite and not negative.
+
+    Args:
+        learning_rates: The learning rates.
+        of: Whose they are, for the error, such as ``" of run a"``.
+    """
     rates = np.asarray(learning_rates, dtype=np.float64)
     if rates.ndim != 1 or not rates.size:
         raise ValueError(
-            f"learning_rates must be a list of numbers, one per update, got "
+            f"learning_rates{of} must be a list of numbers, one per update, got "
             f"{shown(learning_rates)}; write schedule.values(updates, base=3e-4)"
         )
     if not np.isfinite(rates).all() or rates.min() < 0 or not rates.max() > 0:
         raise ValueError(
-            "learning_rates must be finite, non-negative and not all 0, got values from "
+            f"learning_rates{of} must be finite, non-negative and not all 0, got values from "
             f"{rates.min()} to {rates.max()}; pass the values that the run used"
         )
     return rates

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from difflib import get_close_matches
+from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 
 from lightning_bigopt.checks import shown
 from lightning_bigopt.planning.loss_curve import LossCurve
-from lightning_bigopt.reporting.runs import Run, holds_logs, read_run
+from lightning_bigopt.reporting.runs import Curve, Run, holds_logs, read_run
 from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["read_loss_curve", "read_loss_curves"]
 
-_RATES = ("optim/lr", "lr-")  # of OptimizationMonitor and of LearningRateMonitor
+_OTHER_FIELDS = ("-momentum", "-weight_decay")  # of LearningRateMonitor
+_LARGEST_GAP = 0.05
 _RATE_ADVICE = "add OptimizationMonitor() or LearningRateMonitor() to the pilots"
 
 
@@ -37,7 +40,13 @@ def read_loss_curve(folder: str | PathLike[str], *, loss: str = "val_loss") -> L
             was not logged by update.
     """
     check_instance("loss", loss, str, hint="write 'val_loss'")
-    return _curve_of(read_run(folder), loss)
+    run = read_run(folder)
+    if problem := _problem(run):
+        raise ValueError(
+            f"folder must contain a run from its beginning, got {run.name}, which {problem}; "
+            f"{_RATE_ADVICE}"
+        )
+    return _curve_of(run, loss)
 
 
 def read_loss_curves(folder: str | PathLike[str], *, loss: str = "val_loss") -> list[LossCurve]:
@@ -48,7 +57,11 @@ def read_loss_curves(folder: str | PathLike[str], *, loss: str = "val_loss") -> 
         loss: As for :func:`read_loss_curve`.
 
     Raises:
-        ValueError: As for :func:`read_loss_curve`, or if there is no run.
+        ValueError: If there is no run, or a loss was not logged.
+
+    Warns:
+        UserWarning: If logs are left out: they have no learning rate, continue another run, or are
+            those of a second logger.
     """
     check_instance("loss", loss, str, hint="write 'val_loss'")
     root = Path(folder)
@@ -60,7 +73,26 @@ def read_loss_curves(folder: str | PathLike[str], *, loss: str = "val_loss") -> 
             f"pilots must be a folder with the logs of runs, got {str(root)!r}, which has none; "
             "pass the folder of a TensorBoardLogger or of a CSVLogger"
         )
-    return [read_loss_curve(path, loss=loss) for path in found]
+    curves: list[LossCurve] = []
+    skipped = []
+    for path in found:
+        run = read_run(path)
+        if problem := _problem(run):
+            skipped.append(f"{run.name} {problem}")
+            continue
+        curve = _curve_of(run, loss)
+        if any(curve.losses == other.losses for other in curves):
+            skipped.append(f"{run.name} has the losses of another run: two loggers")
+            continue
+        curves.append(curve)
+    if not curves:
+        raise ValueError(
+            f"pilots must contain a run from its beginning, got {'; '.join(skipped)}; "
+            f"{_RATE_ADVICE}"
+        )
+    if skipped:
+        warnings.warn(f"These logs are left out: {'; '.join(skipped)}.", UserWarning, stacklevel=2)
+    return curves
 
 
 def _curve_of(run: Run, loss: str) -> LossCurve:
@@ -69,12 +101,6 @@ def _curve_of(run: Run, loss: str) -> LossCurve:
             f"the logs must be by update, got {run.axis} as the horizontal axis in {run.name}; "
             "pass OptimizationMonitor(x_axis='updates') in the pilots"
         )
-    rates = {tag: curve for tag, curve in run.select(*_RATES).items() if len(curve) > 1}
-    if not rates:
-        raise ValueError(
-            f"the logs must contain the learning rate, got {shown(sorted(run.curves)[:8])} in "
-            f"{run.name}; {_RATE_ADVICE}"
-        )
     if loss not in run.curves:
         similar = get_close_matches(loss, run.curves, n=1)
         advice = f"did you mean {similar[0]!r}?" if similar else "name a logged value"
@@ -82,12 +108,49 @@ def _curve_of(run: Run, loss: str) -> LossCurve:
             f"loss must be the name of a value in the logs, got {loss!r} but "
             f"{shown(sorted(run.curves)[:8])} in {run.name}; {advice}"
         )
-    highest = max(rates.values(), key=lambda curve: max(value for _, value in curve))
+    highest = _learning_rates(run)
+    gaps = [later - step for (step, _), (later, _) in pairwise(highest)]
+    if max(gaps) > max(_LARGEST_GAP * highest[-1][0], 10):
+        warnings.warn(
+            f"The learning rate of {run.name} was logged every {max(gaps)} updates only, of "
+            f"{highest[-1][0] + 1}; a short warm-up or cooldown is not seen. Lower "
+            "log_every_n_steps.",
+            UserWarning,
+            stacklevel=3,
+        )
     return LossCurve.from_points(
         steps=[step for step, _ in highest],
         learning_rates=[value for _, value in highest],
-        # Lightning logs the values of update t, which is the t+1st, at step t.
+        # Lightning logs a validation after update t, the t+1st, at step t. A training loss was
+        # computed before that update, which makes no difference to the law.
         updates=[step + 1 for step, _ in run.curves[loss]],
         losses=[value for _, value in run.curves[loss]],
+        # Before the first record the learning rate is taken to rise from 0.
+        warmup=highest[0][0],
         name=run.name,
     )
+
+
+def _problem(run: Run) -> str:
+    """Returns why the learning rates of a run are unknown; "" if they are known."""
+    rates = _learning_rates(run)
+    if not rates:
+        return f"has no learning rate among {shown(sorted(run.curves)[:8])}"
+    if len(rates) < 2:
+        return "has the learning rate only once (LearningRateMonitor(logging_interval='step'))"
+    (first, _), (second, _) = rates[:2]
+    if first > 2 * (second - first):
+        return f"begins at update {first + 1:,} and continues another run"
+    return ""
+
+
+def _learning_rates(run: Run) -> Curve:
+    """Returns the learning rates of the parameter group with the highest one."""
+    rates = [
+        curve
+        for tag, curve in run.curves.items()
+        if tag == "optim/lr"
+        or tag.startswith("optim/lr/")
+        or (tag.startswith("lr-") and not tag.endswith(_OTHER_FIELDS))
+    ]
+    return max(rates, key=lambda curve: max(value for _, value in curve), default=[])

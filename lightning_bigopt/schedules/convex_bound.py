@@ -127,14 +127,14 @@ def cooldown_for_extension(
         trapezoid = Constant().with_cooldown(1.0 - length, over=length, shape=cooldown)
         return trapezoid.values(updates)
 
-    found, ratio = best_decay(factors, factor, decay=decay)
-    if ratio < 1.0:
+    largest = _largest(factors, decay)
+    if factor > largest:
         raise ValueError(
-            f"factor must be at most {_largest(factors, decay):.2f} for a cooldown that keeps the "
-            f"learning rate, got {shown(factor)}; use a cooldown over the whole run, and multiply "
-            f"the learning rate by {ratio:.2f}"
+            f"factor must be at most {largest:.2f} for a cooldown that keeps the learning rate, "
+            f"got {shown(factor)}; use a cooldown over the whole run, and multiply the learning "
+            f"rate by {math.sqrt(largest / factor):.2f}"
         )
-    return found
+    return best_decay(factors, factor, decay=decay)[0]
 
 
 def best_decay(
@@ -183,7 +183,13 @@ def _largest(factors: Callable[[float, int], Sequence[float]], decay: float) -> 
 def _factors(name: str, schedule: Schedule, updates: int) -> list[float]:
     check_schedule(name, schedule)
     check_count("updates", updates, hint="write 1000")
-    return schedule.values(updates)
+    factors = schedule.values(updates)
+    if min(factors) < 0 or not max(factors) > 0:
+        raise ValueError(
+            f"{name} must have non-negative factors that are not all 0, got factors from "
+            f"{min(factors)} to {max(factors)}; pass a schedule such as Linear(end=0.0)"
+        )
+    return factors
 
 
 def _best_rate(factors: Sequence[float]) -> float:
@@ -193,11 +199,6 @@ def _best_rate(factors: Sequence[float]) -> float:
 
 def _terms(factors: Sequence[float]) -> tuple[float, float]:
     """Returns the terms T1 and T2 of the bound."""
-    if min(factors) < 0 or not max(factors) > 0:
-        raise ValueError(
-            "schedule must have non-negative factors that are not all 0, got factors from "
-            f"{min(factors)} to {max(factors)}; pass a schedule such as Linear(end=0.0)"
-        )
     remaining = squares = interrupted = 0.0  # sums over the updates from the current one on
     for factor in reversed(factors):
         later = remaining

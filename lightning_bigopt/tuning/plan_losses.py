@@ -21,7 +21,12 @@ THIS_RUN = "this run"
 
 
 def losses_of_plan(
-    law: LossLaw, horizon: Horizon, groups: GroupSchedule, scheduler: LearningRateScheduler | None
+    law: LossLaw,
+    horizon: Horizon,
+    groups: GroupSchedule,
+    scheduler: LearningRateScheduler | None,
+    *,
+    module_schedules: bool = False,
 ) -> tuple[tuple[ExpectedLoss, ...], list[str]]:
     """Predicts the loss of a planned run, and of the run with the usual schedules.
 
@@ -33,10 +38,14 @@ def losses_of_plan(
         horizon: The horizon of the run.
         groups: The schedules of the learning rates.
         scheduler: The scheduler of the run; None without one.
+        module_schedules: Whether the module has a scheduler of its own, which no plan knows.
 
     Returns:
         The predictions, that of the run first, and warnings.
     """
+    if scheduler is None and module_schedules:
+        own = "the module has its own learning-rate scheduler"
+        return (), [f"the loss cannot be predicted: {own}; use LearningRateScheduler instead"]
     total = horizon.total("steps")
     if total is None:
         return (), ["the loss cannot be predicted: the number of updates is not known in advance"]

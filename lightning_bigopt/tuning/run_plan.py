@@ -199,7 +199,8 @@ def _plan_of(
         warnings += _rate_warnings(rows)
     losses: tuple[ExpectedLoss, ...] = ()
     if law is not None:
-        losses, doubts = losses_of_plan(law, horizon, fit.groups, scheduler)
+        own = bool(fit.trainer.lr_scheduler_configs)
+        losses, doubts = losses_of_plan(law, horizon, fit.groups, scheduler, module_schedules=own)
         warnings += doubts
     return TrainingPlan(
         totals=_totals(horizon),

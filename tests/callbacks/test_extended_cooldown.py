@@ -121,3 +121,36 @@ def test_best_needs_a_schedule_with_a_cooldown() -> None:
         best(WarmupCosine())
     with pytest.raises(ValueError, match=r"groups\['head'\] must be a WarmupStableDecay"):
         best(groups={"head": WarmupCosine()})
+
+
+@pytest.mark.filterwarnings("ignore:.*dirpath has changed")
+def test_extension_that_is_resumed_with_other_arguments_keeps_the_cooldown(
+    tmp_path: Path, info_log: Any
+) -> None:
+    """A plain "extend" of an unchanged budget, a shorter one, and another end of the schedule."""
+    stable = save_every_update(tmp_path / "a", LearningRateScheduler(SCHEDULE)) / "step=8.ckpt"
+    save_every_update(tmp_path / "b", best(), ckpt=stable, max_steps=40)
+    inside = tmp_path / "b" / "step=30.ckpt"
+    plain = LearningRateScheduler(SCHEDULE, on_resume="extend")
+    info_log.clear()
+    module = Probe(lr=1.0)
+    fit(module, plain, ckpt=inside, max_steps=40)
+    assert module.lrs == pytest.approx(expected(cooldown_for_extension(2), 40, 30), abs=1e-6)
+    assert "cooldown" not in info_log.text
+    higher = WarmupStableDecay(warmup=0, decay="20%", cooldown="linear", end=0.1)
+    for scheduler, updates in ((best(), 39), (best(higher), 40)):
+        module = Probe(lr=1.0)
+        with pytest.warns(UserWarning, match="jumps when the run is resumed"):
+            fit(module, scheduler, ckpt=inside, max_steps=updates)
+        assert module.lrs[0] < 0.5
+
+
+def test_new_run_with_the_callback_of_an_extended_one_has_the_configured_cooldown(
+    tmp_path: Path,
+) -> None:
+    folder = save_every_update(tmp_path, LearningRateScheduler(SCHEDULE))
+    callback = best()
+    fit(Probe(lr=1.0), callback, ckpt=folder / "step=8.ckpt", max_steps=40)
+    module = Probe(lr=1.0)
+    fit(module, callback, max_steps=20)
+    assert module.lrs == pytest.approx(expected(0.2, 20, 0), abs=1e-9)

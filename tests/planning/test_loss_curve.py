@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from lightning_bigopt.planning import LossCurve
-from lightning_bigopt.schedules import MultiStep, WarmupConstant, WarmupCosine, WarmupLinear
+from lightning_bigopt.schedules import (
+    MultiStep,
+    WarmupConstant,
+    WarmupCosine,
+    WarmupLinear,
+    WarmupStableDecay,
+)
 
 
 def curve(**changes) -> LossCurve:
@@ -46,6 +52,16 @@ def test_linear_decay_of_few_records_is_not_taken_for_steps():
     assert found.learning_rates[55] == pytest.approx(0.9)
 
 
+@pytest.mark.parametrize("schedule", [WarmupStableDecay(warmup=30), WarmupLinear(warmup=30)])
+def test_cooldown_in_a_sparse_log_is_no_step(schedule):
+    true = schedule.values(300, base=1.0)
+    steps = [0, *range(49, 300, 50)]
+    found = LossCurve.from_points(
+        steps=steps, learning_rates=[true[step] for step in steps], updates=[300], losses=[1.0]
+    )
+    assert found.learning_rates[270] == pytest.approx(true[270], abs=0.15)
+
+
 def test_a_single_fall_is_a_step_at_the_later_update():
     found = LossCurve.from_points(
         steps=[0, 40, 60, 99], learning_rates=[1.0, 1.0, 0.3, 0.3], updates=[100], losses=[1.0]
@@ -77,6 +93,7 @@ def test_bins_are_means_after_the_warmup():
         ({"losses": [1.0]}, "as many as updates"),
         ({"losses": [], "updates": []}, "at least one"),
         ({"losses": [1.0, float("nan"), 2.0]}, "losses must be finite, got nan in run"),
+        ({"updates": [5, 10.5, 20]}, "whole numbers"),
         ({"updates": [5, 5, 20]}, "updates must ascend"),
         ({"updates": [0, 5, 20]}, "updates must ascend from 1"),
         ({"updates": [5, 10, 21]}, "at most 20"),

@@ -197,7 +197,12 @@ def test_each_schedule_may_have_its_learning_rate(exact):
     [
         (list, "runs must be"),
         (lambda: pilots()[:1], "runs must be at least two, got 1"),
-        (lambda: [pilots()[1], pilots()[1]], "at least one whose learning rate decays"),
+        (lambda: [pilots()[0], pilots()[0]], "got the losses of WarmupCosine twice"),
+        (
+            lambda: [pilots()[0], dataclasses.replace(pilots()[1], losses=[2.0] * 120)],
+            "must have a loss that falls, got 2.0 throughout",
+        ),
+        (lambda: [pilots()[1], pilots(noise=0.01)[1]], "at least one whose learning rate decays"),
         (lambda: [*pilots(), "runs/a"], "runs"),
         (
             lambda: [
@@ -222,6 +227,7 @@ def test_invalid_runs(runs, message):
         (lambda law: law.rank({}, learning_rate=PEAK, updates=10), "schedules must be a dict"),
         (lambda law: LossLaw.fit(pilots(), draws=3), "draws must be"),
         (lambda law: dataclasses.replace(law, total=0.0), "total must be"),
+        (lambda law: dataclasses.replace(law, peaks=3e-4), "peaks must be"),
         (lambda law: dataclasses.replace(law, law="law"), "law must be"),
     ],
 )

@@ -85,14 +85,14 @@ def csv_run(folder: Path, name: str, text: str) -> Path:
 
 def test_all_runs_below_a_folder_in_order(tmp_path: Path) -> None:
     for name in ("b", "a/version_0"):
-        csv_run(tmp_path, name, "step,lr-SGD,val_loss\n0,0.1,2.0\n9,0.1,1.0\n")
+        csv_run(tmp_path, name, f"step,lr-SGD,val_loss\n0,0.1,2.0\n9,0.1,1.{len(name)}\n")
     assert [curve.name for curve in read_loss_curves(tmp_path)] == ["a/version_0", "b"]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("step,val_loss\n0,2.0\n9,1.0\n", "must contain the learning rate"),
+        ("step,val_loss\n0,2.0\n9,1.0\n", "has no learning rate among"),
         ("step,lr-SGD,val_los\n0,0.1,2.0\n9,0.1,1.0\n", "did you mean 'val_los'?"),
         ("step,lr-SGD,val_loss\n0,0.1,2.0\n9,0.1,nan\n", "losses must be finite, got nan in run"),
         (
@@ -112,3 +112,41 @@ def test_a_folder_without_runs(tmp_path: Path) -> None:
         read_loss_curves(tmp_path)
     with pytest.raises(ValueError, match="pilots must be a folder"):
         read_loss_curves(tmp_path / "nowhere")
+
+
+def test_other_fields_of_learning_rate_monitor_are_no_learning_rates(tmp_path: Path) -> None:
+    text = "step,lr-Adam,lr-Adam-momentum,lr-Adam-weight_decay,val_loss\n"
+    rows = "".join(f"{step},{1e-3 - step * 1e-5},0.9,0.1,2.0\n" for step in range(20))
+    csv_run(tmp_path, "run", text + rows)
+    assert read_loss_curve(tmp_path / "run").peak == pytest.approx(1e-3)
+
+
+def rows(first: int, last: int, every: int, loss: float = 2.0) -> str:
+    lines = [f"{step},0.1,{loss - step / 1000}" for step in range(first, last, every)]
+    return "\n".join(["step,lr-SGD,val_loss", *lines])
+
+
+def test_logs_that_are_no_runs_are_left_out_with_a_warning(tmp_path: Path) -> None:
+    csv_run(tmp_path, "a", rows(0, 100, 2))
+    csv_run(tmp_path, "b", rows(100, 200, 2))
+    csv_run(tmp_path, "c", "step,val_loss\n0,2.0\n")
+    csv_run(tmp_path, "d", rows(0, 100, 2))
+    with pytest.warns(UserWarning, match="left out") as caught:
+        found = read_loss_curves(tmp_path)
+    assert [curve.name for curve in found] == ["a"]
+    text = str(caught[0].message)
+    assert "b begins at update 101 and continues another run" in text
+    assert "c has no learning rate" in text
+    assert "d has the losses of another run" in text
+    with pytest.raises(ValueError, match="b, which begins at update 101"):
+        read_loss_curve(tmp_path / "b")
+    with pytest.raises(ValueError, match="run from its beginning, got b begins"):
+        read_loss_curves(tmp_path / "b")
+
+
+def test_sparse_learning_rates_give_a_warning_and_a_warmup(tmp_path: Path) -> None:
+    csv_run(tmp_path, "run", rows(49, 500, 50))
+    with pytest.warns(UserWarning, match="every 50 updates only, of 500"):
+        found = read_loss_curve(tmp_path / "run")
+    assert found.warmup == 50
+    assert found.learning_rates[25] == pytest.approx(0.1 * 25 / 49)

@@ -93,6 +93,13 @@ def test_a_changing_batch_and_an_unknown_length_are_warnings() -> None:
     assert any("number of updates is not known" in text for text in found.warnings)
 
 
+def test_a_scheduler_of_the_module_is_a_warning() -> None:
+    trainer = Trainer(max_steps=10, accelerator="cpu", logger=False, enable_checkpointing=False)
+    found = plan(trainer, BoringModel(), DataLoader(torch.ones(64, 32), batch_size=8), law=KNOWN)
+    assert found.expected_loss is None
+    assert any("the module has its own learning-rate scheduler" in t for t in found.warnings)
+
+
 def test_another_learning_rate_than_that_of_the_pilots_is_a_warning() -> None:
     law = LossLaw(law=LAW, peaks=(0.01, 0.02), total=1.0)
     found = planned(LearningRateScheduler(WarmupCosine(warmup=10)), law=law)
