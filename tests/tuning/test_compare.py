@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -428,7 +429,8 @@ def test_values_that_a_function_holds_count(kind: Callable[[float], Any]):
 
 
 def test_missing_scipy_raises_before_the_first_training(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lightning_bigopt.tuning.compare.find_spec", lambda name: None)
+    module = sys.modules["lightning_bigopt.tuning.compare"]  # its name is also the function's
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
     records = Records()
     with pytest.raises(ImportError, match=r"scipy must be installed .*lightning-bigopt\[laws\]"):
         compare(side(records), side(), seeds=2)
