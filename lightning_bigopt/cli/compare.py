@@ -78,6 +78,8 @@ def run(options: Namespace) -> None:
         folder=options.folder,
     )
     sides = [ConfigTrainings(path, seed=options.seed) for path in (options.a, options.b)]
+    for side in sides:
+        side.check_starts_anew()
     found = run_comparison((sides[0], sides[1]), names=_names(options.a, options.b), plan=plan)
     rank_zero_only(_write)(found, options)
 

@@ -8,8 +8,10 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_bigopt.checks import shown
 from lightning_bigopt.cli.package_of_config import model_path, training_class
 from lightning_bigopt.tuning.paths import FieldPaths, changed
+from lightning_bigopt.tuning.random_states import seed_apart
 from lightning_bigopt.tuning.trainings import Training, Trainings
 from lightning_bigopt.tuning.trees import ConfigTree
 
@@ -41,6 +43,7 @@ class ConfigTrainings(Trainings):
                 f"config must be a file, got {str(path)!r}, which does not exist; pass one such as "
                 "examples/gpt.yaml"
             )
+        self._path = path
         self._kind = training_class(model_path(["--config", str(path)]))
         self._parser = self._kind.parser_for(usage="bigopt tune --config CONFIG --space SPACE")
         self._config = self._kind.read_values(self._parser, path)
@@ -50,14 +53,27 @@ class ConfigTrainings(Trainings):
         self.seed = self._config["seed_everything"]
         self._places: dict[str, tuple[str, ...]] = {}
 
+    def check_starts_anew(self) -> None:
+        """Raises if the config resumes a run: every training would have its weights.
+
+        Raises:
+            ValueError: If the config has a ``ckpt_path``.
+        """
+        if (path := self._config.get("ckpt_path")) is not None:
+            raise ValueError(
+                f"ckpt_path must be null in {str(self._path)!r}, got {shown(path)}: the weights of "
+                "a checkpoint would replace those of each seed; remove the line"
+            )
+
     def prepare(self, space: Mapping[str, Range]) -> Trainer:
         """Finds the fields in the config."""
         self._places = {path: self._keys(path) for path in space}
         return self._started(self._config).trainer
 
-    def reseed(self, seed: int) -> None:
+    def reseed(self, seed: int, *, is_paired: bool = False) -> None:
         """Sets the seed in place of that of the config."""
-        self.seed = self._config["seed_everything"] = seed
+        super().reseed(seed, is_paired=is_paired)
+        self._config["seed_everything"] = seed
 
     def value(self, path: str) -> Any:
         """Returns the value in the config, or the default of its class."""
@@ -67,7 +83,10 @@ class ConfigTrainings(Trainings):
         return node
 
     def identity(self) -> str:
-        """Returns the config with the defaults of all classes in it, without the seed."""
+        """Returns the config with the defaults of all classes in it, without the seed.
+
+        The code of these classes and the files that they read are not part of it.
+        """
         import yaml
 
         kept = {name: value for name, value in self._config.items() if name != "seed_everything"}
@@ -95,6 +114,8 @@ class ConfigTrainings(Trainings):
         built = self._started(self._with(values))
         options = {name: built.config_init.get(name) for name in built.fit_arguments}
         data = {"datamodule": built.datamodule}
+        if self.is_paired:  # the datamodule's setup draws next
+            seed_apart(self.seed, "fit")
         return Training(trainer=built.trainer, module=built.model, data=data, options=options)
 
     def unchanged(self, values: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -108,6 +108,7 @@ class HyperparameterLaw:
         Warns:
             UserWarning: If the run is outside a range in which the law was measured.
         """
+        is_given = learning_rate is not None
         check_positive("parameters", parameters, hint="write a number such as 1e8")
         check_positive("tokens", tokens, hint="write a number such as 2e9")
         if learning_rate is not None:
@@ -143,6 +144,8 @@ class HyperparameterLaw:
             measured=self.measured,
             outside=outside,
             source=self.source,
+            learning_rate_is_given=is_given,
+            needs_learning_rate=self.learning_rate is None and self.timescale is not None,
         )
 
     @property
@@ -174,9 +177,10 @@ class HyperparameterLaw:
         coefficients are not used.
 
         Args:
-            table: A list of dicts, or a mapping of columns (a pandas DataFrame, too), with
-                ``parameters``, ``tokens``, ``learning_rate``, ``batch_tokens`` and ``loss``; a row
-                is one run, and further columns are ignored. The loss is positive.
+            table: Dicts (a ``csv.DictReader``, too), or a mapping of columns (a pandas DataFrame,
+                too), with ``parameters``, ``tokens``, ``learning_rate``, ``batch_tokens`` and
+                ``loss``; a row is one run, and further columns are ignored. The loss is positive.
+                Runs whose tokens differ by at most 2 % are of one sweep.
             within: Runs whose loss is at most this fraction above the best of their sweep are
                 fitted. Far from the optimum the bowl is steeper towards high learning rates.
             name: Name of the law.

@@ -12,6 +12,7 @@ from lightning_bigopt.planning.sweep_table import Grid
 
 __all__ = ["fitted_laws"]
 
+_FEWEST_BATCHES = 3
 _SMALLEST_SPREAD = 0.02
 """Ratio of singular values below which parameters and tokens change together."""
 
@@ -35,6 +36,12 @@ def fitted_laws(grids: Sequence[Grid], *, within: float) -> tuple[_Law, _Law]:
         UserWarning: If there are only as many grids as coefficients.
     """
     scales, origin = _scales(grids)
+    most = max(len(set(grid.batches)) for grid in grids)
+    if most < _FEWEST_BATCHES:
+        raise ValueError(
+            f"table must be runs that determine a bowl, got {len(grids)} sweeps with at most "
+            f"{most} different batch_tokens; each sweep needs at least three batches"
+        )
     runs = [_runs(grid, within) for grid in grids]
     middle = np.vstack([points for points, _ in runs]).mean(axis=0)
     matrix = np.vstack(

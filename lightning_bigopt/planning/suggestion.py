@@ -24,6 +24,8 @@ class Suggestion:
         measured: The range in which the law was measured, in words.
         outside: For each range that the run is outside of, a sentence.
         source: Where the law is published.
+        learning_rate_is_given: Whether the learning rate is the user's, not the law's.
+        needs_learning_rate: Whether the law gives a weight decay for a learning rate of the user.
 
     Example:
         >>> found = Suggestion(
@@ -56,6 +58,8 @@ class Suggestion:
     measured: str
     outside: tuple[str, ...] = ()
     source: str = ""
+    learning_rate_is_given: bool = False
+    needs_learning_rate: bool = False
 
     def global_batch_size(self, *, sequence_length: int, multiple_of: int = 1) -> int:
         """Returns the batch in samples, for samples of a fixed number of tokens.
@@ -78,12 +82,16 @@ class Suggestion:
 
     def __str__(self) -> str:
         """Describes the suggestion in some lines."""
+        given = " (given)" if self.learning_rate_is_given else ""
+        decay = _number(self.weight_decay)
+        if self.needs_learning_rate and self.weight_decay is None:
+            decay = "pass learning_rate= for it"
         updates = self.tokens / self.batch_tokens
         lines = [
             f"{self.law} for {self.parameters:.3g} parameters and {self.tokens:.3g} tokens:",
-            f"  learning rate: {_number(self.learning_rate)}",
+            f"  learning rate: {_number(self.learning_rate)}{given}",
             f"  global batch: {self.batch_tokens:.3g} tokens, about {updates:.0f} updates",
-            f"  weight decay: {_number(self.weight_decay)}",
+            f"  weight decay: {decay}",
             f"  measured: {self.measured}",
             *(f"  outside: {sentence}" for sentence in self.outside),
         ]

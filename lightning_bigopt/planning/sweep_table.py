@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from lightning_bigopt.checks import check_positive, shown
@@ -12,6 +13,8 @@ __all__ = ["COLUMNS", "Grid", "grids_of"]
 
 COLUMNS = ("parameters", "tokens", "learning_rate", "batch_tokens", "loss")
 """The columns of a table of runs."""
+_SAME_TOKENS = 1.02
+"""Factor up to which runs with other tokens are of the same grid."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +23,7 @@ class Grid:
 
     Args:
         parameters: Parameters of the model.
-        tokens: Tokens of each run.
+        tokens: Tokens of a run, on average.
         learning_rates: Learning rate of each run.
         batches: Global batch of each run, in tokens.
         losses: Loss of each run.
@@ -56,8 +59,12 @@ class Grid:
 def grids_of(table: Any) -> list[Grid]:
     """Groups the rows of a table by parameters and tokens.
 
+    Whole updates make the tokens of a sweep differ a little between its batches: tokens up to 2 %
+    above the smallest ones are the same grid, which has their mean.
+
     Args:
-        table: A sequence of mappings, or a mapping of columns, with :data:`COLUMNS`.
+        table: Mappings, as of ``csv.DictReader``, or a mapping of columns, with :data:`COLUMNS`.
+            Texts of numbers count as numbers.
 
     Returns:
         The grids, with ascending compute (parameters times tokens).
@@ -71,26 +78,26 @@ def grids_of(table: Any) -> list[Grid]:
         >>> grids_of([row, {**row, "loss": 2.9}])[0].losses
         (3.0, 2.9)
     """
-    groups: dict[tuple[float, float], list[tuple[float, ...]]] = {}
-    for parameters, tokens, *run in _rows(table):
-        groups.setdefault((parameters, tokens), []).append(tuple(run))
-    grids = []
-    for (parameters, tokens), runs in sorted(groups.items(), key=lambda item: _compute(item[0])):
-        rates, batches, losses = zip(*runs, strict=True)
-        grids.append(
-            Grid(
-                parameters=parameters,
-                tokens=tokens,
-                learning_rates=rates,
-                batches=batches,
-                losses=losses,
-            )
-        )
-    return grids
+    groups: list[list[tuple[float, ...]]] = []
+    for row in sorted(_rows(table), key=lambda row: row[:2]):
+        first = groups[-1][0] if groups else row
+        is_same = row[0] == first[0] and row[1] <= first[1] * _SAME_TOKENS
+        if groups and is_same:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return sorted(map(_grid, groups), key=lambda grid: grid.parameters * grid.tokens)
 
 
-def _compute(pair: tuple[float, float]) -> tuple[float, float]:
-    return pair[0] * pair[1], pair[0]
+def _grid(rows: Sequence[tuple[float, ...]]) -> Grid:
+    parameters, tokens, rates, batches, losses = zip(*rows, strict=True)
+    return Grid(
+        parameters=parameters[0],
+        tokens=fmean(tokens),
+        learning_rates=rates,
+        batches=batches,
+        losses=losses,
+    )
 
 
 def _rows(table: Any) -> list[tuple[float, ...]]:
@@ -104,15 +111,16 @@ def _rows(table: Any) -> list[tuple[float, ...]]:
                 f"table must be columns of the same length, got {lengths}; add the missing values"
             )
         rows = list(zip(*columns, strict=True))
-    elif isinstance(table, Sequence) and not isinstance(table, str):
-        for index, row in enumerate(table):
+    elif isinstance(table, Iterable) and not isinstance(table, (str, bytes)):
+        listed = list(table)
+        for index, row in enumerate(listed):
             if not isinstance(row, Mapping):
                 raise ValueError(
                     f"table[{index}] must be a mapping of column names to values, got "
                     f"{shown(row)}; write a dict with {', '.join(COLUMNS)}"
                 )
             _check_columns(f"table[{index}]", row)
-        rows = [tuple(row[name] for name in COLUMNS) for row in table]
+        rows = [tuple(row[name] for name in COLUMNS) for row in listed]
     else:
         raise ValueError(
             f"table must be a list of rows or a mapping of columns, got {shown(table)}; "
@@ -120,11 +128,22 @@ def _rows(table: Any) -> list[tuple[float, ...]]:
         )
     if not rows:
         raise ValueError("table must be a list of runs, got no rows; add the runs of your sweeps")
+    rows = [tuple(map(_number, row)) for row in rows]
     for index, row in enumerate(rows):
         for name, value in zip(COLUMNS, row, strict=True):
             hint = "leave out the rows of runs that diverged" if name == "loss" else ""
             check_positive(f"{name} of row {index}", value, hint=hint or "write a number")
     return [tuple(map(float, row)) for row in rows]
+
+
+def _number(value: Any) -> Any:
+    """Returns the number in a text; any other value as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 def _check_columns(name: str, row: Any) -> None:

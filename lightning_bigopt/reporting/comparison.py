@@ -13,6 +13,9 @@ from lightning_bigopt.reporting.study import Direction
 
 __all__ = ["ComparisonRecord"]
 
+_FEWEST_FOR_NOISE = 5
+"""With fewer seeds the smallest difference that they could have shown is a large one."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonRecord:
@@ -132,19 +135,25 @@ class ComparisonRecord:
             f"{count}"
         )
         limit = test.detectable if self.relevant is None else self.relevant
-        if -limit < low and high < limit:
-            reason = (
-                f"is smaller than the smallest that {test.count} seeds could have shown, "
-                f"{_short(test.detectable)}"
-                if self.relevant is None
-                else f"is not significant, and the interval does not contain {_short(limit)}"
-            )
-            return f"noise: the difference {size} {reason} ({statistics}){self._with_updates()}"
-        return (
-            f"inconclusive: the difference {size} is not significant, but the interval contains "
-            f"{_short(limit)} ({statistics}){self._seeds_needed(test)}"
-            f"{self._with_updates()}"
+        what = (
+            f"the smallest difference that {test.count} seeds could have shown"
+            if self.relevant is None
+            else "the smallest difference that matters"
         )
+        start = f"the difference {size} is not significant"
+        if not -limit < low <= high < limit:
+            text = (
+                f"inconclusive: {start}, and the interval reaches beyond ± {_short(limit)}, {what}"
+            )
+        elif self.relevant is None and test.count < _FEWEST_FOR_NOISE:
+            text = (
+                f"inconclusive: {start}, and without relevant it takes {_FEWEST_FOR_NOISE} "
+                "seeds to call it noise"
+            )
+        else:
+            inside = f"the whole interval lies within ± {_short(limit)}, {what}"
+            return f"noise: {start}, and {inside} ({statistics}){self._with_updates()}"
+        return f"{text} ({statistics}){self._seeds_needed(test)}{self._with_updates()}"
 
     def _significant(self, test: PairedTest, size: str, count: str) -> str:
         better = self._better(test.difference)
@@ -169,11 +178,12 @@ class ComparisonRecord:
     def _seeds_needed(self, test: PairedTest) -> str:
         wanted = abs(test.difference) if self.relevant is None else self.relevant
         try:
-            return (
-                f"; about {pairs_needed(test.deviation, wanted)} seeds would show {_short(wanted)}"
-            )
+            count = pairs_needed(test.deviation, wanted)
         except ValueError:  # more seeds than anybody trains
             return ""
+        if count <= test.count:  # another draw of these seeds would have shown it
+            return ""
+        return f"; about {count} seeds would show {_short(wanted)}"
 
     def edges(self) -> list[str]:
         """Returns one sentence for each tuned value at an end of its range, with what to do."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ __all__ = ["ALPHA", "POWER", "PairedTest", "detectable_difference", "paired_test
 
 ALPHA, POWER = 0.05, 0.8
 _MOST_PAIRS = 100_000
+_LEAST_SPREAD = 1e-6  # of the differences, relative to the values: below is rounding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,8 @@ def paired_test(first: Sequence[float], second: Sequence[float]) -> PairedTest:
     """Tests whether the mean of the differences second - first is zero.
 
     The test is ``scipy.stats.ttest_rel``. It assumes that the differences, not the values, are
-    about normally distributed. If all differences are equal up to rounding, there is no test:
-    statistic and p-value are NaN.
+    about normally distributed. If the standard deviation of the differences is at most a millionth
+    of the largest value, it is rounding, and there is no test: statistic and p-value are NaN.
 
     Args:
         first: Finite numbers, at least two.
@@ -87,8 +87,7 @@ def paired_test(first: Sequence[float], second: Sequence[float]) -> PairedTest:
     differences = [b - a for a, b in zip(first, second, strict=True)]
     mean = math.fsum(differences) / count
     deviation = math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (count - 1))
-    rounding = 8 * sys.float_info.epsilon * max(map(abs, (*first, *second)))
-    if deviation <= rounding:
+    if deviation <= _LEAST_SPREAD * max(map(abs, (*first, *second))):
         return PairedTest(
             count=count,
             difference=mean,
@@ -127,7 +126,7 @@ def detectable_difference(
     Args:
         deviation: Standard deviation :math:`s` of the differences.
         count: Number :math:`n` of pairs, at least 2.
-        power: Probability of detection, at least 0.5.
+        power: Probability of detection, at least 0.5, and above ``alpha``.
         alpha: Level of the two-sided test.
 
     Raises:
@@ -145,6 +144,11 @@ def detectable_difference(
     check_count("count", count, minimum=2, of="pairs")
     check_between("alpha", alpha, 0, 1, hint="write 0.05")
     check_between("power", power, 0.5, 1, ends="[)", hint="write 0.8")
+    if power <= alpha:
+        raise ValueError(
+            f"power must be above alpha, {shown(alpha)}, got {shown(power)}: without any "
+            "difference the test is significant with the probability alpha; write alpha=0.05"
+        )
     from scipy.optimize import brentq
     from scipy.stats import ncf, t
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from os import PathLike
 from typing import Any
 
@@ -52,9 +53,10 @@ def compare(
 
     First a :func:`study` searches the best values of each side, with the same number of trials,
     sampler, pruner and seed. Then each side trains with its best values at the same seeds. A seed
-    sets the initial weights and the order of the samples, also where the sides draw different
-    numbers of random values; a loader with a seed of its own keeps it. The seeds of the comparison
-    are others than that of the search, whose best loss is a little too good by the choice.
+    sets the initial weights, the data and the order of the samples, also where the sides draw
+    different numbers of random values; a loader with a seed of its own keeps it. The seeds of the
+    comparison are others than that of the search, whose best loss is a little too good by the
+    choice.
 
     Args:
         a: The first side.
@@ -77,14 +79,20 @@ def compare(
             None for the smallest difference that the seeds could have shown.
         folder: Keeps searches and finished trainings, so that a comparison that was interrupted
             goes on, or one with more seeds uses them. Another config, other values or versions are
-            trained anew. Of functions the source text counts, without that of what they call.
+            trained anew. Of functions the source text counts, with defaults and outer variables,
+            but not the code of what they call.
 
     Returns:
         Losses by seed, test, verdict and report.
 
     Raises:
-        ValueError: If an argument is invalid, a tuned field has no effect, or every trial of a
-            search has failed.
+        ImportError: If scipy is not installed.
+        ValueError: If an argument is invalid, a tuned field has no effect on a minimized value in
+            three or more trials, or every trial of a search has failed.
+
+    Warns:
+        UserWarning: If a best value is at an end of its range, the folder has trainings of another
+            config, or all trials have the same value, as an accuracy may.
 
     Example:
         >>> found = compare(
@@ -127,10 +135,17 @@ def run_comparison(
         plan: The options.
 
     Raises:
+        ImportError: If scipy is not installed.
         ValueError: As :func:`compare` does.
     """
+    if find_spec("scipy") is None:
+        raise ImportError(
+            "scipy must be installed to test a comparison; run pip install "
+            "'lightning-bigopt[laws]', or 'lightning-bigopt[tune]' to tune, too"
+        )
     if names[0] == names[1]:
         names = (f"{names[0]} (a)", f"{names[1]} (b)")
+    seeds = [own.seed for own in trainings]
     with random_states_kept():
         entrants = [
             _Entrant(
@@ -146,6 +161,7 @@ def run_comparison(
         if (folder := plan.folder) is not None:
             place = processes.from_first(lambda: ComparisonFolder(folder))
         studies = [entrant.search(place) for entrant in entrants]
+        _check_same_trials(names, studies)
         best = [{} if study is None else study.best_values for study in studies]
         trained = [
             SeedRuns(
@@ -162,6 +178,8 @@ def run_comparison(
             each.warn_of_others()
         # Seed by seed, so that an interrupted comparison has pairs.
         pairs = [(trained[0].run(seed), trained[1].run(seed)) for seed in plan.seed_numbers]
+    for own, seed in zip(trainings, seeds, strict=True):
+        own.reseed(seed)  # that of the user in the configs of the result
     first, second = (
         ComparedSide(
             name=name,
@@ -229,11 +247,29 @@ class _Entrant:
             )
         values = {tuple(sorted(trial.values.items(), key=str)) for trial in complete}
         if len(values) > 1 and len({trial.loss for trial in complete}) == 1:
-            raise ValueError(
+            text = (
                 f"tune must name fields that change the training, got {list(self.ranges)} of "
                 f"{self.name}, with which {len(complete)} trials have the same {found.monitor} "
                 f"{complete[0].loss}; name the field that is used, such as 'optimizer.lr'"
             )
+            # Few trials, or an accuracy, may be equal by chance.
+            if len(complete) >= 3 and self.plan.direction == "minimize":
+                raise ValueError(text)
+            rank_zero_warn(f"{text}. Ignore this if the value is one of few, as an accuracy is.")
+
+
+def _check_same_trials(names: Sequence[str], studies: Sequence[Study | None]) -> None:
+    """Raises if a search in the folder has gone on for longer than the other one."""
+    counts = [
+        0 if study is None else sum(t.state in ("complete", "pruned") for t in study.trials)
+        for study in studies
+    ]
+    if 0 not in counts and counts[0] != counts[1]:
+        listed = " and ".join(f"{c} of {name}" for name, c in zip(names, counts, strict=True))
+        raise ValueError(
+            f"trials must be the same number on both sides, got {listed}, as the folder contains "
+            f"a longer search; write trials={max(counts)}, or choose another folder"
+        )
 
 
 def _processes(entrants: Sequence[_Entrant]) -> Processes:

@@ -13,6 +13,7 @@ from typing import Any
 import lightning
 import torch
 
+from lightning_bigopt.checks import shown
 from lightning_bigopt.reporting.compared_side import SeedRun
 from lightning_bigopt.trainer_access.output_paths import folder_problem
 from lightning_bigopt.version import __version__
@@ -77,7 +78,16 @@ class ComparisonFolder:
             ValueError: If the record cannot be read.
         """
         path = self._path(trained, seed)
-        return SeedRun(**_content(path)["run"]) if path.exists() else None
+        if not path.exists():
+            return None
+        found = _content(path).get("run")
+        try:
+            run = SeedRun(**found) if isinstance(found, dict) else None
+        except TypeError:
+            run = None
+        if run is None or run.seed != seed or not isinstance(run.loss, float | int | None):
+            raise _broken(path, f"whose 'run' is {shown(found)}")
+        return run
 
     def write(self, run: SeedRun, *, name: str, values: Mapping[str, Any], trained: str) -> None:
         """Keeps a finished training.
@@ -112,8 +122,13 @@ def _content(path: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(
-            f"folder must contain records of trainings, got {str(path)!r}, which is no JSON "
-            f"({error}); delete this file"
-        ) from error
+        raise _broken(path, f"which is no JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise _broken(path, f"which contains {shown(found)}")
     return found
+
+
+def _broken(path: Path, what: str) -> ValueError:
+    return ValueError(
+        f"folder must contain records of trainings, got {str(path)!r}, {what}; delete this file"
+    )

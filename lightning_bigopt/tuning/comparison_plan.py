@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from os import PathLike
 from typing import Any
 
@@ -43,6 +44,8 @@ class ComparisonPlan:
     folder: str | PathLike[str] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.seeds, Integral) and not isinstance(self.seeds, bool):
+            object.__setattr__(self, "seeds", int(self.seeds))  # an integer of numpy
         check_count("seed", self.seed, minimum=0, hint="write 0")
         check_count("trials", self.trials, of="trials", hint="write 16")
         check_choice("direction", self.direction, Direction)
@@ -51,6 +54,11 @@ class ComparisonPlan:
             hint = "write the smallest difference that matters"
             check_positive("relevant", self.relevant, hint=hint)
         path_or_none("folder", self.folder, hint="write folder='comparison'")
+        if self.tune_b is not None and self.tune is None:
+            raise ValueError(
+                f"tune must name the paths of the first side to tune, got None with tune_b="
+                f"{shown(self.tune_b)}: both sides are tuned, or none; write tune='lr'"
+            )
         self._check_seeds()
         self._check_space()
 

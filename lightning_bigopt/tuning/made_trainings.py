@@ -10,13 +10,15 @@ from weakref import ReferenceType, ref
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_bigopt.checks import as_code, shown
+from lightning_bigopt.checks import shown
 from lightning_bigopt.trainer_access import callbacks as trainer_callbacks
 from lightning_bigopt.trainer_access.constructors import constructors_recorded
 from lightning_bigopt.trainer_access.packages import classes
 from lightning_bigopt.tuning.optimizer_fields import OptimizerFields, group_fields
 from lightning_bigopt.tuning.paths import FieldPaths, Place, changed
+from lightning_bigopt.tuning.random_states import seed_apart
 from lightning_bigopt.tuning.refusals import SetupError
+from lightning_bigopt.tuning.source_text import as_text
 from lightning_bigopt.tuning.space import Range
 from lightning_bigopt.tuning.trainings import Training, Trainings
 from lightning_bigopt.tuning.trees import ObjectTree
@@ -133,6 +135,8 @@ class MadeTrainings(Trainings):
         module = self._call("model", new)
         with constructors_recorded():
             trainer: Trainer = self._call("trainer", new)
+        if self.is_paired:
+            seed_apart(self.seed, "data")
         data = self._data(new)
         callbacks = trainer_callbacks.callbacks_of(trainer)
         if "callbacks" in new:
@@ -140,6 +144,8 @@ class MadeTrainings(Trainings):
         if "optimizer" in new:
             fields = {keys[0]: value for keys, value in new["optimizer"].items()}
             callbacks.insert(0, OptimizerFields(fields))
+        if self.is_paired:  # a datamodule's setup draws next
+            seed_apart(self.seed, "fit")
         return Training(trainer=trainer, module=module, data=_fit_arguments(data), options={})
 
     def _call(self, root: str, new: Mapping[str, Mapping[tuple[str, ...], Any]]) -> Any:
@@ -201,8 +207,11 @@ class MadeTrainings(Trainings):
         return None
 
     def identity(self) -> str:
-        """Returns the source text of the functions, without that of what they call."""
-        return "\n".join(f"{root}: {_source(make)}" for root, make in self._make.items())
+        """Returns source text, defaults and outer variables of the functions.
+
+        The source text of what they call is not part of it.
+        """
+        return "\n".join(f"{root}: {as_text(make)}" for root, make in self._make.items())
 
 
 def _plain(value: Any) -> Any:
@@ -218,14 +227,6 @@ def _parameters(make: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     takes_more = any(p.kind == p.VAR_KEYWORD for p in parameters)
     return {p.name: None if p.default is p.empty else p.default for p in named}, takes_more
-
-
-def _source(make: Callable[..., Any]) -> str:
-    """Returns the source text of a function or class; its name if there is none."""
-    try:
-        return inspect.getsource(make)
-    except (OSError, TypeError):  # defined in a console, a partial function or a builtin
-        return as_code(make)
 
 
 def _seed_everything(seed: int) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_bigopt.reporting.compared_side import SeedRun
 from lightning_bigopt.trainer_access.processes import Processes
 from lightning_bigopt.tuning.comparison_folder import ComparisonFolder, fingerprint
+from lightning_bigopt.tuning.random_states import seed_apart
 from lightning_bigopt.tuning.trainings import Trainings
 from lightning_bigopt.tuning.trial import Cost, add_callback, run_trial, score, updates_counted
 
@@ -80,7 +80,7 @@ class SeedRuns:
         return fingerprint(self.name, self.trainings.identity(), values, self.monitor)
 
     def _train(self, seed: int) -> SeedRun:
-        self.trainings.reseed(seed)
+        self.trainings.reseed(seed, is_paired=True)
 
         def train_once(values: Mapping[str, Any], cost: Cost) -> float:
             training = self.trainings.build(values)
@@ -120,12 +120,8 @@ class _SameOrder(Callback):
         self.seed = seed
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._reseed(0)
+        seed_apart(self.seed, 0)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.current_epoch > 0:  # the loader has begun the first epoch before this hook
-            self._reseed(trainer.current_epoch)
-
-    def _reseed(self, epoch: int) -> None:
-        mixed = random.Random(f"{self.seed}/{epoch}").getrandbits(32)  # noqa: S311
-        seed_everything(mixed, workers=True, verbose=False)
+            seed_apart(self.seed, trainer.current_epoch)

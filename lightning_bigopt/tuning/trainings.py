@@ -49,9 +49,12 @@ class Trainings(ABC):
 
     Attributes:
         seed: Seed of every training.
+        is_paired: Whether weights, data and fit have random numbers of their own, so that a module
+            that draws more of them changes neither the data nor the fit.
     """
 
     seed: Any
+    is_paired: bool = False
 
     @abstractmethod
     def prepare(self, space: Mapping[str, Range]) -> Trainer:
@@ -80,9 +83,15 @@ class Trainings(ABC):
     def config(self, values: Mapping[str, Any]) -> str:
         """Returns the values as YAML."""
 
-    def reseed(self, seed: int) -> None:
-        """Sets the seed of all further trainings, also in place of that of a config."""
-        self.seed = seed
+    def reseed(self, seed: int, *, is_paired: bool = False) -> None:
+        """Sets the seed of all further trainings, also in place of that of a config.
+
+        Args:
+            seed: The seed.
+            is_paired: Whether data and fit have random numbers of their own; False as in a fit of
+                the user.
+        """
+        self.seed, self.is_paired = seed, is_paired
 
     @abstractmethod
     def value(self, path: str) -> Any:

@@ -6,14 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import optuna
 import pytest
+import torch
 import yaml
 from scipy.stats import ttest_rel
+from torch.utils.data import DataLoader, random_split
 
 from lightning_bigopt.cli import __main__ as cli
 from lightning_bigopt.cli.config_trainings import ConfigTrainings
 from lightning_bigopt.tuning import Log
+from lightning_bigopt.tuning.compare import run_comparison
+from lightning_bigopt.tuning.comparison_plan import ComparisonPlan
 from lightning_bigopt.tuning.tuned_ranges import tuned_ranges
 
 ROOT = Path(__file__).parents[2]
@@ -173,6 +178,48 @@ def test_errors_of_the_command(
     error = capsys.readouterr().err
     assert error.startswith("bigopt: error: ")
     assert message in error
+
+
+class SplitText(L.LightningDataModule):
+    """Splits random bytes at random in its setup."""
+
+    def setup(self, stage: str) -> None:
+        texts = torch.randint(0, 256, (64, 9), generator=torch.Generator().manual_seed(0))
+        self.parts = random_split(texts, [48, 16])
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(self.parts[0], batch_size=8)
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(self.parts[1], batch_size=16)
+
+
+def test_split_in_setup_is_that_of_the_seed_and_not_of_the_model():
+    splits = []
+    for width, seed in ((16, 5), (32, 5), (16, 6)):
+        init_args = {**MODEL["init_args"], "width": width}
+        data = {"class_path": f"{__name__}.SplitText"}
+        write("c.yaml", {**CONFIG, "data": data, "model": {**MODEL, "init_args": init_args}})
+        side = ConfigTrainings("c.yaml", seed=0)
+        side.reseed(seed, is_paired=True)
+        module = side.build({}).data["datamodule"]
+        module.setup("fit")  # the next that Trainer.fit does
+        splits.append(list(module.parts[1].indices))
+    assert splits[0] == splits[1]
+    assert splits[0] != splits[2]
+
+
+@pytest.mark.slow
+def test_config_of_the_result_has_the_seed_of_the_user():
+    sides = tuple(ConfigTrainings("a.yaml", seed=0) for _ in "ab")
+    found = run_comparison(sides, names=("a", "b"), plan=ComparisonPlan(seeds=2))
+    assert yaml.safe_load(found.a.config)["seed_everything"] == 3
+
+
+def test_config_that_resumes_is_refused(capsys: pytest.CaptureFixture[str]):
+    write("c.yaml", {**CONFIG, "ckpt_path": "last.ckpt"})
+    assert cli.main(["compare", "a.yaml", "c.yaml", "--seeds", "2"]) == 1
+    assert "ckpt_path must be null in 'c.yaml', got 'last.ckpt'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

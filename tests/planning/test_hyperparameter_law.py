@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import math
 import random
@@ -13,6 +14,7 @@ import pytest
 from scipy.optimize import least_squares
 
 from lightning_bigopt import HyperparameterLaw
+from lightning_bigopt.planning.sweep_table import grids_of
 
 RATE = (20.0, -0.8, 0.25)
 BATCH = (4.0, 0.1, 0.5)
@@ -216,11 +218,16 @@ GOOD = table()
         ({"parameters": [1e6], "tokens": [1e8]}, "got none named learning_rate"),
         ([{**GOOD[0], "loss": math.nan}], "loss of row 0 must be positive and finite, got nan"),
         ([GOOD[0], {**GOOD[1], "tokens": 0.0}], "tokens of row 1 must be positive and finite"),
-        ([{**GOOD[0], "loss": "2.5"}], "write 2.5 without quotes"),
+        ([{**GOOD[0], "loss": "low"}], "loss of row 0 must be a positive and finite number, got"),
+        ([{**GOOD[0], "loss": "nan"}], "loss of row 0 must be positive and finite, got nan"),
+        (
+            [{**row, "batch_tokens": 1e4 + 1e4 * (i % 2)} for i, row in enumerate(GOOD)],
+            "with at most 2 different batch_tokens; each sweep needs at least three batches",
+        ),
         (GOOD[:81], "table must be at least 2 sweeps with different parameters or tokens, got 1"),
         (
             GOOD[:1] + GOOD[81:82] + GOOD[-1:],
-            "table must be runs that determine a bowl, got 3 runs",
+            "table must be runs that determine a bowl, got 3 sweeps with at most 1",
         ),
         (
             [row for n in (1e7, 1e8, 1e9) for row in table(models=(n,), tokens=(20 * n,))],
@@ -233,6 +240,37 @@ def test_bad_tables_raise(rows, message):
         warnings.simplefilter("ignore")
         with pytest.raises(ValueError, match=re.escape(message)):
             HyperparameterLaw.fit(rows)
+
+
+def test_rows_of_a_csv_file_are_read(tmp_path):
+    path = tmp_path / "sweeps.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, GOOD[0].keys())
+        writer.writeheader()
+        writer.writerows(GOOD)
+    with path.open(newline="") as file:
+        law = fitted(csv.DictReader(file))
+    assert law == fitted(GOOD)
+
+
+def test_whole_updates_do_not_divide_a_sweep():
+    # Tokens as they are trained: whole updates, at most 1 % below those of the plan.
+    rows = [
+        {**row, "tokens": row["tokens"] * (0.99 if index % 9 % 2 else 1.0)}
+        for index, row in enumerate(GOOD)
+    ]
+    grids = grids_of(rows)
+    assert [len(grid.losses) for grid in grids] == [81] * 9
+    first = [row["tokens"] for row in rows if row["parameters"] == 1e7 and row["tokens"] < 2e9]
+    assert grids[0].tokens == pytest.approx(np.mean(first), rel=1e-12)
+    assert fitted(rows).learning_rate[1:] == pytest.approx(RATE[1:], rel=1e-6)
+
+
+def test_tokens_that_differ_by_more_than_two_percent_are_other_sweeps():
+    rows = [{**GOOD[0], "tokens": 1e9 * factor} for factor in (1.0, 1.019, 1.03, 1.049)]
+    assert [len(grid.losses) for grid in grids_of(rows)] == [2, 2]
+    other = [{**row, "parameters": 2e7} for row in rows[:1]]
+    assert len(grids_of(rows[:1] + other)) == 2
 
 
 def test_losses_without_a_minimum_raise():

@@ -46,7 +46,14 @@ def test_power_lines_gives_the_batch_and_the_timescale_of_the_paper():
 def test_power_lines_without_a_learning_rate_has_no_weight_decay():
     found = suggest(parameters=1e9, tokens=4e10, law="power-lines")
     assert (found.learning_rate, found.weight_decay) == (None, None)
-    assert str(found).count("not given by this law") == 2
+    assert "learning rate: not given by this law" in str(found)
+    assert "weight decay: pass learning_rate= for it" in str(found)
+
+
+def test_a_learning_rate_of_the_user_is_marked():
+    found = suggest(parameters=1e9, tokens=4e10, law="power-lines", learning_rate=0.01)
+    assert "learning rate: 0.01 (given)\n" in str(found)
+    assert "(given)" not in str(suggest(parameters=1e9, tokens=4e10))
 
 
 def test_a_run_outside_the_range_warns_with_range_and_factor():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from pathlib import Path
@@ -14,12 +15,13 @@ from lightning_bigopt import Comparison
 from lightning_bigopt.reporting.compared_side import ComparedSide, SeedRun
 from lightning_bigopt.reporting.comparison_picture import draw_comparison
 from lightning_bigopt.reporting.comparison_report import render_comparison
-from lightning_bigopt.reporting.paired_test import paired_test
+from lightning_bigopt.reporting.paired_test import paired_test, pairs_needed
 from lightning_bigopt.reporting.study import Axis, StudyRecord, StudyTrial
 
 BASE = [2.0, 2.1, 2.2, 2.3]
 LOWER = [1.9, 2.02, 2.09, 2.21]  # lower by 0.095 on average: p = 0.0007
 ALIKE = [2.01, 2.09, 2.21, 2.295]
+SIX, SIX_ALIKE = [*BASE, 2.4, 2.5], [*ALIKE, 2.41, 2.49]
 UNCLEAR = [1.96, 2.09, 2.18, 2.3]
 
 
@@ -96,15 +98,45 @@ def test_verdict_says_how_many_updates_the_better_side_took():
 
 
 def test_small_difference_is_noise():
-    found = comparison(BASE, ALIKE)
+    found = comparison(SIX, SIX_ALIKE)
     assert found.winner is None
     assert found.p_value > 0.5
     smallest = f"{found.detectable_difference:.4g}"
     assert found.verdict.startswith(
-        "noise: the difference 0.00125 is smaller than the smallest that 4 seeds could have "
-        f"shown, {smallest} (95 % interval of b - a {found.interval[0]:.4g} to "
+        "noise: the difference 0.0008333 is not significant, and the whole interval lies within ± "
+        f"{smallest}, the smallest difference that 6 seeds could have shown (95 % interval of b - a"
+        f" {found.interval[0]:.4g} to "
     )
-    assert found.verdict.endswith("n = 4)")
+    assert found.verdict.endswith("n = 6)")
+
+
+def test_fewer_than_five_seeds_do_not_show_noise():
+    found = comparison(BASE, ALIKE)
+    assert max(map(abs, found.interval)) < found.detectable_difference
+    assert found.verdict.startswith(
+        "inconclusive: the difference 0.00125 is not significant, and without relevant it takes 5 "
+        "seeds to call it noise (95 %"
+    )
+    assert comparison(BASE, ALIKE, relevant=0.1).verdict.startswith("noise: ")
+
+
+def test_number_of_seeds_that_is_not_above_those_trained_is_left_out():
+    assert found_count(comparison(BASE, ALIKE, relevant=0.005)) > 4
+    # Half of the relevant difference is the mean: the interval reaches beyond it.
+    base = [2.0, 2.1, 2.2, 2.3, 2.4, 2.5, 2.6, 2.7]
+    found = comparison(base, [x + 0.008 + s * 0.012 for x, s in zip(base, SIGNS, strict=True)])
+    found = dataclasses.replace(found, relevant=0.016)
+    assert found.verdict.startswith("inconclusive: ")
+    assert found.test is not None
+    assert pairs_needed(found.test.deviation, 0.016) <= 8
+    assert "would show" not in found.verdict
+
+
+SIGNS = (1, -1, 1, -1, 1, -1, 1, -1)
+
+
+def found_count(found: Comparison) -> int:
+    return int(found.verdict.partition("; about ")[2].split()[0])
 
 
 def test_difference_that_may_matter_is_inconclusive():
@@ -113,8 +145,9 @@ def test_difference_that_may_matter_is_inconclusive():
     assert found.winner is None
     assert found.interval[0] < -found.detectable_difference
     assert found.verdict.startswith(
-        f"inconclusive: the difference {abs(found.difference):.4g} is not significant, but the "
-        f"interval contains {found.detectable_difference:.4g} (95 % interval of b - a"
+        f"inconclusive: the difference {abs(found.difference):.4g} is not significant, and the "
+        f"interval reaches beyond ± {found.detectable_difference:.4g}, the smallest difference "
+        "that 4 seeds could have shown (95 % interval of b - a"
     )
     assert " seeds would show 0.0175" in found.verdict
 
@@ -122,10 +155,11 @@ def test_difference_that_may_matter_is_inconclusive():
 def test_difference_that_matters_decides_between_noise_and_inconclusive():
     # The interval of this difference reaches from about -0.04 to 0.008.
     assert comparison(BASE, UNCLEAR, relevant=0.1).verdict.startswith("noise: ")
-    assert "the interval does not contain 0.1" in comparison(BASE, UNCLEAR, relevant=0.1).verdict
+    words = "within ± 0.1, the smallest difference that matters"
+    assert words in comparison(BASE, UNCLEAR, relevant=0.1).verdict
     found = comparison(BASE, ALIKE, relevant=0.005)
     assert found.verdict.startswith("inconclusive: ")
-    assert "the interval contains 0.005" in found.verdict
+    assert "the interval reaches beyond ± 0.005, the smallest difference that" in found.verdict
     assert (
         "which is less than the 0.5 that matters" in comparison(BASE, LOWER, relevant=0.5).verdict
     )
@@ -134,7 +168,7 @@ def test_difference_that_matters_decides_between_noise_and_inconclusive():
 
 def test_seeds_that_would_show_a_difference_are_those_of_its_power():
     found = comparison(BASE, ALIKE, relevant=0.005)
-    count = int(found.verdict.partition("; about ")[2].split()[0])
+    count = found_count(found)
     assert found.test is not None
     rng = np.random.default_rng(0)
     draws = 0.005 + found.test.deviation * rng.standard_normal((20_000, count))

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import optuna
 import pytest
 import torch
 from scipy.stats import ttest_rel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, random_split
 
 from lightning_bigopt import (
     BatchSizeScheduler,
@@ -26,7 +28,11 @@ from lightning_bigopt import (
     WarmupCosine,
     compare,
 )
+from lightning_bigopt.reporting.compared_side import SeedRun
 from lightning_bigopt.tuning import Choice, Log, study
+from lightning_bigopt.tuning.comparison_folder import ComparisonFolder
+from lightning_bigopt.tuning.comparison_plan import ComparisonPlan
+from lightning_bigopt.tuning.made_trainings import MadeTrainings
 from tests.helpers import QUIET
 from tests.tuning.study_helpers import Network, make_data, make_trainer, samples
 
@@ -65,7 +71,17 @@ class Plain(L.Trainer):
         super().__init__(**{**QUIET, "max_steps": 12, **options, "callbacks": list(callbacks)})
 
 
+class Unnamed(tuple[Any, ...]):
+    """Callbacks that do not count as a change of the function that holds them."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "callbacks"
+
+
 def side(*callbacks: Any, **options: Any) -> Side:
+    callbacks = Unnamed(callbacks)
     given: dict[str, Any] = {
         "make_module": partial(Network, lr=0.05),
         "make_data": shuffled,
@@ -327,8 +343,128 @@ class Ignores(Network):
 
 
 def test_field_without_an_effect_raises():
-    with pytest.raises(ValueError, match=r"tune must name fields that change the training, got"):
-        compare(side(), side(make_module=Ignores), tune="lr", trials=2, seeds=2)
+    options = {"tune": "lr", "seeds": 2, "pruner": None}
+    message = r"tune must name fields that change the training, got"
+    with pytest.raises(ValueError, match=message):
+        compare(side(), side(make_module=Ignores), trials=3, **options)
+    for more in ({"trials": 2}, {"trials": 3, "direction": "maximize"}):
+        with pytest.warns(UserWarning, match=message):
+            compare(side(), side(make_module=Ignores), **options, **more)
+
+
+class Split(L.LightningDataModule):
+    """Splits at random where Lightning's documentation does."""
+
+    def setup(self, stage: str) -> None:
+        self.parts = random_split(samples(64, 0), [48, 16])
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(self.parts[0], batch_size=8, shuffle=True)
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(self.parts[1], batch_size=16)
+
+
+def split_at_once() -> Any:
+    parts = random_split(samples(64, 0), [48, 16])
+    return DataLoader(parts[0], batch_size=8, shuffle=True), DataLoader(parts[1], batch_size=16)
+
+
+class Validations(L.Callback):
+    """Keeps the first validation batch of each training."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def on_validation_batch_start(self, trainer: L.Trainer, *arguments: Any) -> None:
+        if trainer.global_step == 4:
+            self.seen.append(arguments[1][0].clone())
+
+
+@pytest.mark.parametrize("make_data", [Split, split_at_once])
+def test_random_split_is_the_same_on_both_sides(make_data: Callable[..., Any]):
+    a, b = Validations(), Validations()
+    compare(
+        side(a, make_data=make_data),
+        side(b, make_data=make_data, make_module=Wide),
+        seeds=2,
+    )
+    assert len(a.seen) == 2
+    assert all(map(torch.equal, a.seen, b.seen))
+    assert not torch.equal(*a.seen)
+
+
+def test_weights_and_data_do_not_have_equal_random_numbers():
+    drawn: list[Tensor] = []
+
+    def draws() -> Any:
+        drawn.append(torch.rand(4))
+        return shuffled()
+
+    compare(side(make_data=draws), side(), seeds=[3, 4])
+    L.seed_everything(3, verbose=False)
+    assert not torch.equal(drawn[-2], torch.rand(4))
+
+
+def closed(lr: float) -> Callable[[], Any]:
+    return lambda: Network(lr=lr)
+
+
+def with_default(lr: float) -> Callable[[], Any]:
+    def make(*, value: float = lr) -> Any:
+        return Network(lr=value)
+
+    return make
+
+
+def nested(lr: float) -> Callable[[], Any]:
+    return partial(lambda make: make(), closed(lr))
+
+
+@pytest.mark.parametrize("kind", [closed, with_default, nested])
+def test_values_that_a_function_holds_count(kind: Callable[[float], Any]):
+    texts = [MadeTrainings(Plain, kind(lr), None, seed=0).identity() for lr in (0.1, 0.1, 0.2)]
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
+
+
+def test_missing_scipy_raises_before_the_first_training(monkeypatch: pytest.MonkeyPatch):
+    module = sys.modules["lightning_bigopt.tuning.compare"]  # its name is also the function's
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    records = Records()
+    with pytest.raises(ImportError, match=r"scipy must be installed .*lightning-bigopt\[laws\]"):
+        compare(side(records), side(), seeds=2)
+    assert records.fits == []
+
+
+def test_search_that_has_gone_on_for_longer_raises(tmp_path: Path):
+    options: dict[str, Any] = {"tune": "lr", "seeds": 2, "folder": tmp_path, "pruner": None}
+    with pytest.raises(KeyboardInterrupt):
+        compare(side(), side(Stops(0), make_module=closed(0.1)), trials=3, space=RANGE, **options)
+    with pytest.raises(ValueError, match=r"got 3 of a and 2 of b, as .*; write trials=3, or"):
+        compare(side(), side(make_module=closed(0.1)), trials=2, space=RANGE, **options)
+
+
+RANGE = {"lr": Log(0.01, 0.1)}
+
+
+@pytest.mark.parametrize(
+    "content", ["[1, 2]", "3", '{"side": "a"}', '{"run": {"sead": 1}}', '{"run": {"seed": 1}}']
+)
+def test_record_of_another_shape_raises(tmp_path: Path, content: str):
+    folder = ComparisonFolder(tmp_path)
+    folder.write(SeedRun(seed=1, loss=2.0), name="a", values={}, trained="0" * 16)
+    assert folder.read("0" * 16, 1) == SeedRun(seed=1, loss=2.0)
+    (path,) = tmp_path.glob("*.json")
+    path.write_text(content)
+    with pytest.raises(ValueError, match=rf"folder must contain .*{path.name}.*; delete this file"):
+        folder.read("0" * 16, 1)
+
+
+def test_number_of_seeds_may_be_of_numpy():
+    assert ComparisonPlan(seeds=np.int64(3)).seed_numbers == (1, 2, 3)
+    with pytest.raises(ValueError, match="got 1; write 8"):
+        ComparisonPlan(seeds=np.int64(1))
 
 
 def test_search_whose_trials_all_diverge_raises():
@@ -339,6 +475,10 @@ def test_search_whose_trials_all_diverge_raises():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            {"tune_b": "lr"},
+            "tune must name the paths of the first side to tune, got None with tune",
+        ),
         ({"seeds": 1}, "seeds must be an integer of at least 2, got 1; write 8"),
         ({"seeds": [3]}, r"seeds must be a number of seeds or a list of at least two, got \[3\]"),
         ({"seeds": [3, 3]}, "seeds must be different from each other"),
