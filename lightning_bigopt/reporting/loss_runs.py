@@ -38,6 +38,11 @@ def read_loss_curve(folder: str | PathLike[str], *, loss: str = "val_loss") -> L
     Raises:
         ValueError: If the folder holds no logs or several runs, or the loss or the learning rate
             was not logged by update.
+
+    Example:
+        >>> law = LossLaw.fit(
+        ...     [read_loss_curve("runs/constant"), read_loss_curve("runs/cosine")]
+        ... )  # doctest: +SKIP
     """
     check_instance("loss", loss, str, hint="write 'val_loss'")
     run = read_run(folder)
@@ -62,6 +67,9 @@ def read_loss_curves(folder: str | PathLike[str], *, loss: str = "val_loss") -> 
     Warns:
         UserWarning: If logs are left out: they have no learning rate, continue another run, or are
             those of a second logger.
+
+    Example:
+        >>> law = LossLaw.fit(read_loss_curves("runs/pilots"))  # doctest: +SKIP
     """
     check_instance("loss", loss, str, hint="write 'val_loss'")
     root = Path(folder)

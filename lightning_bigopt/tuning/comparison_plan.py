@@ -44,8 +44,9 @@ class ComparisonPlan:
     folder: str | PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.seeds, Integral) and not isinstance(self.seeds, bool):
-            object.__setattr__(self, "seeds", int(self.seeds))  # an integer of numpy
+        seeds: Any = self.seeds
+        if type(seeds) is not bool and isinstance(seeds, Integral):
+            object.__setattr__(self, "seeds", int(seeds))  # an integer of numpy
         check_count("seed", self.seed, minimum=0, hint="write 0")
         check_count("trials", self.trials, of="trials", hint="write 16")
         check_choice("direction", self.direction, Direction)

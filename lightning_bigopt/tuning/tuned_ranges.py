@@ -70,7 +70,7 @@ def tuned_ranges(
 
 def _around(path: str, value: Any, *, name: str) -> Range:
     last = path.rpartition(".")[2]
-    is_rate = last in ("lr", "learning_rate") or last.endswith(("_lr", "_learning_rate"))
+    is_rate = last.split("_")[-1] == "lr" or last.endswith("learning_rate")
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
     if is_rate and is_number:
         return Log(value / _FACTOR, value * _FACTOR)

@@ -127,6 +127,14 @@ NOT_IN_CONFIGS = {
         ("FoundLearningRate", name)
         for name in ("interval", "learning_rates", "losses", "standard_errors")
     ),
+    *(("LossCurve", name) for name in ("learning_rates", "losses", "updates")),
+    *(("ExpectedLoss", name) for name in ("high", "losses", "low", "notes", "updates")),
+    *(("LossLaw", "draws"), ("LossLaw", "peaks"), ("Suggestion", "outside")),
+    *(
+        ("HyperparameterLaw", name)
+        for name in ("batch_tokens", "learning_rate", "parameters", "timescale")
+    ),
+    *(("HyperparameterLaw", name) for name in ("tokens", "tokens_per_parameter")),
     *(("Study", name) for name in ("axes", "best_values", "budgets", "importance", "trials")),
     *(("RangeTest", "learning_rates"), ("RangeTest", "losses")),
     *(("GlobalBatchLoader", name) for name in ("dataset", "collate_fn", "options")),

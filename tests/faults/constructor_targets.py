@@ -51,6 +51,7 @@ NOT_CALLED = {
     # they train; their own tests call them with wrong arguments
     *("critical_batch_size", "find_learning_rate", "learning_rate_range_test"),
     *("compare", "plan", "replay", "study"),
+    *("read_loss_curve", "read_loss_curves"),  # they read folders
     "Muon",  # the class of torch, whose own errors pass through
     "TooManyRejectionsError",  # raised by the package
 }
@@ -207,6 +208,17 @@ def _valid(**values: Any) -> dict[str, Callable[[], Any]]:
     }
 
 
+LAW = {
+    "floor": 3.0,
+    "scale": 0.5,
+    "alpha": 0.5,
+    "drop": 400.0,
+    "drop_speed": 2.0,
+    "beta": 0.6,
+    "gamma": 0.65,
+}
+
+
 VALID: dict[str, dict[str, Callable[[], Any]]] = {
     # callbacks
     "BatchSizeScheduler": _valid(policy=bigopt.ConstantBatchSize(8)),
@@ -251,7 +263,13 @@ VALID: dict[str, dict[str, Callable[[], Any]]] = {
         batch_tokens=(10.0, 0.0, 0.5),
         parameters=(1e7, 1e9),
     ),
+    "MultiPowerLaw": _valid(**LAW),
+    "LossCurve": _valid(learning_rates=[0.1] * 9, updates=[1, 5, 9], losses=[3.0, 2.0, 1.0]),
+    "LossLaw": _valid(law=bigopt.MultiPowerLaw(**LAW), peaks=(3e-4, 3e-4), total=6.0),
     # functions
+    "convex_bound": _valid(schedule=bigopt.Linear(), updates=100),
+    "learning_rate_ratio": _valid(a=bigopt.Linear(), b=bigopt.Cosine()),
+    "cooldown_for_extension": _valid(factor=2.0),
     "suggest": _valid(parameters=1e9, tokens=2e10),
     "parameter_groups": _valid(module=model, weight_decay=0.1),
     "ParameterGroup": _valid(pattern="*", name="all"),
