@@ -224,7 +224,7 @@ def test_invalid_runs(runs, message):
         (lambda law: law.predict("cosine", learning_rate=PEAK, updates=10), "schedule must be"),
         (lambda law: law.predict(UNSEEN["wsd"], learning_rate=0.0, updates=9000), "learning_rate"),
         (lambda law: law.predict(UNSEEN["wsd"], learning_rate=PEAK, updates=0), "updates must be"),
-        (lambda law: law.rank({}, learning_rate=PEAK, updates=10), "schedules must be a dict"),
+        (lambda law: law.rank({}, learning_rate=PEAK, updates=10), "schedules must not be empty"),
         (lambda law: LossLaw.fit(pilots(), draws=3), "draws must be"),
         (lambda law: dataclasses.replace(law, total=0.0), "total must be"),
         (lambda law: dataclasses.replace(law, peaks=3e-4), "peaks must be"),
