@@ -122,7 +122,10 @@ def _named(
     if isinstance(parameters, nn.Parameter):
         parameters = [parameters]
     named: list[tuple[str, nn.Parameter]] = []
-    items: list[Any] | None = listed(parameters, object)
+    # A range holds no parameter, and may be longer than any list.
+    items: list[Any] | None = None
+    if not isinstance(parameters, range):
+        items = listed(parameters, object)
     for index, item in enumerate([None] if items is None else items):
         is_pair = isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
         name, parameter = item if is_pair else (f"parameter{index}", item)

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_count, shown
-from lightning_bigopt.planning.multi_power_law import Array, check_rates
+from lightning_bigopt.planning.multi_power_law import Array, check_rates, numbers
+from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["LossCurve"]
 
@@ -44,28 +45,28 @@ class LossCurve:
     name: str = "run"
 
     def __post_init__(self) -> None:
+        check_instance("name", self.name, str, hint="write 'constant'")
         rates = check_rates(self.learning_rates, of=f" of {self.name}")
-        updates, losses = np.asarray(self.updates), np.asarray(self.losses, dtype=np.float64)
-        if updates.ndim != 1 or updates.shape != losses.shape or not updates.size:
+        hint = "pass one loss for each number of updates, and leave out a run that has diverged"
+        updates = numbers(f"updates of {self.name}", self.updates, hint=hint)
+        losses = numbers(f"losses of {self.name}", self.losses, hint=hint)
+        if updates.size != losses.size:
             raise ValueError(
-                f"losses must be as many as updates, at least one, got {losses.size} losses and "
-                f"{updates.size} updates in {self.name}; pass one loss for each"
+                f"losses must be as many as updates, got {shown(self.losses)} and updates "
+                f"{shown(self.updates)} in {self.name}; pass one loss for each"
             )
-        if not np.isfinite(losses).all():
+        is_whole = bool((updates == np.rint(updates)).all())
+        if not is_whole or (np.diff(updates) <= 0).any() or not 1 <= updates[0] <= rates.size:
             raise ValueError(
-                f"losses must be finite, got {shown(float(losses[~np.isfinite(losses)][0]))} in "
-                f"{self.name}; leave out a run that has diverged"
+                f"updates must be whole numbers that ascend from 1 to at most {rates.size}, the "
+                f"length of learning_rates, got {shown(self.updates)} in {self.name}; pass the "
+                "number of updates before each loss"
             )
-        if (updates != np.rint(updates)).any():
+        if updates[-1] > rates.size:
             raise ValueError(
-                f"updates must be whole numbers, got {shown(updates[:3].tolist())} in {self.name}; "
-                "pass the number of updates before each loss"
-            )
-        if (np.diff(updates) <= 0).any() or updates[0] < 1 or updates[-1] > rates.size:
-            raise ValueError(
-                f"updates must ascend from 1 to at most {rates.size}, the number of learning "
-                f"rates, got {shown(updates[:3].tolist())} … {updates[-1]} in {self.name}; pass "
-                "the number of updates before each loss"
+                f"updates must be at most {rates.size}, the length of learning_rates, got "
+                f"{shown(self.updates)} with learning_rates {shown(self.learning_rates)} in "
+                f"{self.name}; pass the learning rate of each update"
             )
         for name, values in {"learning_rates": rates, "losses": losses}.items():
             object.__setattr__(self, name, tuple(map(float, values)))

@@ -6,11 +6,12 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from lightning_bigopt.arguments import explain_arguments
-from lightning_bigopt.checks import check_count, check_non_negative, check_positive
+from lightning_bigopt.checks import check_count, check_non_negative, check_positive, shown
 from lightning_bigopt.planning.expected_loss import ExpectedLoss
 from lightning_bigopt.planning.loss_curve import LossCurve
 from lightning_bigopt.planning.loss_law_fit import LawFit
@@ -19,6 +20,7 @@ from lightning_bigopt.planning.multi_power_law import (
     MultiPowerLaw,
     RateHistory,
     check_rates,
+    numbers,
 )
 from lightning_bigopt.schedules.base import Schedule, check_schedule
 from lightning_bigopt.type_checks import check_instance, checked_tuple
@@ -81,16 +83,18 @@ class LossLaw:
 
     def __post_init__(self) -> None:
         check_instance("law", self.law, MultiPowerLaw, hint="write LossLaw.fit(runs)")
-        draws = checked_tuple("draws", self.draws, MultiPowerLaw) if self.draws else ()
+        given: Any = self.draws
+        is_empty = isinstance(given, (list, tuple)) and not given
+        draws = () if is_empty else checked_tuple("draws", self.draws, MultiPowerLaw)
         for name in ("unseen", "extrapolation"):
             check_non_negative(name, getattr(self, name))
-        check_instance("peaks", self.peaks, Sequence, hint="write (3e-4, 3e-4)")
-        if len(self.peaks) != 2:
+        peaks = numbers("peaks", self.peaks, hint="write (3e-4, 3e-4)").tolist()
+        if len(peaks) != 2 or peaks[0] > peaks[1]:
             raise ValueError(
-                f"peaks must be the lowest and the highest peak, got {self.peaks}; write "
+                f"peaks must be the lowest and the highest peak, got {shown(self.peaks)}; write "
                 "(3e-4, 3e-4)"
             )
-        low, high = map(float, self.peaks)
+        low, high = peaks
         for name, value in {"peaks[0]": low, "peaks[1]": high, "total": self.total}.items():
             check_positive(name, value)
         object.__setattr__(self, "draws", draws)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,9 +13,11 @@ from numpy.typing import NDArray
 from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_non_negative, check_positive, shown
 
-__all__ = ["Array", "MultiPowerLaw", "RateHistory", "check_rates"]
+__all__ = ["Array", "MultiPowerLaw", "RateHistory", "check_rates", "numbers"]
 
 Array = NDArray[np.float64]
+
+_LARGEST = 10**9  # numbers in a list; a range may have more than any memory
 
 
 @explain_arguments
@@ -168,6 +172,25 @@ class RateHistory:
             )
 
 
+def numbers(name: str, values: Any, *, hint: str) -> Array:
+    """Returns a list of numbers as an array; raises unless it is one, not empty and finite."""
+    is_list = isinstance(values, (list, tuple))
+    if isinstance(values, range):
+        is_list = abs(values.stop - values.start) < _LARGEST
+    if isinstance(values, np.ndarray):
+        is_list = values.ndim == 1
+    if is_list and all(isinstance(v, Real) and not isinstance(v, bool | np.bool_) for v in values):
+        try:
+            found = np.asarray(values, dtype=np.float64)
+        except (OverflowError, ValueError):  # an int that no float holds
+            found = np.zeros(0)
+        if found.ndim == 1 and found.size and np.isfinite(found).all():
+            return found
+    raise ValueError(
+        f"{name} must be a list of finite numbers, at least one, got {shown(values)}; {hint}"
+    )
+
+
 def check_rates(learning_rates: Sequence[float] | Array, *, of: str = "") -> Array:
     """Returns learning rates as an array; raises unless they are finite and not negative.
 
@@ -175,15 +198,11 @@ def check_rates(learning_rates: Sequence[float] | Array, *, of: str = "") -> Arr
         learning_rates: The learning rates.
         of: Whose they are, for the error, such as ``" of run a"``.
     """
-    rates = np.asarray(learning_rates, dtype=np.float64)
-    if rates.ndim != 1 or not rates.size:
+    hint = "pass the learning rate of each update, as schedule.values(updates, base=3e-4)"
+    rates = numbers(f"learning_rates{of}", learning_rates, hint=hint)
+    if rates.min() < 0 or not rates.max() > 0:
         raise ValueError(
-            f"learning_rates{of} must be a list of numbers, one per update, got "
-            f"{shown(learning_rates)}; write schedule.values(updates, base=3e-4)"
-        )
-    if not np.isfinite(rates).all() or rates.min() < 0 or not rates.max() > 0:
-        raise ValueError(
-            f"learning_rates{of} must be finite, non-negative and not all 0, got values from "
+            f"learning_rates{of} must be non-negative and not all 0, got values from "
             f"{rates.min()} to {rates.max()}; pass the values that the run used"
         )
     return rates

@@ -131,8 +131,8 @@ def cooldown_for_extension(
     if factor > largest:
         raise ValueError(
             f"factor must be at most {largest:.2f} for a cooldown that keeps the learning rate, "
-            f"got {shown(factor)}; use a cooldown over the whole run, and multiply the learning "
-            f"rate by {math.sqrt(largest / factor):.2f}"
+            f"got {shown(factor)} with decay={shown(decay)}; use a cooldown over the whole run, "
+            f"and multiply the learning rate by {math.sqrt(largest / factor):.2f}"
         )
     return best_decay(factors, factor, decay=decay)[0]
 
@@ -187,7 +187,8 @@ def _factors(name: str, schedule: Schedule, updates: int) -> list[float]:
     if min(factors) < 0 or not max(factors) > 0:
         raise ValueError(
             f"{name} must have non-negative factors that are not all 0, got factors from "
-            f"{min(factors)} to {max(factors)}; pass a schedule such as Linear(end=0.0)"
+            f"{min(factors)} to {max(factors)} with updates={updates}; pass a schedule such as "
+            "Linear(end=0.0), or more updates"
         )
     return factors
 

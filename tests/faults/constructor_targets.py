@@ -64,6 +64,7 @@ LEFT_OUT = {
     ("Duration.parse", "name"),
     # a function of the user, whose own errors pass through
     ("search_micro_batch_size", "try_size"),
+    *(("Side", name) for name in ("make_trainer", "make_module", "make_data")),
     *(("CombinedOptimizer", "optimizers"), ("combine_optimizers", "optimizers")),
     # for distributed strategies
     *(("measure", name) for name in ("process_group", "is_sharded")),

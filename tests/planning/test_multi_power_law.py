@@ -94,8 +94,8 @@ def test_the_past_does_not_depend_on_the_future():
     [
         ([], [1], "learning_rates must be a list"),
         (1e-3, [1], "learning_rates must be a list"),
-        ([1e-3, float("nan")], [1], "finite, non-negative"),
-        ([1e-3, -1e-3], [1], "finite, non-negative"),
+        ([1e-3, float("nan")], [1], "list of finite numbers"),
+        ([1e-3, -1e-3], [1], "must be non-negative"),
         ([0.0, 0.0], [1], "not all 0"),
         ([0.0, 1e-3], [1], "above 0 before the first"),
         ([1e-3], [2], "updates must be from 1 to 1"),

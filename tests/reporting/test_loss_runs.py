@@ -94,7 +94,10 @@ def test_all_runs_below_a_folder_in_order(tmp_path: Path) -> None:
     [
         ("step,val_loss\n0,2.0\n9,1.0\n", "has no learning rate among"),
         ("step,lr-SGD,val_los\n0,0.1,2.0\n9,0.1,1.0\n", "did you mean 'val_los'?"),
-        ("step,lr-SGD,val_loss\n0,0.1,2.0\n9,0.1,nan\n", "losses must be finite, got nan in run"),
+        (
+            "step,lr-SGD,val_loss\n0,0.1,2.0\n9,0.1,nan\n",
+            "losses of run must be a list of finite",
+        ),
         (
             "step,lr-SGD,val_loss,progress/samples\n0,0.1,2.0,0\n64,0.1,1.0,64\n",
             r"x_axis='updates'",
