@@ -123,9 +123,8 @@ def _named(
         parameters = [parameters]
     named: list[tuple[str, nn.Parameter]] = []
     # A range holds no parameter, and may be longer than any list.
-    items: list[Any] | None = None
-    if not isinstance(parameters, range):
-        items = listed(parameters, object)
+    given: Any = parameters
+    items: list[Any] | None = None if isinstance(given, range) else listed(given, object)
     for index, item in enumerate([None] if items is None else items):
         is_pair = isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
         name, parameter = item if is_pair else (f"parameter{index}", item)
