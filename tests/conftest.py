@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import TypeVar
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -63,9 +63,17 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     return refuse_unlisted_skip((yield))
 
 
+# Lightning sets them when it starts processes, and a Trainer with them starts none.
+RANKS = ("LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID")
+
+
 @pytest.fixture(autouse=True)
-def _same_conditions() -> None:
-    """Sets the same seeds and one thread before every test."""
+def _same_conditions() -> Iterator[None]:
+    """Sets the same seeds and one thread before every test, and removes ranks that it has set."""
     random.seed(0)
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    unset = [name for name in RANKS if name not in os.environ]
+    yield
+    for name in unset:
+        os.environ.pop(name, None)
