@@ -35,7 +35,7 @@ from lightning_bigopt.examples.gpt import BytesGPT
 from lightning_bigopt.examples.text import SourceText
 
 TITLE = "The GPT of the demo"
-UPDATES, WARMUP, LEARNING_RATE = 2000, 60, 4e-3
+UPDATES, WARMUP, BATCH, LEARNING_RATE = 10_000, 100, 8, 2e-3
 PILOTS = ("constant", "cosine0")
 SHARES = (0.15,)
 _START = 0.5  # the first losses of a pilot fall faster than the law
@@ -80,7 +80,7 @@ def run(folder: Path, name: str, *, updates: int, warmup: int, seed: int, every:
     path = folder / f"{name}-{updates}-lr{LEARNING_RATE:g}-s{seed}.json"
     if not path.exists():
         seed_everything(seed, verbose=False)
-        data = SourceText(micro_batch_size=32)
+        data = SourceText(micro_batch_size=BATCH)
         data.setup("fit")
         validation = torch.cat(list(data.val_dataloader()))
         losses = _Losses([validation[0::4], validation[2::4]], every)

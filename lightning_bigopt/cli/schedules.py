@@ -5,13 +5,11 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_bigopt.checks import shown
 from lightning_bigopt.cli.command import Command, require
 from lightning_bigopt.cli.expressions import parse_schedule, schedule_names
-from lightning_bigopt.trainer_access.output_paths import file_error
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -119,11 +117,17 @@ def draw(schedules: Sequence[Schedule], max_steps: int, path: str) -> None:
         ValueError: If the file is a folder or cannot be written.
     """
     require("matplotlib", extra="plot")
-    if error := file_error("picture", path, example="schedules.png"):
-        raise error
+    from lightning_bigopt.reporting.picture import write_picture
+
+    write_picture(
+        lambda: _figure(schedules, max_steps), path, name="picture", example="schedules.png"
+    )
+
+
+def _figure(schedules: Sequence[Schedule], max_steps: int) -> Any:
     from matplotlib.figure import Figure
 
-    from lightning_bigopt.reporting.picture import drawn_label, plain_text, save_picture
+    from lightning_bigopt.reporting.picture import drawn_label, plain_text
     from lightning_bigopt.reporting.plots import plot_schedule
 
     with plain_text():
@@ -139,7 +143,7 @@ def draw(schedules: Sequence[Schedule], max_steps: int, path: str) -> None:
         ax.autoscale(axis="y")
         ax.set_ylim(bottom=0)
         figure.legend(handles=curves, loc="outside lower center", fontsize="small")
-    save_picture(figure, Path(path))
+    return figure
 
 
 SCHEDULES = Command(

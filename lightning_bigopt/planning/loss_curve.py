@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_count, shown
-from lightning_bigopt.planning.multi_power_law import Array, check_rates, numbers
+from lightning_bigopt.planning.multi_power_law import Array, check_rates, numbers, whole_numbers
 from lightning_bigopt.type_checks import check_instance
 
 __all__ = ["LossCurve"]
@@ -48,19 +48,18 @@ class LossCurve:
         check_instance("name", self.name, str, hint="write 'constant'")
         rates = check_rates(self.learning_rates, of=f" of {self.name}")
         hint = "pass one loss for each number of updates, and leave out a run that has diverged"
-        updates = numbers(f"updates of {self.name}", self.updates, hint=hint)
+        updates = whole_numbers(f"updates of {self.name}", self.updates, hint=hint)
         losses = numbers(f"losses of {self.name}", self.losses, hint=hint)
         if updates.size != losses.size:
             raise ValueError(
                 f"losses must be as many as updates, got {shown(self.losses)} and updates "
                 f"{shown(self.updates)} in {self.name}; pass one loss for each"
             )
-        is_whole = bool((updates == np.rint(updates)).all())
-        if not is_whole or (np.diff(updates) <= 0).any() or not 1 <= updates[0] <= rates.size:
+        if (np.diff(updates) <= 0).any() or not 1 <= updates[0] <= rates.size:
             raise ValueError(
-                f"updates must be whole numbers that ascend from 1 to at most {rates.size}, the "
-                f"length of learning_rates, got {shown(self.updates)} in {self.name}; pass the "
-                "number of updates before each loss"
+                f"updates must ascend from 1 to at most {rates.size}, the length of "
+                f"learning_rates, got {shown(self.updates)} in {self.name}; pass the number of "
+                "updates before each loss"
             )
         if updates[-1] > rates.size:
             raise ValueError(
@@ -70,7 +69,7 @@ class LossCurve:
             )
         for name, values in {"learning_rates": rates, "losses": losses}.items():
             object.__setattr__(self, name, tuple(map(float, values)))
-        object.__setattr__(self, "updates", tuple(map(int, updates)))
+        object.__setattr__(self, "updates", tuple(updates.tolist()))
 
     @classmethod
     def from_points(
@@ -99,15 +98,17 @@ class LossCurve:
             name: As for the class.
         """
         known = check_rates(learning_rates, of=f" of {name}")
-        places = np.asarray(steps, dtype=np.int64)
+        places = whole_numbers("steps", steps, hint="pass the index of each update, from 0")
         if places.shape != known.shape or (np.diff(places) <= 0).any() or places[0] < 0:
             raise ValueError(
                 "steps must ascend from 0, one for each learning rate, got "
                 f"{shown(places[:3].tolist())} for {known.size} learning rates; pass them in order"
             )
         check_count("warmup", warmup, minimum=0, of="updates", hint="write 0")
-        ends = np.asarray(updates, dtype=np.int64)
-        length = max(int(places[-1]) + 1, int(ends.max()) if ends.size else 0)
+        ends = whole_numbers(
+            f"updates of {name}", updates, hint="pass the number of updates before each loss"
+        )
+        length = max(int(places[-1]) + 1, int(ends.max()))
         rates = _interpolated(places, known, length)
         if warmup:
             start = max(int(places[0]) - warmup, 0)

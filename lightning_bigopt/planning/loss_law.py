@@ -46,9 +46,9 @@ class LossLaw:
     The band of 90 % contains four kinds of error: the noise of the losses (the blocks of the runs
     are weighted at random, Bayesian bootstrap); the exponents of the drop, which a few runs do not
     determine (drawn at random between their bounds); twice the error for an unseen schedule, which
-    is measured by predicting each pilot from the others; and the error of extrapolation to more
-    updates, which is measured by predicting the second halves of the pilots from their first
-    halves, and counts once for each doubling.
+    is measured by predicting each pilot from the others; and, for each doubling of the sum of the
+    learning rates beyond that of the pilots, twice this error again and the error of predicting the
+    second halves of the pilots from their first halves.
 
     Args:
         law: The law that fits best.
@@ -130,13 +130,12 @@ class LossLaw:
         _check_runs(curves)
         _require_scipy()
         fit = LawFit(curves, start=start)
-        law, residual = fit.best()
         generator = np.random.default_rng(seed)
         peaks = [curve.peak for curve in curves]
         return cls(
-            law=law,
+            law=fit.law,
             draws=tuple(fit.draw(generator) for _ in range(draws)),
-            unseen=max(residual, *_errors_of_unseen(curves, law, start)),
+            unseen=max(fit.residual, *_errors_of_unseen(curves, fit.law, start)),
             extrapolation=fit.extrapolation_error(),
             peaks=(min(peaks), max(peaks)),
             total=max(sum(curve.learning_rates) for curve in curves),
@@ -171,7 +170,7 @@ class LossLaw:
         return found
 
     def predict_learning_rates(
-        self, learning_rates: Sequence[float], *, name: str = ""
+        self, learning_rates: Sequence[float] | Array, *, name: str = ""
     ) -> ExpectedLoss:
         """Predicts the loss of a run from the learning rate of each of its updates.
 
@@ -235,7 +234,7 @@ class LossLaw:
         drawn = [losses, *(law.losses_of(history) for law in self.draws)]
         low, high = np.quantile(np.asarray(drawn), _QUANTILES, axis=0)
         doublings = np.log2(np.maximum(history.sums / self.total, 1.0))
-        margin = 2.0 * self.unseen + self.extrapolation * doublings
+        margin = 2.0 * self.unseen * (1.0 + doublings) + self.extrapolation * doublings
         return np.minimum(low, losses) - margin, np.maximum(high, losses) + margin
 
     def _notes(self, rates: Array, first: int) -> list[str]:
@@ -301,7 +300,7 @@ def _errors_of_unseen(curves: Sequence[LossCurve], best: MultiPowerLaw, start: i
     for unseen in curves:
         others = [curve for curve in curves if curve is not unseen]
         if any(map(_decays, others)):
-            law, _ = LawFit(others, start=start).best(near=best)
+            law = LawFit(others, start=start, near=best).law
             ends, losses = unseen.binned(_POINTS, start=start)
             predicted = law.losses(unseen.learning_rates, [int(end) for end in ends])
             errors.append(float(np.abs(predicted - losses).mean()))

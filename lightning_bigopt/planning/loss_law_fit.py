@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,9 +33,12 @@ class LawFit:
     Args:
         curves: The runs.
         start: Number of updates before the first loss that counts.
+        near: A law to start the search from; None for several starts.
     """
 
-    def __init__(self, curves: Sequence[LossCurve], *, start: int = 0) -> None:
+    def __init__(
+        self, curves: Sequence[LossCurve], *, start: int = 0, near: MultiPowerLaw | None = None
+    ) -> None:
         self.unit = max(curve.peak for curve in curves)
         binned = [curve.binned(_POINTS, start=start) for curve in curves]
         self.losses = np.concatenate([losses for _, losses in binned])
@@ -70,18 +74,24 @@ class LawFit:
             for alpha in (0.3, 0.6)
             for speed in (10.0, 300.0)
         ]
+        if near is not None:
+            self.starts = [self._point_of(near)]
 
-    def best(self, *, near: MultiPowerLaw | None = None) -> tuple[MultiPowerLaw, float]:
-        """Returns the law that fits best, and the mean absolute residual in units of the loss.
+    @property
+    def law(self) -> MultiPowerLaw:
+        """The law that fits best."""
+        return self._in_units(self._normalized(self._best))
 
-        Args:
-            near: Law to start from; None for several starts.
-        """
-        starts = self.starts if near is None else [self._point_of(near)]
-        found = min((self._solve(start) for start in starts), key=_cost)
-        self._best = np.asarray(found.x)
-        law = self._normalized(self._best)
-        return self._in_units(law), float(np.abs(self._predicted(law) - self.losses).mean())
+    @property
+    def residual(self) -> float:
+        """Mean absolute residual of the law that fits best, in units of the loss."""
+        predicted = self._predicted(self._normalized(self._best))
+        return float(np.abs(predicted - self.losses).mean())
+
+    @cached_property
+    def _best(self) -> Array:
+        found = min((self._solve(start) for start in self.starts), key=_cost)
+        return np.asarray(found.x)
 
     def extrapolation_error(self) -> float:
         """Returns the error of the second halves of the runs as predicted from the first halves.

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_non_negative, check_positive, shown
 
-__all__ = ["Array", "MultiPowerLaw", "RateHistory", "check_rates", "numbers"]
+__all__ = ["Array", "MultiPowerLaw", "RateHistory", "check_rates", "numbers", "whole_numbers"]
 
 Array = NDArray[np.float64]
 
@@ -132,8 +132,8 @@ class RateHistory:
         self, learning_rates: Sequence[float] | Array, updates: Sequence[int], *, groups: int = 256
     ) -> None:
         rates = check_rates(learning_rates)
-        ends = np.asarray(updates, dtype=np.int64)
-        if ends.size and not (ends.min() >= 1 and ends.max() <= rates.size):
+        ends = whole_numbers("updates", updates, hint="write [1000, 2000]")
+        if not (ends.min() >= 1 and ends.max() <= rates.size):
             raise ValueError(
                 f"updates must be from 1 to {rates.size}, the length of the run, got "
                 f"{ends.min()} to {ends.max()}; pass the learning rates of all updates"
@@ -178,8 +178,10 @@ def numbers(name: str, values: Any, *, hint: str) -> Array:
     if isinstance(values, range):
         is_list = abs(values.stop - values.start) < _LARGEST
     if isinstance(values, np.ndarray):
-        is_list = values.ndim == 1
-    if is_list and all(isinstance(v, Real) and not isinstance(v, bool | np.bool_) for v in values):
+        is_list = values.ndim == 1 and values.dtype.kind in "iuf"
+    elif is_list:
+        is_list = all(isinstance(v, Real) and not isinstance(v, bool | np.bool_) for v in values)
+    if is_list:
         try:
             found = np.asarray(values, dtype=np.float64)
         except (OverflowError, ValueError):  # an int that no float holds
@@ -189,6 +191,14 @@ def numbers(name: str, values: Any, *, hint: str) -> Array:
     raise ValueError(
         f"{name} must be a list of finite numbers, at least one, got {shown(values)}; {hint}"
     )
+
+
+def whole_numbers(name: str, values: Any, *, hint: str) -> NDArray[np.int64]:
+    """Returns a list of whole numbers as an array; raises unless it is one and not empty."""
+    found = numbers(name, values, hint=hint)
+    if (found != np.rint(found)).any() or np.abs(found).max() > _LARGEST:
+        raise ValueError(f"{name} must be a list of whole numbers, got {shown(values)}; {hint}")
+    return found.astype(np.int64)
 
 
 def check_rates(learning_rates: Sequence[float] | Array, *, of: str = "") -> Array:

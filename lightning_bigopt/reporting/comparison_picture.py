@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_bigopt.reporting.picture import (
-    format_number,
     plain_text,
-    save_picture,
     set_number_format,
     short_label,
+    write_picture,
 )
-from lightning_bigopt.trainer_access.output_paths import file_error
+from lightning_bigopt.reporting.study import Axis
+from lightning_bigopt.reporting.study_picture import format_values
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,11 +41,7 @@ def write_comparison_picture(record: ComparisonRecord, path: str | Path) -> Path
     Raises:
         ValueError: If the path is a folder or cannot be written.
     """
-    target = Path(path)
-    if error := file_error("path", target, example="comparison.png"):
-        raise error
-    save_picture(draw_comparison(record), target)
-    return target
+    return write_picture(lambda: draw_comparison(record), path, example="comparison.png")
 
 
 def draw_comparison(record: ComparisonRecord) -> Any:
@@ -133,7 +129,6 @@ def _paint_differences(panel: Axes, record: ComparisonRecord) -> None:
 
 def _paint_searches(panel: Axes, record: ComparisonRecord) -> None:
     """Draws the loss of each trial against the tuned value of both sides."""
-    panel.set_xscale("log" if _is_log(record.a) and _is_log(record.b) else "linear")
     limits = [_worst(side, record.direction) for side in (record.a, record.b)]
     worst = max(limits) if record.direction == "minimize" else min(limits)
     bound = min if record.direction == "minimize" else max
@@ -146,10 +141,7 @@ def _paint_searches(panel: Axes, record: ComparisonRecord) -> None:
         panel.scatter(
             [best[0]], [best[1]], s=100, facecolors="none", edgecolors=color, linewidths=2
         )
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_number(value)))
-    panel.xaxis.set_minor_formatter(NullFormatter())
+    format_values(panel, _searched(record))
     set_number_format(panel, is_log=False)
     paths = dict.fromkeys(path for side in (record.a, record.b) for path in side.best_values)
     panel.set_xlabel(" / ".join(short_label(path) for path in paths))
@@ -174,8 +166,15 @@ def _has_curve(side: ComparedSide) -> bool:
     return len(axes) == 1 and axes[0].low is not None and bool(_points(side))
 
 
-def _is_log(side: ComparedSide) -> bool:
-    return side.study is not None and side.study.axes[0].is_log
+def _searched(record: ComparisonRecord) -> Axis:
+    """Returns an axis that contains the ranges of both sides."""
+    axes = [side.study.axes[0] for side in (record.a, record.b) if side.study is not None]
+    return Axis(
+        name=" / ".join(dict.fromkeys(axis.name for axis in axes)),
+        low=min(axis.low for axis in axes if axis.low is not None),
+        high=max(axis.high for axis in axes if axis.high is not None),
+        is_log=all(axis.is_log for axis in axes),
+    )
 
 
 def _worst(side: ComparedSide, direction: str) -> float:

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_bigopt.reporting.comparison_picture import draw_comparison
-from lightning_bigopt.reporting.page_style import page_head
+from lightning_bigopt.reporting.page import render_page, write_page
 from lightning_bigopt.reporting.picture import to_svg
 from lightning_bigopt.reporting.study_picture import draw_basin
-from lightning_bigopt.trainer_access.output_paths import file_error
 
 if TYPE_CHECKING:
     from lightning_bigopt.reporting.comparison import ComparisonRecord
@@ -86,12 +85,11 @@ def render_comparison(found: ComparisonRecord) -> str:
         >>> "<svg" in page, "no verdict" in page
         (True, True)
     """
-    from jinja2 import Environment
-
-    environment = Environment(autoescape=True, trim_blocks=True)
     head, *rows = found.rows()
     sides = (found.a, found.b)
-    return environment.from_string(page_head(_STYLES) + _PAGE).render(
+    return render_page(
+        _PAGE,
+        styles=_STYLES,
         title=f"Comparison: {found.a.name} (a) and {found.b.name} (b)",
         found=found,
         warnings=[*found.edges(), *found.divergences()],
@@ -121,13 +119,7 @@ def write_comparison_report(found: ComparisonRecord, path: str | Path) -> Path:
     Raises:
         ValueError: If the path is a folder or cannot be written.
     """
-    target = Path(path)
-    if error := file_error("path", target, example="comparison.html"):
-        raise error
-    page = render_comparison(found)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page, encoding="utf-8", errors="replace")
-    return target
+    return write_page(lambda: render_comparison(found), path, example="comparison.html")
 
 
 def _rows_of_test(found: ComparisonRecord) -> list[tuple[str, str]]:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_bigopt.trainer_access.output_paths import file_error
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -20,11 +22,11 @@ __all__ = [
     "format_number",
     "new_picture",
     "plain_text",
-    "save_picture",
     "set_number_format",
     "short_label",
     "short_labels",
     "to_svg",
+    "write_picture",
 ]
 
 # Columns that together are as wide as the page of a report, so that its text is not scaled.
@@ -49,7 +51,7 @@ def format_number(value: float) -> str:
 
 
 def set_number_format(axis: Axes, *, is_log: bool) -> None:
-    """Sets the scale and the ticks of a vertical axis, after everything is drawn on it."""
+    """Sets the ticks of the vertical axis, after everything is drawn on it."""
     from matplotlib.ticker import AutoLocator, FuncFormatter, Locator, LogLocator, NullFormatter
 
     if is_log:
@@ -201,11 +203,32 @@ def plain_text() -> Iterator[None]:
         yield
 
 
-def save_picture(figure: Any, path: Path) -> None:
-    """Writes a figure to a file, whose suffix selects the format, and makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_picture(
+    draw: Callable[[], Any], path: str | Path, *, name: str = "path", example: str
+) -> Path:
+    """Writes a figure to a file, whose suffix selects the format and whose folder is made.
+
+    Args:
+        draw: Returns the figure; called after the path is checked.
+        path: The file.
+        name: Name of the argument with the path, for the error.
+        example: A good name for the file, for the error.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If the path is a folder or cannot be written, or matplotlib does not support the
+            format.
+    """
+    target = Path(path)
+    if error := file_error(name, target, example=example):
+        raise error
+    figure = draw()
+    target.parent.mkdir(parents=True, exist_ok=True)
     with plain_text():
-        figure.savefig(path, dpi=120)
+        figure.savefig(target, dpi=120)
+    return target
 
 
 def figure_width(columns: int) -> float:

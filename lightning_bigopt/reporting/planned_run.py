@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_bigopt.planning.expected_loss import ExpectedLoss, ranking
-from lightning_bigopt.trainer_access.output_paths import file_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -149,19 +148,16 @@ class TrainingPlan:
             ValueError: If the path is a folder or cannot be written, or matplotlib does not support
                 the format.
         """
-        target = Path(path)
-        if error := file_error("path", target, example="plan.png"):
-            raise error
         # Imported late, because drawing is rare.
         from lightning_bigopt.reporting.loss_picture import plan_with_loss
-        from lightning_bigopt.reporting.picture import new_picture, save_picture
+        from lightning_bigopt.reporting.picture import new_picture, write_picture
 
-        if self.expected_loss is None:
-            figure = new_picture(lambda axes: self._paint(axes[0]))
-        else:
-            figure = plan_with_loss(self._paint, self.expected_losses)
-        save_picture(figure, target)
-        return target
+        def draw() -> Any:
+            if self.expected_loss is None:
+                return new_picture(lambda axes: self._paint(axes[0]))
+            return plan_with_loss(self._paint, self.expected_losses)
+
+        return write_picture(draw, path, example="plan.png")
 
     def _paint(self, axis: Axes) -> int:
         """Draws learning rates and batch sizes; returns the rows of the legend below: none."""

@@ -15,9 +15,8 @@ from typing import Any
 from lightning_bigopt.monitoring.tags import TAGS, find_tag
 from lightning_bigopt.reporting.charts import CHARTS, is_loss
 from lightning_bigopt.reporting.drawing import describe, draw
-from lightning_bigopt.reporting.page_style import page_head
+from lightning_bigopt.reporting.page import render_page, write_page
 from lightning_bigopt.reporting.runs import Curve, Run, read_run
-from lightning_bigopt.trainer_access.output_paths import file_error
 
 __all__ = ["clip_audit", "render_report", "write_report"]
 
@@ -85,13 +84,11 @@ def render_report(runs: Sequence[Run]) -> str:
         >>> "<svg" in render_report([run])
         True
     """
-    from jinja2 import Environment
-
     logged = {find_tag(tag) for run in runs for tag in run.curves}
     pictures = [(chart.title, describe(chart, runs), draw(chart, runs)) for chart in CHARTS]
-    environment = Environment(autoescape=True, trim_blocks=True)
-    template = environment.from_string(page_head(_STYLES) + _PAGE)
-    return template.render(
+    return render_page(
+        _PAGE,
+        styles=_STYLES,
         title="Optimization report: " + " beside ".join(run.name for run in runs),
         runs=runs,
         summary=_summary(runs),
@@ -125,13 +122,11 @@ def write_report(
         raise ValueError(
             "folders must be the log folders of at least one run, got none; pass trainer.log_dir"
         )
-    path = Path(output)
-    if error := file_error("output", path, example="report.html"):
-        raise error
-    page = render_report(_with_different_names([read_run(folder) for folder in several]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8", errors="replace")  # a folder's name may be no UTF-8
-    return path
+
+    def render() -> str:
+        return render_report(_with_different_names([read_run(folder) for folder in several]))
+
+    return write_page(render, output, name="output", example="report.html")
 
 
 def _with_different_names(runs: Sequence[Run]) -> list[Run]:

@@ -11,18 +11,17 @@ from lightning_bigopt.reporting.picture import (
     drawn_label,
     format_number,
     plain_text,
-    save_picture,
     set_number_format,
     short_label,
+    write_picture,
 )
-from lightning_bigopt.trainer_access.output_paths import file_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from lightning_bigopt.reporting.study import Axis, StudyRecord, StudyTrial
 
-__all__ = ["draw_basin", "draw_importance", "write_study_picture"]
+__all__ = ["draw_basin", "draw_importance", "format_values", "write_study_picture"]
 
 _COLUMNS, _WIDTH, _HEIGHT = 3, 3.4, 2.9  # of one panel, in inches
 _COMPLETE, _PRUNED, _BEST = "#3182ce", "#718096", "#dd6b20"
@@ -39,11 +38,7 @@ def write_study_picture(study: StudyRecord, path: str | Path) -> Path:
     Raises:
         ValueError: If the path is a folder or cannot be written.
     """
-    target = Path(path)
-    if error := file_error("path", target, example="study.png"):
-        raise error
-    save_picture(draw_basin(study), target)
-    return target
+    return write_picture(lambda: draw_basin(study), path, example="study.png")
 
 
 def draw_basin(study: StudyRecord) -> Any:
@@ -156,11 +151,16 @@ def _paint(panel: Axes, axis: Axis, study: StudyRecord, limits: tuple[float, flo
     set_number_format(panel, is_log=is_log)
     panel.set_xlabel(short_label(axis.name))
     panel.grid(alpha=0.3)
-    _format_values(panel, axis)
+    format_values(panel, axis)
 
 
-def _format_values(panel: Axes, axis: Axis) -> None:
-    """Sets scale and ticks of a searched value."""
+def format_values(panel: Axes, axis: Axis) -> None:
+    """Sets limits, scale and ticks of the horizontal axis for a searched value.
+
+    Args:
+        panel: The axes.
+        axis: The searched value.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     if axis.low is None or axis.high is None:

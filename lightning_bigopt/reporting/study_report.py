@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_bigopt.reporting.page_style import page_head
+from lightning_bigopt.reporting.page import render_page, write_page
 from lightning_bigopt.reporting.picture import to_svg
 from lightning_bigopt.reporting.study_picture import draw_basin, draw_importance
-from lightning_bigopt.trainer_access.output_paths import file_error
 
 if TYPE_CHECKING:
     from lightning_bigopt.reporting.study import StudyRecord
@@ -89,10 +88,9 @@ def render_study(study: StudyRecord) -> str:
         >>> "<svg" in page, "Not enough complete trials" in page
         (True, True)
     """
-    from jinja2 import Environment
-
-    environment = Environment(autoescape=True, trim_blocks=True)
-    return environment.from_string(page_head(_STYLES) + _PAGE).render(
+    return render_page(
+        _PAGE,
+        styles=_STYLES,
         title=f"Study: {study.name}",
         study=study,
         summary=_summary(study),
@@ -116,13 +114,7 @@ def write_study_report(study: StudyRecord, path: str | Path) -> Path:
     Raises:
         ValueError: If the path is a folder or cannot be written.
     """
-    target = Path(path)
-    if error := file_error("path", target, example="study.html"):
-        raise error
-    page = render_study(study)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page, encoding="utf-8", errors="replace")
-    return target
+    return write_page(lambda: render_study(study), path, example="study.html")
 
 
 def _summary(study: StudyRecord) -> list[tuple[str, str]]:

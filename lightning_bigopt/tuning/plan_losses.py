@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+
+import numpy as np
 
 from lightning_bigopt.callbacks.learning_rate import LearningRateScheduler
 from lightning_bigopt.durations.horizon import Horizon
@@ -18,6 +20,7 @@ from lightning_bigopt.schedules.recipes import WarmupConstant, WarmupCosine, War
 __all__ = ["losses_of_plan"]
 
 THIS_RUN = "this run"
+_POINTS = 20_000  # updates with a learning rate of their own; between them it is interpolated
 
 
 def losses_of_plan(
@@ -31,7 +34,8 @@ def losses_of_plan(
     """Predicts the loss of a planned run, and of the run with the usual schedules.
 
     The learning rate is that of the parameter group with the highest one. The other schedules have
-    the warm-up and the peak of the run.
+    the warm-up and the peak of the run. In a run of more than 20,000 updates, the learning rates
+    are computed for so many of them and interpolated between them.
 
     Args:
         law: The law.
@@ -49,23 +53,30 @@ def losses_of_plan(
     total = horizon.total("steps")
     if total is None:
         return (), ["the loss cannot be predicted: the number of updates is not known in advance"]
-    updates = list(planned_updates(horizon, groups, points=round(total)))
+    updates = list(planned_updates(horizon, groups, points=min(round(total), _POINTS)))
+    places = [update.progress.steps for update in updates]
     rates = _highest(updates)
     if not rates or not max(rates) > 0:
         return (), ["the loss cannot be predicted: no parameter group has a learning rate"]
-    first = law.predict_learning_rates(rates, name=THIS_RUN)
+
+    def expected(values: Sequence[float], name: str) -> ExpectedLoss:
+        every = np.interp(np.arange(places[-1] + 1), places, values)
+        return law.predict_learning_rates(every, name=name)
+
+    first = expected(rates, THIS_RUN)
     warnings = [f"expected loss: {note}" for note in first.notes]
     if len({update.global_batch_size for update in updates}) > 1:
         warnings.append(
             "expected loss: the batch size changes, and the law describes runs with the batch size "
             "of the pilots"
         )
-    others = [
-        law.predict_learning_rates(schedule.values(len(rates), base=max(rates)), name=name)
-        for name, schedule in _alternatives(scheduler)
-    ]
-    found = tuple(replace(expected, notes=()) for expected in others)
-    return (first, *found), warnings
+    run, peak = Horizon.of_steps(places[-1] + 1), max(rates)
+    others = []
+    for name, schedule in _alternatives(scheduler):
+        resolved = schedule.resolve(run)
+        values = [peak * resolved(place / (places[-1] + 1)) for place in places]
+        others.append(replace(expected(values, name), notes=()))
+    return (first, *others), warnings
 
 
 def _highest(updates: list[PlannedUpdate]) -> list[float]:

@@ -94,8 +94,8 @@ def test_bins_are_means_after_the_warmup():
         ({"losses": [], "updates": []}, "at least one, got"),
         ({"losses": [1.0, float("nan"), 2.0]}, "losses of run must be a list of finite numbers"),
         ({"updates": [5, 10.5, 20]}, "whole numbers"),
-        ({"updates": [5, 5, 20]}, "that ascend from 1"),
-        ({"updates": [0, 5, 20]}, "that ascend from 1"),
+        ({"updates": [5, 5, 20]}, "must ascend from 1"),
+        ({"updates": [0, 5, 20]}, "must ascend from 1"),
         ({"updates": [5, 10, 21]}, "at most 20"),
         ({"learning_rates": [0.0] * 20}, "not all 0"),
     ],
@@ -108,6 +108,21 @@ def test_invalid_curves(changes, message):
 def test_steps_of_learning_rates_must_ascend():
     with pytest.raises(ValueError, match=r"steps must ascend .* got \[5, 1\]"):
         LossCurve.from_points(steps=[5, 1], learning_rates=[1.0, 1.0], updates=[6], losses=[1.0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": [0.5, 4]}, r"steps must be a list of whole numbers, got \[0.5, 4\]"),
+        ({"steps": ["0", "4"]}, "steps must be a list of finite numbers"),
+        ({"updates": [3.7]}, r"updates of pilot must be a list of whole numbers, got \[3.7\]"),
+        ({"updates": [1e300]}, "updates of pilot must be a list of whole numbers"),
+    ],
+)
+def test_counts_are_not_rounded(changes, message):
+    points = {"steps": [0, 4], "learning_rates": [1.0, 1.0], "updates": [3], "losses": [1.0]}
+    with pytest.raises(ValueError, match=message):
+        LossCurve.from_points(**{**points, **changes}, name="pilot")
 
 
 def test_too_few_losses_after_the_warmup():

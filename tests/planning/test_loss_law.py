@@ -106,6 +106,23 @@ def test_band_contains_the_truth_and_widens_with_the_extrapolation(noisy):
     assert widths[-1] > 1.5 * widths[0]
 
 
+@pytest.mark.parametrize(
+    ("updates", "margin"),
+    [
+        (500, 2 * 0.01),  # shorter than the pilots
+        (1000, 2 * 0.01),
+        (2000, 2 * 0.01 * 2 + 0.003),
+        (8000, 2 * 0.01 * 4 + 3 * 0.003),
+    ],
+)
+def test_margin_of_the_band_counts_the_doublings_beyond_the_pilots(updates, margin):
+    rate = PEAK
+    law = LossLaw(law=TRUE, unseen=0.01, extrapolation=0.003, peaks=(rate, rate), total=1000 * rate)
+    found = law.predict_learning_rates([rate] * updates)
+    low, high = found.final_band
+    assert (found.final - low, high - found.final) == pytest.approx((margin, margin))
+
+
 def test_band_is_wider_for_learning_rates_below_those_of_the_pilots(noisy):
     """The exponent of the learning rate in the drop is not determined by the pilots."""
     bands = []

@@ -60,6 +60,20 @@ def test_expected_loss_follows_the_learning_rates_of_the_run(schedule: Schedule)
     assert not [text for text in found.warnings if "loss" in text]
 
 
+def test_learning_rates_of_a_long_run_are_interpolated() -> None:
+    schedule, updates = WarmupStableDecay(warmup="1%", decay="20%"), 50_000
+    found = planned(LearningRateScheduler(schedule), max_steps=updates).expected_losses
+    exact = KNOWN.predict_learning_rates(schedule.values(updates, base=0.1))
+    assert found[0].updates[-1] == updates
+    assert np.interp(found[0].updates, exact.updates, exact.losses) == pytest.approx(
+        found[0].losses, abs=1e-4
+    )
+    cosine = WarmupCosine(warmup="1%", end=0.1).values(updates, base=0.1)
+    others = {expected.name: expected.final for expected in found}
+    expected = KNOWN.predict_learning_rates(cosine).final
+    assert others["WarmupCosine(end=0.1)"] == pytest.approx(expected, abs=1e-5)
+
+
 def test_alternatives_have_the_warmup_and_the_peak_of_the_run() -> None:
     found = planned(LearningRateScheduler(WarmupStableDecay(warmup="10%", decay="30%")))
     by_name = {expected.name: expected.final for expected in found.expected_losses}
