@@ -113,6 +113,7 @@ def train(config: Path, kind: type[Model] = Model) -> Any:
     return cli.model
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from LightningCLI
 def test_saved_config_trains_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

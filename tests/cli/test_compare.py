@@ -20,32 +20,19 @@ from lightning_bigopt.tuning import Log
 from lightning_bigopt.tuning.compare import run_comparison
 from lightning_bigopt.tuning.comparison_plan import ComparisonPlan
 from lightning_bigopt.tuning.tuned_ranges import tuned_ranges
+from tests.cli.small_gpt import DATA, TRAINER
+from tests.cli.small_gpt import MODEL as SMALL
 
 ROOT = Path(__file__).parents[2]
 # BytesGPT asks for a logger, and the configs have none.
 pytestmark = pytest.mark.filterwarnings("ignore:You called `self.log:UserWarning")
 
-MODEL: dict[str, Any] = {
-    "class_path": "BytesGPT",
-    "init_args": {"width": 16, "layers": 1, "heads": 2, "length": 8, "lr": 0.004},
-}
+MODEL = {**SMALL, "init_args": {**SMALL["init_args"], "lr": 0.004}}
 CONFIG: dict[str, Any] = {
     "seed_everything": 3,
     "model": MODEL,
-    "data": {
-        "class_path": "SourceText",
-        "init_args": {"micro_batch_size": 8, "length": 8, "validation_samples": 64},
-    },
-    "trainer": {
-        "accelerator": "cpu",
-        "devices": 1,
-        "max_steps": 8,
-        "max_epochs": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    },
+    "data": DATA,
+    "trainer": {**TRAINER, "logger": False, "enable_checkpointing": False},
 }
 MUON = {"class_path": "MuonAdamW", "init_args": {"lr": 0.01}}
 
@@ -139,6 +126,7 @@ def test_learning_rate_of_a_config_has_a_range_around_its_value():
     assert ranges == {"optimizer.lr": Log(0.01 / 16, 0.16)}
 
 
+@pytest.mark.slow
 def test_examples_are_what_the_benchmark_compares():
     bare, ours = (
         yaml.safe_load((ROOT / "examples" / name).read_text())
@@ -194,6 +182,7 @@ class SplitText(L.LightningDataModule):
         return DataLoader(self.parts[1], batch_size=16)
 
 
+@pytest.mark.slow
 def test_split_in_setup_is_that_of_the_seed_and_not_of_the_model():
     splits = []
     for width, seed in ((16, 5), (32, 5), (16, 6)):

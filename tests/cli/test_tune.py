@@ -16,28 +16,18 @@ from lightning_bigopt.cli import __main__ as cli
 from lightning_bigopt.cli.tune import read_space
 from lightning_bigopt.examples.comparison import read_scalars
 from lightning_bigopt.tuning import Choice, Integer, Log, Uniform
+from tests.cli.small_gpt import DATA, MODEL, TRAINER
 
 ROOT = Path(__file__).parents[2]
 
 CONFIG: dict[str, Any] = {
     "seed_everything": 3,
-    "model": {
-        "class_path": "BytesGPT",
-        "init_args": {"width": 16, "layers": 1, "heads": 2, "length": 8},
-    },
-    "data": {
-        "class_path": "SourceText",
-        "init_args": {"micro_batch_size": 8, "length": 8, "validation_samples": 64},
-    },
+    "model": MODEL,
+    "data": DATA,
     "trainer": {
-        "accelerator": "cpu",
-        "devices": 1,
-        "max_steps": 8,
-        "max_epochs": 1,
+        **TRAINER,
         "val_check_interval": 4,
         "log_every_n_steps": 1,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
         "logger": {
             "class_path": "TensorBoardLogger",
             "init_args": {"save_dir": "runs", "name": "gpt", "default_hp_metric": False},

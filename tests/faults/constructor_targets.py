@@ -20,6 +20,7 @@ import lightning_bigopt as bigopt
 from lightning_bigopt import gradients as g
 from lightning_bigopt.batching import BatchContext
 from tests.faults.conforming import conforms, hints
+from tests.planning.known_law import LAW
 
 HORIZON = bigopt.Horizon.of_steps(1000, samples_per_step=8, tokens_per_step=64, steps_per_epoch=100)
 MODULES = ("", ".schedules", ".batching", ".gradients", ".tuning", ".durations", ".optimizers")
@@ -207,17 +208,6 @@ def _valid(**values: Any) -> dict[str, Callable[[], Any]]:
         name: value if inspect.isfunction(value) else lambda value=value: value
         for name, value in values.items()
     }
-
-
-LAW = {
-    "floor": 3.0,
-    "scale": 0.5,
-    "alpha": 0.5,
-    "drop": 400.0,
-    "drop_speed": 2.0,
-    "beta": 0.6,
-    "gamma": 0.65,
-}
 
 
 VALID: dict[str, dict[str, Callable[[], Any]]] = {

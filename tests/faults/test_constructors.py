@@ -42,6 +42,7 @@ def test_no_answer_is_a_fault(answers: list[Answer]) -> None:
     assert not faults, "\n".join(faults[:10])
 
 
+@pytest.mark.slow
 def test_answers_are_of_both_kinds(answers: list[Answer]) -> None:
     kinds = [answer.kind for answer in answers]
     assert kinds.count("accepted") > CASES / 50

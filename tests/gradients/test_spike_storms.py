@@ -57,6 +57,7 @@ def test_rising_and_swinging_norms_of_momentum_are_accepted():
     assert sum(len(replay(NormSpike(), run.norms, {})) for run in runs) <= 1
 
 
+@pytest.mark.slow
 def test_losses_of_clean_runs_are_accepted():
     assert rejected_share(LossSpike(), PERCEPTRON) == 0
 

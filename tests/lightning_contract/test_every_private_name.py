@@ -15,6 +15,7 @@ def test_every_private_name_is_asserted() -> None:
     assert not missing, "write a test with @asserts(name) in tests/lightning_contract"
 
 
+@pytest.mark.slow
 def test_every_asserted_name_is_used() -> None:
     names = used()
     stale = {a.test: n for a in assertions() for n in a.names if n not in names}

@@ -225,11 +225,8 @@ def test_one_exception_ends_a_fit_as_if_it_had_finished() -> None:
 
 
 @asserts("_SubprocessScriptLauncher")
-def test_one_launcher_starts_the_script_again_for_every_process(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_one_launcher_starts_the_script_again_for_every_process() -> None:
     """A study starts its processes once with it, and refuses launchers that fork or spawn."""
-    monkeypatch.delenv("LOCAL_RANK", raising=False)  # as in a process that nobody has started
     launchers = {
         name: L.Trainer(
             accelerator="cpu", devices=2, strategy=name, logger=False, barebones=True

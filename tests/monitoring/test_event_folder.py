@@ -159,6 +159,7 @@ def test_resumed_run_replaces_the_values_after_its_checkpoint(axis: Any, tmp_pat
     assert resumed.refusals == straight.refusals
 
 
+@pytest.mark.slow
 def test_new_run_replaces_the_events_of_an_earlier_one(tmp_path: Path) -> None:
     train(False, monitor={"event_folder": str(tmp_path)})
     time.sleep(1 - time.time() % 1)

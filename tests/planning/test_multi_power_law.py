@@ -15,16 +15,7 @@ from lightning_bigopt.schedules import (
     WarmupLinear,
     WarmupStableDecay,
 )
-
-LAW = {
-    "floor": 3.0,
-    "scale": 0.5,
-    "alpha": 0.5,
-    "drop": 400.0,
-    "drop_speed": 2.0,
-    "beta": 0.6,
-    "gamma": 0.65,
-}
+from tests.planning.known_law import LAW
 
 
 def paper_loss(rates: list[float], update: int) -> float:
@@ -65,6 +56,7 @@ def test_constant_learning_rate_is_a_power_law():
     assert losses == pytest.approx([3 + 0.5 * 0.1**-0.5, 3 + 0.5 * 0.4**-0.5])
 
 
+@pytest.mark.slow
 def test_a_step_gains_its_share_of_the_drop_in_the_end():
     """Long after a step the loss is lower by B times the fall of the learning rate."""
     rates = np.concatenate([np.full(1000, 1e-3), np.full(4_000_000, 5e-4)])

@@ -66,6 +66,7 @@ def texts_of(page: str) -> list[str]:
     return [text.strip() for text in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_tags_are_drawn_as_they_are(name: str) -> None:
     shown = NAMES[name] or name

@@ -94,6 +94,7 @@ def logged_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return of
 
 
+@pytest.mark.slow
 def test_report_is_one_file_with_every_chart(logged_run: Any) -> None:
     page = render_report([logged_run()])
     found = parse(page)
@@ -159,6 +160,7 @@ def test_fast_dev_run_writes_no_report(tmp_path: Path) -> None:
     assert not (tmp_path / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_first_logger_with_readable_files_is_reported(tmp_path: Path) -> None:
     train([DummyLogger(), CSVLogger(tmp_path)], report=tmp_path / "report.html")
     assert "train_loss" in (tmp_path / "report.html").read_text()

@@ -126,6 +126,7 @@ def test_search_restores_everything() -> None:
     assert first[5:] == second[5:]
 
 
+@pytest.mark.slow
 def test_unsupported_uses_raise() -> None:
     with pytest.raises(ValueError, match="fit into memory"):
         search(LimitedMemory(limit=1))

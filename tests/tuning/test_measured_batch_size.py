@@ -183,6 +183,7 @@ class Noisy(Model):
         return super().training_step(batch, batch_idx) + torch.rand(())
 
 
+@pytest.mark.slow
 def test_measurements_do_not_depend_on_the_random_states_which_a_resume_does_not_restore() -> None:
     results = []
     for seed in (3, 4):

@@ -225,6 +225,7 @@ def test_other_study_in_the_storage_raises(tmp_path: Path, options: Any, message
         session(storage=tmp_path / "study.db", **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stored", "new"),
     [
@@ -270,6 +271,7 @@ def test_last_value_of_a_diverged_trial_is_no_result():
     assert [trial.loss for trial in part.records()] == [None, 0.75]
 
 
+@pytest.mark.slow
 def test_tables_made_by_another_process_at_the_same_time_are_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

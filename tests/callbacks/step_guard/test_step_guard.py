@@ -101,6 +101,7 @@ def test_skipped_update_equals_a_loop_without_its_batch() -> None:
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.slow
 def test_monitor_logs_rejections_of_each_detector_with_their_reasons(tmp_path: Path) -> None:
     module = BadBatchModule({2: math.nan, 6: 100.0, 8: math.inf}, lr=0.01)
     guard = StepGuard(
