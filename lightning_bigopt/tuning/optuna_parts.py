@@ -14,19 +14,23 @@ from lightning_bigopt.checks import shown
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-__all__ = ["make_pruner", "make_sampler"]
+__all__ = ["FIRST", "REPEATS", "make_pruner", "make_sampler"]
 
 _PACKAGES = {"CmaEsSampler": "cmaes", "GPSampler": "scipy"}
 _STATIC = ("QMCSampler", "GridSampler", "BruteForceSampler")
 """Samplers whose next point depends on the storage; another seed would be another sequence."""
 
+FIRST, REPEATS = "first", "repeats"
+"""Attributes of a repetition: the numbers of the first trial with its values and of the last."""
+
 
 def make_sampler(sampler: Any, *, seed: int) -> Any:
     """Returns a sampler of Optuna.
 
-    A sampler given by name is seeded for each trial from ``seed`` and the number of the trial. A
-    study that is started again, and several processes with one storage, then do not draw the
-    random numbers of earlier trials again.
+    A sampler given by name is seeded for each trial from ``seed`` and the number of the trial,
+    without the trials that repeat an earlier one. A study that is started again, and several
+    processes with one storage, then do not draw the random numbers of earlier trials again, and a
+    study whose process was killed draws the values that it would have drawn.
 
     Args:
         sampler: A name such as ``"TPE"`` or ``"TPESampler"``, or a sampler, which is returned.
@@ -51,14 +55,14 @@ def make_sampler(sampler: Any, *, seed: int) -> Any:
             f"sampler must be one whose packages are installed, got {shown(sampler)}, which needs "
             f"{package}; pip install {package}, or choose 'TPE'"
         )
+    made = _made("sampler", sampler, lambda: kind(seed=seed))  # an error is raised before a trial
     if kind.__name__ in _STATIC:
-        return _made("sampler", sampler, lambda: kind(seed=seed))
-    _made("sampler", sampler, lambda: kind(seed=seed))  # an error is raised here, not in a trial
+        return made
 
     def of_trial(number: int) -> Any:
         return _made("sampler", sampler, lambda: kind(seed=_mixed(seed, number)))
 
-    return _seeded_sampler(of_trial)
+    return _sampler_of_trials(of_trial)
 
 
 def make_pruner(pruner: Any) -> Any:
@@ -125,40 +129,54 @@ def _made(argument: str, name: Any, make: Callable[[], Any]) -> Any:
         ) from error
 
 
-def _seeded_sampler(make: Callable[[int], Any]) -> Any:
-    """Makes a sampler that delegates each trial to one with a seed of its own."""
+def _sampler_of_trials(make: Callable[[int], Any]) -> Any:
+    """Makes a sampler that delegates each trial to one of its own.
+
+    Args:
+        make: Returns the sampler of a trial, from the number that it would have in a study without
+            repetitions.
+    """
     from optuna.samplers import BaseSampler
 
-    class Seeded(BaseSampler):
+    class SamplerOfTrials(BaseSampler):
         """Delegates to the sampler of each trial."""
 
         def __init__(self) -> None:
             self._samplers: dict[int, Any] = {}
 
-        def _of(self, trial: FrozenTrial) -> Any:
+        def _of(self, study: Any, trial: FrozenTrial) -> Any:
             if trial.number not in self._samplers:
-                self._samplers[trial.number] = make(trial.number)
+                self._samplers[trial.number] = make(_number_without_repetitions(study, trial))
             return self._samplers[trial.number]
 
         def before_trial(self, study: Any, trial: Any) -> None:
-            self._of(trial).before_trial(study, trial)
+            self._of(study, trial).before_trial(study, trial)
 
         def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, Any]:
-            found: dict[str, Any] = self._of(trial).infer_relative_search_space(study, trial)
+            found: dict[str, Any]
+            found = self._of(study, trial).infer_relative_search_space(study, trial)
             return found
 
         def sample_relative(self, study: Any, trial: Any, search_space: Any) -> dict[str, Any]:
-            found: dict[str, Any] = self._of(trial).sample_relative(study, trial, search_space)
+            found: dict[str, Any]
+            found = self._of(study, trial).sample_relative(study, trial, search_space)
             return found
 
         def sample_independent(self, study: Any, trial: Any, name: str, distribution: Any) -> Any:
-            return self._of(trial).sample_independent(study, trial, name, distribution)
+            return self._of(study, trial).sample_independent(study, trial, name, distribution)
 
         def after_trial(self, study: Any, trial: Any, state: Any, values: Any) -> None:
-            self._of(trial).after_trial(study, trial, state, values)
+            self._of(study, trial).after_trial(study, trial, state, values)
             self._samplers.pop(trial.number, None)
 
-    return Seeded()
+    return SamplerOfTrials()
+
+
+def _number_without_repetitions(study: Any, trial: FrozenTrial) -> int:
+    """Returns the number of a trial, or of the one that it repeats, without repetitions before."""
+    number = int(trial.user_attrs.get(FIRST, trial.number))
+    repeated = (REPEATS in other.user_attrs for other in study.get_trials(deepcopy=False)[:number])
+    return number - sum(repeated)
 
 
 def _mixed(seed: int, number: int) -> int:

@@ -10,7 +10,7 @@ from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 from lightning_bigopt.reporting.study import Direction, StudyTrial, TrialState
-from lightning_bigopt.tuning.optuna_parts import make_pruner, make_sampler
+from lightning_bigopt.tuning.optuna_parts import FIRST, REPEATS, make_pruner, make_sampler
 from lightning_bigopt.tuning.optuna_storage import open_study, suggest
 from lightning_bigopt.tuning.trial import Outcome
 
@@ -150,7 +150,7 @@ class OptunaSession:
 
     def folder_name(self, trial: Trial) -> str:
         """Returns a name that only a trial and its repetitions have."""
-        first = trial.user_attrs.get("first", trial.number)
+        first = trial.user_attrs.get(FIRST, trial.number)
         return f"{self.study.user_attrs[_ID]}-{first}"
 
     def has_trained(self) -> bool:
@@ -196,8 +196,8 @@ class OptunaSession:
         attempts = int(trial.user_attrs.get("attempts", 0)) + 1
         if attempts < _ATTEMPTS:
             attributes = {
-                "first": trial.user_attrs.get("first", number),
-                "repeats": number,
+                FIRST: trial.user_attrs.get(FIRST, number),
+                REPEATS: number,
                 "repeats_because": reason,
                 "attempts": attempts,
             }
@@ -232,7 +232,7 @@ class OptunaSession:
         """Returns all trials as plain data, without those that were repeated or wait."""
         all_trials = self.study.get_trials(deepcopy=False)
         discarded = self._discarded()
-        repeated = {trial.user_attrs.get("repeats") for trial in all_trials}
+        repeated = {trial.user_attrs.get(REPEATS) for trial in all_trials}
         for trial in all_trials:
             state = _STATES.get("FAIL" if trial.number in discarded else trial.state.name)
             if state is None or trial.number in repeated:

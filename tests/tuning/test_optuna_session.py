@@ -170,6 +170,38 @@ def test_values_that_end_their_process_are_tried_three_times():
     assert failed.reason == "its process has ended 3 times with these values"
 
 
+@pytest.mark.filterwarnings("ignore:.*is experimental:optuna.exceptions.ExperimentalWarning")
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["TPE", "Random", "GP", "NSGAII", "QMC"])
+@pytest.mark.parametrize("killed", [(0,), (3,), (2, 2, 12)])
+def test_a_killed_study_draws_the_values_of_an_uninterrupted_one(
+    sampler: str, killed: tuple[int, ...], tmp_path: Path
+):
+    def values(kills: list[int], place: Path) -> list[dict[str, Any]]:
+        options: dict[str, Any] = {
+            "distributions": {"x": FloatDistribution(0.0, 1.0), "y": FloatDistribution(0.0, 1.0)},
+            "trials": 14,
+            "sampler": sampler,
+            "storage": place,
+        }
+        part = session(**options)
+        complete = []
+        while (trial := part.ask()) is not None:
+            if len(complete) in kills:
+                kills.remove(len(complete))
+                trial.set_user_attr("pid", dead_process())
+                part = session(**options)
+                continue
+            complete.append(trial.params)
+            loss = (trial.params["x"] - 0.3) ** 2 + (trial.params["y"] - 0.6) ** 2
+            part.tell(trial.number, Outcome(state="complete", loss=loss))
+        return complete
+
+    expected = values([], tmp_path / "whole.db")
+    assert len(expected) == 14
+    assert values(list(killed), tmp_path / "killed.db") == expected
+
+
 def test_two_sessions_repeat_a_dead_trial_once(tmp_path: Path):
     first = session(storage=tmp_path / "study.db")
     trial = first.ask()
