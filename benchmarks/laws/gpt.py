@@ -37,7 +37,7 @@ from lightning_bigopt.examples.text import SourceText
 TITLE = "The GPT of the demo"
 UPDATES, WARMUP, BATCH, LEARNING_RATE = 10_000, 100, 8, 2e-3
 PILOTS = ("constant", "cosine0")
-SHARES = (0.15,)
+SHARES = (0.15, 0.3, 0.5)
 _START = 0.5  # the first losses of a pilot fall faster than the law
 
 
@@ -157,7 +157,9 @@ def gpt(folder: Path, *, seeds: int, quick: bool = False, write: bool = False) -
     updates, warmup = (40, 2) if quick else (UPDATES, WARMUP)
     long = {
         name: [
-            run(folder, name, updates=updates, warmup=warmup, seed=seed, every=updates // 20)
+            run(
+                folder, name, updates=updates, warmup=warmup, seed=seed, every=max(updates // 40, 1)
+            )
             for seed in range(seeds)
         ]
         for name in schedules(warmup)
@@ -167,7 +169,7 @@ def gpt(folder: Path, *, seeds: int, quick: bool = False, write: bool = False) -
     for share in SHARES[-1:] if quick else SHARES:
         length = round(share * updates)
         pilots = [
-            run(folder, name, updates=length, warmup=warmup, seed=0, every=max(length // 15, 1))
+            run(folder, name, updates=length, warmup=warmup, seed=0, every=max(length // 30, 1))
             for name in PILOTS
         ]
         for start in (0,) if quick else (0, round(_START * length)):

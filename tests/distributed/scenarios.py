@@ -363,8 +363,11 @@ def schedules(out: Path) -> Any:
     """Runs the scenarios of ``schedule_scenarios``, which imports this module."""
     from tests.distributed import schedule_scenarios
 
-    names = ("end_of_budget", "every_resume", "range_tests", "found_rates", "times", "changes")
-    return {name: getattr(schedule_scenarios, name)(out) for name in names}
+    own = schedule_scenarios
+    rules = (own.end_of_budget, own.every_resume, own.extensions, own.times, own.changes)
+    return {
+        scenario.__name__: scenario(out) for scenario in (*rules, own.range_tests, own.found_rates)
+    }
 
 
 def gradients(out: Path) -> Any:

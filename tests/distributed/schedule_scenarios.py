@@ -24,6 +24,7 @@ from lightning_bigopt import (
     NormClip,
     ReduceOnPlateau,
     WarmupCosine,
+    WarmupStableDecay,
 )
 from lightning_bigopt.tuning.find_learning_rate import find_learning_rate
 from tests.distributed.scenarios import SaveAtSteps, Sharded, fit, module, strategy, weights
@@ -140,6 +141,29 @@ def every_resume(out: Path) -> Any:
             ckpt=out / f"c{name}" / "5.ckpt",
         )
         found[name]["cooldown"] = cooled.lrs
+    return found
+
+
+def extensions(out: Path) -> Any:
+    """Extends a run of 8 updates to 16 with the best cooldown, and resumes that run."""
+    schedule = WarmupStableDecay(warmup=0, decay="25%", cooldown="linear")
+
+    def run(name: str, *extra: Any, ckpt: Any = None, steps: int = 16, **options: Any) -> list[Any]:
+        model = module(name, lr=0.01, optimizer=torch.optim.AdamW)
+        rule = LearningRateScheduler(schedule, **options)
+        limits = {"max_steps": steps, "max_epochs": -1}
+        fit(name, model, ResumableLoader(8, 2), rule, *extra, ckpt=ckpt, **limits)
+        return [model.lrs, weights(model)]
+
+    best: dict[str, Any] = {"on_resume": "extend", "cooldown": "best"}
+    found = {}
+    for name in ("ddp", "fsdp2"):
+        folder = out / f"e{name}"
+        run(name, SaveAtSteps(folder, {3}), steps=8)
+        start = folder / "3.ckpt"
+        found[name] = {"straight": run(name, SaveAtSteps(folder, {11}), ckpt=start, **best)}
+        found[name]["resumed"] = run(name, ckpt=folder / "11.ckpt", **best)
+        found[name]["plain"] = run(name, ckpt=folder / "11.ckpt")
     return found
 
 

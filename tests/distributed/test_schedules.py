@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from lightning_bigopt import cooldown_for_extension
+
 pytestmark = pytest.mark.distributed
 
 
@@ -45,6 +47,19 @@ def test_resume_at_any_step_is_exact_and_the_plateau_agrees_on_both(found: Any, 
         if stop != 4:  # saved before the validation of the epoch, which is not repeated
             assert again == [rates[stop:], betas, weights]
     assert first["cooldown"] == pytest.approx([1 - t / 4 for t in range(4)])
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_extended_run_has_the_best_cooldown_and_resumes_exactly(found: Any, name: str) -> None:
+    first, second = (result["extensions"][name] for result in found)
+    assert first == second
+    rates, weights = first["straight"]
+    assert len(rates) == 13
+    starts = 16 * (1 - cooldown_for_extension(2, decay=0.25))
+    assert starts < 8  # instead of 12
+    expected = [0.01 * min(1, (16 - t) / (16 - starts)) for t in range(3, 16)]
+    assert rates == pytest.approx(expected, rel=1e-3)  # the length is searched to 1e-4
+    assert first["resumed"] == first["plain"] == [rates[8:], weights]
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
