@@ -117,7 +117,17 @@ class Wide(Network):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize("kind", [Network, Wide])
+class Late(Network):
+    """Draws random numbers after the data was made, as a module does that builds layers there."""
+
+    def setup(self, stage: str) -> None:
+        torch.rand(7)
+
+    def configure_model(self) -> None:
+        torch.rand(7)
+
+
+@pytest.mark.parametrize("kind", [Network, Wide, Late])
 def test_seed_sets_weights_and_the_order_of_samples_on_both_sides(kind: Callable[..., Any]):
     a, b = Records(), Records()
     compare(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +175,9 @@ def test_values_that_end_their_process_are_tried_three_times():
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["TPE", "Random", "GP", "NSGAII", "QMC"])
 @pytest.mark.parametrize("killed", [(0,), (3,), (2, 2, 12)])
+@pytest.mark.parametrize("has_values", [True, False])
 def test_a_killed_study_draws_the_values_of_an_uninterrupted_one(
-    sampler: str, killed: tuple[int, ...], tmp_path: Path
+    sampler: str, killed: tuple[int, ...], has_values: bool, tmp_path: Path
 ):
     def values(kills: list[int], place: Path) -> list[dict[str, Any]]:
         options: dict[str, Any] = {
@@ -186,16 +188,21 @@ def test_a_killed_study_draws_the_values_of_an_uninterrupted_one(
         }
         part = session(**options)
         complete = []
-        while (trial := part.ask()) is not None:
+        while True:
             if len(complete) in kills:
                 kills.remove(len(complete))
+                part.repeat_dead_trials()
+                trial = part.ask() if has_values else part.study.ask()
+                assert trial is not None
+                trial.set_user_attr("host", socket.gethostname())
                 trial.set_user_attr("pid", dead_process())
                 part = session(**options)
-                continue
+            trial = part.ask()
+            if trial is None:
+                return complete
             complete.append(trial.params)
             loss = (trial.params["x"] - 0.3) ** 2 + (trial.params["y"] - 0.6) ** 2
             part.tell(trial.number, Outcome(state="complete", loss=loss))
-        return complete
 
     expected = values([], tmp_path / "whole.db")
     assert len(expected) == 14
