@@ -8,11 +8,11 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from scipy.stats import spearmanr
@@ -33,12 +33,13 @@ from lightning_bigopt import (
 )
 from lightning_bigopt.examples.gpt import BytesGPT
 from lightning_bigopt.examples.text import SourceText
+from lightning_bigopt.planning.expected_loss import ExpectedLoss
 
 TITLE = "The GPT of the demo"
 UPDATES, WARMUP, BATCH, LEARNING_RATE = 10_000, 100, 8, 2e-3
-PILOTS = ("constant", "cosine0")
-SHARES = (0.15, 0.3, 0.5)
-_START = 0.5  # the first losses of a pilot fall faster than the law
+PILOTS = (("constant", "cosine0"), ("wsd20lin", "linear0"))
+SHARES = (0.15, 0.3, 0.5)  # the first with several seeds
+_STARTS = (0.0, 0.5)  # fractions of a pilot; its first losses fall faster than the law
 
 
 def schedules(warmup: int) -> dict[str, Schedule]:
@@ -114,32 +115,41 @@ def run(folder: Path, name: str, *, updates: int, warmup: int, seed: int, every:
 
 @dataclass(frozen=True, kw_only=True)
 class _Result:
-    """Predictions of the final losses from pilots of one length."""
+    """Predictions of the final losses from pilots of one kind, by seed of the pilots."""
 
+    pilots: tuple[str, ...]
     share: float
     start: int
-    law: LossLaw
-    finals: dict[str, tuple[float, float, float]]
+    finals: list[dict[str, ExpectedLoss]]
     truth: dict[str, float]
 
     @property
-    def error(self) -> float:
+    def errors(self) -> list[float]:
         """Mean absolute error of the final losses."""
-        return mean(abs(self.finals[name][0] - loss) for name, loss in self.truth.items())
+        return [
+            mean(abs(found[name].final - loss) for name, loss in self.truth.items())
+            for found in self.finals
+        ]
 
     @property
-    def correlation(self) -> float:
+    def correlations(self) -> list[float]:
         """Spearman's rank correlation of predicted and measured final losses."""
-        predicted = [self.finals[name][0] for name in self.truth]
-        return float(spearmanr(predicted, list(self.truth.values())).statistic)
+        return [
+            _correlation([found[name].final for name in self.truth], self.truth)
+            for found in self.finals
+        ]
 
     @property
-    def inside(self) -> int:
+    def inside(self) -> str:
         """Number of final losses inside the band."""
-        return sum(
-            self.finals[name][1] <= loss <= self.finals[name][2]
-            for name, loss in self.truth.items()
-        )
+        bands = [
+            (found[name].final_band, self.truth[name]) for found in self.finals for name in found
+        ]
+        return f"{sum(low <= loss <= high for (low, high), loss in bands)} of {len(bands)}"
+
+
+def _correlation(predicted: Sequence[float], truth: dict[str, float]) -> float:
+    return float(spearmanr(predicted, list(truth.values())).statistic)
 
 
 def gpt(folder: Path, *, seeds: int, quick: bool = False, write: bool = False) -> None:
@@ -147,7 +157,7 @@ def gpt(folder: Path, *, seeds: int, quick: bool = False, write: bool = False) -
 
     Args:
         folder: Keeps the runs, so that an interrupted benchmark goes on.
-        seeds: Number of seeds; the final losses are means over them, the pilots have seed 0.
+        seeds: Number of seeds of the shortest pilots; all other runs have seed 0.
         quick: Whether to train a few updates only.
         write: Whether to write the section of the page.
     """
@@ -156,36 +166,38 @@ def gpt(folder: Path, *, seeds: int, quick: bool = False, write: bool = False) -
     torch.set_num_threads(1)
     updates, warmup = (40, 2) if quick else (UPDATES, WARMUP)
     long = {
-        name: [
-            run(
-                folder, name, updates=updates, warmup=warmup, seed=seed, every=max(updates // 40, 1)
-            )
-            for seed in range(seeds)
-        ]
+        name: run(folder, name, updates=updates, warmup=warmup, seed=0, every=max(updates // 40, 1))
         for name in schedules(warmup)
     }
-    truth = {name: mean(c.losses[-1] for c in of_seeds) for name, of_seeds in long.items()}
+    truth = {name: curve.losses[-1] for name, curve in long.items()}
+
+    def predictions(names: Sequence[str], length: int, start: int, seed: int) -> Any:
+        every = max(length // 30, 1)
+        pilots = [
+            run(folder, name, updates=length, warmup=warmup, seed=seed, every=every)
+            for name in names
+        ]
+        law = LossLaw.fit(pilots, start=start)
+        return {n: law.predict_learning_rates(c.learning_rates) for n, c in long.items()}
+
     results = []
     for share in SHARES[-1:] if quick else SHARES:
         length = round(share * updates)
-        pilots = [
-            run(folder, name, updates=length, warmup=warmup, seed=0, every=max(length // 30, 1))
-            for name in PILOTS
-        ]
-        for start in (0,) if quick else (0, round(_START * length)):
-            law = LossLaw.fit(pilots, start=start)
-            finals = {}
-            for name, of_seeds in long.items():
-                found = law.predict_learning_rates(of_seeds[0].learning_rates)
-                finals[name] = (found.final, *found.final_band)
-            result = _Result(share=share, start=start, law=law, finals=finals, truth=truth)
-            results.append(result)
+        for names, start in product(PILOTS, _STARTS[:1] if quick else _STARTS):
+            first = round(start * length)
+            number = seeds if share == SHARES[0] else 1
+            finals = [predictions(names, length, first, seed) for seed in range(number)]
+            results.append(
+                _Result(pilots=names, share=share, start=first, finals=finals, truth=truth)
+            )
             print(
-                f"pilots of {share:.0%} from update {start}: MAE {result.error:.4f}, "
-                f"Spearman {result.correlation:.2f}, {result.inside} of {len(truth)} in the band"
+                f"{' and '.join(names)}, {share:.0%} from update {first}: "
+                f"MAE {median(results[-1].errors):.4f}, "
+                f"Spearman {median(results[-1].correlations):.2f}, "
+                f"{results[-1].inside} in the band"
             )
     bounds = [convex_bound(schedule, updates) for schedule in schedules(warmup).values()]
-    order = float(spearmanr(bounds, list(truth.values())).statistic)
+    order = _correlation(bounds, truth)
     print(f"convex bound, without pilots: Spearman {order:.2f}")
     if write:
         write_section(TITLE, _section(results, truth, order, seeds))
@@ -193,36 +205,60 @@ def gpt(folder: Path, *, seeds: int, quick: bool = False, write: bool = False) -
 
 def _section(results: Sequence[_Result], truth: dict[str, float], order: float, seeds: int) -> str:
     table = [
-        f"| {each.share:.0%} | {each.start} | {each.error:.3f} | {each.correlation:.2f} | "
-        f"{each.inside} of {len(truth)} |"
+        f"| {', '.join(each.pilots)} | {each.share:.0%} | {each.start} | {len(each.errors)} | "
+        f"{_range(each.errors, 3)} | {_range(each.correlations, 2)} | {each.inside} |"
         for each in results
     ]
-    first, last = results[0], f"{results[-1].share:.0%} from {results[-1].start}"
+    shortest = [each for each in results if each.share == SHARES[0]]
     losses = [
-        f"| {name} | {loss:.3f} | {first.finals[name][0]:.3f} | {first.finals[name][1]:.3f} to "
-        f"{first.finals[name][2]:.3f} | {results[-1].finals[name][0]:.3f} |"
+        f"| {name} | {loss:.3f} | "
+        + " | ".join(
+            f"{found.final:.3f} ({found.final_band[0]:.2f} to {found.final_band[1]:.2f})"
+            for found in (each.finals[0][name] for each in shortest)
+        )
+        + " |"
         for name, loss in sorted(truth.items(), key=lambda item: item[1])
     ]
-    widths = [np.ptp(first.finals[name][1:]) for name in truth]
+    heads = [f"{', '.join(each.pilots)} from {each.start}" for each in shortest]
     return f"""\
 Run with `python benchmarks/loss_law.py --gpt DIR --seeds {seeds} --write`; measured on
-{time.strftime("%Y-%m-%d")} on a CPU, one thread. The GPT of the demo
-(0.4M parameters, AdamW, `NormClip()`, learning rate {LEARNING_RATE:g}, warm-up of {WARMUP} updates)
-trains {UPDATES:,} updates with six schedules. Two pilots, `WarmupConstant` and
-`WarmupCosine(end=0.0)`, train a share of these updates,
+{time.strftime("%Y-%m-%d")} on a CPU, one thread. The GPT of the demo (0.4M parameters, AdamW,
+`NormClip()`, {BATCH} windows of 64 bytes, learning rate {LEARNING_RATE:g}, warm-up of {WARMUP}
+updates) trains {UPDATES:,} updates with six schedules. Two pilots train a share of these updates,
 and predict the final validation loss of all six. "From" is the first update whose loss is fitted
-(`start=`).
+(`start=`). The figures are the median over the seeds of the pilots, and the range.
 
-| pilots, each | from | mean absolute error | Spearman | in the band |
-|---|---|---|---|---|
+| pilots | share | from | seeds | mean absolute error | Spearman | in the band of 90 % |
+|---|---|---|---|---|---|---|
 {chr(10).join(table)}
-| none, `convex_bound` | | | {order:.2f} | |
+| none, `convex_bound` | | | | | {order:.2f} | |
 
-| schedule | measured | pilots of {first.share:.0%} | band of 90 % | pilots of {last} |
-|---|---|---|---|---|
+The predictions of the pilots of {SHARES[0]:.0%} with seed 0, and their bands:
+
+| schedule | measured | {" | ".join(heads)} |
+|---|---|{"---|" * len(heads)}
 {chr(10).join(losses)}
 
-The goal was pilots of 15 % with Spearman ≥ 0.9 and a mean absolute error of at most 0.010. The loss
-of so short pilots still falls faster than any power law, and the law extrapolates it too far down.
-The band is {min(widths):.2f} to {max(widths):.2f} wide there.
+The goal was pilots of 15 % with Spearman ≥ 0.9 and a mean absolute error of at most 0.010; it is
+not met. Five of the six losses differ by 0.014, and the law would have to extrapolate by a factor
+of 6.7 more exactly than that.
+
+- The first half of a short pilot falls faster than a power law. With it, the law predicts far too
+  low a loss; fit the second half.
+- A constant learning rate and a slow decay do not determine how fast a decay gains its drop. A
+  short cooldown beside a long decay does (`wsd20lin`, `linear0`): from the second half, two such
+  pilots of 15 % have a smaller error than two of the first kind of 50 %. This pair was chosen with
+  seed 0, and the other seeds agree with it. The correlation of 0.83 may be luck all the same: with
+  longer pilots it is 0.49.
+- The band is wide, and contains every loss: it says that these pilots do not rank the schedules.
+- `convex_bound` ranks them without any run. For another learning rate and length, 0.004 and 2,000
+  updates of 32 windows, its correlation was 0.60.
 """
+
+
+def _range(values: Sequence[float], digits: int) -> str:
+    """Returns the median, and the range of several values."""
+    middle = f"{median(values):.{digits}f}"
+    if len(values) == 1:
+        return middle
+    return f"{middle} ({min(values):.{digits}f} to {max(values):.{digits}f})"

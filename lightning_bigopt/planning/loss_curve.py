@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,10 @@ from lightning_bigopt.checks import check_count, shown
 from lightning_bigopt.planning.multi_power_law import Array, check_rates, numbers, whole_numbers
 from lightning_bigopt.type_checks import check_instance
 
-__all__ = ["LossCurve"]
+__all__ = ["FEWEST_LOSSES", "LossCurve"]
+
+FEWEST_LOSSES = 8
+"""Losses of a run with which a law can be fitted."""
 
 _STEP, _CONSTANT = 0.1, 1e-3  # changes of the learning rate as fractions of its peak
 
@@ -145,16 +148,27 @@ class LossCurve:
         updates, losses = np.asarray(self.updates), np.asarray(self.losses)
         kept = updates >= max(self.warmup, start)
         updates, losses = updates[kept], losses[kept]
-        if updates.size < 8:
+        if updates.size < FEWEST_LOSSES:
             raise ValueError(
-                f"runs must have at least 8 losses after the warm-up, got {updates.size} in "
-                f"{self.name} after update {max(self.warmup, start) - 1:,}; log the loss more "
-                "often, or train longer"
+                f"runs must have at least {FEWEST_LOSSES} losses after the warm-up, got "
+                f"{updates.size} in {self.name} after update {max(self.warmup, start) - 1:,}; log "
+                "the loss more often, or train longer"
             )
         bins = np.array_split(np.arange(updates.size), min(points, updates.size))
         means = [(updates[members].mean(), losses[members].mean()) for members in bins]
         found = np.asarray(means)
         return np.rint(found[:, 0]).astype(np.int64), found[:, 1]
+
+    def second_half(self, *, start: int = 0) -> LossCurve:
+        """Returns the run with the losses after its warm-up in the second half of its updates.
+
+        Args:
+            start: Number of updates before the first loss that counts, if the half is shorter.
+        """
+        first = max(self.warmup, start, self.updates[-1] / 2)
+        points = [p for p in zip(self.updates, self.losses, strict=True) if p[0] >= first]
+        updates, losses = zip(*points, strict=True)
+        return replace(self, updates=updates, losses=losses)
 
 
 def _interpolated(places: NDArray[np.int64], known: Array, length: int) -> Array:

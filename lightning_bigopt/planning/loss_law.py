@@ -13,7 +13,7 @@ import numpy as np
 from lightning_bigopt.arguments import explain_arguments
 from lightning_bigopt.checks import check_count, check_non_negative, check_positive, shown
 from lightning_bigopt.planning.expected_loss import ExpectedLoss
-from lightning_bigopt.planning.loss_curve import LossCurve
+from lightning_bigopt.planning.loss_curve import FEWEST_LOSSES, LossCurve
 from lightning_bigopt.planning.loss_law_fit import LawFit
 from lightning_bigopt.planning.multi_power_law import (
     Array,
@@ -22,6 +22,7 @@ from lightning_bigopt.planning.multi_power_law import (
     check_rates,
     numbers,
 )
+from lightning_bigopt.planning.pilots import check_pilots, decays
 from lightning_bigopt.schedules.base import Schedule, check_schedule
 from lightning_bigopt.type_checks import check_instance, checked_tuple
 
@@ -30,7 +31,6 @@ __all__ = ["LossLaw"]
 _POINTS = 200
 _QUANTILES = (0.05, 0.95)
 _SAME = 1e-3  # relative difference of learning rates that are equal in a log of float32
-_DECAYED = 0.9  # the lowest factor after the peak of a run that counts as constant
 
 
 @explain_arguments
@@ -43,16 +43,19 @@ class LossLaw:
     loss of any schedule. It says nothing about the instability of a high learning rate, about
     overfitting, or about a batch size that changes.
 
-    The band of 90 % contains four kinds of error: the noise of the losses (the blocks of the runs
+    The band of 90 % contains five kinds of error: the noise of the losses (the blocks of the runs
     are weighted at random, Bayesian bootstrap); the exponents of the drop, which a few runs do not
-    determine (drawn at random between their bounds); twice the error for an unseen schedule, which
-    is measured by predicting each pilot from the others; and, for each doubling of the sum of the
-    learning rates beyond that of the pilots, twice this error again and the error of predicting the
-    second halves of the pilots from their first halves.
+    determine (drawn at random between their bounds); the prediction of a law that fits the second
+    halves of the pilots only, because short runs fall faster than the law at first; twice the error
+    for an unseen schedule, which is measured by predicting each pilot from the others; and, for
+    each doubling of the sum of the learning rates beyond that of the pilots, twice this error again
+    and the error of predicting the second halves of the pilots from their first halves.
 
     Args:
         law: The law that fits best.
         draws: Other laws that fit as well, for the band.
+        late: The law that fits the second halves of the pilots best, for the band; None if a pilot
+            has fewer than 8 losses there.
         unseen: Mean absolute error for a pilot that the fit does not see, the largest of all, in
             units of the loss; at least the residual of the fit.
         extrapolation: Error of a prediction for twice the updates, in units of the loss.
@@ -76,6 +79,7 @@ class LossLaw:
 
     law: MultiPowerLaw
     draws: tuple[MultiPowerLaw, ...] = ()
+    late: MultiPowerLaw | None = None
     unseen: float = 0.0
     extrapolation: float = 0.0
     peaks: tuple[float, float]
@@ -86,6 +90,8 @@ class LossLaw:
         given: Any = self.draws
         is_empty = isinstance(given, (list, tuple)) and not given
         draws = () if is_empty else checked_tuple("draws", self.draws, MultiPowerLaw)
+        if self.late is not None:
+            check_instance("late", self.late, MultiPowerLaw, hint="leave it out")
         for name in ("unseen", "extrapolation"):
             check_non_negative(name, getattr(self, name))
         peaks = numbers("peaks", self.peaks, hint="write (3e-4, 3e-4)").tolist()
@@ -127,7 +133,7 @@ class LossLaw:
         check_count("start", start, minimum=0, of="updates", hint="write 0")
         check_count("draws", draws, minimum=20, hint="write 60")
         check_count("seed", seed, minimum=0, hint="write 0")
-        _check_runs(curves)
+        check_pilots(curves)
         _require_scipy()
         fit = LawFit(curves, start=start)
         generator = np.random.default_rng(seed)
@@ -135,6 +141,7 @@ class LossLaw:
         return cls(
             law=fit.law,
             draws=tuple(fit.draw(generator) for _ in range(draws)),
+            late=_late_law(curves, start),
             unseen=max(fit.residual, *_errors_of_unseen(curves, fit.law, start)),
             extrapolation=fit.extrapolation_error(),
             peaks=(min(peaks), max(peaks)),
@@ -233,9 +240,11 @@ class LossLaw:
     def _band(self, history: RateHistory, losses: Array) -> tuple[Array, Array]:
         drawn = [losses, *(law.losses_of(history) for law in self.draws)]
         low, high = np.quantile(np.asarray(drawn), _QUANTILES, axis=0)
+        others = [losses] if self.late is None else [losses, self.late.losses_of(history)]
+        low, high = np.min([low, *others], axis=0), np.max([high, *others], axis=0)
         doublings = np.log2(np.maximum(history.sums / self.total, 1.0))
         margin = 2.0 * self.unseen * (1.0 + doublings) + self.extrapolation * doublings
-        return np.minimum(low, losses) - margin, np.maximum(high, losses) + margin
+        return low - margin, high + margin
 
     def _notes(self, rates: Array, first: int) -> list[str]:
         notes = []
@@ -255,39 +264,12 @@ class LossLaw:
         return notes
 
 
-def _check_runs(curves: Sequence[LossCurve]) -> None:
-    if len(curves) < 2:
-        raise ValueError(
-            f"runs must be at least two, got {len(curves)}; train one with a constant learning "
-            "rate and one whose learning rate decays"
-        )
-    for curve in curves:
-        if min(curve.losses) <= 0:
-            raise ValueError(
-                f"runs must have positive losses, got {min(curve.losses)} in {curve.name}; the law "
-                "describes a loss such as the cross-entropy"
-            )
-        if not max(curve.losses) > min(curve.losses):
-            raise ValueError(
-                f"runs must have a loss that falls, got {curve.losses[0]} throughout in "
-                f"{curve.name}; check what it logs"
-            )
-    for number, curve in enumerate(curves):
-        if any(curve.losses == other.losses for other in curves[:number]):
-            raise ValueError(
-                f"runs must be different runs, got the losses of {curve.name} twice; pass each once"
-            )
-    if not any(map(_decays, curves)):
-        raise ValueError(
-            "runs must contain at least one whose learning rate decays, got "
-            f"{', '.join(curve.name for curve in curves)} with constant learning rates; train one "
-            "with WarmupCosine(end=0.0)"
-        )
-
-
-def _decays(curve: LossCurve) -> bool:
-    """Returns whether the learning rate decays between the peak and the last loss."""
-    return min(curve.learning_rates[curve.warmup - 1 : curve.updates[-1]]) < _DECAYED * curve.peak
+def _late_law(curves: Sequence[LossCurve], start: int) -> MultiPowerLaw | None:
+    """Returns the law of the second halves of the losses; None if they are too few."""
+    halves = [curve.second_half(start=start) for curve in curves]
+    if min(len(half.losses) for half in halves) < FEWEST_LOSSES:
+        return None
+    return LawFit(halves).law
 
 
 def _errors_of_unseen(curves: Sequence[LossCurve], best: MultiPowerLaw, start: int) -> list[float]:
@@ -299,7 +281,7 @@ def _errors_of_unseen(curves: Sequence[LossCurve], best: MultiPowerLaw, start: i
     # From the parameters of all runs: their neighborhood contains the best ones of most runs.
     for unseen in curves:
         others = [curve for curve in curves if curve is not unseen]
-        if any(map(_decays, others)):
+        if any(map(decays, others)):
             law = LawFit(others, start=start, near=best).law
             ends, losses = unseen.binned(_POINTS, start=start)
             predicted = law.losses(unseen.learning_rates, [int(end) for end in ends])

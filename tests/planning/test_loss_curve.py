@@ -125,6 +125,16 @@ def test_counts_are_not_rounded(changes, message):
         LossCurve.from_points(**{**points, **changes}, name="pilot")
 
 
+def test_second_half_has_the_losses_after_the_middle_the_warmup_and_the_start():
+    rates = [0.1, 0.2, 0.3, *[0.4] * 7]
+    run = LossCurve(learning_rates=rates, updates=range(1, 11), losses=range(20, 10, -1))
+    assert run.second_half().updates == (5, 6, 7, 8, 9, 10)
+    assert run.second_half().losses == (16, 15, 14, 13, 12, 11)
+    assert run.second_half(start=8).updates == (8, 9, 10)
+    late = LossCurve(learning_rates=range(1, 11), updates=[6, 8, 10], losses=[3.0, 2.0, 1.0])
+    assert late.second_half().updates == (10,)
+
+
 def test_too_few_losses_after_the_warmup():
     with pytest.raises(ValueError, match="at least 8 losses after the warm-up, got 3 in run"):
         curve().binned(10)

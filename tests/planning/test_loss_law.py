@@ -106,6 +106,37 @@ def test_band_contains_the_truth_and_widens_with_the_extrapolation(noisy):
     assert widths[-1] > 1.5 * widths[0]
 
 
+def test_band_contains_the_prediction_of_the_second_halves():
+    """The first halves are too high by a step: the second ones alone give the true law."""
+
+    def early_too_high(curve):
+        losses = np.asarray(curve.losses)
+        losses[: len(losses) // 2] += 0.2
+        return dataclasses.replace(curve, losses=losses)
+
+    law = LossLaw.fit([early_too_high(curve) for curve in pilots(every=200)], draws=20)
+    assert law.late is not None
+    for name, schedule in UNSEEN.items():
+        rates = schedule.values(24_000, base=PEAK)
+        truth = true_losses(schedule, 24_000)
+        assert law.late.losses(rates, [24_000])[0] == pytest.approx(truth, abs=0.01)
+        low, high = law.predict_learning_rates(rates, name=name).final_band
+        assert low < truth < high
+
+
+def test_too_few_losses_have_no_law_of_the_second_halves():
+    assert LossLaw.fit(pilots(every=900), draws=20).late is None
+    assert LossLaw.fit(pilots(every=800), draws=20).late is not None
+
+
+def test_margin_is_added_to_both_laws():
+    late = dataclasses.replace(TRUE, floor=2.9)
+    law = LossLaw(law=TRUE, late=late, unseen=0.01, peaks=(PEAK, PEAK), total=1.0)
+    found = law.predict_learning_rates([PEAK] * 1000)
+    low, high = found.final_band
+    assert (found.final - low, high - found.final) == pytest.approx((0.12, 0.02))
+
+
 @pytest.mark.parametrize(
     ("updates", "margin"),
     [
