@@ -13,7 +13,7 @@ from lightning_bigopt.checks import check_count, shown
 from lightning_bigopt.planning.multi_power_law import Array, check_rates, numbers, whole_numbers
 from lightning_bigopt.type_checks import check_instance
 
-__all__ = ["FEWEST_LOSSES", "LossCurve"]
+__all__ = ["FEWEST_LOSSES", "LossCurve", "interpolated_rates"]
 
 FEWEST_LOSSES = 8
 """Losses of a run with which a law can be fitted."""
@@ -112,7 +112,7 @@ class LossCurve:
             f"updates of {name}", updates, hint="pass the number of updates before each loss"
         )
         length = max(int(places[-1]) + 1, int(ends.max()))
-        rates = _interpolated(places, known, length)
+        rates = interpolated_rates(places, known, length)
         if warmup:
             start = max(int(places[0]) - warmup, 0)
             rise = np.arange(start, places[0])
@@ -171,7 +171,22 @@ class LossCurve:
         return replace(self, updates=updates, losses=losses)
 
 
-def _interpolated(places: NDArray[np.int64], known: Array, length: int) -> Array:
+def interpolated_rates(
+    places: Sequence[int] | NDArray[np.int64], known: Sequence[float] | Array, length: int
+) -> Array:
+    """Returns the learning rate of each update of a run from those of some updates.
+
+    Args:
+        places: Indices of the updates with a known learning rate, from 0, ascending.
+        known: Their learning rates. A change of more than 10 % of the highest one between two
+            constant parts is a step at the later update; any other is linear.
+        length: Number of updates of the run.
+
+    Example:
+        >>> interpolated_rates([0, 4], [0.0, 1.0], 6).tolist()
+        [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+    """
+    places, known = np.asarray(places), np.asarray(known)
     rates = np.asarray(np.interp(np.arange(length), places, known), dtype=np.float64)
     changes = np.abs(np.diff(known)) / known.max()
     around = np.concatenate([[np.inf], changes, [np.inf]])  # the ends are no constant parts

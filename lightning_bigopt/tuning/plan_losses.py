@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from lightning_bigopt.callbacks.learning_rate import LearningRateScheduler
 from lightning_bigopt.durations.horizon import Horizon
 from lightning_bigopt.optimizers.group_schedule import GroupSchedule
 from lightning_bigopt.planning.expected_loss import ExpectedLoss
+from lightning_bigopt.planning.loss_curve import interpolated_rates
 from lightning_bigopt.planning.loss_law import LossLaw
 from lightning_bigopt.planning.outline import PlannedUpdate, planned_updates
 from lightning_bigopt.schedules.base import Schedule
@@ -60,7 +59,7 @@ def losses_of_plan(
         return (), ["the loss cannot be predicted: no parameter group has a learning rate"]
 
     def expected(values: Sequence[float], name: str) -> ExpectedLoss:
-        every = np.interp(np.arange(places[-1] + 1), places, values)
+        every = interpolated_rates(places, values, places[-1] + 1)
         return law.predict_learning_rates(every, name=name)
 
     first = expected(rates, THIS_RUN)

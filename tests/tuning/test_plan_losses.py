@@ -60,6 +60,7 @@ def test_expected_loss_follows_the_learning_rates_of_the_run(schedule: Schedule)
     assert not [text for text in found.warnings if "loss" in text]
 
 
+@pytest.mark.slow
 def test_learning_rates_of_a_long_run_are_interpolated() -> None:
     schedule, updates = WarmupStableDecay(warmup="1%", decay="20%"), 50_000
     found = planned(LearningRateScheduler(schedule), max_steps=updates).expected_losses
