@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -145,6 +145,24 @@ class LossCurve:
         Raises:
             ValueError: If fewer than 8 losses lie after the warm-up.
         """
+        updates, losses = self.counted(start=start)
+        bins = np.array_split(np.arange(updates.size), min(points, updates.size))
+        means = [(updates[members].mean(), losses[members].mean()) for members in bins]
+        found = np.asarray(means)
+        return np.rint(found[:, 0]).astype(np.int64), found[:, 1]
+
+    def counted(self, *, start: int = 0) -> tuple[NDArray[np.int64], Array]:
+        """Returns the losses after the warm-up, to which a law can be fitted.
+
+        Args:
+            start: As for :meth:`binned`.
+
+        Returns:
+            Numbers of updates and losses.
+
+        Raises:
+            ValueError: If fewer than 8 losses lie after the warm-up.
+        """
         updates, losses = np.asarray(self.updates), np.asarray(self.losses)
         kept = updates >= max(self.warmup, start)
         updates, losses = updates[kept], losses[kept]
@@ -154,21 +172,7 @@ class LossCurve:
                 f"{updates.size} in {self.name} after update {max(self.warmup, start) - 1:,}; log "
                 "the loss more often, or train longer"
             )
-        bins = np.array_split(np.arange(updates.size), min(points, updates.size))
-        means = [(updates[members].mean(), losses[members].mean()) for members in bins]
-        found = np.asarray(means)
-        return np.rint(found[:, 0]).astype(np.int64), found[:, 1]
-
-    def second_half(self, *, start: int = 0) -> LossCurve:
-        """Returns the run with the losses after its warm-up in the second half of its updates.
-
-        Args:
-            start: Number of updates before the first loss that counts, if the half is shorter.
-        """
-        first = max(self.warmup, start, self.updates[-1] / 2)
-        points = [p for p in zip(self.updates, self.losses, strict=True) if p[0] >= first]
-        updates, losses = zip(*points, strict=True)
-        return replace(self, updates=updates, losses=losses)
+        return updates, losses
 
 
 def interpolated_rates(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,17 +45,17 @@ class LossLaw:
 
     The band of 90 % contains five kinds of error: the noise of the losses (the blocks of the runs
     are weighted at random, Bayesian bootstrap); the exponents of the drop, which a few runs do not
-    determine (drawn at random between their bounds); the prediction of a law that fits the second
-    halves of the pilots only, because short runs fall faster than the law at first; twice the error
-    for an unseen schedule, which is measured by predicting each pilot from the others; and, for
-    each doubling of the sum of the learning rates beyond that of the pilots, twice this error again
-    and the error of predicting the second halves of the pilots from their first halves.
+    determine (drawn at random between their bounds); the difference from a law that fits only the
+    second half of the losses that count, because short runs fall faster than the law at first;
+    twice the error for an unseen schedule, which is measured by predicting each pilot from the
+    others; and, for each doubling of the sum of the learning rates beyond that of the pilots, twice
+    this error again and the error of predicting the second half of the losses from the first.
 
     Args:
         law: The law that fits best.
         draws: Other laws that fit as well, for the band.
-        late: The law that fits the second halves of the pilots best, for the band; None if a pilot
-            has fewer than 8 losses there.
+        late: The law that fits the second halves of the losses best, for the band; None if a pilot
+            has fewer than 8 losses there, or all are equal.
         unseen: Mean absolute error for a pilot that the fit does not see, the largest of all, in
             units of the loss; at least the residual of the fit.
         extrapolation: Error of a prediction for twice the updates, in units of the loss.
@@ -133,7 +133,7 @@ class LossLaw:
         check_count("start", start, minimum=0, of="updates", hint="write 0")
         check_count("draws", draws, minimum=20, hint="write 60")
         check_count("seed", seed, minimum=0, hint="write 0")
-        check_pilots(curves)
+        check_pilots(curves, start=start)
         _require_scipy()
         fit = LawFit(curves, start=start)
         generator = np.random.default_rng(seed)
@@ -265,9 +265,14 @@ class LossLaw:
 
 
 def _late_law(curves: Sequence[LossCurve], start: int) -> MultiPowerLaw | None:
-    """Returns the law of the second halves of the losses; None if they are too few."""
-    halves = [curve.second_half(start=start) for curve in curves]
-    if min(len(half.losses) for half in halves) < FEWEST_LOSSES:
+    """Returns the law of the second half of the counted losses; None if too few or all equal."""
+    halves = []
+    for curve in curves:
+        updates, losses = (values.tolist() for values in curve.counted(start=start))
+        middle = len(losses) // 2
+        halves.append(replace(curve, updates=updates[middle:], losses=losses[middle:]))
+    are_equal = all(len(set(half.losses)) == 1 for half in halves)
+    if are_equal or min(len(half.losses) for half in halves) < FEWEST_LOSSES:
         return None
     return LawFit(halves).law
 

@@ -178,8 +178,8 @@ def numbers(name: str, values: Any, *, hint: str) -> Array:
     if isinstance(values, range):
         is_list = abs(values.stop - values.start) < _LARGEST
     if isinstance(values, np.ndarray):
-        is_list = values.ndim == 1 and values.dtype.kind in "iuf"
-    elif is_list:
+        is_list = values.ndim == 1 and not isinstance(values, np.ma.MaskedArray)
+    if is_list and getattr(values, "dtype", np.dtype("O")).kind not in "iuf":
         is_list = all(isinstance(v, Real) and not isinstance(v, bool | np.bool_) for v in values)
     if is_list:
         try:
@@ -197,7 +197,10 @@ def whole_numbers(name: str, values: Any, *, hint: str) -> NDArray[np.int64]:
     """Returns a list of whole numbers as an array; raises unless it is one and not empty."""
     found = numbers(name, values, hint=hint)
     if (found != np.rint(found)).any() or np.abs(found).max() > _LARGEST:
-        raise ValueError(f"{name} must be a list of whole numbers, got {shown(values)}; {hint}")
+        raise ValueError(
+            f"{name} must be a list of whole numbers up to {_LARGEST:,}, got {shown(values)}; "
+            f"{hint}"
+        )
     return found.astype(np.int64)
 
 

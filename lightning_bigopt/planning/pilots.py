@@ -11,11 +11,12 @@ __all__ = ["check_pilots", "decays"]
 _DECAYED = 0.9  # the lowest factor after the peak of a run that counts as constant
 
 
-def check_pilots(curves: Sequence[LossCurve]) -> None:
+def check_pilots(curves: Sequence[LossCurve], *, start: int = 0) -> None:
     """Raises unless a loss law can be fitted to runs.
 
     Args:
         curves: The runs.
+        start: Number of updates before the first loss that counts, if the warm-up is shorter.
 
     Raises:
         ValueError: If they are fewer than two, one is there twice, none decays its learning rate,
@@ -23,8 +24,8 @@ def check_pilots(curves: Sequence[LossCurve]) -> None:
     """
     if len(curves) < 2:
         raise ValueError(
-            f"runs must be at least two, got {len(curves)}; train one with a constant learning "
-            "rate and one whose learning rate decays"
+            f"runs must be at least two, got {len(curves)}; train one with a short cooldown, such "
+            "as WarmupStableDecay(), and one that decays all along, such as WarmupLinear(end=0.0)"
         )
     for curve in curves:
         if min(curve.losses) <= 0:
@@ -32,10 +33,11 @@ def check_pilots(curves: Sequence[LossCurve]) -> None:
                 f"runs must have positive losses, got {min(curve.losses)} in {curve.name}; the law "
                 "describes a loss such as the cross-entropy"
             )
-        if not max(curve.losses) > min(curve.losses):
+        updates, losses = curve.counted(start=start)
+        if not losses.max() > losses.min():
             raise ValueError(
-                f"runs must have a loss that falls, got {curve.losses[0]} throughout in "
-                f"{curve.name}; check what it logs"
+                f"runs must have a loss that falls, got {losses[0]} from update {updates[0]:,} on "
+                f"in {curve.name}; check what it logs"
             )
     for number, curve in enumerate(curves):
         if any(curve.losses == other.losses for other in curves[:number]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from lightning_bigopt.checks import shown
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-__all__ = ["FIRST", "REPEATS", "make_pruner", "make_sampler"]
+__all__ = ["FIRST", "NOT_DRAWN", "REPEATS", "make_pruner", "make_sampler"]
 
 _PACKAGES = {"CmaEsSampler": "cmaes", "GPSampler": "scipy"}
 _STATIC = ("QMCSampler", "GridSampler", "BruteForceSampler")
@@ -22,19 +22,26 @@ _STATIC = ("QMCSampler", "GridSampler", "BruteForceSampler")
 
 FIRST, REPEATS = "first", "repeats"
 """Attributes of a repetition: the numbers of the first trial with its values and of the last."""
+NOT_DRAWN = "not_drawn"
+"""Attribute of a trial that has ended before it had all its values."""
 
 
-def make_sampler(sampler: Any, *, seed: int) -> Any:
+def make_sampler(
+    sampler: Any, *, seed: int, all_trials: Callable[[], list[FrozenTrial]] | None = None
+) -> Any:
     """Returns a sampler of Optuna.
 
     A sampler given by name is seeded for each trial from ``seed`` and the number of the trial,
     without the trials that repeat an earlier one. A study that is started again, and several
-    processes with one storage, then do not draw the random numbers of earlier trials again, and a
-    study whose process was killed draws the values that it would have drawn.
+    processes with one storage, then do not draw the random numbers of earlier trials again. A study
+    of one process that was killed draws the values that it would have drawn, except with Hyperband,
+    whose brackets depend on the number of the trial.
 
     Args:
         sampler: A name such as ``"TPE"`` or ``"TPESampler"``, or a sampler, which is returned.
         seed: Seed of the study.
+        all_trials: Returns the trials of the study; None for those that Optuna passes to the
+            sampler, which are those of one bracket with Hyperband.
 
     Raises:
         ValueError: If there is no such sampler.
@@ -62,7 +69,7 @@ def make_sampler(sampler: Any, *, seed: int) -> Any:
     def of_trial(number: int) -> Any:
         return _made("sampler", sampler, lambda: kind(seed=_mixed(seed, number)))
 
-    return _sampler_of_trials(of_trial)
+    return _sampler_of_trials(of_trial, all_trials)
 
 
 def make_pruner(pruner: Any) -> Any:
@@ -129,12 +136,15 @@ def _made(argument: str, name: Any, make: Callable[[], Any]) -> Any:
         ) from error
 
 
-def _sampler_of_trials(make: Callable[[int], Any]) -> Any:
+def _sampler_of_trials(
+    make: Callable[[int], Any], all_trials: Callable[[], list[FrozenTrial]] | None
+) -> Any:
     """Makes a sampler that delegates each trial to one of its own.
 
     Args:
         make: Returns the sampler of a trial, from the number that it would have in a study without
             repetitions.
+        all_trials: As for :func:`make_sampler`.
     """
     from optuna.samplers import BaseSampler
 
@@ -146,7 +156,8 @@ def _sampler_of_trials(make: Callable[[int], Any]) -> Any:
 
         def _of(self, study: Any, trial: FrozenTrial) -> Any:
             if trial.number not in self._samplers:
-                self._samplers[trial.number] = make(_number_without_repetitions(study, trial))
+                trials = study.get_trials(deepcopy=False) if all_trials is None else all_trials()
+                self._samplers[trial.number] = make(_number_without_repetitions(trials, trial))
             return self._samplers[trial.number]
 
         def before_trial(self, study: Any, trial: Any) -> None:
@@ -172,11 +183,11 @@ def _sampler_of_trials(make: Callable[[int], Any]) -> Any:
     return SamplerOfTrials()
 
 
-def _number_without_repetitions(study: Any, trial: FrozenTrial) -> int:
-    """Returns the number of a trial, or of the one that it repeats, without repetitions before."""
+def _number_without_repetitions(trials: Sequence[FrozenTrial], trial: FrozenTrial) -> int:
+    """Returns the number of a trial, or of the first that it repeats, in an uninterrupted study."""
     number = int(trial.user_attrs.get(FIRST, trial.number))
-    repeated = (REPEATS in other.user_attrs for other in study.get_trials(deepcopy=False)[:number])
-    return number - sum(repeated)
+    before = [other for other in trials if other.number < number]
+    return number - sum(other.user_attrs.keys() & {REPEATS, NOT_DRAWN} != set() for other in before)
 
 
 def _mixed(seed: int, number: int) -> int:

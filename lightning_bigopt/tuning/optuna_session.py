@@ -10,7 +10,13 @@ from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 from lightning_bigopt.reporting.study import Direction, StudyTrial, TrialState
-from lightning_bigopt.tuning.optuna_parts import FIRST, REPEATS, make_pruner, make_sampler
+from lightning_bigopt.tuning.optuna_parts import (
+    FIRST,
+    NOT_DRAWN,
+    REPEATS,
+    make_pruner,
+    make_sampler,
+)
 from lightning_bigopt.tuning.optuna_storage import open_study, suggest
 from lightning_bigopt.tuning.trial import Outcome
 
@@ -67,7 +73,9 @@ class OptunaSession:
         self._has_ended = False
         self.study: OptunaStudy = open_study(
             storage,
-            sampler=make_sampler(sampler, seed=seed),
+            sampler=make_sampler(
+                sampler, seed=seed, all_trials=lambda: self.study.get_trials(deepcopy=False)
+            ),
             pruner=make_pruner(pruner),
             study_name=name,
             direction=direction,
@@ -87,8 +95,11 @@ class OptunaSession:
                 f"direction must be that of the study in the storage, got {direction!r} for "
                 f"{name!r}, which was made with {kept!r}; pass another name="
             )
-        paths = {path for trial in self.study.get_trials(deepcopy=False) for path in trial.params}
-        if paths and paths != set(self.distributions):
+        trials, own = self.study.get_trials(deepcopy=False), set(self.distributions)
+        paths = {path for trial in trials for path in trial.params}
+        # A process may have ended while it drew the values of a trial.
+        has_all = any(trial.state.name in ("COMPLETE", "PRUNED") for trial in trials)
+        if paths - own or (has_all and paths != own):
             raise ValueError(
                 "space must have the paths of the study in the storage, got "
                 f"{sorted(self.distributions)} for {name!r}, which was made with {sorted(paths)}; "
@@ -129,6 +140,7 @@ class OptunaSession:
             for path, distribution in self.distributions.items():
                 suggest(trial, path, distribution)
         except BaseException:
+            trial.set_user_attr(NOT_DRAWN, value=True)
             self.study.tell(trial.number, state=TrialState.FAIL)
             raise
         self._asked[trial.number] = trial
@@ -201,7 +213,9 @@ class OptunaSession:
                 "repeats_because": reason,
                 "attempts": attempts,
             }
-            self.study.enqueue_trial(trial.params, user_attrs=attributes)
+            # Values of a trial that has ended while it drew them are all drawn again.
+            values = trial.params if trial.params.keys() == self.distributions.keys() else {}
+            self.study.enqueue_trial(values, user_attrs=attributes)
 
     def tell(self, number: int, outcome: Outcome) -> None:
         """Records the outcome of a trial of this process.

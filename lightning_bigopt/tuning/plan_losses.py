@@ -34,7 +34,8 @@ def losses_of_plan(
 
     The learning rate is that of the parameter group with the highest one. The other schedules have
     the warm-up and the peak of the run. In a run of more than 20,000 updates, the learning rates
-    are computed for so many of them and interpolated between them.
+    are computed for so many of them and interpolated: a part of the schedule that is shorter than
+    a 20,000th of the run is not seen.
 
     Args:
         law: The law.

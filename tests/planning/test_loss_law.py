@@ -125,8 +125,28 @@ def test_band_contains_the_prediction_of_the_second_halves():
 
 
 def test_too_few_losses_have_no_law_of_the_second_halves():
-    assert LossLaw.fit(pilots(every=900), draws=20).late is None
-    assert LossLaw.fit(pilots(every=800), draws=20).late is not None
+    assert LossLaw.fit(pilots(every=800), draws=20).late is None
+    assert LossLaw.fit(pilots(every=700), draws=20).late is not None
+
+
+def test_equal_losses_in_the_second_halves_have_no_law():
+    """As in a log of few digits."""
+    runs = []
+    for curve in pilots():
+        half = len(curve.losses) // 2 - 1
+        losses = (*curve.losses[:half], *[curve.losses[half]] * (len(curve.losses) - half))
+        runs.append(dataclasses.replace(curve, losses=losses))
+    assert LossLaw.fit(runs, draws=20).late is None
+
+
+def test_losses_that_are_equal_from_the_start_on_are_refused():
+    runs = []
+    for curve in pilots():
+        points = zip(curve.updates, curve.losses, strict=True)
+        losses = [loss if update < 6000 else 3.0 for update, loss in points]
+        runs.append(dataclasses.replace(curve, losses=losses))
+    with pytest.raises(ValueError, match=r"a loss that falls, got 3.0 from update 7,000 on in"):
+        LossLaw.fit(runs, start=7000)
 
 
 def test_margin_is_added_to_both_laws():
@@ -248,7 +268,7 @@ def test_each_schedule_may_have_its_learning_rate(exact):
         (lambda: [pilots()[0], pilots()[0]], "got the losses of WarmupCosine twice"),
         (
             lambda: [pilots()[0], dataclasses.replace(pilots()[1], losses=[2.0] * 120)],
-            "must have a loss that falls, got 2.0 throughout",
+            "must have a loss that falls, got 2.0 from update 1,100 on",
         ),
         (lambda: [pilots()[1], pilots(noise=0.01)[1]], "at least one whose learning rate decays"),
         (lambda: [*pilots(), "runs/a"], "runs"),

@@ -16,7 +16,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from lightning_bigopt.tuning import Choice, Integer, Log, Uniform
+from lightning_bigopt.tuning import Choice, Integer, Log, Uniform, optuna_session
 from lightning_bigopt.tuning.optuna_parts import make_pruner, make_sampler
 from lightning_bigopt.tuning.optuna_session import OptunaSession
 from lightning_bigopt.tuning.optuna_storage import make_storage
@@ -207,6 +207,73 @@ def test_a_killed_study_draws_the_values_of_an_uninterrupted_one(
     expected = values([], tmp_path / "whole.db")
     assert len(expected) == 14
     assert values(list(killed), tmp_path / "killed.db") == expected
+
+
+@pytest.mark.parametrize("sampler", ["TPE", "Random"])
+def test_interruption_of_the_draw_changes_no_later_value(sampler: str, monkeypatch: Any):
+    def values(*interrupted: int) -> list[Any]:
+        part, found, draws = session(sampler=sampler, trials=6), [], 0
+        suggest = optuna_session.suggest
+
+        def interruptible(*arguments: Any) -> None:
+            nonlocal draws
+            draws += 1
+            if draws in interrupted:
+                raise KeyboardInterrupt
+            suggest(*arguments)
+
+        with monkeypatch.context() as context:
+            context.setattr(optuna_session, "suggest", interruptible)
+            while len(found) < 6:
+                try:
+                    trial = part.ask()
+                except KeyboardInterrupt:
+                    continue
+                assert trial is not None
+                found.append(trial.params["x"])
+                part.tell(trial.number, Outcome(state="complete", loss=trial.params["x"]))
+        return found
+
+    assert values(1, 4) == values()
+
+
+def test_half_drawn_trial_of_a_dead_process_is_drawn_again_as_a_whole(tmp_path: Path):
+    ranges = {"x": FloatDistribution(0.0, 1.0), "y": FloatDistribution(0.0, 1.0)}
+    options: dict[str, Any] = {"distributions": ranges, "storage": tmp_path / "study.db"}
+    whole = session(distributions=ranges).ask()
+    assert whole is not None
+    half = session(**options).study.ask({"x": ranges["x"]})
+    half.set_user_attr("host", socket.gethostname())
+    half.set_user_attr("pid", dead_process())
+    again = session(**options).ask()
+    assert again is not None
+    assert again.number == 1
+    assert again.params == whole.params
+
+
+def test_hyperband_draws_other_values_for_each_trial_after_a_kill(tmp_path: Path):
+    def draw(kills: set[int]) -> list[Any]:
+        options: dict[str, Any] = {
+            "pruner": "Hyperband",
+            "trials": 14,
+            "storage": tmp_path / f"{sorted(kills)}.db",
+        }
+        part, found = session(**options), []
+        while (trial := part.ask()) is not None:
+            if len(found) in kills:
+                kills.remove(len(found))
+                trial.set_user_attr("pid", dead_process())
+                part = session(**options)
+                continue
+            found.append(trial.params["x"])
+            for step in range(1, 10):
+                trial.report(trial.params["x"], step)
+            part.tell(trial.number, Outcome(state="complete", loss=trial.params["x"]))
+        return found
+
+    for kills in ({0}, {2}, {2, 5}):
+        values = draw(set(kills))
+        assert len(set(values)) == len(values) == 14
 
 
 def test_two_sessions_repeat_a_dead_trial_once(tmp_path: Path):
