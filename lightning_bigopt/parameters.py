@@ -112,10 +112,15 @@ def block_of(name: str) -> str:
     return numbered_prefix(plain) or plain.rpartition(".")[0] or plain
 
 
-def listed(values: Any, kind: type[T]) -> list[T] | None:
+def listed(values: Any, kind: type[T], *, most: int = _MOST_ELEMENTS) -> list[T] | None:
     """Returns the elements of an iterable; None unless all are instances of a class.
 
     A string, bytes and a mapping are no iterables here.
+
+    Args:
+        values: The iterable, which may be endless.
+        kind: The class of the elements.
+        most: Number of elements after which no more are taken.
 
     Example:
         >>> listed(("a", "b"), str), listed("ab", str), listed(["a", 1], str)
@@ -123,11 +128,15 @@ def listed(values: Any, kind: type[T]) -> list[T] | None:
     """
     if not isinstance(values, Iterable) or isinstance(values, _NO_LISTS):
         return None
+    found: list[T] = []
     try:
-        found = list(islice(values, _MOST_ELEMENTS))
+        for value in islice(values, most):
+            if not isinstance(value, kind):
+                return None
+            found.append(value)
     except TypeError:  # an array without dimensions
         return None
-    return found if all(isinstance(value, kind) for value in found) else None
+    return found
 
 
 def as_patterns(patterns: str | Iterable[str], *, name: str = "patterns") -> tuple[str, ...]:

@@ -1,7 +1,8 @@
-"""Patterns for parameters that are tied: the message names the other name of the tensor."""
+"""Lists of endless iterables, and patterns for parameters that are tied."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_bigopt import AGC, GradientClipping, Groups, NormClip, OptimizationMonitor
 from lightning_bigopt.optimizers import parameter_groups
+from lightning_bigopt.parameters import listed
 from tests.helpers import QUIET
 
 
@@ -66,3 +68,10 @@ def test_a_layer_of_a_tied_parameter_names_the_one_that_is_used() -> None:
 def test_a_pattern_that_matches_nothing_is_not_called_tied(use: str) -> None:
     with pytest.raises(ValueError, match=r"got 'haed\.\*'.*; correct or remove the pattern$"):
         USES[use]("haed.*")
+
+
+def test_no_more_elements_are_taken_than_needed():
+    numbers = itertools.count()
+    assert listed(numbers, str) is None
+    assert next(numbers) == 1
+    assert listed(numbers, int, most=3) == [2, 3, 4]

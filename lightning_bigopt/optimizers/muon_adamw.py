@@ -229,7 +229,7 @@ def _check(
     for name, value in (given if adamw_lr is None else given | {"adamw_lr": adamw_lr}).items():
         check_non_negative(name, value, hint="for instance 1e-3")
     check_between("momentum", momentum, 0, 1, ends="[)", hint="write 0.95")
-    pair = listed(betas, object)
+    pair = listed(betas, object, most=3)
     if pair is None or len(pair) != 2:
         raise ValueError(f"betas must be two numbers, got {shown(betas)}; write (0.9, 0.95)")
     for index, beta in enumerate(pair):
