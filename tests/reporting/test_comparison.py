@@ -283,6 +283,10 @@ def test_picture_has_pairs_interval_and_searches(tmp_path: Path):
     drawn = [line.get_xdata().tolist() for line in searches.lines]
     assert drawn == [[1e-3, 3e-3, 1e-2, 2e-2, 5e-2, 9.5e-2]] * 2
     assert searches.get_xscale() == "log"
+    low, high = searches.get_xlim()
+    assert low < 1e-3  # the searched range, wider than the trials
+    assert high > 1e-1
+    assert {text.get_text() for text in searches.get_xticklabels()} >= {"0.001", "0.01", "0.1"}
     assert found.picture(tmp_path / "new" / "c.png").read_bytes()[:4] == b"\x89PNG"
     assert "<svg" in found.picture(tmp_path / "c.svg").read_text()
     assert len(draw_comparison(comparison(BASE, LOWER)).axes) == 2

@@ -267,6 +267,7 @@ def test_hyperband_draws_other_values_for_each_trial_after_a_kill(tmp_path: Path
             found.append(trial.params["x"])
             for step in range(1, 10):
                 trial.report(trial.params["x"], step)
+                trial.should_prune()  # the brackets are made here
             part.tell(trial.number, Outcome(state="complete", loss=trial.params["x"]))
         return found
 
